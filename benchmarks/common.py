@@ -1,0 +1,167 @@
+"""The training step that every benchmark measures: RoBERTa-base's shape."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lorax_flax as lx
+from lorax_flax.models import bert
+from lorax_flax.models.config import EncoderConfig
+from lorax_flax.train import losses, optim
+from lorax_flax.train import state as states
+from lorax_flax.train import step as steps
+
+# Each way to train: the weights that get a delta, and those trained in full.
+METHODS = {
+  "query_value": {
+    "targets": ".*/attention/(query|value)/kernel",
+    "tuned": "classifier",
+  },
+  "all_linear": {"targets": "all-linear", "tuned": "classifier"},
+  "full": {"targets": (), "tuned": ".*"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Sizes of the model, its batch and its deltas."""
+
+  layers: int = 12
+  hidden: int = 768
+  heads: int = 12
+  mlp: int = 3072
+  vocab: int = 50265
+  batch: int = 16
+  length: int = 128
+  rank: int = 8
+  dropout: float = 0.0
+
+
+ROBERTA_BASE = Shape()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A step and what it takes; arrays, or ShapeDtypeStructs where only compiled."""
+
+  step: Any
+  state: states.TrainState
+  base: states.Base
+  batch: dict[str, Any]
+  plan: lx.Plan
+
+  def compile(self) -> Any:
+    return self.step.lower(self.state, self.base, self.batch).compile()
+
+
+def module(shape: Shape, *, dtype: str = "float32", scan: bool = False):
+  config = EncoderConfig(
+    model_type="roberta",
+    vocab_size=shape.vocab,
+    hidden_size=shape.hidden,
+    num_hidden_layers=shape.layers,
+    num_attention_heads=shape.heads,
+    intermediate_size=shape.mlp,
+    pad_token_id=1,
+    max_position_embeddings=max(514, shape.length + 2),
+    type_vocab_size=1,
+    layer_norm_eps=1e-5,
+    hidden_dropout_prob=shape.dropout,
+    attention_probs_dropout_prob=shape.dropout,
+  )
+  return bert.SequenceClassifier(config, jnp.dtype(dtype), scan)
+
+
+def job(
+  shape: Shape,
+  method: str,
+  *,
+  dtype: str = "float32",
+  scan: bool = False,
+  abstract: bool = False,
+) -> Job:
+  """The training step of `lorax_flax.train` for a method, and what it takes.
+
+  Args:
+    method: a key of `METHODS`.
+    dtype: of computing, and of the frozen weights in memory.
+    abstract: makes shapes instead of arrays, to compile without running.
+  """
+  model = module(shape, dtype=dtype, scan=scan)
+  ids_BxT = jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32)
+  inputs = {"input_ids": ids_BxT, "attention_mask": ids_BxT}
+  lora = lx.adapt(
+    lambda params, batch, key=None: model.apply(
+      {"params": params},
+      **batch,
+      deterministic=key is None,
+      rngs=None if key is None else {"dropout": key},
+    ),
+    lx.LoraConfig(rank=shape.rank, alpha=16.0, **METHODS[method]),
+  )
+
+  def forward(params, adapter, batch, key):
+    return lora.apply(params, adapter, batch, key if shape.dropout else None)
+
+  optimizer = optim.adamw(
+    _rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, grad_clip=1.0
+  )
+  params_of = lambda: _params(model, dtype, ids_BxT)
+  plan = lora.plan(jax.eval_shape(params_of), inputs)
+
+  def make():
+    params = params_of()
+    adapter = lora.init(jax.random.key(1), params, inputs)
+    return states.create(params, adapter, optimizer, jax.random.key(2))
+
+  # One program for all of the set-up: a model's worth of small ones is slow to compile.
+  state, base = jax.eval_shape(make) if abstract else jax.jit(make)()
+  step = steps.train_step(forward, losses.cross_entropy(0.0), optimizer, _rate)
+  return Job(step, state, base, _batch(shape, abstract), plan)
+
+
+def _params(model, dtype, ids_BxT) -> Any:
+  zeros = jnp.zeros(ids_BxT.shape, ids_BxT.dtype)
+  boxed = model.init(jax.random.key(0), zeros, zeros)["params"]
+  unboxed = jax.tree.map(
+    lambda box: box.value, boxed, is_leaf=lambda x: hasattr(x, "names")
+  )
+  return optax.tree.cast(unboxed, jnp.dtype(dtype))
+
+
+def _batch(shape: Shape, abstract: bool) -> dict[str, Any]:
+  def make():
+    ids_BxT = jax.random.randint(
+      jax.random.key(3), (shape.batch, shape.length), 4, shape.vocab, jnp.int32
+    )
+    return {
+      "input_ids": ids_BxT,
+      "attention_mask": jnp.ones_like(ids_BxT),
+      "labels": jnp.arange(shape.batch, dtype=jnp.int32) % 2,
+      "weights": jnp.ones(shape.batch),
+    }
+
+  return jax.eval_shape(make) if abstract else make()
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """Rows as text, the first column to the left and the others to the right."""
+  cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines = [
+    "  ".join(
+      c.ljust(w) if i == 0 else c.rjust(w)
+      for i, (c, w) in enumerate(zip(row, widths, strict=True))
+    )
+    for row in cells
+  ]
+  return "\n".join([title, *lines])
+
+
+def _rate(step: jax.Array) -> jax.Array:
+  del step
+  return jnp.float32(1e-4)

@@ -1,0 +1,127 @@
+"""What the configs share: every field there is, and the GLUE recipes' defaults."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference, config_dict
+
+from lorax_flax.errors import LoraxError
+
+QUERY_VALUE = ".*/attention/(query|value)/kernel"
+
+
+def base() -> ConfigDict:
+  """Every field that the command knows, with what is usual."""
+  config = ConfigDict()
+  config.seed = 0
+  # A PEFT folder whose LoRA weights training starts from.
+  config.init_adapter = config_dict.placeholder(str)
+
+  config.model = ConfigDict()
+  config.model.path = "minilm"  # a folder, a hub name or an alias
+  config.model.dtype = "float32"  # of computing; "bfloat16" has float32 masters too
+  config.model.scan = False  # layers stacked: compiles faster, runs slower on a CPU
+  config.model.remat = "none"  # "full" or "dots" recompute to save memory
+  config.model.dropout = config_dict.placeholder(float)  # None: the checkpoint's
+  config.model.head_dropout = config_dict.placeholder(float)
+
+  config.data = ConfigDict()
+  config.data.task = "headlines"
+  config.data.max_length = 128  # tokens
+  config.data.buckets = 4  # lengths that batches are padded to; each is compiled
+  config.data.glue_dir = config_dict.placeholder(str)  # a folder of GLUE's TSVs
+  config.data.tfds_dir = config_dict.placeholder(str)  # where TFDS keeps data
+
+  config.lora = ConfigDict()
+  # A regular expression, "all-linear", or names: see `experiments.settings.patterns`.
+  config.lora.targets = FieldReference("all-linear", field_type=object)
+  config.lora.exclude = FieldReference((), field_type=object)
+  config.lora.tuned = FieldReference(("classifier",), field_type=object)
+  config.lora.rank = 8
+  config.lora.alpha = 8.0
+  config.lora.use_rslora = False
+  config.lora.bias = "none"
+  config.lora.dropout = 0.0
+
+  config.train = ConfigDict()
+  config.train.epochs = config_dict.placeholder(float)
+  config.train.steps = config_dict.placeholder(int)
+  config.train.batch_size = 32
+  config.train.eval_batch_size = 64
+  config.train.accumulation = 1
+  config.train.learning_rate = 1e-3
+  config.train.schedule = "linear"
+  config.train.warmup_steps = config_dict.placeholder(int)
+  config.train.warmup_epochs = config_dict.placeholder(float)
+  config.train.warmup_fraction = config_dict.placeholder(float)
+  config.train.weight_decay = 0.0
+  config.train.b1 = 0.9
+  config.train.b2 = 0.999
+  config.train.eps = 1e-8
+  config.train.grad_clip = 1.0
+  config.train.label_smoothing = 0.0
+  config.train.log_steps = 20
+  config.train.save_steps = config_dict.placeholder(int)
+  config.train.save_epochs = config_dict.placeholder(float)
+  config.train.save_seconds = 60.0
+  return config
+
+
+def glue(task: str) -> ConfigDict:
+  """What all of the LoRA paper's GLUE recipes have in common (its tables 9 and 10).
+
+  AdamW with weight decay 0.1 and no clipping other than the Trainer's default of 1 are
+  from the authors' released scripts; the paper gives neither.
+  """
+  config = base()
+  config.data.task = task
+  config.data.max_length = 512
+  config.lora.targets = QUERY_VALUE
+  config.lora.rank = 8
+  config.train.schedule = "linear"
+  config.train.warmup_fraction = 0.06
+  config.train.weight_decay = 0.1
+  config.train.log_steps = 50
+  return config
+
+
+def roberta_base(
+  task: str, *, batch_size: int, epochs: int, learning_rate: float
+) -> ConfigDict:
+  """RoBERTa-base on a GLUE task as in the paper's table 9."""
+  config = glue(task)
+  config.model.path = "FacebookAI/roberta-base"
+  config.lora.alpha = 8.0
+  config.train.batch_size = batch_size
+  config.train.epochs = float(epochs)
+  config.train.learning_rate = learning_rate
+  return config
+
+
+def roberta_large(
+  task: str, *, batch_size: int, epochs: int, learning_rate: float, max_length: int
+) -> ConfigDict:
+  """RoBERTa-large on a GLUE task as in the paper's table 9."""
+  config = glue(task)
+  config.model.path = "FacebookAI/roberta-large"
+  config.data.max_length = max_length
+  config.lora.alpha = 16.0
+  config.train.batch_size = batch_size
+  config.train.epochs = float(epochs)
+  config.train.learning_rate = learning_rate
+  return config
+
+
+def choose(config: str, variant: str | None, variants: Mapping[str, Any]) -> Any:
+  """The variant of a config that was asked for; "" is the one without a name.
+
+  Raises:
+    LoraxError: there is none of that name.
+  """
+  if (variant or "") in variants:
+    return variants[variant or ""]
+  named: Sequence[str] = [f"{config}.py:{name}" for name in variants if name]
+  raise LoraxError(
+    f"{config}.py has no variant {variant!r}. There are: {config}.py, "
+    f"{', '.join(named)}"
+  )

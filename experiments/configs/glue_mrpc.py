@@ -1,0 +1,47 @@
+"""MRPC: do two sentences mean the same?
+
+Expected (LoRA paper, table 2: validation set, accuracy,
+median of 5 seeds, best epoch): 89.7 ± 0.7 with RoBERTa-base, where full fine-tuning has
+90.2; `:large` 90.9 ± 1.2 with RoBERTa-large (full fine-tuning 90.9);
+`:large_dagger` 90.2, the paper's setting for comparison with adapters.
+
+The paper starts this task from the adapter that it trained on MNLI. Without
+--config.init_adapter the recipe is the same but for that start, and scores lower
+(`:large_dagger` is the paper's own recipe without it).
+
+Hyper-parameters: batch size, epochs, learning rate, length, rank, alpha and warm-up
+are those of the paper's table 9 (arXiv 2106.09685, appendix D). Weight decay 0.1 is
+from the authors' released script, since the paper gives none; that script differs from
+the table in alpha (16) and runs its batch on each of 8 GPUs, and is not followed there.
+
+Hardware: one accelerator with 16 GB is ample; 3,668 examples, 30 epochs of
+230 steps. Data: TFDS glue/mrpc, downloaded at first use.
+Command:
+  python -m experiments.run --config=glue_mrpc.py \
+    --config.init_adapter=runs/glue_mnli/adapter
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import common
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+  variants = {"": _base, "large": _large, "large_dagger": _large_dagger}
+  return common.choose("glue_mrpc", variant, variants)()
+
+
+def _base() -> ConfigDict:
+  return common.roberta_base("mrpc", batch_size=16, epochs=30, learning_rate=4e-4)
+
+
+def _large() -> ConfigDict:
+  return common.roberta_large(
+    "mrpc", batch_size=4, epochs=20, learning_rate=3e-4, max_length=512
+  )
+
+
+def _large_dagger() -> ConfigDict:
+  return common.roberta_large(
+    "mrpc", batch_size=4, epochs=20, learning_rate=3e-4, max_length=128
+  )

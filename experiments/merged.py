@@ -1,0 +1,69 @@
+"""A base with an adapter merged into it: what `merge` writes and `predict` runs."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import lorax_flax as lx
+from lorax_flax.errors import LoraxError, listing
+from lorax_flax.hub import peft
+from lorax_flax.hub.resolve import resolve
+from lorax_flax.methods import Tuned
+from lorax_flax.models import registry
+
+
+@dataclass(frozen=True)
+class Merged:
+  """A sequence classifier, whole.
+
+  Attributes:
+    loaded: the model; its params are the merged ones.
+    labels: names of the outputs; LABEL_0, … where nobody named them.
+    folder: of the base, with its tokenizer.
+  """
+
+  loaded: registry.Loaded
+  labels: tuple[str, ...]
+  folder: Path
+
+  @property
+  def regression(self) -> bool:
+    return len(self.labels) == 1
+
+
+def load(base: str, adapter: str | None) -> Merged:
+  """Loads a base by folder, alias or hub name, and merges a PEFT folder into it.
+
+  Raises:
+    LoraxError: besides what the readers raise, weights that neither of the two has.
+  """
+  folder = resolve(base)
+  outputs = peft.num_labels(adapter) if adapter else None
+  loaded = registry.load(folder, num_labels=outputs, new_head=outputs is not None)
+  brought: set[str] = set()
+  if adapter:
+    deltas, _ = peft.read_adapter(adapter, loaded.params, loaded.keymap)
+    brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
+    loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
+  if absent := set(loaded.new_paths) - brought:
+    hint = f"nor does the adapter {adapter}" if adapter else "and no adapter is given"
+    raise LoraxError(
+      f"the base {base} has no {listing(absent, most=4)}, {hint}: its outputs would be "
+      "random numbers. Give an adapter trained on this base with its head (--adapter), "
+      "or a base that has one"
+    )
+  return Merged(loaded, _labels(loaded, adapter), folder)
+
+
+def _labels(loaded: registry.Loaded, adapter: str | None) -> tuple[str, ...]:
+  count = loaded.config.num_labels
+  own = peft.read_labels(adapter) if adapter else None
+  names = loaded.hf_config.get("id2label") or {}
+  # An adapter's head has outputs of its own: the base's names are not theirs.
+  if own is None and not adapter:
+    own = [str(names.get(str(i), f"LABEL_{i}")) for i in range(count)]
+  if own is None:
+    own = [f"LABEL_{i}" for i in range(count)]
+  if len(own) != count:
+    raise LoraxError(f"{adapter} names {len(own)} labels, and its head has {count}")
+  return tuple(own)

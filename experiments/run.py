@@ -1,0 +1,86 @@
+"""Trains an adapter, evaluates it and writes it down.
+
+  python -m experiments.run --config=quickstart.py --workdir=DIR
+  python -m experiments.run --config=quickstart.py:full --config.train.epochs=1
+  python -m experiments.run --config=glue_rte.py --config.data.glue_dir=FOLDER
+
+DIR then holds adapter/ (PEFT's format; model/ where all weights were trained),
+result.json, metrics.jsonl, curves.png, tensorboard/, config.json and checkpoints/.
+The same command goes on with a run that was killed.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+from rich import console as rich_console
+from rich import table as rich_table
+
+from experiments import cli, configuration, settings
+from lorax_flax.errors import LoraxError
+
+CONFIG = configuration.define(flags.FLAGS)
+flags.declare_key_flag("config")
+WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where all is written; runs/CONFIG where it isn't given."
+)
+
+
+def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
+  """Trains as `wanted` says, or goes on with that; returns what result.json holds."""
+  # Here, since --help and mistakes in flags need not wait for them.
+  from experiments import job
+  from lorax_flax.train import loop
+  from lorax_flax.train import workdir as files
+
+  files.check(workdir, wanted.to_json())
+  if (result := files.result(workdir)) is not None:
+    print(f"{workdir} holds this run, finished; delete it to run again.")
+    return result
+  prepared = job.prepare(wanted, say=print)
+  files.claim(workdir, wanted.to_json())
+  return loop.fit(wanted.train, prepared, workdir)
+
+
+def default_workdir(spec: str) -> Path:
+  """runs/quickstart-full of "quickstart.py:full"."""
+  name, _, variant = spec.partition(":")
+  parts = (Path(name).stem, variant)
+  return Path("runs") / "-".join(re.sub(r"\W+", "_", p) for p in parts if p)
+
+
+def show(result: dict[str, Any], workdir: Path) -> None:
+  """Prints the results, and where everything is."""
+  table = rich_table.Table(title="Result (best evaluation)", title_justify="left")
+  table.add_column("")
+  table.add_column("", justify="right")
+  for name, value in result.items():
+    if isinstance(value, float):
+      table.add_row(name, f"{value:,.4f}" if abs(value) < 100 else f"{value:,.0f}")
+    elif isinstance(value, int):
+      table.add_row(name, f"{value:,}")
+  console = rich_console.Console(highlight=False, soft_wrap=True)
+  console.print(table)
+  for path in sorted(workdir.iterdir()):
+    if not path.name.startswith("."):
+      console.print(f"{path}{'/' if path.is_dir() else ''}", markup=False)
+
+
+def main() -> None:
+  if CONFIG.value is None:
+    known = ", ".join(f"{name}.py" for name in configuration.names())
+    raise LoraxError(f"which config? --config=NAME; there are {known}")
+  wanted = settings.convert(CONFIG.value, configuration.overridden(sys.argv))
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of each of its threads.
+  spec = config_flags.get_config_filename(flags.FLAGS["config"])
+  workdir = Path(WORKDIR.value) if WORKDIR.value else default_workdir(spec)
+  print(f"Workdir: {workdir}")
+  show(run(wanted, workdir.expanduser()), workdir.expanduser())
+
+
+if __name__ == "__main__":
+  cli.run(main, flags.FLAGS, configuration.help_text)

@@ -1,0 +1,155 @@
+"""Where a ConfigDict ends: what it says, as frozen dataclasses that validate."""
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.data import tasks
+from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.train.config import DURATIONS, TrainConfig
+
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "full", "dots")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+  """Which model, and how it computes.
+
+  Attributes:
+    path: a folder, a name on the hub or an alias.
+    dtype: of computing; weights that train are float32.
+    scan: whether the layers are stacked and scanned.
+    remat: what is recomputed in the backward pass: "none", "full", "dots".
+    dropout: in the encoder; None takes the checkpoint's.
+    head_dropout: before the classifier; None takes the checkpoint's.
+  """
+
+  path: str
+  dtype: str = "float32"
+  scan: bool = False
+  remat: str = "none"
+  dropout: float | None = None
+  head_dropout: float | None = None
+
+  def __post_init__(self):
+    if self.dtype not in DTYPES:
+      raise LoraxError(unknown("model.dtype", self.dtype, DTYPES))
+    if self.remat not in REMAT:
+      raise LoraxError(unknown("model.remat", self.remat, REMAT))
+
+
+@dataclass(frozen=True)
+class DataSettings:
+  """Which examples, and how they become batches.
+
+  Attributes:
+    task: a key of `lorax_flax.data.tasks.TASKS`.
+    max_length: tokens that a text, or a pair, is cut to.
+    buckets: how many lengths batches may have at most.
+    glue_dir: a folder of GLUE's TSVs; None takes TFDS's data.
+    tfds_dir: where TFDS keeps data; None is its own choice.
+  """
+
+  task: str
+  max_length: int = 128
+  buckets: int = 4
+  glue_dir: str | None = None
+  tfds_dir: str | None = None
+
+  def __post_init__(self):
+    tasks.get(self.task)
+    for name in ("max_length", "buckets"):
+      if getattr(self, name) < 1:
+        raise LoraxError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+    if self.glue_dir is not None and self.tfds_dir is not None:
+      raise LoraxError("give data.glue_dir or data.tfds_dir, not both")
+
+
+@dataclass(frozen=True)
+class Settings:
+  """One run."""
+
+  model: ModelSettings
+  data: DataSettings
+  lora: LoraConfig
+  train: TrainConfig
+  init_adapter: str | None = None
+
+  def to_json(self) -> dict[str, Any]:
+    """For config.json."""
+    return dataclasses.asdict(self)
+
+
+_SECTIONS = {"model": ModelSettings, "data": DataSettings, "train": TrainConfig}
+_TOP = ("seed", "init_adapter", "lora", *_SECTIONS)
+
+
+def convert(config: ConfigDict, overridden: Collection[str] = ()) -> Settings:
+  """Settings of a config.
+
+  Args:
+    config: as in `experiments.configs.common.base`.
+    overridden: fields given on the command line, "train.steps". One of a duration's
+      units takes the place of the others, that the config has.
+
+  Raises:
+    LoraxError: an unknown field, or a value that can't be.
+  """
+  values = config.to_dict()
+  for name in values:
+    if name not in _TOP:
+      raise LoraxError(unknown("config field", name, _TOP))
+  train = _one_unit_each(dict(values["train"]), overridden) | {"seed": values["seed"]}
+  lora = dict(values["lora"])
+  for name in ("targets", "exclude", "tuned"):
+    if name in lora:
+      lora[name] = patterns(lora[name])
+  return Settings(
+    model=_build(ModelSettings, "model", values["model"]),
+    data=_build(DataSettings, "data", values["data"]),
+    lora=_build(LoraConfig, "lora", lora),
+    train=_build(TrainConfig, "train", train),
+    init_adapter=values.get("init_adapter"),
+  )
+
+
+def patterns(value: Any) -> str | tuple[str, ...]:
+  """Which weights, as `LoraConfig` takes it.
+
+  "all-linear" and regular expressions for whole paths, ".*/(query|value)/kernel", stay
+  as they are. Plain names, "query,value" or ("query", "value"), are ends of paths.
+
+  Raises:
+    LoraxError: neither a text nor texts.
+  """
+  if isinstance(value, str):
+    plain = re.fullmatch(r"[\w/]+(,[\w/]+)*,?", value)
+    return tuple(filter(None, value.split(","))) if plain else value
+  if isinstance(value, (tuple, list)) and all(isinstance(v, str) for v in value):
+    return tuple(value)
+  raise LoraxError(f"weights are named by a text or several, not {value!r}")
+
+
+def _one_unit_each(
+  train: dict[str, Any], overridden: Collection[str]
+) -> dict[str, Any]:
+  for units in DURATIONS:
+    if any(f"train.{name}" in overridden for name in units):
+      train |= {name: None for name in units if f"train.{name}" not in overridden}
+  return train
+
+
+def _build(kind: Any, section: str, values: Mapping[str, Any]) -> Any:
+  known = {field.name for field in dataclasses.fields(kind)}
+  for name in values:
+    if name not in known:
+      raise LoraxError(
+        unknown("config field", f"{section}.{name}", [f"{section}.{k}" for k in known])
+      )
+  return kind(**values)

@@ -1,0 +1,28 @@
+"""The transform: knows paths, shapes and axes, never a model."""
+
+from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.merge import merge, unmerge
+from lorax_flax.adapt.partition import (
+  combine,
+  freeze,
+  params_mask,
+  partition,
+  trainable_mask,
+)
+from lorax_flax.adapt.plan import Plan, Target
+from lorax_flax.adapt.transform import Adapted, adapt
+
+__all__ = [
+  "Adapted",
+  "LoraConfig",
+  "Plan",
+  "Target",
+  "adapt",
+  "combine",
+  "freeze",
+  "merge",
+  "params_mask",
+  "partition",
+  "trainable_mask",
+  "unmerge",
+]

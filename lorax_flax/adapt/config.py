@@ -1,0 +1,97 @@
+"""What to adapt and how: the one configuration of the transform."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lorax_flax.errors import LoraxError, unknown
+
+BIAS = ("none", "all", "lora_only")
+ON_UNSUPPORTED = ("error", "materialize")
+INIT = ("uniform", "gaussian")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+  """Targets, ranks and scales of an adapter.
+
+  Paths are slash paths of the leaves of `params`, "encoder/layer_0/query/kernel".
+
+  Attributes:
+    targets: which weights get a low-rank delta. A string is a regular expression that
+      matches a whole path, or "all-linear": every weight that a contraction consumes,
+      less the output head (found by tracing). A sequence holds suffixes: the end of a
+      path, or of the path of the module that holds the weight ("query").
+    exclude: the same rules; wins over `targets`.
+    rank, alpha: of every target, unless a pattern says otherwise; the delta is scaled
+      by alpha / rank.
+    rank_pattern, alpha_pattern: regular expression to value. The first that matches a
+      path, or the path of its module, from any slash on (PEFT's rule).
+    use_rslora: scale by alpha / sqrt(rank) instead.
+    layers: only weights of these layers. A weight's layer is the first number in its
+      path, or what `layers_pattern` captures; of a stacked (scanned) weight, the index
+      on its stack axis.
+    layers_pattern: regular expression with one group, the layer's number.
+    tuned: weights trained in full beside the deltas, a new head for instance; rules as
+      for `targets`. Here a string or an item may also name a module, whole.
+    bias: "none", "all" biases trained, or "lora_only", those beside a target.
+    dropout: rate on the input of each delta; acts only where a key is given to `apply`.
+    init: "uniform" (PEFT's default) or "gaussian".
+    stack_axes: regular expression (whole path) to axes that hold separate weights, for
+      experts that no scan or batch axis gives away.
+    on_unsupported: where a target is used by a primitive that has no rule, "error", or
+      "materialize": form W + delta there, and report it.
+  """
+
+  targets: str | Sequence[str] = "all-linear"
+  exclude: str | Sequence[str] = ()
+  rank: int = 8
+  alpha: float = 8.0
+  rank_pattern: Mapping[str, int] = field(default_factory=dict)
+  alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+  use_rslora: bool = False
+  layers: Sequence[int] | None = None
+  layers_pattern: str | None = None
+  tuned: str | Sequence[str] = ()
+  bias: str = "none"
+  dropout: float = 0.0
+  init: str = "uniform"
+  stack_axes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+  on_unsupported: str = "error"
+
+  def __post_init__(self):
+    for name, options in (
+      ("bias", BIAS),
+      ("on_unsupported", ON_UNSUPPORTED),
+      ("init", INIT),
+    ):
+      if getattr(self, name) not in options:
+        raise LoraxError(unknown(f"LoraConfig.{name}", getattr(self, name), options))
+    for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
+      if not isinstance(rank, int) or rank < 1:
+        raise LoraxError(
+          f"LoraConfig rank of {name!r} must be an int >= 1, not {rank!r}"
+        )
+    for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+      if not alpha > 0:
+        raise LoraxError(f"LoraConfig alpha of {name!r} must be > 0, not {alpha!r}")
+    if not 0.0 <= self.dropout < 1.0:
+      raise LoraxError(f"LoraConfig.dropout must be in [0, 1), not {self.dropout!r}")
+    if self.layers_pattern is not None and self.layers is None:
+      raise LoraxError("LoraConfig.layers_pattern does nothing without layers")
+    patterns = [p for p in (self.targets, self.exclude, self.tuned) if _is_regex(p)]
+    patterns += [*self.rank_pattern, *self.alpha_pattern, *self.stack_axes]
+    patterns += [self.layers_pattern] if self.layers_pattern else []
+    for pattern in patterns:
+      try:
+        re.compile(str(pattern))
+      except re.error as e:
+        raise LoraxError(
+          f"LoraConfig: {pattern!r} is not a regular expression: {e}"
+        ) from e
+    if self.layers_pattern and re.compile(self.layers_pattern).groups != 1:
+      raise LoraxError("LoraConfig.layers_pattern needs one group, the layer's number")
+
+
+def _is_regex(patterns: str | Sequence[str]) -> bool:
+  return isinstance(patterns, str) and patterns != "all-linear"

@@ -1,0 +1,213 @@
+"""Primitives that consume a weight: x W becomes x W + (x a) b.
+
+Each has two halves: `axes_of`, which axes of the weight the primitive contracts, shares
+with x, and keeps (this is how roles are found), and a product rule, which adds the
+delta's part to the product.
+"""
+
+import string
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_flax.adapt.view import View, is_view
+from lorax_flax.adapt.view_rules import Unsupported
+from lorax_flax.methods.lora import dense
+
+
+class Axes(NamedTuple):
+  """Axes of a weight by what a primitive does with them."""
+
+  contracted: tuple[int, ...]
+  shared: tuple[int, ...]
+  kept: tuple[int, ...]
+
+
+def axes_of(eqn: Any, operands: list[Any]) -> Axes:
+  """What a contraction does with the axes of the one view among its operands."""
+  where = [i for i, x in enumerate(operands) if is_view(x)]
+  if len(where) != 1:
+    raise Unsupported("a product of two adapted weights")
+  n, name, p = len(operands[where[0]].dims), eqn.primitive.name, eqn.params
+  if name == "dot_general":
+    contract, batch = p["dimension_numbers"]
+    contracted, shared = tuple(contract[where[0]]), tuple(batch[where[0]])
+  elif where[0] != (0 if name == "gather" else 1):
+    raise Unsupported("a weight in the place of the input")
+  elif name == "gather":
+    d = p["dimension_numbers"]
+    contracted = tuple(d.start_index_map)
+    shared = tuple(getattr(d, "operand_batching_dims", ()))
+    if set(contracted) != set(d.collapsed_slice_dims):
+      raise Unsupported("a look-up of more than one row at a place")
+    whole = [i for i in range(n) if i not in (*contracted, *shared)]
+    if any(p["slice_sizes"][i] != operands[0].shape[i] for i in whole):
+      raise Unsupported("a look-up of a part of each row")
+  else:
+    _, *contracted_ = p["dimension_numbers"].rhs_spec
+    contracted, shared = tuple(contracted_), ()
+    if p["batch_group_count"] != 1:
+      raise Unsupported("batch_group_count")
+  kept = tuple(i for i in range(n) if i not in (*contracted, *shared))
+  if name != "gather" and not contracted:
+    raise Unsupported("a product that contracts nothing")
+  return Axes(contracted, shared, kept)
+
+
+def _near_and_far(view: View, axes: Axes) -> tuple[jax.Array, jax.Array]:
+  """The factor that the primitive contracts, and the other one."""
+  met = view.roles_of(axes.contracted)
+  if met <= {"in"}:
+    near, far = view.a, view.b
+  elif met == {"out"}:
+    near, far = view.b, view.a  # a tied weight, used the other way round
+  else:
+    raise Unsupported(f"a product that contracts axes with the roles {sorted(met)}")
+  if any(far.shape[i] != 1 for i in axes.contracted):
+    raise Unsupported("a product that contracts a stack axis")
+  return near, far
+
+
+def _named(t: jax.Array, letters: list[str]) -> tuple[jax.Array, str]:
+  """Drops the axes that a factor does not carry; the rest by letter, and z for r."""
+  keep = [i for i in range(t.ndim - 1) if t.shape[i] != 1]
+  shape = [t.shape[i] for i in keep] + [t.shape[-1]]
+  return t.reshape(shape), "".join(letters[i] for i in keep) + "z"
+
+
+def dot_general(eqn, operands, base, drop) -> jax.Array:
+  """base + (x near) far, for a weight on either side, with any batch and free axes."""
+  p, axes = eqn.params, axes_of(eqn, operands)
+  side = 0 if is_view(operands[0]) else 1
+  view, x = operands[side], operands[1 - side]
+  near, far = _near_and_far(view, axes)
+  contract, batch = p["dimension_numbers"]
+  names = iter(string.ascii_letters.replace("z", ""))
+  w = [next(names) for _ in view.dims]
+  pairs = [*zip(contract[side], contract[1 - side], strict=True)]
+  pairs += [*zip(batch[side], batch[1 - side], strict=True)]
+  shared = {j: w[i] for i, j in pairs}
+  xs = [shared.get(j) or next(names) for j in range(x.ndim)]
+  x_free = [xs[j] for j in range(x.ndim) if j not in shared]
+  w_free = [w[i] for i in axes.kept]
+  batched = [w[i] for i in batch[side]]
+  out = batched + (w_free + x_free if side == 0 else x_free + w_free)
+
+  contracted = {w[i] for i in axes.contracted}
+  near = jnp.broadcast_to(
+    near,
+    [view.shape[i] if i in axes.contracted else n for i, n in enumerate(near.shape)],
+  )
+  near, near_names = _named_keeping(near, w, axes.contracted)
+  far, far_names = _named(far, w)
+  middle = [c for c in xs if c not in contracted]
+  middle += [c for c in near_names if c not in (*contracted, *middle, "z")]
+  x = drop(view, x)
+  kwargs = {"precision": p["precision"]}
+  z = jnp.einsum(
+    f"{''.join(xs)},{near_names}->{''.join(middle)}z", x, near.astype(x.dtype), **kwargs
+  )
+  # An axis of size 1 that neither factor names has nothing to say in the product.
+  told = set(middle) | set(far_names)
+  y = jnp.einsum(
+    f"{''.join(middle)}z,{far_names}->{''.join(c for c in out if c in told)}",
+    z,
+    far.astype(x.dtype),
+    preferred_element_type=base.dtype,
+    **kwargs,
+  )
+  y = y.reshape([n if c in told else 1 for c, n in zip(out, base.shape, strict=True)])
+  return base + y.astype(base.dtype)
+
+
+def _named_keeping(t, letters, always) -> tuple[jax.Array, str]:
+  """As `_named`, but keeps the contracted axes even where their size is 1."""
+  keep = [i for i in range(t.ndim - 1) if t.shape[i] != 1 or i in always]
+  shape = [t.shape[i] for i in keep] + [t.shape[-1]]
+  return t.reshape(shape), "".join(letters[i] for i in keep) + "z"
+
+
+def gather(eqn, operands, base, drop) -> jax.Array | View:
+  """base + near[ids] far for a look-up; on a stack axis the choice of a weight."""
+  view, indices = operands
+  axes, p = axes_of(eqn, operands), eqn.params
+  d = p["dimension_numbers"]
+  n_out = base.ndim
+
+  def look_up(t):
+    sizes = [min(s, t.shape[i]) for i, s in enumerate(p["slice_sizes"])]
+    numbers = lax.GatherDimensionNumbers(
+      offset_dims=(*d.offset_dims, n_out),
+      collapsed_slice_dims=d.collapsed_slice_dims,
+      start_index_map=d.start_index_map,
+      operand_batching_dims=d.operand_batching_dims,
+      start_indices_batching_dims=d.start_indices_batching_dims,
+    )
+    return lax.gather(
+      t,
+      indices,
+      numbers,
+      (*sizes, t.shape[-1]),
+      mode=p["mode"],
+      fill_value=p["fill_value"],
+    )
+
+  if view.roles_of(axes.contracted) == {"stack"}:
+    raise Unsupported("a look-up on a stack axis")
+  near, far = _near_and_far(view, axes)
+  # The far factor has no looked-up axis: its kept axes go to the offset axes, its
+  # shared ones to the axes of the indices that they are paired with.
+  rows = [i for i in range(n_out) if i not in d.offset_dims]
+  target = [1] * n_out
+  order = []
+  for i in axes.kept:
+    order.append((d.offset_dims[axes.kept.index(i)], i))
+  for i, j in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True):
+    order.append((rows[j], i))
+  order.sort()
+  far = far.transpose((*(i for _, i in order), *axes.contracted, far.ndim - 1)).squeeze(
+    tuple(range(len(order), far.ndim - 1))
+  )
+  for (place, _), size in zip(order, far.shape[:-1], strict=True):
+    target[place] = size
+  far = far.reshape((*target, far.shape[-1]))
+  delta = dense(look_up(near), far, jnp.float32)
+  return base + jnp.broadcast_to(delta, base.shape).astype(base.dtype)
+
+
+def conv(eqn, operands, base, drop) -> jax.Array:
+  """base + conv(x, near) far: the same window into r channels, then 1 x 1."""
+  x, view = operands
+  axes, p = axes_of(eqn, operands), eqn.params
+  d, groups = p["dimension_numbers"], p["feature_group_count"]
+  near, far = _near_and_far(view, axes)
+  out_axis, rank = d.rhs_spec[0], near.shape[-1]
+  if view.roles_of((out_axis,)) & view.roles_of(axes.contracted):
+    raise Unsupported("a convolution over both factors' axes")
+  kernel = jnp.moveaxis(near.squeeze(out_axis), -1, out_axis)
+  # Every group reads its own inputs by the same near factor.
+  kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
+  x = drop(view, x)
+  z = lax.conv_general_dilated(
+    x,
+    kernel.astype(x.dtype),
+    p["window_strides"],
+    p["padding"],
+    lhs_dilation=p["lhs_dilation"],
+    rhs_dilation=p["rhs_dilation"],
+    dimension_numbers=d,
+    feature_group_count=groups,
+    precision=p["precision"],
+  )
+  channel = d.out_spec[1]
+  z = jnp.moveaxis(z, channel, -1)  # (..., groups * r)
+  z = z.reshape((*z.shape[:-1], groups, rank))
+  far = jnp.moveaxis(far, out_axis, 0).reshape((groups, -1, rank))
+  y = jnp.einsum("...gz,goz->...go", z, far.astype(x.dtype), precision=p["precision"])
+  y = jnp.moveaxis(y.reshape((*y.shape[:-2], -1)), -1, channel)
+  return base + y.astype(base.dtype)
+
+
+RULES = {"conv_general_dilated": conv, "dot_general": dot_general, "gather": gather}

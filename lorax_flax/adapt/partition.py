@@ -1,0 +1,73 @@
+"""What trains and what does not, as masks, as two trees, and as an optimiser."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import jax
+import optax
+
+from lorax_flax.adapt.paths import PyTree, map_with_path
+from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.methods import Adapter
+
+
+def trainable_mask(adapter: Adapter) -> PyTree:
+  """The adapter's tree with True at the leaves that train, False at the others."""
+  masks = {}
+  for path, delta in adapter.items():
+    marks: dict[str, Any] = {
+      f.name: f.name in delta.trained
+      for f in fields(delta)
+      if not f.metadata.get("static")
+    }
+    masks[path] = replace(delta, **marks)
+  return masks
+
+
+def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
+  """Splits a tree by a mask into (where True, where False), None where absent."""
+  chosen = jax.tree.map(lambda m, x: x if m else None, mask, tree)
+  rest = jax.tree.map(lambda m, x: None if m else x, mask, tree)
+  return chosen, rest
+
+
+def combine(chosen: PyTree, rest: PyTree) -> PyTree:
+  """Puts together what `partition` split."""
+
+  def pick(x, y):
+    if (x is None) == (y is None):
+      raise LoraxError("combine: a leaf is in both trees, or in neither")
+    return y if x is None else x
+
+  return jax.tree.map(pick, chosen, rest, is_leaf=lambda x: x is None)
+
+
+def params_mask(params: PyTree, paths: Any) -> PyTree:
+  """A mask over one full tree: True at these paths.
+
+  Raises:
+    LoraxError: a path that is not in the tree.
+  """
+  known: list[str] = []
+  wanted = set(paths)
+
+  def mark(path, leaf):
+    known.append(path)
+    return path in wanted
+
+  mask = map_with_path(mark, params)
+  for path in sorted(wanted - set(known)):
+    raise LoraxError(unknown("parameter", path, known))
+  return mask
+
+
+def freeze(
+  tx: optax.GradientTransformation, mask: PyTree
+) -> optax.GradientTransformation:
+  """For people who hold one full tree: `tx` where the mask is True, zero elsewhere.
+
+  A bare optax.masked hands the raw gradient through to the frozen leaves; here their
+  update is zero, and no optimiser state exists for them.
+  """
+  frozen = jax.tree.map(lambda m: not m, mask)
+  return optax.chain(optax.masked(tx, mask), optax.masked(optax.set_to_zero(), frozen))

@@ -1,0 +1,267 @@
+"""What will be adapted, settled before anything is: targets, roles, ranks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_flax.adapt import discover as disc
+from lorax_flax.adapt import targets as tg
+from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.paths import path_key
+from lorax_flax.adapt.view_rules import Unsupported
+from lorax_flax.errors import LoraxError, listing
+from lorax_flax.methods import Adapter, Tuned
+from lorax_flax.methods import lora as lora_method
+
+CONTRACTIONS = {"conv_general_dilated", "dot_general"}
+
+
+@dataclass(frozen=True)
+class Target:
+  """One weight that gets a delta.
+
+  Attributes:
+    roles: "in", "out" or "stack" for each axis of `shape`.
+    layers: the indices on the leading stack axis that are adapted; None for all.
+    materialized: the primitives before which W + delta is formed.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  roles: tuple[str, ...]
+  style: str
+  rank: int
+  alpha: float
+  scale: float
+  layers: tuple[int, ...] | None = None
+  materialized: tuple[str, ...] = ()
+
+  @property
+  def size(self) -> int:
+    """How many numbers are trained."""
+    sizes = {"in": 1, "out": 1, "stack": 1}
+    for n, role in zip(self.shape, self.roles, strict=True):
+      sizes[role] *= n
+    stack = sizes["stack"]
+    if self.layers is not None:
+      stack = stack // self.shape[self.roles.index("stack")] * len(self.layers)
+    return stack * self.rank * (sizes["in"] + sizes["out"])
+
+
+@dataclass(frozen=True)
+class Plan:
+  """The targets, the leaves trained in full, and what was left out and why."""
+
+  targets: tuple[Target, ...]
+  tuned: tuple[str, ...]
+  heads: tuple[str, ...]
+  dropout: float
+
+  def __str__(self) -> str:
+    rows = [("path", "shape", "roles", "rank", "alpha", "trained")]
+    for t in self.targets:
+      note = (
+        f" (W + delta formed at {', '.join(t.materialized)})" if t.materialized else ""
+      )
+      rows.append(
+        (t.path + note, str(t.shape), " ".join(t.roles), str(t.rank), f"{t.alpha:g}",
+         f"{t.size:,}")
+      )  # fmt: skip
+    rows += [(path, "", "", "", "", "in full") for path in self.tuned]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+      "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+      for row in rows
+    )
+
+
+def make_plan(
+  config: LoraConfig,
+  jaxpr: Any,
+  leaves: Mapping[str, Any],
+  num_args: int,
+) -> Plan:
+  """Settles what a config means for a traced function.
+
+  Args:
+    jaxpr: of the function, its first operands the leaves in order, then num_args of
+      data.
+    leaves: the parameters by path, arrays or ShapeDtypeStructs.
+
+  Raises:
+    LoraxError: a pattern that matches nothing, a target that no contraction consumes.
+  """
+  paths = list(leaves)
+  floating = [p for p in paths if jnp.issubdtype(leaves[p].dtype, jnp.floating)]
+  stack_axes = _stack_axes(config, leaves)
+  inputs = range(len(paths), len(paths) + num_args)
+
+  def look(chosen: Sequence[str]) -> disc.Discovery:
+    weights = {
+      i: (p, stack_axes.get(p, ())) for i, p in enumerate(paths) if p in set(chosen)
+    }
+    return disc.discover(jaxpr, weights, inputs)
+
+  tuned = tg.select("tuned", config.tuned, floating, depth=None) if config.tuned else []
+  chosen, heads = _choose(config, look, floating, set(tuned))
+  found = look(chosen)
+  targets = [
+    _target(config, p, tuple(leaves[p].shape), found, stack_axes.get(p, ()))
+    for p in chosen
+  ]
+  if config.layers is not None:
+    targets = _in_layers(config, targets)
+  chosen = [t.path for t in targets]
+  tg.check_patterns_used("rank_pattern", config.rank_pattern, chosen)
+  tg.check_patterns_used("alpha_pattern", config.alpha_pattern, chosen)
+  biases = tg.biases(config, floating, chosen)
+  in_full = tuple(p for p in floating if p in {*tuned, *biases})
+  if not targets and not in_full:
+    raise LoraxError("nothing to train: LoraConfig has neither targets nor tuned")
+  return Plan(tuple(targets), in_full, heads, config.dropout)
+
+
+def _stack_axes(config: LoraConfig, leaves) -> dict[str, tuple[int, ...]]:
+  found = {}
+  for pattern, axes in config.stack_axes.items():
+    for path in tg.select("stack_axes", pattern, list(leaves), depth=1):
+      n = len(leaves[path].shape)
+      if any(not -n <= a < n for a in axes):
+        raise LoraxError(f"stack_axes: {path!r} has {n} axes, not {list(axes)}")
+      found[path] = tuple(a % n for a in axes)
+  return found
+
+
+def _choose(config, look, floating, tuned) -> tuple[list[str], tuple[str, ...]]:
+  """The targeted paths, and the output heads that "all-linear" left out."""
+  excluded = (
+    set(tg.select("exclude", config.exclude, floating, depth=2))
+    if config.exclude
+    else set()
+  )
+  out = tuned | excluded
+  if not config.targets:
+    return [], ()
+  if isinstance(config.targets, str) and config.targets != "all-linear":
+    chosen = tg.select("targets", config.targets, floating, depth=1)
+    heads: tuple[str, ...] = ()
+  else:
+    found = look(floating)
+    consumed = [p for p in floating if found.usage[p].sites]
+    if config.targets == "all-linear":
+      linear = [
+        p
+        for p in consumed
+        if found.usage[p].primitives <= CONTRACTIONS and _fits(found, p)
+      ]
+      heads = tuple(p for p in linear if p in found.heads)
+      chosen = [p for p in linear if p not in found.heads]
+      if not chosen:
+        raise LoraxError(
+          "targets='all-linear' found no weight that a contraction consumes"
+          f" (output heads left out: {listing(heads) or 'none'})."
+          f" Parameters: {listing(floating, 40)}"
+        )
+    else:
+      heads = ()
+      # A suffix may name a module; its bias is not meant. A whole path always is.
+      known = [p for p in floating if p in set(consumed)]
+      chosen = tg.select("targets", config.targets, known, depth=2)
+  left = [p for p in chosen if p not in out]
+  if not left:
+    raise LoraxError(
+      f"every target is excluded or tuned: {listing(chosen)}. Nothing would be adapted"
+    )
+  return left, heads
+
+
+def _fits(found: disc.Discovery, path: str) -> bool:
+  usage = found.usage[path]
+  known = {axis for _, site in usage.sites for axis in site}
+  try:
+    disc.roles(found, path, max(known, default=-1) + 1)
+  except Unsupported:
+    return False
+  return not usage.problems
+
+
+def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
+  usage = found.usage[path]
+  materialize = config.on_unsupported == "materialize"
+  if usage.problems and not materialize:
+    primitive, why = next(iter(usage.problems.items()))
+    raise LoraxError(
+      f"target {path!r} is used by {primitive!r}, where a delta cannot follow: {why}."
+      " Exclude it, or pass on_unsupported='materialize' to form W + delta there"
+    )
+  if not usage.sites and not usage.problems:
+    raise LoraxError(f"target {path!r} is never used by the function")
+  try:
+    roles = (
+      disc.roles(found, path, len(shape)) if usage.sites else _guessed(shape, path)
+    )
+  except Unsupported as e:
+    raise LoraxError(f"target {path!r} cannot have a low-rank delta: {e}") from e
+  roles = tuple("stack" if i in stack_axes else r for i, r in enumerate(roles))
+  rank = tg.first_match(config.rank_pattern, path, config.rank)
+  alpha = tg.first_match(config.alpha_pattern, path, config.alpha)
+  scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+  style = "embedding" if "gather" in usage.primitives else config.init
+  return Target(
+    path, shape, roles, style, rank, alpha, scale, None, tuple(usage.problems)
+  )
+
+
+def _guessed(shape, path) -> tuple[str, ...]:
+  """Roles where no rule ever sees the weight whole: the last axis is kept."""
+  if len(shape) < 2:
+    raise LoraxError(f"target {path!r} of shape {shape} has no two axes to factor")
+  return ("in",) * (len(shape) - 1) + ("out",)
+
+
+def _in_layers(config: LoraConfig, targets: list[Target]) -> list[Target]:
+  wanted = sorted(set(config.layers or ()))
+  kept, met = [], set()
+  for t in targets:
+    layer = tg.layer_of(t.path, config.layers_pattern)
+    if layer is not None:
+      met.add(layer)
+      if layer in wanted:
+        kept.append(t)
+    elif "stack" in t.roles:
+      length = t.shape[t.roles.index("stack")]
+      met |= set(range(length))
+      inside = tuple(i for i in wanted if i < length)
+      if inside:
+        kept.append(Target(**{**t.__dict__, "layers": inside}))
+  missing = [i for i in wanted if i not in met]
+  if missing or not kept:
+    raise LoraxError(
+      f"layers: no target lies in {missing or wanted}; the targets' layers are"
+      f" {sorted(met) or 'not numbered'}"
+    )
+  return kept
+
+
+def start(plan: Plan, key: jax.Array, leaves: Mapping[str, Any]) -> Adapter:
+  """The adapter that a plan asks for, a function of (key, path) for each target."""
+  adapter: Adapter = {}
+  for t in plan.targets:
+    adapter[t.path] = lora_method.init(
+      path_key(key, t.path),
+      t.shape,
+      t.roles,
+      rank=t.rank,
+      scale=t.scale,
+      style=t.style,
+      dropout=plan.dropout,
+      layers=t.layers,
+    )
+  for path in plan.tuned:
+    value = leaves[path]
+    adapter[path] = Tuned(jnp.array(value, copy=True), value)
+  return adapter

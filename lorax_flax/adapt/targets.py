@@ -1,0 +1,99 @@
+"""From patterns to paths: which leaves get a delta, which are trained in full."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.errors import LoraxError, listing, nearest
+
+T = TypeVar("T")
+Patterns = str | Sequence[str]
+
+
+def as_list(patterns: Patterns) -> list[str]:
+  return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def modules(path: str) -> list[str]:
+  """The path and every module above it: "a/b/c" gives "a/b/c", "a/b", "a"."""
+  parts = path.split("/")
+  return ["/".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _hits(pattern: str, is_regex: bool, names: Sequence[str]) -> bool:
+  if is_regex:
+    return any(re.fullmatch(pattern, name) for name in names)
+  return any(name == pattern or name.endswith("/" + pattern) for name in names)
+
+
+def select(
+  what: str, patterns: Patterns, paths: Sequence[str], *, depth: int | None
+) -> list[str]:
+  """The paths that any pattern matches, in the order of `paths`.
+
+  Args:
+    what: the option's name, for the message.
+    patterns: a regular expression for whole names, or suffixes.
+    paths: what there is.
+    depth: how many names of a path count: 1 the path, 2 also its module's, None also
+      all that hold it.
+
+  Raises:
+    LoraxError: a pattern matches nothing.
+  """
+  is_regex = isinstance(patterns, str)
+  chosen = set()
+  for pattern in as_list(patterns):
+    hits = [p for p in paths if _hits(pattern, is_regex, modules(p)[:depth])]
+    if not hits:
+      ends = {name for p in paths for name in modules(p)[:2]}
+      ends |= {"/".join(name.split("/")[-2:]) for name in ends}
+      near = nearest(re.sub(r"[^\w/]+", "", pattern), ends)
+      hint = f" Nearest: {', '.join(near)}." if near else ""
+      raise LoraxError(
+        f"{what}: {pattern!r} matches nothing.{hint} There are: {listing(paths, 40)}"
+      )
+    chosen |= set(hits)
+  return [p for p in paths if p in chosen]
+
+
+def first_match(table: Mapping[str, T], path: str, default: T) -> T:
+  """PEFT's rule: the first key that matches the path, or its module's, to the end."""
+  for pattern, value in table.items():
+    for name in modules(path)[:2]:
+      if re.match(rf"(.*/)?({pattern})$", name):
+        return value
+  return default
+
+
+def check_patterns_used(what: str, table: Mapping[str, object], paths: Sequence[str]):
+  """Every key of a rank or alpha pattern must match a target."""
+  for pattern in table:
+    if not any(first_match({pattern: True}, p, False) for p in paths):
+      raise LoraxError(
+        f"{what}: {pattern!r} matches no target. Targets: {listing(paths, 40)}"
+      )
+
+
+def layer_of(path: str, pattern: str | None) -> int | None:
+  """The number of the layer that a path lies in, None where it names none."""
+  hit = re.search(pattern or r"(?:^|[/_.])(\d+)(?=[/_.]|$)", path)
+  return int(hit.group(1)) if hit else None
+
+
+def biases(
+  config: LoraConfig, paths: Sequence[str], targets: Sequence[str]
+) -> list[str]:
+  """The biases that are trained: none, all, or those beside a target."""
+  if config.bias == "none":
+    return []
+  found = [p for p in paths if p.split("/")[-1] == "bias"]
+  if config.bias == "lora_only":
+    beside = {t.rsplit("/", 1)[0] for t in targets}
+    found = [p for p in found if p.rpartition("/")[0] in beside]
+  if not found:
+    raise LoraxError(
+      f"bias={config.bias!r}: there is no such bias among the parameters"
+    )
+  return found

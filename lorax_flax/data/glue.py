@@ -1,0 +1,258 @@
+"""GLUE through tensorflow-datasets, as array_record, with no TensorFlow.
+
+TFDS reads and writes array_record without TensorFlow, but unpacks archives with it, and
+retries for minutes where there is no network. So it is told that data is there, or is
+given the files: from a folder of TSVs, or unpacked here from the archive it fetched.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from lorax_flax.data import glue_tsv
+from lorax_flax.data.examples import Example, Splits
+from lorax_flax.data.tasks import Task
+from lorax_flax.errors import LoraxError
+from lorax_flax.hub import assets
+
+_FORMAT = "array_record"
+# Seconds for the archive's server to answer, name resolution included.
+_PATIENCE = 4.0
+# Part of the prepared data's key: a new number prepares anew.
+_REVISION = 1
+
+
+def load(
+  task: Task, *, glue_dir: str | Path | None = None, tfds_dir: str | Path | None = None
+) -> Splits:
+  """A GLUE task's examples, in the order of its files.
+
+  Args:
+    task: one whose source is "glue".
+    glue_dir: a folder of TSVs in the public archive's layout. They are checked, and
+      prepared once, in the cache, in TFDS's form; the key is the files' hash.
+    tfds_dir: without `glue_dir`: where TFDS keeps prepared data; None is TFDS's own
+      choice ($TFDS_DATA_DIR, else ~/tensorflow_datasets). What isn't there is
+      downloaded.
+
+  Raises:
+    LoraxError: a malformed or missing file, or data that isn't there and can't be
+      downloaded; that is found out within seconds.
+  """
+  if glue_dir is not None:
+    return _read(task, _from_tsv(task, glue_tsv.files(task, glue_dir)))
+  builder = _builder(task, tfds_dir)
+  if not _prepared(builder):
+    _download(task, builder)
+    # A builder knows only what was there when it was made.
+    builder = _builder(task, tfds_dir)
+  return _read(task, builder)
+
+
+def _builder(task: Task, data_dir: str | Path | None) -> Any:
+  # Slow to import, and of no use to a run without GLUE.
+  import tensorflow_datasets as tfds
+  import tensorflow_datasets.text.glue as tfds_glue
+
+  # Off by default in newer releases: asking Google's bucket hangs without network.
+  tfds.core.utils.gcs_utils._is_gcs_disabled = True
+  root = None if data_dir is None else Path(data_dir).expanduser()
+  # The class by itself: finding it by name would look through TFDS's whole list.
+  return tfds_glue.Glue(config=task.name, data_dir=root)
+
+
+def _prepared(builder: Any) -> bool:
+  return (builder.data_path / "dataset_info.json").exists()
+
+
+def _read(task: Task, builder: Any) -> Splits:
+  try:
+    source = builder.as_data_source()
+  except NotImplementedError as error:
+    raise LoraxError(
+      f"glue/{task.name} is prepared in {builder.data_path}, but not as {_FORMAT}, "
+      f"which is what can be read without TensorFlow. {_advice(task)}"
+    ) from error
+
+  def examples(split: str) -> list[Example]:
+    if split not in source:
+      raise LoraxError(f"glue/{task.name} in {builder.data_path} has no split {split}")
+    # TFDS stores rows in the order of a hash; idx is the row in the file.
+    # All at once: one by one each costs a read of its own.
+    rows = source[split].__getitems__(range(len(source[split])))
+    return [_example(task, row) for row in sorted(rows, key=lambda row: row["idx"])]
+
+  return Splits(
+    train=examples(task.train),
+    evaluation={split: examples(split) for split in task.evaluation},
+  )
+
+
+def _example(task: Task, row: dict[str, Any]) -> Example:
+  texts = [row[name].decode("utf-8") for name in task.text]
+  return {
+    "text": texts[0],
+    "text_pair": texts[1] if len(texts) == 2 else None,
+    "label": float(row["label"]) if task.regression else int(row["label"]),
+  }
+
+
+# From a folder of TSVs
+
+
+def _from_tsv(task: Task, files: dict[str, Path]) -> Any:
+  home = assets.cache_dir() / "glue"
+  root = home / f"{task.name}-{_digest(files)}"
+  try:
+    home.mkdir(parents=True, exist_ok=True)
+    with _locked(home / f"{task.name}.lock"):
+      if not _prepared(_builder(task, root)):
+        logging.info("Preparing glue/%s in %s, once", task.name, root)
+        _prepare(task, files, root)
+  except OSError as error:
+    raise LoraxError(
+      f"can't keep prepared data in {home}: {error.strerror or error}; "
+      f"{assets.CACHE_VARIABLE}=FOLDER names another place"
+    ) from error
+  return _builder(task, root)
+
+
+def _digest(files: dict[str, Path]) -> str:
+  digest = hashlib.sha256(str(_REVISION).encode())
+  for split, file in sorted(files.items()):
+    with file.open("rb") as stream:
+      digest.update(
+        f"{split} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode()
+      )
+  return digest.hexdigest()[:16]
+
+
+def _prepare(task: Task, files: dict[str, Path], root: Path) -> None:
+  # Beside the final folder, then renamed: it is there complete, or not at all.
+  scratch = Path(tempfile.mkdtemp(prefix=".preparing-", dir=root.parent))
+  try:
+    _generate(_builder(task, scratch), lambda _: _generators(task, files))
+    with contextlib.suppress(OSError):
+      # It fails only where the lock has no effect (some network file systems) and
+      # another process was first; its data is as good as ours.
+      scratch.rename(root)
+    if not _prepared(_builder(task, root)):
+      raise LoraxError(f"can't place the prepared data: {root} is in the way")
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _generators(task: Task, files: dict[str, Path]) -> dict[str, Any]:
+  return {split: glue_tsv.read(task, split, file) for split, file in files.items()}
+
+
+def _generate(builder: Any, generators: Callable[[Any], Any]) -> None:
+  """Has TFDS write what `generators(download manager)` gives."""
+  import tensorflow_datasets as tfds
+
+  builder._split_generators = generators
+  config = tfds.download.DownloadConfig(try_download_gcs=False)
+  # TFDS prints and draws bars, and our commands' output is their own.
+  tfds.disable_progress_bar()
+  with contextlib.redirect_stdout(io.StringIO()):
+    builder.download_and_prepare(download_config=config, file_format=_FORMAT)
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+  """One process of this machine at a time; the lock ends with its holder."""
+  with file.open("w") as stream:
+    fcntl.flock(stream, fcntl.LOCK_EX)
+    yield
+
+
+# From the archive's server
+
+
+def _download(task: Task, builder: Any) -> None:
+  from tensorflow_datasets.core.download import downloader
+
+  url = _url(builder)
+  if problem := _unreachable(url):
+    raise LoraxError(
+      f"glue/{task.name} isn't prepared in {builder.data_path}, and can't be "
+      f"downloaded: {problem}. {_advice(task)}"
+    )
+  logging.info("Downloading glue/%s from %s, once; it may take minutes", task.name, url)
+  # Ten tries, its own choice, take 204 s to fail.
+  downloader.MAX_RETRIES = 2
+  home = Path(builder.data_path).parent
+  try:
+    home.mkdir(parents=True, exist_ok=True)
+    with _locked(home / ".lock"):
+      if not _prepared(builder):
+        generators = builder._split_generators
+        _generate(builder, lambda manager: generators(_Unpacking(manager)))
+  # Whatever goes wrong on the way, in requests, zipfile or TFDS, the advice is one.
+  except Exception as error:
+    raise LoraxError(
+      f"downloading glue/{task.name} from {url} failed: {error!r:.500}. {_advice(task)}"
+    ) from error
+
+
+def _url(builder: Any) -> str:
+  import tensorflow_datasets.text.glue as tfds_glue
+
+  # The archive has no MRPC; TFDS puts it together from its source.
+  return builder.builder_config.data_url or tfds_glue._MRPC_TRAIN
+
+
+def _advice(task: Task) -> str:
+  folder = glue_tsv.LAYOUTS[task.name].folder
+  return (
+    f"Either run `tfds build glue/{task.name} --file_format={_FORMAT}` on a machine "
+    f"with network and TensorFlow, and copy its ~/tensorflow_datasets/glue/{task.name} "
+    "to the same place here ($TFDS_DATA_DIR names another); or give the GLUE archive's "
+    f"TSV files: --config.data.glue_dir=FOLDER, with {folder}/train.tsv in it"
+  )
+
+
+def _unreachable(url: str) -> str | None:
+  """Why the server doesn't give the file, or None; within `_PATIENCE` seconds."""
+  import requests
+
+  said: list[str | None] = []
+
+  def ask() -> None:
+    try:
+      answer = requests.head(url, timeout=_PATIENCE, allow_redirects=True)
+      said.append(None if answer.ok else f"{url} answers {answer.status_code}")
+    except requests.RequestException as error:
+      said.append(f"no connection to {url} ({type(error).__name__})")
+
+  # Name resolution knows no time limit, so the question is asked in a thread that may
+  # be left behind.
+  thread = threading.Thread(target=ask, daemon=True)
+  thread.start()
+  thread.join(_PATIENCE)
+  return said[0] if said else f"no answer from {url} in {_PATIENCE:g} s"
+
+
+class _Unpacking:
+  """TFDS's download manager, unpacking with zipfile instead of TensorFlow."""
+
+  def __init__(self, manager: Any):
+    self.download = manager.download
+
+  def download_and_extract(self, url: str) -> str:
+    archive = os.fspath(self.download(url))
+    folder = f"{archive}.unpacked"
+    with zipfile.ZipFile(archive) as members:
+      members.extractall(folder)
+    return folder

@@ -1,0 +1,60 @@
+"""News headlines, sarcastic or sincere: 8,000 to train on and 3,000 held out."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from lorax_flax.data.examples import Example, Splits
+from lorax_flax.errors import LoraxError
+from lorax_flax.hub import assets
+
+TRAIN = 8_000
+HELD_OUT = 3_000
+
+
+def load() -> Splits:
+  """The splits, from the asset "headlines", which is fetched on first use.
+
+  Raises:
+    LoraxError: the asset can't be fetched.
+  """
+  return split(_read(assets.path("headlines")))
+
+
+def _read(file: Path) -> Iterable[Example]:
+  """Lines of the evals package: the text is the user's turn, the label is `ideal`."""
+  with file.open(encoding="utf-8") as lines:
+    for number, line in enumerate(lines, 1):
+      try:
+        row = json.loads(line)
+        label = ("0", "1").index(row["ideal"])
+        yield {"text": row["input"][1]["content"], "text_pair": None, "label": label}
+      except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise LoraxError(
+          f"{file}:{number}: not a labelled headline: {error}"
+        ) from error
+
+
+def split(examples: Iterable[Example]) -> Splits:
+  """Drops repeated headlines, and splits the rest by the hash of their text.
+
+  Neither the order of the lines nor how often one is repeated changes the splits: the
+  texts with the smallest hashes train, the next ones are held out.
+  """
+  by_key: dict[bytes, Example] = {}
+  for example in examples:
+    text = " ".join(example["text"].split())
+    key = hashlib.sha256(text.lower().encode("utf-8")).digest()
+    # Of spellings that differ in case alone, whichever sorts first.
+    if key not in by_key or text < by_key[key]["text"]:
+      by_key[key] = {**example, "text": text}
+  ordered = [by_key[key] for key in sorted(by_key)]
+  if len(ordered) < TRAIN + HELD_OUT:
+    raise LoraxError(
+      f"{len(ordered)} different headlines, and {TRAIN + HELD_OUT} are wanted"
+    )
+  return Splits(
+    train=ordered[:TRAIN],
+    evaluation={"validation": ordered[TRAIN : TRAIN + HELD_OUT]},
+  )

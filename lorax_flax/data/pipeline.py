@@ -1,0 +1,219 @@
+"""Batches: bucketed by length, shuffled by seed and epoch, sharded, resumable.
+
+The whole order follows from (seed, epoch), so that a batch is a function of its number
+and the number of the next batch is the whole position. It counts global batches: a run
+may go on with another number of processes.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from lorax_flax.data.tokens import Batch, Tokens
+from lorax_flax.errors import LoraxError
+
+# Lengths are a multiple of this, for the sake of vector units.
+_MULTIPLE = 8
+# Rows are sorted by length among this many batches. More pad less, and shuffle less.
+_WINDOW = 50
+# A run that counts in steps and not in epochs sees so many.
+_ENDLESS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Shape:
+  """What batches look like, and whose they are.
+
+  Attributes:
+    batch_size: rows of a global batch, over all processes.
+    buckets: the lengths that a batch may have, ascending; each is compiled once. One
+      bucket is padding to a fixed length.
+    process_index, process_count: each process gets its own rows of every batch, the
+      same number in each, and all pad to the same length.
+  """
+
+  batch_size: int
+  buckets: tuple[int, ...]
+  process_index: int = 0
+  process_count: int = 1
+
+  def __post_init__(self):
+    if self.batch_size < 1:
+      raise LoraxError(f"batch size is {self.batch_size}, and must be at least 1")
+    if self.batch_size % self.process_count:
+      raise LoraxError(
+        f"batch size {self.batch_size} can't be shared by {self.process_count} "
+        "processes: it must be a multiple of their number"
+      )
+    if not 0 <= self.process_index < self.process_count:
+      raise LoraxError(
+        f"process {self.process_index} of {self.process_count}: there is no such one"
+      )
+    ascending = list(self.buckets) == sorted(set(self.buckets))
+    if not self.buckets or self.buckets[0] < 1 or not ascending:
+      raise LoraxError(f"buckets must be ascending lengths, not {self.buckets}")
+
+  def bucket_of(self, lengths_N: np.ndarray) -> np.ndarray:
+    """The number of the smallest bucket that holds each length."""
+    if len(lengths_N) and lengths_N.max() > self.buckets[-1]:
+      raise LoraxError(
+        f"a row has {lengths_N.max()} tokens, and the longest bucket {self.buckets[-1]}"
+      )
+    return np.searchsorted(self.buckets, lengths_N)
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+  """Batches in an epoch. The last one is filled up with rows of weight 0."""
+  return -(-examples // batch_size)
+
+
+def choose_buckets(lengths_N: np.ndarray, count: int) -> tuple[int, ...]:
+  """The at most `count` lengths that make for the least padding.
+
+  Args:
+    lengths_N: of the rows; take all splits together to share what is compiled.
+    count: how many lengths to compile at most.
+
+  Returns:
+    Ascending multiples of 8, the last of which holds the longest row.
+  """
+  if count < 1 or not len(lengths_N):
+    raise LoraxError(f"can't choose {count} buckets for {len(lengths_N)} rows")
+  units_N = -(-np.asarray(lengths_N) // _MULTIPLE)
+  most = int(units_N.max())
+  # rows[u]: how many rows have at most u units.
+  rows = np.cumsum(np.bincount(units_N, minlength=most + 1))
+  # Dynamic programming over the largest bucket: best[u] is, for the rows with at most
+  # u units, (units with padding, how many buckets, the buckets), u being the last.
+  best: list[tuple[int, int, tuple[int, ...]]] = [
+    (int(rows[u]) * u, 1, (u,)) for u in range(most + 1)
+  ]
+  for _ in range(count - 1):
+    best = [
+      min(
+        [
+          best[u],
+          *(
+            (cost + int(rows[u] - rows[used[-1]]) * u, size + 1, (*used, u))
+            for cost, size, used in best[1:u]
+          ),
+        ]
+      )
+      for u in range(most + 1)
+    ]
+  return tuple(units * _MULTIPLE for units in best[most][2])
+
+
+def training_order(
+  lengths_N: np.ndarray, shape: Shape, seed: int, epoch: int
+) -> np.ndarray:
+  """One epoch's rows by batch: int64 (batches, batch_size), -1 fills the last one up.
+
+  A permutation of the rows is cut into windows of 50 batches; in each, rows are sorted
+  by bucket (and stay shuffled within a bucket); then the batches are shuffled.
+  """
+  rng = np.random.default_rng((seed, epoch))
+  rows = rng.permutation(len(lengths_N))
+  bucket_N = shape.bucket_of(lengths_N)
+  window = _WINDOW * shape.batch_size
+  chunks = [rows[i : i + window] for i in range(0, len(rows), window)]
+  order = _rows_by_batch(
+    np.concatenate([c[np.argsort(bucket_N[c], kind="stable")] for c in chunks]),
+    shape.batch_size,
+  )
+  return order[rng.permutation(len(order))]
+
+
+def evaluation_order(lengths_N: np.ndarray, shape: Shape) -> np.ndarray:
+  """Every row once, by length: int64 (batches, batch_size), -1 fills the last one."""
+  return _rows_by_batch(np.argsort(lengths_N, kind="stable"), shape.batch_size)
+
+
+def _rows_by_batch(rows_N: np.ndarray, batch_size: int) -> np.ndarray:
+  steps = steps_per_epoch(len(rows_N), batch_size)
+  order = np.full(steps * batch_size, -1, np.int64)
+  order[: len(rows_N)] = rows_N
+  return order.reshape(steps, batch_size)
+
+
+def _assemble(tokens: Tokens, shape: Shape, rows_B: np.ndarray) -> Batch:
+  """This process's part of a global batch, at the global batch's length."""
+  lengths = tokens.lengths_N[rows_B[rows_B >= 0]]
+  length = shape.buckets[int(shape.bucket_of(lengths).max())]
+  share = shape.batch_size // shape.process_count
+  start = shape.process_index * share
+  return tokens.batch(rows_B[start : start + share], length)
+
+
+class _Training(Sequence[Batch]):
+  """Batch number i of the whole run, for grain to read ahead."""
+
+  def __init__(self, tokens: Tokens, shape: Shape, seed: int, epochs: int | None):
+    self._tokens, self._shape = tokens, shape
+    self._steps = steps_per_epoch(len(tokens), shape.batch_size)
+    self._epochs = _ENDLESS if epochs is None else epochs
+    self._order = functools.lru_cache(maxsize=2)(
+      functools.partial(training_order, tokens.lengths_N, shape, seed)
+    )
+
+  def __len__(self) -> int:
+    return self._steps * self._epochs
+
+  def __getitem__(self, number):
+    epoch, step = divmod(int(number), self._steps)
+    return _assemble(self._tokens, self._shape, self._order(epoch)[step])
+
+
+class _Evaluation(Sequence[Batch]):
+  def __init__(self, tokens: Tokens, shape: Shape):
+    self._tokens, self._shape = tokens, shape
+    self._order = evaluation_order(tokens.lengths_N, shape)
+
+  def __len__(self) -> int:
+    return len(self._order)
+
+  def __getitem__(self, number):
+    return _assemble(self._tokens, self._shape, self._order[number])
+
+
+def training(
+  tokens: Tokens, shape: Shape, *, seed: int, epochs: int | None = None
+) -> grain.DatasetIterator[Batch]:
+  """Training batches of this process, read ahead in a thread.
+
+  Args:
+    tokens: the training split, whole, the same in every process.
+    shape: batch size, lengths and process.
+    seed: of the order.
+    epochs: where to end; None for no end.
+
+  Returns:
+    An iterator over `Tokens.batch` dicts of `batch_size / process_count` rows, all
+    examples once an epoch. `get_state()` is its position, a small JSON-able dict;
+    after `set_state(position)` the next batches are the very same.
+  """
+  _check(tokens, shape)
+  if seed < 0:
+    raise LoraxError(f"the seed is {seed}, and must not be negative")
+  source = grain.MapDataset.source(_Training(tokens, shape, seed, epochs))
+  read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+  return iter(source.to_iter_dataset(read))
+
+
+def evaluation(tokens: Tokens, shape: Shape) -> Sequence[Batch]:
+  """Evaluation batches of this process: every row exactly once over all processes.
+
+  Every process has the same number of batches of the same shapes; rows that aren't
+  there have weight 0 and index -1. `index` puts predictions back in order.
+  """
+  _check(tokens, shape)
+  return _Evaluation(tokens, shape)
+
+
+def _check(tokens: Tokens, shape: Shape) -> None:
+  if not len(tokens):
+    raise LoraxError("there are no examples to make batches of")
+  shape.bucket_of(tokens.lengths_N)

@@ -1,0 +1,147 @@
+"""What each task is: its texts, its labels, its metrics and its splits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorax_flax.errors import LoraxError, unknown
+
+
+@dataclass(frozen=True)
+class Task:
+  """One task, as a table row.
+
+  Attributes:
+    name: as in a config.
+    source: "glue" (tensorflow-datasets, or a folder of TSVs) or "headlines".
+    text: the columns of the one text, or of the two.
+    labels: the classes by number; empty for regression.
+    metrics: what evaluation reports, under GLUE's names.
+    primary: the metric that picks the best step. With several evaluation splits it is
+      taken over all their examples together (the paper's "overall accuracy" of MNLI).
+    evaluation: the evaluation splits.
+    train: the training split.
+  """
+
+  name: str
+  source: str
+  text: tuple[str, ...]
+  labels: tuple[str, ...]
+  metrics: tuple[str, ...]
+  primary: str
+  evaluation: tuple[str, ...] = ("validation",)
+  train: str = "train"
+
+  def __post_init__(self):
+    if self.primary not in self.metrics:
+      raise LoraxError(unknown(f"metric of {self.name}", self.primary, self.metrics))
+    if len(self.text) not in (1, 2):
+      raise LoraxError(f"task {self.name}: one or two texts, not {len(self.text)}")
+
+  @property
+  def regression(self) -> bool:
+    return not self.labels
+
+  @property
+  def num_labels(self) -> int:
+    """Outputs of the head: one a class, or the one number."""
+    return len(self.labels) or 1
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    return (self.train, *self.evaluation)
+
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILED = ("entailment", "not_entailment")
+
+# Column and class names, and the classes' order, are TFDS's, which are the Hugging Face
+# hub's too. The primary metrics are those of the LoRA paper's table 2 (arXiv
+# 2106.09685); WNLI is not in it.
+_ROWS = (
+  Task(
+    name="mnli",
+    source="glue",
+    text=("premise", "hypothesis"),
+    labels=("entailment", "neutral", "contradiction"),
+    metrics=("accuracy",),
+    primary="accuracy",
+    evaluation=("validation_matched", "validation_mismatched"),
+  ),
+  Task(
+    name="sst2",
+    source="glue",
+    text=("sentence",),
+    labels=("negative", "positive"),
+    metrics=("accuracy",),
+    primary="accuracy",
+  ),
+  Task(
+    name="mrpc",
+    source="glue",
+    text=_PAIR,
+    labels=("not_equivalent", "equivalent"),
+    metrics=("accuracy", "f1"),
+    primary="accuracy",
+  ),
+  Task(
+    name="cola",
+    source="glue",
+    text=("sentence",),
+    labels=("unacceptable", "acceptable"),
+    metrics=("matthews_correlation",),
+    primary="matthews_correlation",
+  ),
+  Task(
+    name="qnli",
+    source="glue",
+    text=("question", "sentence"),
+    labels=_ENTAILED,
+    metrics=("accuracy",),
+    primary="accuracy",
+  ),
+  Task(
+    name="qqp",
+    source="glue",
+    text=("question1", "question2"),
+    labels=("not_duplicate", "duplicate"),
+    metrics=("accuracy", "f1"),
+    primary="accuracy",
+  ),
+  Task(
+    name="rte",
+    source="glue",
+    text=_PAIR,
+    labels=_ENTAILED,
+    metrics=("accuracy",),
+    primary="accuracy",
+  ),
+  Task(
+    name="stsb",
+    source="glue",
+    text=_PAIR,
+    labels=(),
+    metrics=("pearson", "spearman"),
+    primary="pearson",
+  ),
+  Task(
+    name="headlines",
+    source="headlines",
+    text=("text",),
+    labels=("sincere", "sarcastic"),
+    metrics=("accuracy",),
+    primary="accuracy",
+  ),
+)
+
+TASKS: Mapping[str, Task] = {task.name: task for task in _ROWS}
+
+
+def get(name: str) -> Task:
+  """The task of that name.
+
+  Raises:
+    LoraxError: there is none; the message has the nearest names.
+  """
+  if name not in TASKS:
+    raise LoraxError(unknown("task", name, TASKS))
+  return TASKS[name]

@@ -1,0 +1,230 @@
+"""A checkpoint's own tokenizer, and a split tokenised once."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from rich.progress import track
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from lorax_flax.data.examples import Example
+from lorax_flax.data.tokens import Tokens, ragged
+from lorax_flax.errors import LoraxError, listing
+
+# Texts go to the tokenizer's threads so many at a time.
+_CHUNK = 2048
+# Fewer examples than this take about a second, and need no progress bar.
+_LONG = 20_000
+_PAD_TOKENS = ("[PAD]", "<pad>")
+
+
+def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
+  """The tokenizer that lies in a checkpoint's folder.
+
+  Read from tokenizer.json; or else built from vocab.txt (BERT's WordPiece) or from
+  vocab.json and merges.txt (byte-level BPE: RoBERTa's where `<s>` and `</s>` are in the
+  vocabulary, else GPT-2's) with what tokenizer_config.json says. Truncation and padding
+  that a tokenizer.json has baked in are switched off: how long a text may be is for a
+  config to say.
+
+  Raises:
+    LoraxError: none of these files is there, or one can't be read.
+  """
+  folder = Path(folder)
+  for files, build in _BUILDERS.items():
+    if all((folder / file).is_file() for file in files):
+      try:
+        tokenizer = build(folder)
+      except LoraxError:
+        raise
+      # The tokenizers library raises bare Exception for what it can't parse.
+      except Exception as error:
+        raise LoraxError(
+          f"can't read the tokenizer in {folder / files[0]}: {error}"
+        ) from error
+      tokenizer.no_truncation()
+      tokenizer.no_padding()
+      return tokenizer
+  wanted = "; or ".join(" and ".join(files) for files in _BUILDERS)
+  there = listing(p.name for p in folder.iterdir()) if folder.is_dir() else ""
+  raise LoraxError(
+    f"no tokenizer in {folder}: it has neither {wanted}. There are: {there or 'none'}"
+  )
+
+
+def pad_id(tokenizer: tokenizers.Tokenizer) -> int:
+  """The id that pads: of `[PAD]` or `<pad>`; 0 in a vocabulary that has neither.
+
+  Padding is masked wherever it stands, so that the value matters only to models that
+  find positions by it (RoBERTa), and these have the token.
+  """
+  ids = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
+  return next((i for i in ids if i is not None), 0)
+
+
+def tokenize(
+  examples: Sequence[Example],
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  max_length: int,
+  token_types: bool,
+  regression: bool = False,
+  description: str = "Tokenising",
+) -> Tokens:
+  """Tokenises a split once.
+
+  Args:
+    examples: texts or pairs of texts; labels in all of them, or in none.
+    tokenizer: as `load_tokenizer` gives it.
+    max_length: more ids than this are cut off, special tokens included, from the longer
+      text of a pair first.
+    token_types: whether the model has more than one token type.
+    regression: labels are float32 numbers, not int32 classes.
+    description: stands by the progress bar, which only a long split has.
+
+  Returns:
+    Tokens, row i being example i.
+
+  Raises:
+    LoraxError: an example without text, some labels missing, or a max_length with no
+      room for text.
+  """
+  pair = any(example.get("text_pair") is not None for example in examples)
+  special = tokenizer.num_special_tokens_to_add(pair)
+  if max_length <= special:
+    raise LoraxError(
+      f"max_length {max_length} leaves no room for text beside {special} special tokens"
+    )
+  cutter = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+  cutter.enable_truncation(max_length, strategy="longest_first")
+  texts = [_text(number, example) for number, example in enumerate(examples, 1)]
+  starts: Any = range(0, len(texts), _CHUNK)
+  if len(texts) > _LONG:
+    starts = track(starts, description=f"{description} {len(texts):,}")
+  ids, types = [], []
+  for start in starts:
+    for encoding in cutter.encode_batch_fast(texts[start : start + _CHUNK]):
+      ids.append(np.asarray(encoding.ids, np.int32))
+      if token_types:
+        types.append(np.asarray(encoding.type_ids, np.int32))
+  ids_S, offsets = ragged(ids)
+  return Tokens(
+    input_ids_S=ids_S,
+    offsets=offsets,
+    pad_id=pad_id(tokenizer),
+    token_type_ids_S=ragged(types)[0] if token_types else None,
+    labels_N=_labels(examples, np.float32 if regression else np.int32),
+  )
+
+
+def _text(number: int, example: Example) -> str | tuple[str, str]:
+  text, pair = example.get("text"), example.get("text_pair")
+  if not isinstance(text, str) or not isinstance(pair, str | None):
+    raise LoraxError(
+      f"example {number}: text is a string, and text_pair a string or nothing; "
+      f"found {dict(example)!r:.200}"
+    )
+  return text if pair is None else (text, pair)
+
+
+def _labels(examples: Sequence[Example], dtype: type) -> np.ndarray | None:
+  missing = [n for n, e in enumerate(examples, 1) if e.get("label") is None]
+  if len(missing) == len(examples):
+    return None
+  if missing:
+    raise LoraxError(
+      f"{len(missing)} examples have no label, the first is {missing[0]}"
+    )
+  return np.asarray([example["label"] for example in examples], dtype)
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+  file = folder / "tokenizer_config.json"
+  return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def _special(settings: dict[str, Any], name: str, default: str) -> str:
+  """A special token's text: written as a string, or as an AddedToken's fields."""
+  token = settings.get(name) or default
+  return token["content"] if isinstance(token, dict) else token
+
+
+def _from_json(folder: Path) -> tokenizers.Tokenizer:
+  return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def _word_piece(folder: Path) -> tokenizers.Tokenizer:
+  """BERT's: the settings' defaults are those of transformers' BertTokenizer."""
+  settings = _tokenizer_config(folder)
+  unk, sep, pad, cls, mask = (
+    _special(settings, f"{name}_token", f"[{name.upper()}]")
+    for name in ("unk", "sep", "pad", "cls", "mask")
+  )
+  vocab = models.WordPiece.read_file(str(folder / "vocab.txt"))
+  tokenizer = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=unk))
+  tokenizer.normalizer = normalizers.BertNormalizer(
+    clean_text=True,
+    handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    strip_accents=settings.get("strip_accents"),
+    lowercase=settings.get("do_lower_case", True),
+  )
+  tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  tokenizer.decoder = decoders.WordPiece()
+  _demand(vocab, [unk, cls, sep], folder / "vocab.txt")
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single=f"{cls}:0 $A:0 {sep}:0",
+    pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+    special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
+  )
+  # Only what the vocabulary has: another would get an id beyond the embedding.
+  tokenizer.add_special_tokens([t for t in (unk, sep, pad, cls, mask) if t in vocab])
+  return tokenizer
+
+
+def _byte_level(folder: Path) -> tokenizers.Tokenizer:
+  """RoBERTa's or GPT-2's."""
+  settings = _tokenizer_config(folder)
+  vocab, merges = models.BPE.read_file(
+    str(folder / "vocab.json"), str(folder / "merges.txt")
+  )
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
+  space = settings.get("add_prefix_space", False)
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+  tokenizer.decoder = decoders.ByteLevel()
+  cls = _special(settings, "cls_token", "<s>")
+  sep = _special(settings, "sep_token", "</s>")
+  plain: list[str]
+  if cls in vocab and sep in vocab:
+    tokenizer.post_processor = processors.RobertaProcessing(
+      (sep, vocab[sep]), (cls, vocab[cls]), trim_offsets=True, add_prefix_space=space
+    )
+    plain = [cls, sep, _special(settings, "pad_token", "<pad>")]
+    plain.append(_special(settings, "unk_token", "<unk>"))
+  else:
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    plain = [_special(settings, "eos_token", "<|endoftext|>")]
+  tokenizer.add_special_tokens([token for token in plain if token in vocab])
+  mask = settings.get("mask_token") or "<mask>"
+  # RoBERTa's mask swallows the space before it, where the settings say so.
+  fields = {"content": mask} if isinstance(mask, str) else mask
+  if fields["content"] in vocab:
+    mask_token = tokenizers.AddedToken(
+      fields["content"], lstrip=fields.get("lstrip", False)
+    )
+    tokenizer.add_special_tokens([mask_token])
+  return tokenizer
+
+
+def _demand(vocab: dict[str, int], tokens: Sequence[str], file: Path) -> None:
+  if missing := [token for token in tokens if token not in vocab]:
+    raise LoraxError(f"{file} has no {listing(missing)}: it can't be BERT's vocabulary")
+
+
+_BUILDERS = {
+  ("tokenizer.json",): _from_json,
+  ("vocab.txt",): _word_piece,
+  ("vocab.json", "merges.txt"): _byte_level,
+}

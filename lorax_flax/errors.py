@@ -1,0 +1,31 @@
+"""The one error that speaks to the user, and the words it is made of."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraxError(ValueError):
+  """Bad input, said in one message: the offender, what exists, the nearest name.
+
+  Commands print it without a traceback and exit with a non-zero code.
+  """
+
+
+def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
+  """The `count` names in `options` that are most like `name`, nearest first."""
+  return difflib.get_close_matches(name, list(options), n=count, cutoff=0.4)
+
+
+def listing(names: Iterable[str], most: int = 20) -> str:
+  """Names for a message: sorted, and cut with a count where there are many."""
+  names = sorted(names)
+  shown = ", ".join(names[:most])
+  return shown + (f", … ({len(names) - most} more)" if len(names) > most else "")
+
+
+def unknown(kind: str, name: str, options: Iterable[str]) -> str:
+  """A message for a name that is not there: "unknown KIND 'NAME'; did you mean …"."""
+  options = list(options)
+  near = nearest(name, options)
+  hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+  return f"unknown {kind} {name!r}{hint} There are: {listing(options) or 'none'}"

@@ -1,0 +1,105 @@
+"""A model written as a Hugging Face checkpoint that transformers loads."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from lorax_flax.adapt.paths import flatten
+from lorax_flax.errors import LoraxError
+from lorax_flax.hub import folders
+from lorax_flax.hub.keymap import KeyMap, full_key
+
+WEIGHTS_FILE = "model.safetensors"
+
+# Files of a base that a tokenizer is made of; copied as they are.
+_TOKENIZER = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.txt",
+  "vocab.json",
+  "merges.txt",
+)
+
+# transformers' name of the model, which says how its weights are to be read.
+_ARCHITECTURES = {
+  "bert": "BertForSequenceClassification",
+  "roberta": "RobertaForSequenceClassification",
+  "xlm-roberta": "XLMRobertaForSequenceClassification",
+}
+
+
+def write_checkpoint(
+  folder: str | Path,
+  params: Any,
+  keymap: KeyMap,
+  hf_config: Mapping[str, Any],
+  *,
+  labels: Sequence[str],
+  tokenizer_from: Path,
+  may_replace: Callable[[Path], bool],
+) -> None:
+  """Writes config.json, model.safetensors and the tokenizer; whole, or not at all.
+
+  Args:
+    folder: where it shall lie.
+    params: the model's tree; each leaf is stored in the dtype that it has.
+    keymap: of the model.
+    hf_config: of the base; what it says of the head is replaced.
+    labels: names of the head's outputs.
+    tokenizer_from: a folder whose tokenizer's files are copied.
+    may_replace: whether a folder that lies there, and isn't empty, may go.
+
+  Raises:
+    LoraxError: the place is taken or can't be written.
+  """
+  with folders.writing(Path(folder), may_replace) as scratch:
+    config = to_hf_config(hf_config, keymap.family, labels)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (scratch / "config.json").write_text(f"{text}\n", encoding="utf-8")
+    try:
+      tensors = to_tensors(params, keymap)
+      save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+      raise LoraxError(f"cannot write {folder}: {error}") from error
+    for name in _TOKENIZER:
+      if (tokenizer_from / name).is_file():
+        shutil.copyfile(tokenizer_from / name, scratch / name)
+
+
+def to_hf_config(
+  hf_config: Mapping[str, Any], family: str, labels: Sequence[str]
+) -> dict[str, Any]:
+  """The base's config.json, made one of a sequence classifier with these outputs."""
+  config = dict(hf_config)
+  # Without the base's dtype, which transformers would cast to, it takes the weights'.
+  stale = ("_name_or_path", "num_labels", "problem_type", "_num_labels")
+  for name in (*stale, "dtype", "torch_dtype"):
+    config.pop(name, None)
+  config |= {
+    "architectures": [_ARCHITECTURES[family]],
+    "id2label": {str(i): name for i, name in enumerate(labels)},
+    "label2id": {name: i for i, name in enumerate(labels)},
+  }
+  if len(labels) == 1:
+    config["problem_type"] = "regression"
+  return config
+
+
+def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
+  """The checkpoint's tensors of a tree, under the full keys."""
+  leaves = flatten(params)
+  tensors = {}
+  for bare, site in keymap.sites.items():
+    value = np.asarray(leaves[site.path])
+    value = value if site.layer is None else value[site.layer]
+    value = value.T if site.entry.transpose else value
+    tensors[full_key(keymap, bare)] = np.ascontiguousarray(value)
+  return tensors

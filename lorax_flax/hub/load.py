@@ -1,0 +1,143 @@
+"""A checkpoint's tensors into a params tree: every key used, every leaf filled."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_flax.adapt.paths import flatten, map_with_path, path_key
+from lorax_flax.errors import LoraxError, listing, nearest, unknown
+from lorax_flax.hub import keymap as km
+from lorax_flax.hub.safetensors import Reader
+
+
+@dataclass(frozen=True)
+class Weights:
+  """What a checkpoint gave.
+
+  Attributes:
+    params: the tree, whole.
+    new_paths: leaves that the checkpoint does not have, freshly initialised.
+    passed_over: stored keys of other tasks' heads and of buffers.
+  """
+
+  params: Any
+  new_paths: tuple[str, ...]
+  passed_over: tuple[str, ...]
+
+
+def load(
+  reader: Reader,
+  keymap: km.KeyMap,
+  shapes: Any,
+  *,
+  dtype: Any,
+  std: float,
+  seed: int,
+  new_head: bool,
+) -> Weights:
+  """Fills a tree from a checkpoint, one tensor at a time.
+
+  Args:
+    shapes: the tree, of ShapeDtypeStructs.
+    dtype: that the leaves are stored in.
+    std: of the normal that the kernels of a new head are drawn from; biases are zero.
+    seed: a new leaf is a function of (seed, path).
+    new_head: a head of another shape is replaced by a new one, not an error.
+
+  Raises:
+    LoraxError: an unknown, missing or mis-shaped key; only a head may be missing.
+  """
+  stored = km.bare_keys(keymap, reader)
+  known = {*keymap.sites, *keymap.buffers, *keymap.other_heads}
+  for bare, key in stored.items():
+    if bare not in known:
+      raise LoraxError(unknown(f"{keymap.family} checkpoint key", key, known))
+  leaves = flatten(shapes)
+  absent = _absent(keymap, stored)
+  if new_head:
+    absent |= _misfits(keymap, leaves, stored, reader)
+
+  def fill(path, leaf):
+    if path in absent:
+      return _fresh(path, leaf.shape, dtype, std, seed)
+    parts = [
+      _tensor(keymap, bare, reader, stored[bare], leaf.shape, path)
+      for bare in keymap.keys[path]
+    ]
+    stacked = keymap.sites[keymap.keys[path][0]].layer is not None
+    return jnp.asarray(np.stack(parts) if stacked else parts[0], dtype)
+
+  passed_over = tuple(k for bare, k in stored.items() if bare not in keymap.sites)
+  new = tuple(path for path in leaves if path in absent)
+  return Weights(map_with_path(fill, shapes), new, passed_over)
+
+
+def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
+  """Paths of heads that the checkpoint lacks as a whole."""
+  absent: set[str] = set()
+  for group in keymap.head_groups:
+    paths = [p for p in keymap.keys if p.split("/")[0] == group]
+    if not any(bare in stored for p in paths for bare in keymap.keys[p]):
+      absent |= set(paths)
+  missing = [
+    bare
+    for path, keys in keymap.keys.items()
+    for bare in keys
+    if bare not in stored and path not in absent
+  ]
+  if missing:
+    near = nearest(missing[0], stored)
+    hint = f"; nearest there: {', '.join(near)}" if near else ""
+    raise LoraxError(
+      f"the {keymap.family} checkpoint lacks {len(missing)} keys:"
+      f" {listing(missing, 8)}{hint}"
+    )
+  return absent
+
+
+def _misfits(keymap, leaves, stored, reader) -> set[str]:
+  """Paths of heads of which any tensor has another shape than the tree's."""
+  found: set[str] = set()
+  for group in keymap.head_groups:
+    paths = [p for p in keymap.keys if p.split("/")[0] == group]
+    for path in paths:
+      for bare in keymap.keys[path]:
+        want = leaves[path].shape
+        want = want[::-1] if keymap.sites[bare].entry.transpose else want
+        if bare in stored and reader.shape(stored[bare]) != want:
+          found |= set(paths)
+  return found
+
+
+def _tensor(
+  keymap: km.KeyMap, bare: str, reader: Reader, key: str, shape, path
+) -> np.ndarray:
+  entry = keymap.sites[bare].entry
+  value = reader[key]
+  if not jnp.issubdtype(value.dtype, jnp.floating):
+    raise LoraxError(
+      f"checkpoint key {key!r} holds {value.dtype}, {path!r} needs floating-point"
+      " weights: quantised checkpoints are not read"
+    )
+  value = value.T if entry.transpose else value
+  want = tuple(shape[-value.ndim :]) if "{i}" in entry.key else tuple(shape)
+  if value.shape != want:
+    head = path.split("/")[0] in keymap.head_groups
+    raise LoraxError(
+      f"checkpoint key {key!r} has shape {reader.shape(key)}; {path!r} needs"
+      f" {want[::-1] if entry.transpose else want} there"
+      + "; new_head=True replaces a head that does not fit"
+      * head
+    )
+  return value
+
+
+def _fresh(path: str, shape, dtype, std: float, seed: int) -> jax.Array:
+  if path.split("/")[-1] == "bias":
+    return jnp.zeros(shape, dtype)
+  draw = jax.random.normal(path_key(jax.random.key(seed), path), shape)
+  return (std * draw).astype(dtype)

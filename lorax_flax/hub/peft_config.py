@@ -1,0 +1,372 @@
+"""PEFT's adapter_config.json: read, checked, matched against modules, written.
+
+Facts from peft 0.21 (tuners/lora/config.py, tuners/tuners_utils.py, utils/other.py).
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lorax_flax.errors import LoraxError, listing, unknown
+
+CONFIG_FILE = "adapter_config.json"
+LORA = "LORA"
+SEQ_CLS = "SEQ_CLS"
+# PEFT saves these in full for a sequence classifier, whichever the model has.
+HEAD_NAMES = ("classifier", "score")
+ALL_LINEAR = "all-linear"
+
+_MOST_BYTES = 16 << 20  # of a config: a list of every module's name is far below
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+  """The fields of PEFT's LoraConfig that we honour, under PEFT's names.
+
+  Module names are those of the PyTorch model ("bert.encoder.layer.0.output.dense").
+
+  Attributes:
+    target_modules: a regular expression for whole names, or "all-linear"; or names,
+      each whole or the end after a dot.
+    exclude_modules: the same rules; wins.
+    modules_to_save: ends of names; these modules are saved in full.
+    layers_to_transform, layers_pattern: for target_modules in the form of names.
+    rank_pattern, alpha_pattern: regular expression for the end of a name, to value.
+    init_lora_weights: how training started; nothing that loading depends on.
+    fan_in_fan_out: targets are Conv1D, whose weight lies as (in, out); the factors
+      are the same.
+  """
+
+  r: int = 8
+  lora_alpha: float = 8
+  lora_dropout: float = 0.0
+  target_modules: str | tuple[str, ...] | None = None
+  exclude_modules: str | tuple[str, ...] | None = None
+  modules_to_save: tuple[str, ...] | None = None
+  layers_to_transform: int | tuple[int, ...] | None = None
+  layers_pattern: str | tuple[str, ...] | None = None
+  rank_pattern: Mapping[str, int] = field(default_factory=dict)
+  alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+  bias: str = "none"
+  use_rslora: bool = False
+  fan_in_fan_out: bool = False
+  init_lora_weights: bool | str = True
+  task_type: str | None = None
+  base_model_name_or_path: str | None = None
+  revision: str | None = None
+
+  def __post_init__(self):
+    for each in fields(self):
+      value = getattr(self, each.name)
+      if not _KINDS[each.name](value):
+        raise LoraxError(
+          f"{CONFIG_FILE}: {each.name}={value!r} is not what PEFT writes"
+        )
+    if isinstance(self.target_modules, str) and _several(self.layers_to_transform):
+      raise LoraxError(
+        f"{CONFIG_FILE}: layers_to_transform needs target_modules as a list of names"
+      )
+    patterns = [*self.rank_pattern, *self.alpha_pattern]
+    for rules in (self.target_modules, self.exclude_modules):
+      patterns += [rules] if isinstance(rules, str) else []
+    patterns += _several(self.layers_pattern)
+    for pattern in patterns:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise LoraxError(
+          f"{CONFIG_FILE}: {pattern!r} is not a regular expression: {error}"
+        ) from error
+
+  def rank(self, module: str) -> int:
+    """The rank of one module's factors."""
+    return _looked_up(self.rank_pattern, module, self.r)
+
+  def alpha(self, module: str) -> float:
+    return _looked_up(self.alpha_pattern, module, self.lora_alpha)
+
+  def scale(self, module: str) -> float:
+    """What multiplies B A of one module."""
+    rank = self.rank(module)
+    return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+  def saved(self, names: Iterable[str]) -> list[str]:
+    """The modules saved in full: those whose name ends so, outermost only."""
+    wanted = _several(self.modules_to_save)
+    found = [name for name in names if any(name.endswith(end) for end in wanted)]
+    return [
+      name for name in found if not any(name.startswith(f"{outer}.") for outer in found)
+    ]
+
+  def is_target(self, name: str) -> bool:
+    """Whether a module gets factors, "all-linear" apart (see `targets`)."""
+    if self.is_excluded(name) or self.target_modules is None:
+      return False
+    if isinstance(self.target_modules, str):
+      return re.fullmatch(self.target_modules, name) is not None
+    if name in self.target_modules:
+      return True
+    ends = any(name.endswith(f".{end}") for end in self.target_modules)
+    return ends and self._in_layers(name)
+
+  def is_excluded(self, name: str) -> bool:
+    """Whether a module never gets factors: excluded, or saved in full."""
+    if isinstance(self.exclude_modules, str):
+      excluded = re.fullmatch(self.exclude_modules, name) is not None
+    else:
+      excluded = any(_ends(name, end) for end in _several(self.exclude_modules))
+    return excluded or any(
+      re.match(rf"(^|.*\.){saved}($|\..*)", name)
+      for saved in _several(self.modules_to_save)
+    )
+
+  def targets(self, linear: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The modules that get factors, in the order of `names`.
+
+    Args:
+      linear: what "all-linear" stands for.
+      names: every module's name.
+    """
+    every = isinstance(self.target_modules, str)
+    if every and str(self.target_modules).lower() == ALL_LINEAR:
+      return [name for name in linear if not self.is_excluded(name)]
+    return [name for name in names if self.is_target(name)]
+
+  def _in_layers(self, name: str) -> bool:
+    layers = self.layers_to_transform
+    if layers is None or layers == ():
+      return True
+    found = None
+    if patterns := _several(self.layers_pattern):
+      for pattern in patterns:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", name):
+          break
+    else:
+      found = re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", name)
+    if found is None:
+      return False
+    layer = int(found["layer"])
+    return layer == layers if isinstance(layers, int) else layer in layers
+
+
+def read_config(folder: Path) -> PeftConfig:
+  """Reads adapter_config.json of a PEFT folder.
+
+  Raises:
+    LoraxError: no such file, no JSON, another method than LoRA, or a field that would
+      change the numbers and that we don't compute.
+  """
+  file = folder / CONFIG_FILE
+  if not folder.is_dir():
+    raise LoraxError(f"no folder {folder}: an adapter is a folder with {CONFIG_FILE}")
+  if not file.is_file():
+    inside = [entry.name for entry in folder.iterdir()]
+    raise LoraxError(
+      f"no {CONFIG_FILE} in {folder}: it holds no PEFT adapter. It holds: "
+      f"{listing(inside, most=12) or 'nothing'}"
+    )
+  if file.stat().st_size > _MOST_BYTES:
+    raise LoraxError(f"{file} is {file.stat().st_size} bytes long: no PEFT config is")
+  try:
+    raw = json.loads(file.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise LoraxError(f"{file} is not JSON: {error}") from error
+  try:
+    return parse(raw)
+  except LoraxError as error:
+    raise LoraxError(f"{folder}: {error}") from error
+
+
+def parse(raw: Any) -> PeftConfig:
+  """A PeftConfig from adapter_config.json's content; errors as of `read_config`."""
+  if not isinstance(raw, dict):
+    raise LoraxError(f"{CONFIG_FILE} must hold an object, not {type(raw).__name__}")
+  kind = raw.get("peft_type")
+  if kind != LORA:
+    raise LoraxError(f"{CONFIG_FILE}: peft_type={kind!r}; only {LORA!r} is read here")
+  known = {each.name for each in fields(PeftConfig)}
+  values: dict[str, Any] = {}
+  for name, value in raw.items():
+    if name in known:
+      # null stands for the default where a field has one other than null.
+      if value is not None:
+        values[name] = tuple(value) if isinstance(value, list) else value
+    elif name not in _WITHOUT_EFFECT and not _is_off(name, value):
+      raise LoraxError(
+        f"{CONFIG_FILE}: {name}={value!r} changes what the adapter computes, and we "
+        "cannot honour it"
+      )
+  if values.get("task_type") == SEQ_CLS:
+    # PEFT adds these whenever it loads such an adapter.
+    values["modules_to_save"] = with_heads(values.get("modules_to_save") or ())
+  return PeftConfig(**values)
+
+
+def with_heads(names: Sequence[str]) -> tuple[str, ...]:
+  """modules_to_save of a sequence classifier."""
+  return (*names, *(name for name in HEAD_NAMES if name not in names))
+
+
+def dump(config: PeftConfig) -> dict[str, Any]:
+  """What PEFT itself would write for `config`: every field, those we lack off."""
+  raw: dict[str, Any] = {
+    name: off for name, off in _OFF.items() if name != "eva_config"
+  }
+  raw |= {"auto_mapping": None, "eva_config": None, "inference_mode": True}
+  raw |= {"peft_type": LORA, "loftq_config": {}}
+  for each in fields(config):
+    value = getattr(config, each.name)
+    if isinstance(value, Mapping):
+      value = dict(value)
+    raw[each.name] = list(value) if isinstance(value, tuple) else value
+  return dict(sorted(raw.items()))
+
+
+def shortest_ends(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
+  """The shortest ends of names, after a dot, that name all `wanted` and no `others`."""
+  taken = {end for name in others for end in _all_ends(name)}
+  found = []
+  for name in wanted:
+    end = next((end for end in _all_ends(name) if end not in taken), None)
+    if end is None:
+      raise LoraxError(f"no end of the module name {name!r} is its own")
+    found.append(end)
+  return list(dict.fromkeys(found))
+
+
+def _all_ends(name: str) -> list[str]:
+  parts = name.split(".")
+  return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+
+
+def _ends(name: str, end: str) -> bool:
+  return name == end or name.endswith(f".{end}")
+
+
+def _looked_up(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+  for pattern, value in patterns.items():
+    if re.match(rf"(.*\.)?({pattern})$", name):
+      return value
+  return default
+
+
+def _several(value: Any) -> tuple:
+  """None, one, or several, as several."""
+  if value is None:
+    return ()
+  return value if isinstance(value, tuple) else (value,)
+
+
+def _is_int(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+  return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_bool(value: Any) -> bool:
+  return isinstance(value, bool)
+
+
+def _is_str(value: Any) -> bool:
+  return isinstance(value, str)
+
+
+def _or_none(test):
+  return lambda value: value is None or test(value)
+
+
+def _each(test):
+  return lambda value: isinstance(value, tuple) and all(map(test, value))
+
+
+def _either(*tests):
+  return lambda value: any(test(value) for test in tests)
+
+
+def _values(test):
+  return lambda value: (
+    isinstance(value, Mapping)
+    and all(map(_is_str, value))
+    and all(map(test, value.values()))
+  )
+
+
+def _is_rank(value: Any) -> bool:
+  return _is_int(value) and 0 < value <= 1 << 20
+
+
+# These ways to start leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
+# change it, and such an adapter only means something beside the changed base.
+_INITS = ("gaussian", "eva", "orthogonal")
+
+_KINDS = {
+  "r": _is_rank,
+  "lora_alpha": _is_number,
+  "lora_dropout": lambda value: _is_number(value) and 0 <= value < 1,
+  "target_modules": _or_none(_either(_is_str, _each(_is_str))),
+  "exclude_modules": _or_none(_either(_is_str, _each(_is_str))),
+  "modules_to_save": _or_none(_each(_is_str)),
+  "layers_to_transform": _or_none(_either(_is_int, _each(_is_int))),
+  "layers_pattern": _or_none(_either(_is_str, _each(_is_str))),
+  "rank_pattern": _values(_is_rank),
+  "alpha_pattern": _values(_is_number),
+  "bias": lambda value: value in ("none", "all", "lora_only"),
+  "use_rslora": _is_bool,
+  "fan_in_fan_out": _is_bool,
+  "init_lora_weights": lambda value: _is_bool(value) or value in _INITS,
+  "task_type": _or_none(_is_str),
+  "base_model_name_or_path": _or_none(_is_str),
+  "revision": _or_none(_is_str),
+}
+
+# Records of how the file came about.
+_WITHOUT_EFFECT = frozenset(
+  {"auto_mapping", "inference_mode", "peft_type", "peft_version", "eva_config"}
+)
+
+# What we don't compute, with the values that ask for nothing. A field that PEFT has
+# yet to invent is off where it is None, False or empty.
+_OFF: Mapping[str, Any] = {
+  "alora_invocation_tokens": None,
+  "arrow_config": None,
+  "corda_config": None,
+  "ensure_weight_tying": False,
+  "eva_config": None,
+  "kasa_config": None,
+  "layer_replication": None,
+  "loftq_config": {},
+  "lora_bias": False,
+  "lora_ga_config": None,
+  "megatron_config": None,
+  "megatron_core": "megatron.core",
+  "monteclora_config": None,
+  "qalora_group_size": 16,
+  "target_parameters": None,
+  "trainable_token_indices": None,
+  "use_bdlora": None,
+  "use_dora": False,
+  "use_qalora": False,
+  "velora_config": None,
+}
+
+
+def _is_off(name: str, value: Any) -> bool:
+  # These two only say how, where another field says that.
+  how = name in ("megatron_core", "qalora_group_size")
+  return how or value is None or value is False or value in ({}, [], "")
+
+
+def describe_unknown_target(config: PeftConfig, names: Iterable[str]) -> str:
+  """The message for target_modules that match nothing."""
+  names = list(names)
+  ends = sorted({name.rpartition(".")[2] for name in names})
+  for target in _several(config.target_modules):
+    if not any(_ends(name, target) for name in names):
+      return f"{CONFIG_FILE}: {unknown('target module', target, ends)}"
+  return f"{CONFIG_FILE}: target_modules match no module of this model: {listing(ends)}"

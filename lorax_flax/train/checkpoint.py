@@ -1,0 +1,108 @@
+"""Checkpoints: the best and the last, written beside the training and atomically."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from lorax_flax.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Progress:
+  """What a checkpoint holds besides the arrays; JSON-able.
+
+  Attributes:
+    position: of the data iterator.
+    pending: sums and counts of the metrics since the last line that was logged.
+    evaluations: each a dict of step, epoch, metrics and examples, oldest first.
+    best: index of the best of them, None before the first.
+    seconds: of wall time by what it was spent on, over all processes of the run.
+    tokens: trained on so far.
+  """
+
+  position: dict[str, Any]
+  pending: dict[str, tuple[float, float]] = field(default_factory=dict)
+  evaluations: list[dict[str, Any]] = field(default_factory=list)
+  best: int | None = None
+  seconds: dict[str, float] = field(default_factory=dict)
+  tokens: int = 0
+
+  @property
+  def best_step(self) -> int | None:
+    """The step of the best evaluation."""
+    return None if self.best is None else self.evaluations[self.best]["step"]
+
+
+@dataclass
+class _BestAndLast:
+  """Orbax asks it what to keep; `best` is set before each save."""
+
+  best: int | None = None
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    last = len(checkpoints) - 1
+    return [i == last or c.step == self.best for i, c in enumerate(checkpoints)]
+
+
+class Checkpoints:
+  """The checkpoints of one run in a folder.
+
+  A checkpoint counts only once it is complete, and an older one is deleted only after
+  that: a process may be killed at any moment.
+  """
+
+  def __init__(self, folder: Path):
+    self._policy = _BestAndLast()
+    self._manager = ocp.CheckpointManager(
+      folder.absolute(),
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=self._policy,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+      ),
+    )
+
+  def latest(self) -> int | None:
+    """The step of the newest complete checkpoint, None where there is none."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: TrainState, progress: Progress) -> None:
+    """Starts to write in the background; waits for the save before, if need be."""
+    self._policy.best = progress.best_step
+    # The writer reads the buffers while the next step, which is given them to reuse,
+    # is running already.
+    state = jax.tree.map(jnp.copy, state)
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        progress=ocp.args.JsonSave(asdict(progress)),
+      ),
+    )
+
+  def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
+    """The checkpoint of a step, with `like`'s structure, dtypes and shardings."""
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
+      ),
+    )
+    return restored.state, Progress(**restored.progress)
+
+  def wait(self) -> None:
+    """Until all that was saved is complete."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and ends the background threads."""
+    self._manager.close()

@@ -1,0 +1,175 @@
+"""How to train: one frozen dataclass, and durations turned into steps in one place."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.train.optim import SCHEDULES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+  """Everything about training that is not the model, the adapter or the data.
+
+  A duration is given in one of several units, by the suffix of its name; the others of
+  the same duration are None.
+
+  Attributes:
+    steps, epochs: how long to train, one of the two; epochs may be a fraction.
+    batch_size: examples an optimiser step.
+    eval_batch_size: examples an evaluation step.
+    accumulation: parts that a batch is cut into, one after another, to save memory.
+    learning_rate: at the end of the warm-up.
+    schedule: "linear" or "cosine" decay to zero, or "constant", after the warm-up.
+    warmup_steps, warmup_epochs, warmup_fraction: linear rise from zero; at most one of
+      the three, none for no warm-up. The fraction is of all steps, rounded up.
+    weight_decay: decoupled (AdamW); biases and norms are exempt.
+    b1, b2, eps: AdamW's.
+    grad_clip: largest norm of the gradient of all trained leaves; inf for no clipping.
+    label_smoothing: share of a label spread over all classes.
+    seed: of the new weights, the order of examples and dropout.
+    log_steps: steps from one line of metrics to the next.
+    save_steps, save_epochs: checkpoints besides the one after each evaluation; at most
+      one of the two.
+    save_seconds: save as well when so long has passed since the last checkpoint.
+  """
+
+  steps: int | None = None
+  epochs: float | None = None
+  batch_size: int = 32
+  eval_batch_size: int = 64
+  accumulation: int = 1
+  learning_rate: float = 1e-3
+  schedule: str = "linear"
+  warmup_steps: int | None = None
+  warmup_epochs: float | None = None
+  warmup_fraction: float | None = None
+  weight_decay: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  grad_clip: float = 1.0
+  label_smoothing: float = 0.0
+  seed: int = 0
+  log_steps: int = 20
+  save_steps: int | None = None
+  save_epochs: float | None = None
+  save_seconds: float = 300.0
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      _check_number(field.name, getattr(self, field.name))
+    for names in DURATIONS:
+      if len(_given(self, names)) > 1:
+        raise LoraxError(f"give one of {_names(names)}, not several")
+    if not _given(self, ("steps", "epochs")):
+      raise LoraxError("how long to train? Give train.steps or train.epochs")
+    if self.schedule not in SCHEDULES:
+      raise LoraxError(unknown("train.schedule", self.schedule, SCHEDULES))
+    for name in _POSITIVE:
+      value = getattr(self, name)
+      if value is not None and value <= 0:
+        raise LoraxError(f"train.{name} must be more than 0, not {value}")
+    for name in _NOT_NEGATIVE:
+      value = getattr(self, name)
+      if value is not None and value < 0:
+        raise LoraxError(f"train.{name} can't be negative, and is {value}")
+    for name in ("b1", "b2", "label_smoothing"):
+      if not 0 <= getattr(self, name) < 1:
+        raise LoraxError(f"train.{name} must be in [0, 1), not {getattr(self, name)}")
+    if self.warmup_fraction is not None and self.warmup_fraction > 1:
+      raise LoraxError(
+        f"train.warmup_fraction is of all steps, at most 1, not {self.warmup_fraction}"
+      )
+    if self.batch_size % self.accumulation:
+      raise LoraxError(
+        f"train.batch_size {self.batch_size} can't be cut into "
+        f"train.accumulation = {self.accumulation} equal parts"
+      )
+
+
+# The units that one duration may be given in.
+DURATIONS = (
+  ("steps", "epochs"),
+  ("warmup_steps", "warmup_epochs", "warmup_fraction"),
+  ("save_steps", "save_epochs"),
+)
+_POSITIVE = (
+  *("steps", "epochs", "batch_size", "eval_batch_size", "accumulation"),
+  *("learning_rate", "eps", "grad_clip", "log_steps", "save_steps", "save_epochs"),
+  "save_seconds",
+)
+_NOT_NEGATIVE = (
+  *("warmup_steps", "warmup_epochs", "warmup_fraction", "weight_decay", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class Durations:
+  """The durations of a run in steps.
+
+  Attributes:
+    total: optimiser steps of the whole run.
+    epoch: of one epoch.
+    warmup: of the warm-up.
+    save: between two extra checkpoints; None for none.
+  """
+
+  total: int
+  epoch: int
+  warmup: int
+  save: int | None
+
+
+def durations(config: TrainConfig, steps_per_epoch: int) -> Durations:
+  """Every duration of `config` in steps; parts of a step are rounded up.
+
+  Raises:
+    LoraxError: the warm-up is longer than the run.
+  """
+  total = _steps(config, ("steps", "epochs"), steps_per_epoch)
+  assert total is not None  # TrainConfig makes sure of it.
+  warmup = _steps(config, DURATIONS[1], steps_per_epoch, total) or 0
+  if warmup > total:
+    raise LoraxError(f"the warm-up takes {warmup} steps, and the whole run {total}")
+  save = _steps(config, DURATIONS[2], steps_per_epoch)
+  return Durations(total, steps_per_epoch, warmup, save)
+
+
+def _steps(
+  config: TrainConfig, names: tuple[str, ...], epoch: int, total: int = 0
+) -> int | None:
+  unit = {"steps": 1, "epochs": epoch, "fraction": total}
+  for name in _given(config, names):
+    # The product is rounded first: 0.07 * 100 is 7.000000000000001, and means 7.
+    return math.ceil(round(getattr(config, name) * unit[name.split("_")[-1]], 6))
+  return None
+
+
+def _given(config: TrainConfig, names: tuple[str, ...]) -> list[str]:
+  return [name for name in names if getattr(config, name) is not None]
+
+
+def _names(names: tuple[str, ...]) -> str:
+  return " and ".join(f"train.{name}" for name in names)
+
+
+def _check_number(name: str, value: object) -> None:
+  if name == "schedule" or value is None:
+    return
+  whole = name in _WHOLE
+  if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+    kind = "a whole number" if whole else "a number"
+    raise LoraxError(f"train.{name} must be {kind}, not {value!r}")
+  if math.isnan(value):  # type: ignore[arg-type]
+    raise LoraxError(f"train.{name} is not a number")
+  if math.isinf(value) and name not in _MAY_BE_INFINITE:  # type: ignore[arg-type]
+    raise LoraxError(f"train.{name} must be finite")
+
+
+_WHOLE = (
+  *("steps", "batch_size", "eval_batch_size", "accumulation", "warmup_steps", "seed"),
+  *("log_steps", "save_steps"),
+)
+_MAY_BE_INFINITE = ("grad_clip", "save_seconds")

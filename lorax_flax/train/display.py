@@ -1,0 +1,61 @@
+"""What a person sees while it trains: a bar in a terminal, else one line at a time."""
+
+from typing import Self
+
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+
+class Display:
+  """Progress with loss, tokens per second and time left.
+
+  In a terminal a bar, redrawn in place; elsewhere (a file, a pipe) each update is a
+  line that reads by itself.
+  """
+
+  def __init__(self, total: int, done: int):
+    """`total` steps, of which `done` were done by an earlier process."""
+    self._total = total
+    self._console = rich_console.Console(highlight=False, soft_wrap=True)
+    self._bar = rich_progress.Progress(
+      rich_progress.TextColumn("step {task.completed}/{task.total}"),
+      rich_progress.BarColumn(),
+      rich_progress.TextColumn("{task.fields[status]}"),
+      console=self._console,
+      disable=not self._console.is_terminal,
+    )
+    self._task = self._bar.add_task("train", total=total, completed=done, status="")
+
+  def __enter__(self) -> Self:
+    self._bar.start()
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._bar.stop()
+
+  def step(self, step: int) -> None:
+    """Moves the bar."""
+    self._bar.update(self._task, completed=step)
+
+  def update(
+    self, step: int, epoch: float, loss: float, rate: float, speed: float, left: float
+  ) -> None:
+    """New figures: mean loss, learning rate, tokens a second, seconds left."""
+    status = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {duration(left)} left"
+    self._bar.update(self._task, completed=step, status=status)
+    if not self._console.is_terminal:
+      self.say(f"step {step}/{self._total}  epoch {epoch:.2f}  lr {rate:.2e}  {status}")
+
+  def say(self, line: str) -> None:
+    """A line that stays."""
+    self._console.print(line, markup=False)
+
+
+def duration(seconds: float) -> str:
+  """Seconds as 42s, 3m05s or 2h07m."""
+  whole = round(max(0.0, seconds))
+  if whole < 60:
+    return f"{whole}s"
+  if whole < 3600:
+    return f"{whole // 60}m{whole % 60:02}s"
+  return f"{whole // 3600}h{whole % 3600 // 60:02}m"

@@ -1,0 +1,303 @@
+"""The training loop: step, log, evaluate, save, and take up where it was."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lorax_flax.errors import LoraxError
+from lorax_flax.methods import Adapter
+from lorax_flax.train import curves, optim, workdir
+from lorax_flax.train import state as states
+from lorax_flax.train import step as steps
+from lorax_flax.train.checkpoint import Checkpoints, Progress
+from lorax_flax.train.compiled import Compiled
+from lorax_flax.train.config import Durations, TrainConfig, durations
+from lorax_flax.train.display import Display
+from lorax_flax.train.evaluate import Batches, evaluate
+from lorax_flax.train.losses import Loss
+from lorax_flax.train.metrics import Mean
+from lorax_flax.train.record import Record
+from lorax_flax.train.state import Base, TrainState
+from lorax_flax.train.stopwatch import Stopwatch
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Job:
+  """What is trained on what.
+
+  Attributes:
+    forward: the adapted model; see `lorax_flax.train.step.Forward`.
+    params: the base, frozen.
+    adapter: what is trained, as `lora.init` or a folder gave it.
+    loss: of one example each.
+    batches: an endless iterator over training batches, with `get_state()`, which is
+      JSON-able, and `set_state()`.
+    steps_per_epoch: batches an epoch.
+    evaluation: batches by the split's name.
+    metrics: names of GLUE's metrics.
+    primary: the one of them that says which evaluation is the best; larger is better.
+    export: writes an adapter into the workdir, and returns what to call the files:
+      names to put into result.json, and where each thing lies.
+    title: of the curves.
+  """
+
+  forward: steps.Forward
+  params: PyTree
+  adapter: Adapter
+  loss: Loss
+  batches: Any
+  steps_per_epoch: int
+  evaluation: Mapping[str, Batches]
+  metrics: Sequence[str]
+  primary: str
+  export: Callable[[Adapter, Path], Mapping[str, str]]
+  title: str
+
+
+def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
+  """Trains to the end, going on from the last checkpoint in `folder`, if any.
+
+  A run that was killed and goes on ends with the same weights, the same metrics and the
+  same metrics.jsonl, bit for bit, as one that was not.
+
+  Args:
+    folder: claimed by this run (`workdir.claim`).
+
+  Returns:
+    What it wrote to result.json: the metrics of the best evaluation by name (the
+    adapter that is exported is that one's), those of the last one, and figures.
+
+  Raises:
+    LoraxError: the loss or the gradient is not finite; the last checkpoint stays.
+  """
+  plan = durations(config, job.steps_per_epoch)
+  rate = optim.schedule(config.schedule, config.learning_rate, plan.total, plan.warmup)
+  optimizer = optim.adamw(
+    rate,
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    grad_clip=config.grad_clip,
+  )
+  # Dropout's own stream: the same seed starts the adapter and orders the examples.
+  key = jax.random.fold_in(jax.random.key(config.seed), 1)
+  state, base = states.create(job.params, job.adapter, optimizer, key)
+  progress = Progress(position=job.batches.get_state())
+  with contextlib.ExitStack() as stack:
+    checkpoints = Checkpoints(folder / workdir.CHECKPOINTS)
+    stack.callback(checkpoints.close)
+    done = checkpoints.latest() or 0
+    if done:
+      state, progress = checkpoints.restore(done, state)
+      job.batches.set_state(progress.position)
+    record = Record(folder, done)
+    stack.callback(record.close)
+    display = stack.enter_context(Display(plan.total, done))
+    if done:
+      display.say(f"going on after step {done} of {plan.total}")
+    run = _Run(config, job, plan, base, checkpoints, record, display, progress)
+    step = steps.train_step(job.forward, job.loss, optimizer, rate, config.accumulation)
+    state = run.train(step, state, done)
+    checkpoints.wait()
+    best, last = run.best_and_last()
+    if best["step"] != plan.total:
+      state, _ = checkpoints.restore(best["step"], state)
+  curves.draw(folder / workdir.CURVES, record.lines, job.title)
+  paths = job.export(base.adapter(state.trained), folder)
+  result = _result(job, plan, run, state, best, last) | dict(paths)
+  workdir.write_json(folder / workdir.RESULT, result)
+  return result
+
+
+def _result(
+  job: Job,
+  plan: Durations,
+  run: "_Run",
+  state: TrainState,
+  best: Mapping[str, Any],
+  last: Mapping[str, Any],
+) -> dict[str, Any]:
+  seconds = run.clock.seconds()
+  return {
+    **best["metrics"],
+    "primary_metric": job.primary,
+    "best_step": best["step"],
+    "best_epoch": best["epoch"],
+    "steps": plan.total,
+    "epochs": plan.total / plan.epoch,
+    "last": last["metrics"],
+    "examples_evaluated": best["examples"],
+    "trained_parameters": states.trained_parameters(state),
+    "train_seconds": sum(seconds.values()),
+    "seconds": seconds,
+    "tokens": run.tokens,
+    "tokens_per_second": run.tokens / seconds["steps"] if seconds["steps"] else 0.0,
+  }
+
+
+class _Run:
+  """What the loop carries on the host from step to step."""
+
+  def __init__(
+    self,
+    config: TrainConfig,
+    job: Job,
+    plan: Durations,
+    base: Base,
+    checkpoints: Checkpoints,
+    record: Record,
+    display: Display,
+    progress: Progress,
+  ):
+    self._config, self._job, self._plan, self._base = config, job, plan, base
+    self._checkpoints, self._record, self._display = checkpoints, record, display
+    self._evaluations = list(progress.evaluations)
+    self._best = progress.best
+    self._pending = {name: Mean(*pair) for name, pair in progress.pending.items()}
+    self._waiting: list[tuple[int, steps.Metrics]] = []
+    self.tokens = progress.tokens
+    self.clock = Stopwatch("steps", progress.seconds)
+    self._logged = (self.tokens, self.clock.seconds()["steps"])
+    self._saved_at = self._total_seconds()
+    self._eval_step = Compiled(
+      steps.eval_step(job.forward, job.loss), self._compiling("evaluation step")
+    )
+
+  def train(self, jitted: Any, state: TrainState, done: int) -> TrainState:
+    """Every step after `done`; returns the last state."""
+    train_step = Compiled(jitted, self._compiling("training step"))
+    for number in range(done + 1, self._plan.total + 1):
+      batch = next(self._job.batches)
+      if not train_step.ready(batch):
+        self._drain()  # What still runs is not to be booked to the compilation.
+      state, metrics = train_step(state, self._base, batch)
+      self._waiting.append((number, metrics))
+      self.tokens += int(batch["attention_mask"].sum())
+      self._display.step(number)
+      at_end = number == self._plan.total
+      if at_end or number % self._config.log_steps == 0:
+        self._log(number)
+      evaluated = at_end or number % self._plan.epoch == 0
+      if evaluated:
+        self._evaluate(number, state)
+      if evaluated or self._save_is_due(number):
+        self._save(number, state)
+    return state
+
+  def best_and_last(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The best evaluation (the first of equals), and the last one."""
+    assert self._best is not None  # The last step is followed by an evaluation.
+    return self._evaluations[self._best], self._evaluations[-1]
+
+  def _compiling(self, what: str):
+    @contextlib.contextmanager
+    def around(shape: str) -> Iterator[None]:
+      before = self.clock.seconds().get("compile", 0.0)
+      with self.clock.on("compile"):
+        yield
+      seconds = self.clock.seconds()["compile"] - before
+      self._display.say(f"compiled the {what} for {shape} in {seconds:.1f}s")
+
+    return around
+
+  def _drain(self) -> None:
+    """Waits for the steps that are under way and adds up their metrics."""
+    waiting, self._waiting = self._waiting, []
+    for (number, _), metrics in zip(
+      waiting, jax.device_get([metrics for _, metrics in waiting]), strict=True
+    ):
+      for name, mean in metrics.items():
+        new = mean.on_host()
+        if not math.isfinite(new.total):
+          raise LoraxError(self._not_finite(number, name, float(new.total)))
+        self._pending[name] = self._pending.get(name, Mean(0.0, 0.0)) + new
+
+  def _not_finite(self, number: int, name: str, value: float) -> str:
+    self._checkpoints.wait()
+    kept = self._checkpoints.latest()
+    return (
+      f"{name} is {value} at step {number}: training has diverged. A lower "
+      "train.learning_rate or train.grad_clip may help. "
+      + (f"The checkpoint of step {kept} is kept" if kept else "Nothing was saved yet")
+    )
+
+  def _log(self, number: int) -> None:
+    self._drain()
+    values = {name: mean.value() for name, mean in self._pending.items()}
+    self._pending = {}
+    epoch = number / self._plan.epoch
+    self._record.write(
+      number, epoch, {f"train/{name}": value for name, value in values.items()}
+    )
+    tokens, seconds = self.tokens, self.clock.seconds()["steps"]
+    passed = max(seconds - self._logged[1], 1e-9)
+    speed = (tokens - self._logged[0]) / passed
+    self._logged = (tokens, seconds)
+    left = (self._plan.total - number) * seconds / number
+    self._record.speed(number, {"speed/tokens_per_second": speed})
+    self._display.update(
+      number, epoch, values["loss"], values["learning_rate"], speed, left
+    )
+
+  def _evaluate(self, number: int, state: TrainState) -> None:
+    self._drain()
+    with self.clock.on("evaluate"):
+      found = evaluate(
+        self._eval_step,
+        state.trained,
+        self._base,
+        self._job.evaluation,
+        self._job.metrics,
+      )
+    epoch = number / self._plan.epoch
+    self._record.write(
+      number, epoch, {f"eval/{name}": value for name, value in found.metrics.items()}
+    )
+    metrics = {
+      "eval_loss" if name == "loss" else name: value
+      for name, value in found.metrics.items()
+    }
+    self._evaluations.append(
+      {"step": number, "epoch": epoch, "metrics": metrics, "examples": found.examples}
+    )
+    score = metrics[self._job.primary]
+    if (
+      self._best is None
+      or score > self.best_and_last()[0]["metrics"][self._job.primary]
+    ):
+      self._best = len(self._evaluations) - 1
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    self._display.say(f"epoch {epoch:.2f}  {found.examples:,} examples  {shown}")
+
+  def _total_seconds(self) -> float:
+    return sum(self.clock.seconds().values())
+
+  def _save_is_due(self, number: int) -> bool:
+    if self._plan.save is not None and number % self._plan.save == 0:
+      return True
+    return self._total_seconds() - self._saved_at >= self._config.save_seconds
+
+  def _save(self, number: int, state: TrainState) -> None:
+    self._drain()  # Nothing that is not finite is saved.
+    with self.clock.on("save"):
+      progress = Progress(
+        position=self._job.batches.get_state(),
+        pending={
+          name: (float(mean.total), float(mean.count))
+          for name, mean in self._pending.items()
+        },
+        evaluations=self._evaluations,
+        best=self._best,
+        seconds=self.clock.seconds(),
+        tokens=self.tokens,
+      )
+      self._checkpoints.save(number, state, progress)
+    self._saved_at = self._total_seconds()

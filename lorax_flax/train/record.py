@@ -1,0 +1,68 @@
+"""What a run writes down as it goes: metrics.jsonl and TensorBoard's events."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+
+from lorax_flax.train import workdir as files
+
+
+class Record:
+  """Lines of metrics.
+
+  metrics.jsonl holds nothing that depends on the clock: a run that was killed and went
+  on has the very file of one that was not. Speeds go to TensorBoard alone.
+  """
+
+  def __init__(self, workdir: Path, step: int):
+    """Goes on after `step`: later lines, of a process that was killed, are dropped."""
+    self._file = workdir / files.METRICS
+    self.lines: list[dict[str, Any]] = _lines_until(self._file, step)
+    files.write_text(self._file, "".join(map(_dump, self.lines)))
+    self._out = self._file.open("a", encoding="utf-8")
+    # Events after `step` are forgotten. The suffix keeps two files of one second apart.
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir / files.TENSORBOARD),
+      purge_step=step + 1 if step else None,
+      filename_suffix=f".{step}",
+    )
+
+  def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+    """One line: the step, the epochs that are done, and values such as train/loss."""
+    line = {"step": step, "epoch": epoch, **values}
+    self.lines.append(line)
+    self._out.write(_dump(line))
+    self._out.flush()
+    self.speed(step, values)
+
+  def speed(self, step: int, values: Mapping[str, float]) -> None:
+    """Values for TensorBoard alone."""
+    for name, value in values.items():
+      self._events.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._out.close()
+    self._events.close()
+
+
+def _dump(line: Mapping[str, Any]) -> str:
+  return json.dumps(line) + "\n"
+
+
+def _lines_until(file: Path, step: int) -> list[dict[str, Any]]:
+  """The lines up to a step; the last one may have been cut off by a kill."""
+  lines: list[dict[str, Any]] = []
+  if not file.exists():
+    return lines
+  for text in file.read_text("utf-8").splitlines():
+    try:
+      line = json.loads(text)
+    except ValueError:
+      break
+    if line["step"] > step:
+      break
+    lines.append(line)
+  return lines

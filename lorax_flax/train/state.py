@@ -1,0 +1,71 @@
+"""What changes from step to step, and what does not."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lorax_flax.adapt.partition import combine, partition, trainable_mask
+from lorax_flax.methods import Adapter
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+  """All that a step changes; a checkpoint is this and the position in the data.
+
+  Attributes:
+    trained: the adapter with None for untrained leaves; float32.
+    opt_state: the optimiser's, for the trained leaves alone.
+    step: int32 (), optimiser steps done.
+    key: typed PRNG key (); step n draws from fold_in(key, n).
+  """
+
+  trained: Adapter
+  opt_state: PyTree
+  step: jax.Array
+  key: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Base:
+  """All that a step reads and never changes: neither differentiated nor donated.
+
+  Attributes:
+    params: the model's, frozen.
+    rest: the untrained leaves of the adapter, None for the trained ones.
+  """
+
+  params: PyTree
+  rest: Adapter
+
+  def adapter(self, trained: Adapter) -> Adapter:
+    """The whole adapter, as `lora.apply` takes it."""
+    return combine(trained, self.rest)
+
+
+def create(
+  params: PyTree,
+  adapter: Adapter,
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+) -> tuple[TrainState, Base]:
+  """The state before the first step, and the base.
+
+  The trained leaves are copied: the state is donated to each step, and a tuned leaf may
+  share its buffer with the base.
+  """
+  trained, rest = partition(adapter, trainable_mask(adapter))
+  trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
+  state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32), key)
+  return state, Base(params, rest)
+
+
+def trained_parameters(state: TrainState) -> int:
+  """How many numbers are trained."""
+  return sum(x.size for x in jax.tree.leaves(state.trained))

@@ -1,0 +1,86 @@
+"""A run's folder: whose it is, and its files."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorax_flax.errors import LoraxError
+
+CONFIG = "config.json"
+RESULT = "result.json"
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+
+
+def check(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Raises LoraxError where `claim` would; before the work, so that none is lost."""
+  file = workdir / CONFIG
+  if workdir.exists() and not workdir.is_dir():
+    raise LoraxError(f"{workdir} is a file, and a workdir is a folder")
+  if not file.exists():
+    return
+  if differences := list(_differences(_read(file), _as_json(config))):
+    raise LoraxError(
+      f"{workdir} holds a run of another config: {'; '.join(differences)}. Choose "
+      "another --workdir, or delete that one"
+    )
+
+
+def claim(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Makes the folder, or goes on with a run of the very same config.
+
+  Args:
+    config: nested dicts and JSON values; written to config.json.
+
+  Raises:
+    LoraxError: the folder holds a run of another config; it names what differs.
+  """
+  check(workdir, config)
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_json(workdir / CONFIG, _as_json(config))
+
+
+def result(workdir: Path) -> dict[str, Any] | None:
+  """The result of a run that is finished, None of one that is not."""
+  file = workdir / RESULT
+  return _read(file) if file.exists() else None
+
+
+def write_json(file: Path, value: Any) -> None:
+  """Writes indented JSON, all of it or nothing."""
+  write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+  """Writes a text, all of it or nothing."""
+  part = file.with_name(f".{file.name}.part")
+  part.write_text(text, "utf-8")
+  os.replace(part, file)
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+  """As reading it back gives it: tuples are lists, for one."""
+  return json.loads(json.dumps(config))
+
+
+def _read(file: Path) -> dict[str, Any]:
+  try:
+    value = json.loads(file.read_text("utf-8"))
+  except ValueError as error:
+    raise LoraxError(f"{file} is not JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise LoraxError(f"{file} holds no JSON object")
+  return value
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+  if isinstance(there, dict) and isinstance(here, dict):
+    for key in sorted(there.keys() | here.keys()):
+      path = f"{name}.{key}" if name else key
+      yield from _differences(there.get(key), here.get(key), path)
+  elif there != here:
+    yield f"{name} is {json.dumps(there)} there and {json.dumps(here)} here"

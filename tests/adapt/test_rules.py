@@ -1,0 +1,258 @@
+"""Contractions, views and calls, one small program each, against merged weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import lorax_flax as lx
+from tests.adapt.checks import check_equals_merged, check_no_dense_gradient, perturbed
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def conv(strides, padding="SAME", **kwargs):
+  layout = ("NWC", "WIO", "NWC") if len(strides) == 1 else ("NHWC", "HWIO", "NHWC")
+
+  def fn(p, x):
+    return lax.conv_general_dilated(
+      x, p["w"], strides, padding, dimension_numbers=layout, **kwargs
+    )
+
+  return fn
+
+
+def scan_const(p, x):
+  return lax.scan(lambda c, _: (jnp.tanh(c @ p["w"]), None), x, None, length=3)[0]
+
+
+def scan_carry(p, x):
+  def body(carry, _):
+    c, w = carry
+    return (jnp.tanh(c @ w), w), None
+
+  return lax.scan(body, (x, p["w"]), None, length=3)[0][0]
+
+
+def while_const(p, x):
+  # Only forward: a while has no reverse-mode gradient.
+  step = lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"]))
+  return lax.while_loop(lambda c: c[0] < 3, step, (0, x))[1]
+
+
+def cond(p, x):
+  yes = lambda x: jnp.tanh(x @ p["w"])
+  return lax.cond(x.sum() > -1e9, yes, lambda x: 2.0 * (x @ p["w"].T), x)
+
+
+def sharded(p, x):
+  mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+  inner = lambda x, w: lax.psum(x @ w, "d")
+  specs = (P(None, "d"), P("d", None))
+  return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=P())(x, p["w"])
+
+
+def stacked_lists(p, x):
+  """A list of layers stacked inside the function, then scanned."""
+  ws = jnp.stack([p["w"], 2.0 * p["w"]])
+  return lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, ws)[0]
+
+
+# name: (function of ({"w": ...}, x), shape of w, shape of x, roles)
+PROGRAMS = {
+  "right": (lambda p, x: x @ p["w"], (5, 7), (3, 5), "in out"),
+  "left": (lambda p, x: p["w"] @ x, (7, 5), (5, 3), "out in"),
+  "transposed": (lambda p, x: x @ p["w"].T, (7, 5), (3, 5), "out in"),
+  "vector": (lambda p, x: x @ p["w"], (5, 7), (5,), "in out"),
+  "size_one_in": (lambda p, x: x @ p["w"], (1, 7), (3, 1), "in out"),
+  "size_one_out": (lambda p, x: x @ p["w"], (5, 1), (3, 5), "in out"),
+  "two_contracted": (
+    lambda p, x: jnp.einsum("bthk,hkd->btd", x, p["w"]),
+    (3, 4, 5),
+    (2, 6, 3, 4),
+    "in in out",
+  ),
+  "two_kept": (
+    lambda p, x: jnp.einsum("btd,dhk->bhtk", x, p["w"]),
+    (5, 3, 4),
+    (2, 6, 5),
+    "in out out",
+  ),
+  "kept_around": (
+    lambda p, x: jnp.einsum("bd,hdk->hbk", x, p["w"]),
+    (3, 5, 4),
+    (2, 5),
+    "out in out",
+  ),
+  "batched": (
+    lambda p, x: jnp.einsum("ebd,edf->ebf", x, p["w"]),
+    (3, 5, 4),
+    (3, 2, 5),
+    "stack in out",
+  ),
+  "batched_last": (
+    lambda p, x: jnp.einsum("bed,dfe->bef", x, p["w"]),
+    (5, 4, 3),
+    (2, 3, 5),
+    "in out stack",
+  ),
+  "reshaped": (
+    lambda p, x: x @ p["w"].reshape(5, 12),
+    (5, 3, 4),
+    (2, 5),
+    "in out out",
+  ),
+  "reshaped_apart": (
+    lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["w"].reshape(5, 3, 4)),
+    (5, 12),
+    (2, 5),
+    "in out",
+  ),
+  "sliced_and_joined": (
+    lambda p, x: (
+      x @ jnp.concatenate([p["w"][:, 2:], jnp.ones((5, 2)), -p["w"]], axis=1)
+    ),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "joined_with_itself_on_in": (
+    lambda p, x: x @ jnp.concatenate([p["w"], p["w"] * 0.5], axis=0),
+    (5, 7),
+    (3, 10),
+    "in out",
+  ),
+  "split": (
+    lambda p, x: sum(x @ w for w in jnp.split(p["w"], [2, 4], axis=1)[:1]),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "scaled": (lambda p, x: x @ (p["w"] / 3.0 * 2.0), (5, 7), (3, 5), "in out"),
+  "expanded": (
+    lambda p, x: jnp.matmul(x, p["w"][None, :, :]),
+    (5, 7),
+    (1, 3, 5),
+    "in out",
+  ),
+  "loop_over_stack": (
+    lambda p, x: jnp.tanh(x @ p["w"][0]) @ p["w"][1],
+    (2, 5, 5),
+    (3, 5),
+    "stack in out",
+  ),
+  "dynamic_layer": (
+    lambda p, x: lax.fori_loop(0, 2, lambda i, c: jnp.tanh(c @ p["w"][i]), x),
+    (2, 5, 5),
+    (3, 5),
+    "stack in out",
+  ),
+  "look_up": (
+    lambda p, x: p["w"][jnp.array([[1, 3, 3], [0, 10, -1]])] * x,
+    (11, 5),
+    (2, 3, 5),
+    "in out",
+  ),
+  "tied": (
+    lambda p, x: jnp.tanh(p["w"][jnp.array([1, 3, 10])] * x) @ p["w"].T,
+    (11, 5),
+    (3, 5),
+    "in out",
+  ),
+  "conv_1d": (conv((2,)), (3, 5, 7), (2, 9, 5), "in in out"),
+  "conv_2d": (conv((1, 2), "VALID"), (3, 2, 5, 7), (2, 9, 8, 5), "in in in out"),
+  "conv_dilated": (
+    conv((1, 1), rhs_dilation=(2, 3)),
+    (3, 2, 5, 7),
+    (2, 9, 8, 5),
+    "in in in out",
+  ),
+  "conv_grouped": (
+    conv((1, 1), feature_group_count=2),
+    (3, 3, 4, 6),
+    (2, 7, 5, 8),
+    "in in in out",
+  ),
+  "conv_transposed": (
+    lambda p, x: lax.conv_transpose(x, p["w"], (2,), "SAME"),
+    (3, 5, 7),
+    (2, 4, 5),
+    "in in out",
+  ),
+  "jit": (
+    lambda p, x: jax.jit(lambda w, x: x @ w)(p["w"], x),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "remat": (
+    lambda p, x: jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(p["w"], x),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "scan_const": (scan_const, (5, 5), (3, 5), "in out"),
+  "scan_carry": (scan_carry, (5, 5), (3, 5), "in out"),
+  # The branch not taken comes first, and multiplies by the transpose.
+  "cond": (cond, (5, 5), (3, 5), "out in"),
+  "shard_map": (sharded, (5, 7), (3, 5), "in out"),
+  "stacked_lists": (stacked_lists, (5, 5), (3, 5), "in out"),
+  "vmapped": (
+    lambda p, x: jax.vmap(lambda x: x @ p["w"])(x),
+    (5, 7),
+    (2, 3, 5),
+    "in out",
+  ),
+  "bfloat16_cast_back": (
+    lambda p, x: x @ p["w"].astype(jnp.bfloat16).astype(jnp.float32),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", list(PROGRAMS))
+def test_program_equals_merged(name):
+  fn, w_shape, x_shape, roles = PROGRAMS[name]
+  params, x = {"w": normal(0, *w_shape) * 0.3}, normal(1, *x_shape)
+  if name == "bfloat16_cast_back":  # a base that bfloat16 holds, and factors too
+    params = {"w": params["w"].astype(jnp.bfloat16).astype(jnp.float32)}
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
+  adapter = lora.init(jax.random.key(2), params, x)
+  assert adapter["w"].roles == tuple(roles.split())
+  np.testing.assert_array_equal(lora.apply(params, adapter, x), fn(params, x))
+  adapter = perturbed(adapter)
+  tol = 3e-2 if name == "bfloat16_cast_back" else 5e-5
+  check_equals_merged(lora, fn, params, adapter, x, tol=tol)
+  if "size_one" not in name and name != "split":
+    check_no_dense_gradient(lora, params, adapter, x)
+
+
+def test_a_while_loop_is_entered():
+  params, x = {"w": normal(0, 5, 5) * 0.3}, normal(1, 3, 5)
+  lora = lx.adapt(while_const, lx.LoraConfig(rank=2, targets="w"))
+  adapter = perturbed(lora.init(jax.random.key(2), params, x))
+  want = while_const(lx.merge(params, adapter), x)
+  np.testing.assert_allclose(lora.apply(params, adapter, x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_remat_keeps_its_policy():
+  policy = jax.checkpoint_policies.dots_saveable
+
+  def fn(p, x):
+    return jax.checkpoint(lambda w, x: jnp.tanh(x @ w), policy=policy)(p["w"], x)
+
+  params, x = {"w": normal(0, 5, 7)}, normal(1, 3, 5)
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
+  adapter = lora.init(jax.random.key(2), params, x)
+  jaxpr = jax.make_jaxpr(lambda a: lora.apply(params, a, x))(adapter)
+  (remat,) = [
+    e for e in jaxpr.jaxpr.eqns if e.primitive.name in ("remat2", "checkpoint")
+  ]
+  assert remat.params["policy"] is not None

@@ -1,0 +1,6 @@
+"""Strict by default: no implicit rank or dtype promotion anywhere in a test."""
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")

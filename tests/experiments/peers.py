@@ -1,0 +1,110 @@
+"""Tiny checkpoints and adapters that transformers and peft write, for the commands."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import peft
+import tokenizers
+import torch
+import transformers
+from tokenizers import models, pre_tokenizers, processors
+
+WORDS = "<s> <pad> </s> <unk> a man a plan canal panama was it cat i saw no lemon melon"
+NAMES = ("bad", "so-so", "good")
+ROOT = Path(__file__).parents[2]
+
+
+def tiny(family, folder, *, num_labels=3, head=True, names=None):
+  """Saves a random model and a word-level tokenizer; returns the torch model."""
+  torch.manual_seed(0)
+  kind = {"bert": "Bert", "roberta": "Roberta"}[family]
+  sizes = {
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 22,
+    "type_vocab_size": 2 if family == "bert" else 1,
+    "pad_token_id": 1,
+    "initializer_range": 0.3,
+  }
+  sizes |= {"id2label": dict(enumerate(names))} if names else {"num_labels": num_labels}
+  config = getattr(transformers, f"{kind}Config")(**sizes)
+  name = f"{kind}ForSequenceClassification" if head else f"{kind}Model"
+  model = getattr(transformers, name)(config).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(torch.randn_like(parameter) * 0.1)  # biases start as zeros
+  model.save_pretrained(folder)
+  _tokenizer(family).save_pretrained(folder)
+  return model
+
+
+def _tokenizer(family):
+  vocab = {word: i for i, word in enumerate(dict.fromkeys(WORDS.split()))}
+  tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+  tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+  second = 1 if family == "bert" else 0
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single="<s>:0 $A:0 </s>:0",
+    pair=f"<s>:0 $A:0 </s>:0 $B:{second} </s>:{second}",
+    special_tokens=[("<s>", 0), ("</s>", 2)],
+  )
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    bos_token="<s>",
+    eos_token="</s>",
+    unk_token="<unk>",
+    pad_token="<pad>",
+    model_input_names=["input_ids", "attention_mask"]
+    + ["token_type_ids"] * (family == "bert"),
+  )
+
+
+def adapt(model, folder):
+  """A random PEFT adapter of the model, its head included; returns the PEFT model."""
+  torch.manual_seed(1)
+  config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "dense"])
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # deprecations of theirs; no base on the hub
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+      for parameter in adapted.parameters():
+        if parameter.requires_grad:
+          parameter.add_(torch.randn_like(parameter) * 0.3)
+    adapted.save_pretrained(folder)
+  return adapted.eval()
+
+
+def logits(model, lines, tokenizer=None, max_length=None):
+  """The peer's logits, line by line: nothing is padded."""
+  rows = []
+  for line in lines:
+    inputs = line
+    if "text" in line:
+      inputs = tokenizer(
+        line["text"],
+        line.get("text_pair"),
+        truncation=max_length is not None,
+        max_length=max_length,
+      )
+    tensors = {name: torch.tensor([ids]) for name, ids in inputs.items()}
+    with torch.no_grad():
+      rows.append(model(**tensors).logits[0].numpy())
+  return rows
+
+
+def run(module, *args, **environment):
+  """A command in a process of its own."""
+  return subprocess.run(
+    [sys.executable, "-m", f"experiments.{module}", *args],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+    capture_output=True,
+    text=True,
+    check=False,
+  )

@@ -1,0 +1,117 @@
+import ast
+import re
+
+import pytest
+
+from experiments import configuration, settings
+from lorax_flax.data import tasks
+
+# The LoRA paper's table 9: batch, epochs, learning rate × 1e-4, and length for large.
+BASE = {
+  "mnli": (16, 30, 5),
+  "sst2": (16, 60, 5),
+  "mrpc": (16, 30, 4),
+  "cola": (32, 80, 4),
+  "qnli": (32, 25, 4),
+  "qqp": (16, 25, 5),
+  "rte": (32, 80, 5),
+  "stsb": (16, 40, 4),
+}
+LARGE = {
+  "mnli": (4, 10, 3, 128),
+  "sst2": (4, 10, 4, 128),
+  "mrpc": (4, 20, 3, 512),
+  "cola": (4, 20, 2, 128),
+  "qnli": (4, 10, 2, 512),
+  "qqp": (4, 20, 3, 512),
+  "rte": (8, 20, 4, 512),
+  "stsb": (8, 30, 2, 512),
+}
+DAGGER_EPOCHS = {**{t: LARGE[t][1] for t in LARGE}, "stsb": 10}
+# Table 2: RoBERTa-base LoRA, large LoRA, large LoRA†.
+SCORES = {
+  "mnli": ("87.5 ± 0.3", "90.6 ± 0.2", "90.6"),
+  "sst2": ("95.1 ± 0.2", "96.2 ± 0.5", "96.2"),
+  "mrpc": ("89.7 ± 0.7", "90.9 ± 1.2", "90.2"),
+  "cola": ("63.4 ± 1.2", "68.2 ± 1.9", "68.2"),
+  "qnli": ("93.3 ± 0.3", "94.9 ± 0.3", "94.8"),
+  "qqp": ("90.8 ± 0.1", "91.6 ± 0.1", "91.6"),
+  "rte": ("86.6 ± 0.7", "87.4 ± 2.5", "85.2 ± 1.1"),
+  "stsb": ("91.5 ± 0.2", "92.6 ± 0.2", "92.3"),
+}
+SPECS = [
+  *("quickstart.py", "quickstart.py:full"),
+  *(f"glue_{task}.py{v}" for task in BASE for v in ("", ":large", ":large_dagger")),
+]
+
+
+def _settings(spec):
+  return settings.convert(configuration.load(spec))
+
+
+def _docstring(name):
+  text = configuration.names()[name].read_text("utf-8")
+  return ast.get_docstring(ast.parse(text))
+
+
+def test_every_config_is_in_these_tests():
+  assert {spec.partition(".")[0] for spec in SPECS} == set(configuration.names())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_config_and_variant_validates(spec):
+  found = _settings(spec)
+  assert found.data.task in tasks.TASKS
+  if spec.startswith("glue_"):
+    assert found.data.task == spec.partition(".")[0].removeprefix("glue_")
+
+
+@pytest.mark.parametrize("name", sorted(configuration.names()))
+def test_a_docstring_says_result_hardware_source_and_command(name):
+  text = _docstring(name)
+  assert "Hardware:" in text
+  assert "Hyper-parameters:" in text
+  assert f"python -m experiments.run --config={name}.py" in text
+  variants = {spec.partition(":")[2] for spec in SPECS if spec.startswith(name)} - {""}
+  assert set(re.findall(r"`:(\w+)`", text)) == variants
+
+
+@pytest.mark.parametrize("task", sorted(BASE))
+def test_the_papers_recipe_and_scores(task):
+  text = _docstring(f"glue_{task}")
+  for score in SCORES[task]:
+    assert score in text
+  base, large, dagger = (
+    _settings(f"glue_{task}.py{v}") for v in ("", ":large", ":large_dagger")
+  )
+  found = (base.train.batch_size, base.train.epochs, base.train.learning_rate)
+  batch, epochs, rate = BASE[task]
+  assert found == (batch, epochs, pytest.approx(rate * 1e-4))
+  assert (base.model.path, base.data.max_length) == ("FacebookAI/roberta-base", 512)
+  assert (base.lora.rank, base.lora.alpha) == (8, 8)
+  *_, length = LARGE[task]
+  found = (large.train.batch_size, large.train.epochs, large.train.learning_rate)
+  assert (*found, large.data.max_length) == (
+    *LARGE[task][:2],
+    pytest.approx(LARGE[task][2] * 1e-4),
+    length,
+  )
+  assert (large.lora.rank, large.lora.alpha) == (8, 16)
+  found = (dagger.train.batch_size, dagger.train.epochs, dagger.train.learning_rate)
+  assert found == (4, DAGGER_EPOCHS[task], large.train.learning_rate)
+  assert dagger.data.max_length == 128
+  for each in (base, large, dagger):
+    assert each.train.warmup_fraction == 0.06
+    assert each.train.schedule == "linear"
+    assert re.fullmatch(each.lora.targets, "encoder/layer_3/attention/query/kernel")
+    assert re.fullmatch(each.lora.targets, "encoder/layers/attention/value/kernel")
+    assert not re.fullmatch(each.lora.targets, "encoder/layer_3/attention/key/kernel")
+    assert each.lora.tuned == ("classifier",)
+
+
+def test_full_fine_tuning_is_the_quick_start_without_deltas():
+  lora, full = _settings("quickstart.py"), _settings("quickstart.py:full")
+  assert (lora.lora.targets, lora.lora.rank) == ("all-linear", 8)
+  assert (full.lora.targets, full.lora.tuned) == ((), ".*")
+  assert (lora.data, lora.model) == (full.data, full.model)
+  assert lora.train.epochs == full.train.epochs

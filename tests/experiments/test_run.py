@@ -1,0 +1,381 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import transformers
+from absl import flags
+
+from experiments import configuration, job, merged, run, settings
+from lorax_flax.data.examples import Splits
+from lorax_flax.data.tokenize import load_tokenizer, tokenize
+from lorax_flax.errors import LoraxError
+from lorax_flax.models import registry
+from tests.experiments import peers
+
+GLUE = peers.ROOT.parent / "shared" / "data" / "glue"
+SHRUNK = {
+  "model.path": "BASE",
+  "data.max_length": 12,
+  "data.buckets": 1,
+  "train.epochs": None,
+  "train.steps": 12,
+  "train.batch_size": 8,
+  "train.learning_rate": 0.02,
+  "train.log_steps": 4,
+}
+
+
+def _examples(count, seed, classes=2):
+  rng = np.random.default_rng(seed)
+  words = peers.WORDS.split()[4:]
+  for _ in range(count):
+    text = [words[i] for i in rng.integers(0, len(words), 6)]
+    label = min(text.count("cat") + text.count("man"), classes - 1)
+    yield {"text": " ".join(text), "text_pair": None, "label": label}
+
+
+def _splits(classes=2):
+  train, held_out = list(_examples(64, 0, classes)), list(_examples(30, 1, classes))
+  return Splits(train, {"validation": held_out})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def headlines():
+  """A small task in the place of the quick start's."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(job.data, "load", lambda *args, **kwargs: _splits())
+    yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  """A small random encoder, with a tokenizer and without a head."""
+  folder = tmp_path_factory.mktemp("base")
+  peers.tiny("bert", folder, head=False)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, base, headlines):
+  """A run of the quick start, shrunk."""
+  folder = tmp_path_factory.mktemp("trained")
+  run.run(_settings("quickstart.py", base), folder)
+  return folder
+
+
+def _settings(spec, base, **changes):
+  config = configuration.load(spec)
+  values = SHRUNK | {"model.path": str(base)} | changes
+  with config.unlocked():
+    for name, value in values.items():
+      section, _, field = name.rpartition(".")
+      (config[section] if section else config)[field] = value
+  return settings.convert(config)
+
+
+def _logits(whole, examples):
+  rows = tokenize(
+    examples, load_tokenizer(whole.folder), max_length=12, token_types=True
+  )
+  batch = rows.batch(np.arange(len(rows)), 16)
+  inputs = {name: x for name, x in batch.items() if x.ndim == 2}
+  return np.asarray(
+    whole.loaded.module.apply({"params": whole.loaded.params}, **inputs)
+  )
+
+
+def _parse(*arguments):
+  """What the command makes of its arguments."""
+  values, argv = flags.FlagValues(), ["run", *arguments]
+  holder = configuration.define(values, argv)
+  values(argv)
+  return settings.convert(holder.value, configuration.overridden(argv))
+
+
+def test_the_quick_start_shrunk_writes_all_that_it_says(trained):
+  assert {p.name for p in trained.iterdir()} == {
+    *("adapter", "checkpoints", "config.json", "curves.png", "metrics.jsonl"),
+    *("result.json", "tensorboard"),
+  }
+  result = json.loads((trained / "result.json").read_text())
+  for name in ("accuracy", "train_seconds", "examples_evaluated", "trained_parameters"):
+    assert isinstance(result[name], float | int)
+  assert result["examples_evaluated"] == 30
+  assert result["steps"] == 12
+  assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 12
+  tensors = safetensors.numpy.load_file(trained / "adapter/adapter_model.safetensors")
+  assert result["trained_parameters"] == sum(x.size for x in tensors.values())
+
+
+def test_the_adapter_written_scores_what_the_result_says(trained, base):
+  whole = merged.load(str(base), str(trained / "adapter"))
+  assert whole.labels == ("sincere", "sarcastic")
+  lines = list(_examples(30, 1))
+  labels = np.array([line["label"] for line in lines])
+  accuracy = (_logits(whole, lines).argmax(-1) == labels).mean()
+  result = json.loads((trained / "result.json").read_text())
+  assert accuracy == pytest.approx(result["accuracy"])
+
+
+def test_a_finished_run_says_so_and_gives_its_result(trained, base, capsys):
+  before = (trained / "result.json").read_text()
+  result = run.run(_settings("quickstart.py", base), trained)
+  assert "holds this run, finished" in capsys.readouterr().out
+  assert json.loads(before) == result
+  assert (trained / "result.json").read_text() == before
+
+
+def test_another_config_in_the_same_workdir_is_an_error(trained, base):
+  with pytest.raises(LoraxError, match=r"lora\.rank is 8 there and 4 here"):
+    run.run(_settings("quickstart.py", base, **{"lora.rank": 4}), trained)
+
+
+def test_full_fine_tuning_writes_a_checkpoint_that_transformers_loads(tmp_path, base):
+  workdir = tmp_path / "run"
+  wanted = _settings("quickstart.py:full", base, **{"train.steps": 2})
+  result = run.run(wanted, workdir)
+  assert not (workdir / "adapter").exists()
+  model = transformers.AutoModelForSequenceClassification.from_pretrained(
+    workdir / "model"
+  )
+  assert model.config.id2label == {0: "sincere", 1: "sarcastic"}
+  assert result["trained_parameters"] == model.num_parameters()
+  assert result["model"] == str(workdir / "model")
+
+
+def test_an_adapter_that_peft_loads(trained, base):
+  config = peft.PeftConfig.from_pretrained(trained / "adapter")
+  assert (config.r, config.lora_alpha, config.task_type) == (8, 16, "SEQ_CLS")
+  assert config.base_model_name_or_path == str(base)
+
+
+def test_starting_from_an_adapter_takes_its_factors_and_a_fitting_head(
+  trained, base, monkeypatch
+):
+  source = str(trained / "adapter")
+  said: list[str] = []
+  start = job.prepare(
+    _settings("quickstart.py", base, init_adapter=source), said.append
+  )
+  fresh = job.prepare(_settings("quickstart.py", base), said.append)
+  assert any("the head is taken too" in line for line in said)
+  wanted = merged.peft.read_adapter(source, start.params, _keymap(base))[0]
+  for path, delta in wanted.items():
+    for name in delta.trained:
+      value = getattr(start.adapter[path], name)
+      np.testing.assert_array_equal(value, getattr(delta, name))
+      assert not np.array_equal(value, getattr(fresh.adapter[path], name)), path
+
+  # Three classes instead of two: the factors are taken, the head is not.
+  monkeypatch.setattr(job.data, "load", lambda *args, **kwargs: _splits(3))
+  three = dataclasses.replace(
+    job.tasks.get("headlines"), labels=("none", "one", "more")
+  )
+  monkeypatch.setattr(job.tasks, "get", lambda name: three)
+  said.clear()
+  other = job.prepare(
+    _settings("quickstart.py", base, init_adapter=source), said.append
+  )
+  assert any("new: it has 2 labels there and 3 here" in line for line in said)
+  assert other.adapter["classifier/kernel"].value.shape[-1] == 3
+  path = "encoder/layer_0/attention/query/kernel"
+  np.testing.assert_array_equal(other.adapter[path].b, wanted[path].b)
+
+
+def _keymap(base):
+  return registry.load(base, num_labels=2).keymap
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"lora.rank": 4}, "set --config.lora.rank=8"),
+    ({"lora.alpha": 4.0}, "set --config.lora.alpha=16"),
+    ({"lora.targets": ".*/(query|value)/kernel"}, "only that adapter has"),
+  ],
+)
+def test_starting_from_an_adapter_of_another_shape_is_an_error(
+  trained, base, changes, message
+):
+  source = str(trained / "adapter")
+  with pytest.raises(LoraxError, match=message):
+    job.prepare(_settings("quickstart.py", base, init_adapter=source, **changes), print)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"lora.tuned": ()}, "Name it in lora.tuned"),
+    ({"data.max_length": 30}, "this model takes at most 22 tokens"),
+    ({"lora.targets": ".*/qery/kernel"}, "qery"),
+    ({"model.path": "nowhere/at/all"}, "no folder nowhere/at/all"),
+  ],
+)
+def test_what_does_not_fit_the_model_is_an_error(base, changes, message):
+  with pytest.raises(LoraxError, match=message):
+    job.prepare(_settings("quickstart.py", base, **changes), print)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--config=quickstrat.py"], "did you mean 'quickstart'"),
+    (["--config=nope.py"], "There are: glue_cola, glue_mnli"),
+    (["--config=glue_rte.py:lrge"], "glue_rte.py:large, glue_rte.py:large_dagger"),
+    (["--config=Q", "--config.train.lerning_rate=1"], "did you mean 'train.learning_r"),
+    (["--config=Q", "--config.rank=4"], "did you mean 'lora.rank'"),
+    (["--config=Q", "--config.train={}"], "config.train is a section"),
+    (
+      ["--config=Q", "--config.train.batch_size=many"],
+      "--config.train.batch_size=many",
+    ),
+    (
+      ["--config=Q", "--config.train.epochs=1", "--config.train.steps=2"],
+      "not several",
+    ),
+    (["--config=Q", "--config.train.schedule=lineer"], "did you mean 'linear'"),
+    (["--config=Q", "--config.model.dtype=float16"], "did you mean 'bfloat16'"),
+    (["--config=Q", "--config.data.task=rta"], "did you mean 'rte'"),
+    (["--config=Q", "--config.lora.targets=7"], "named by a text or several, not 7"),
+    (["--config=Q", "--config.seed=-1"], "train.seed can't be negative"),
+  ],
+)
+def test_a_mistake_in_the_arguments_is_named(arguments, message):
+  arguments = [a.replace("=Q", "=quickstart.py") for a in arguments]
+  with pytest.raises((LoraxError, flags.Error)) as error:
+    _parse(*arguments)
+  assert message in str(error.value)
+
+
+def test_the_names_that_are_relied_on():
+  found = _parse(
+    "--config=glue_rte.py",
+    "--config.model.path=minilm",
+    "--config.data.glue_dir=../glue",
+    "--config.train.epochs=3",
+    "--config.train.batch_size=4",
+    "--config.train.learning_rate=1e-2",
+    "--config.lora.rank=2",
+    "--config.lora.alpha=3",
+    "--config.lora.targets=query,value",
+    "--config.seed=5",
+    "--config.init_adapter=there",
+  )
+  assert found.model.path == "minilm"
+  assert found.data.glue_dir == "../glue"
+  assert (found.train.epochs, found.train.batch_size) == (3.0, 4)
+  assert (found.train.learning_rate, found.train.seed) == (0.01, 5)
+  assert (found.lora.rank, found.lora.alpha) == (2, 3.0)
+  assert found.lora.targets == ("query", "value")
+  assert found.init_adapter == "there"
+
+
+@pytest.mark.parametrize(
+  ("text", "wanted"),
+  [
+    ("all-linear", "all-linear"),
+    (".*/(query|value)/kernel", ".*/(query|value)/kernel"),
+    ("('query', 'value')", ("query", "value")),
+    ("query", ("query",)),
+    ("attention/query,value", ("attention/query", "value")),
+    ("()", ()),
+  ],
+)
+def test_targets_are_a_pattern_or_names(text, wanted):
+  found = _parse("--config=quickstart.py", f"--config.lora.targets={text}")
+  assert found.lora.targets == wanted
+
+
+def test_a_duration_given_takes_the_place_of_the_configs():
+  found = _parse(
+    "--config=quickstart.py", "--config.train.steps=7", "--config.train.warmup_steps=2"
+  )
+  assert (found.train.steps, found.train.epochs) == (7, None)
+  assert (found.train.warmup_steps, found.train.warmup_fraction) == (2, None)
+
+
+def test_a_file_of_the_users_own(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  mine = tmp_path / "mine.py"
+  mine.write_text(
+    "from experiments.configs import common\n"
+    "def get_config():\n"
+    "  config = common.base()\n"
+    "  config.train.epochs = 5.0\n"
+    "  return config\n"
+  )
+  assert _parse("--config=mine.py").train.epochs == 5.0
+  assert run.default_workdir("mine.py") == Path("runs/mine")
+  assert run.default_workdir("glue_rte.py:large") == Path("runs/glue_rte-large")
+  for text, message in (
+    ("x = 1\n", "no function get_config"),
+    ("def get_config(): return 1 / 0\n", "ZeroDivisionError"),
+    ("def get_config(: pass\n", "SyntaxError"),
+    ("def get_config(): return {}\n", "returned no ConfigDict"),
+  ):
+    mine.write_text(text)
+    with pytest.raises((LoraxError, flags.Error), match=message):
+      _parse("--config=mine.py")
+
+
+def _command(*arguments, cwd):
+  environment = os.environ | {
+    "PYTHONPATH": str(peers.ROOT),
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": str(cwd / "hf"),
+  }
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.run", *arguments],
+    cwd=cwd,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+
+
+def test_the_command_refuses_without_a_traceback_and_helps(tmp_path):
+  refused = _command("--config=glue_rte.py", cwd=tmp_path)
+  assert refused.returncode == 1
+  assert "Traceback" not in refused.stderr
+  assert "FacebookAI/roberta-base" in refused.stderr
+  assert "minilm" in refused.stderr
+  assert len(refused.stderr.strip().splitlines()) == 1
+  # Nothing that would be in the way of trying again with another config.
+  assert not (tmp_path / "runs/glue_rte/config.json").exists()
+
+  helped = _command("--help", cwd=tmp_path)
+  assert helped.returncode == 0
+  for text in ("--config=quickstart.py", "glue_rte.py", "RTE:", "lora.rank = 8"):
+    assert text in helped.stdout
+
+
+def test_glue_rte_trains_on_the_real_rte(tmp_path):
+  if not GLUE.is_dir():
+    pytest.skip("the GLUE archive's files aren't here")
+  peers.tiny("roberta", tmp_path / "base", head=False)
+  done = _command(
+    "--config=glue_rte.py",
+    "--workdir=run",
+    f"--config.data.glue_dir={GLUE}",
+    "--config.model.path=base",
+    "--config.data.max_length=16",
+    "--config.train.steps=3",
+    "--config.data.buckets=1",
+    cwd=tmp_path,
+  )
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "run/result.json").read_text())
+  assert result["examples_evaluated"] == 277
+  assert 0 < result["accuracy"] < 1
+  assert "run/result.json" in done.stdout
+  assert "accuracy" in done.stdout
+  assert done.stderr == ""

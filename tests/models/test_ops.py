@@ -1,0 +1,100 @@
+"""The encoder's maths against float64, and what it keeps for the gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from lorax_flax.models import ops
+
+
+def draw(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape) * 2.0
+
+
+def leaves_kept(fn, *args):
+  """Shapes of what a function keeps for its gradient."""
+  _, vjp = jax.vjp(fn, *args)
+  return sorted(x.shape for x in jax.tree.leaves(vjp) if x.size)
+
+
+def torch_grads(fn, *arrays):
+  tensors = [torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in arrays]
+  out = fn(*tensors)
+  torch.sin(out).sum().backward()
+  return out.detach().numpy(), [t.grad.numpy() for t in tensors]
+
+
+def our_grads(fn, *arrays):
+  args = [jnp.asarray(a, jnp.float32) for a in arrays]
+  numbers = tuple(range(len(args)))
+  grads = jax.grad(lambda *xs: jnp.sin(fn(*xs)).sum(), numbers)(*args)
+  return fn(*args), grads
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 5, 33)])
+def test_gelu_is_exact_in_value_and_gradient(shape):
+  x = draw(0, *shape) * 3.0
+  want, want_grads = torch_grads(torch.nn.functional.gelu, x)
+  got, grads = our_grads(ops.gelu, x)
+  np.testing.assert_allclose(got, want, atol=2e-6)
+  np.testing.assert_allclose(grads[0], want_grads[0], atol=5e-6)
+
+
+def test_gelu_keeps_its_input_alone():
+  x = jnp.asarray(draw(0, 3, 7), jnp.float32)
+  assert leaves_kept(ops.gelu, x) == [(3, 7)]
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5, 33), (1, 1, 2)])
+def test_layer_norm_equals_torch_in_value_and_gradient(shape):
+  d = shape[-1]
+  arrays = draw(0, *shape), draw(1, d), draw(2, d)
+  norm = lambda x, s, b: torch.nn.functional.layer_norm(x, (d,), s, b, 1e-5)
+  want, want_grads = torch_grads(norm, *arrays)
+  got, grads = our_grads(lambda x, s, b: ops.layer_norm(x, s, b, 1e-5), *arrays)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  for g, w in zip(grads, want_grads, strict=True):
+    np.testing.assert_allclose(g, w, atol=2e-4 if d == 2 else 3e-5)
+
+
+def test_layer_norm_keeps_one_array_of_its_inputs_size():
+  x, s = jnp.asarray(draw(0, 4, 6), jnp.float32), jnp.ones(6)
+  kept = leaves_kept(lambda x: ops.layer_norm(x, s, s, 1e-5), x)
+  assert kept.count((4, 6)) == 1
+
+
+def test_bfloat16_stays_bfloat16_with_float32_statistics():
+  x = jnp.asarray(draw(0, 3, 64), jnp.bfloat16)
+  s = jnp.ones(64, jnp.float32)
+  y = ops.layer_norm(x, s, s, 1e-5)
+  assert y.dtype == jnp.bfloat16
+  assert jax.grad(lambda x: ops.gelu(x).astype(jnp.float32).sum())(x).dtype == x.dtype
+
+
+def test_attention_equals_torch_with_masked_keys():
+  q, k, v = draw(0, 2, 5, 3, 4), draw(1, 2, 7, 3, 4), draw(2, 2, 7, 3, 4)
+  mask = np.ones((2, 7), np.int32)
+  mask[1, 4:] = 0
+
+  def theirs(q, k, v):
+    heads = [t.transpose(1, 2) for t in (q, k, v)]
+    keep = torch.tensor(mask).bool()[:, None, None, :]
+    out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=keep)
+    return out.transpose(1, 2)
+
+  want, want_grads = torch_grads(theirs, q, k, v)
+  got, grads = our_grads(lambda *a: ops.attention(*a, jnp.asarray(mask)), q, k, v)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  for g, w in zip(grads, want_grads, strict=True):
+    np.testing.assert_allclose(g, w, atol=5e-5)
+
+
+def test_a_row_with_every_key_masked_is_finite():
+  q = jnp.asarray(draw(0, 1, 2, 1, 4), jnp.float32)
+  out, grads = jax.value_and_grad(
+    lambda q: ops.attention(q, q, q, jnp.zeros((1, 2), jnp.int32)).sum()
+  )(q)
+  assert np.isfinite(out)
+  assert np.isfinite(grads).all()

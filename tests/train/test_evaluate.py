@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax_flax.errors import LoraxError
+from lorax_flax.train import optim, step
+from lorax_flax.train import state as states
+from lorax_flax.train.evaluate import evaluate
+from tests.train import toy
+
+
+def _evaluate(splits, names=("accuracy", "f1")):
+  job = toy.job()
+  optimizer = optim.adamw(
+    lambda step: jnp.float32(0), b1=0.9, b2=0.9, eps=1e-8, weight_decay=0, grad_clip=1
+  )
+  state, base = states.create(job.params, job.adapter, optimizer, jax.random.key(0))
+  run = step.eval_step(job.forward, job.loss)
+  return evaluate(run, state.trained, base, splits, names)
+
+
+def _split(count, batch_size, seed=2):
+  tokens = toy.tokens(count, seed)
+  shape = toy.pipeline.Shape(batch_size, (8, 24))
+  return toy.pipeline.evaluation(tokens, shape)
+
+
+def _whole(count, seed=2):
+  return [toy.tokens(count, seed).batch(np.arange(count), 24)]
+
+
+def test_every_example_counts_once_whatever_the_batch_size():
+  wanted = _evaluate({"validation": _whole(37)})
+  for batch_size in (5, 64):
+    found = _evaluate({"validation": _split(37, batch_size)})
+    assert found.examples == 37
+    assert found.metrics == pytest.approx(wanted.metrics, rel=1e-5)
+
+
+def test_two_splits_are_reported_by_name_and_overall():
+  first, second = _whole(30, seed=3), _whole(10, seed=4)
+  both = _evaluate({"validation_matched": first, "validation_mismatched": second})
+  a = _evaluate({"validation": first}).metrics
+  b = _evaluate({"validation": second}).metrics
+  assert a["accuracy"] != b["accuracy"]
+  assert both.examples == 40
+  assert both.metrics["accuracy_matched"] == a["accuracy"]
+  assert both.metrics["accuracy_mismatched"] == b["accuracy"]
+  # Overall is over all examples, not the mean of the two.
+  assert both.metrics["accuracy"] == pytest.approx(
+    (30 * a["accuracy"] + 10 * b["accuracy"]) / 40
+  )
+  assert both.metrics["loss"] == pytest.approx(
+    (30 * a["loss"] + 10 * b["loss"]) / 40, rel=1e-5
+  )
+
+
+def test_a_missing_or_repeated_example_is_an_error():
+  batches = [dict(batch) for batch in _split(20, 8)]
+  with pytest.raises(LoraxError, match="the batches of dev miss or repeat"):
+    _evaluate({"dev": [*batches, batches[0]]})
+  with pytest.raises(LoraxError, match="the batches of dev miss or repeat"):
+    _evaluate({"dev": batches[1:]})
+
+
+def test_an_empty_split_is_an_error():
+  with pytest.raises(LoraxError, match="nothing to evaluate in dev"):
+    _evaluate({"dev": []})

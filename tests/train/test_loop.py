@@ -1,0 +1,183 @@
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lorax_flax.errors import LoraxError
+from lorax_flax.train import optim
+from lorax_flax.train import state as states
+from lorax_flax.train.checkpoint import Checkpoints
+from lorax_flax.train.loop import fit
+from tests.train import toy
+
+# What the clock or the folder decides.
+_VARIES = {"train_seconds", "seconds", "tokens_per_second", "adapter"}
+
+
+def _result(folder: Path):
+  found = json.loads((folder / "result.json").read_text())
+  return {name: value for name, value in found.items() if name not in _VARIES}
+
+
+def _lines(folder: Path):
+  return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _outcome(folder: Path):
+  """All of a run that must not depend on whether it was interrupted."""
+  return (
+    _result(folder),
+    (folder / "metrics.jsonl").read_text(),
+    (folder / "adapter.json").read_text(),
+  )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+  """A run that nothing interrupted."""
+  folder = tmp_path_factory.mktemp("whole")
+  fit(toy.CONFIG, toy.job(), folder)
+  return folder
+
+
+class _Stopped(Exception):
+  pass
+
+
+class _Stopping:
+  """Batches that end the process's work at some step, like a failure would."""
+
+  def __init__(self, batches, after: int):
+    self._batches, self._left = batches, after
+
+  def __next__(self):
+    if not self._left:
+      raise _Stopped
+    self._left -= 1
+    return next(self._batches)
+
+  def __getattr__(self, name):
+    return getattr(self._batches, name)
+
+
+def test_a_run_writes_all_that_it_promises(whole):
+  names = {entry.name for entry in whole.iterdir()}
+  assert names == {
+    *("adapter.json", "checkpoints", "curves.png", "metrics.jsonl", "result.json"),
+    "tensorboard",
+  }
+  result = json.loads((whole / "result.json").read_text())
+  assert result["examples_evaluated"] == 37
+  assert result["trained_parameters"] == 48
+  assert result["steps"] == 24
+  assert result["train_seconds"] > 0
+  lines = _lines(whole)
+  assert [line["step"] for line in lines if "train/loss" in line] == [7, 14, 21, 24]
+  assert [line["step"] for line in lines if "eval/accuracy" in line] == [8, 16, 24]
+
+
+def test_the_result_and_the_export_are_the_best_evaluations(whole):
+  lines = _lines(whole)
+  scores = {x["step"]: x["eval/accuracy"] for x in lines if "eval/accuracy" in x}
+  result = _result(whole)
+  best = max(scores.values())
+  assert result["accuracy"] == best
+  assert result["best_step"] == min(s for s, score in scores.items() if score == best)
+  assert result["last"]["accuracy"] == scores[24]
+  # The toy was chosen so that the two differ; otherwise this test would show little.
+  assert result["best_step"] != 24
+  checkpoints = Checkpoints(whole / "checkpoints")
+  like = _fresh_state()
+  state, _ = checkpoints.restore(result["best_step"], like)
+  checkpoints.close()
+  exported = json.loads((whole / "adapter.json").read_text())
+  np.testing.assert_array_equal(
+    state.trained["dense/kernel"].a, np.float32(exported["a"])
+  )
+
+
+def test_the_best_and_the_last_checkpoint_are_kept_and_no_other(whole):
+  kept = sorted(int(entry.name) for entry in (whole / "checkpoints").iterdir())
+  assert kept == [_result(whole)["best_step"], 24]
+
+
+def _fresh_state():
+  job = toy.job()
+  optimizer = optim.adamw(
+    lambda step: 0.0, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.01, grad_clip=1
+  )
+  return states.create(job.params, job.adapter, optimizer, jax.random.key(0))[0]
+
+
+@pytest.mark.parametrize("steps", [[13, 9]])
+def test_an_interrupted_run_ends_as_if_nothing_had_happened(whole, tmp_path, steps):
+  for after in steps:
+    job = toy.job()
+    job = dataclasses.replace(job, batches=_Stopping(job.batches, after))
+    with pytest.raises(_Stopped):
+      fit(toy.CONFIG, job, tmp_path)
+  fit(toy.CONFIG, toy.job(), tmp_path)
+  assert _outcome(tmp_path) == _outcome(whole)
+
+
+def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(whole, tmp_path):
+  # A fixed seed chooses the moments; what the process does by then varies, and may.
+  moments = random.Random(0)
+  program = [sys.executable, "-m", "tests.train.toy", str(tmp_path)]
+  kills = 0
+  metrics = tmp_path / "metrics.jsonl"
+  while True:
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL)
+    # After the imports, from the first sign of life on.
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    while process.poll() is None and kills < 2:
+      if metrics.exists() and metrics.stat().st_mtime_ns != before:
+        time.sleep(moments.uniform(0.0, 0.8))
+        os.kill(process.pid, signal.SIGKILL)
+        kills += 1
+        break
+      time.sleep(0.01)
+    if process.wait() == 0:
+      break
+    assert process.returncode == -signal.SIGKILL
+  assert kills
+  assert _outcome(tmp_path) == _outcome(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+  job = toy.job()
+
+  class Poisoned(_Stopping):
+    def __next__(self):
+      batch = super().__next__()
+      if self._left == 100 - 12:
+        batch = batch | {"weights": batch["weights"] * np.float32("nan")}
+      return batch
+
+  job = dataclasses.replace(job, batches=Poisoned(job.batches, 100))
+  with pytest.raises(
+    LoraxError, match=r"nan at step 12: .*checkpoint of step 10 is kept"
+  ):
+    fit(toy.CONFIG, job, tmp_path)
+  assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} >= {10}
+  assert not (tmp_path / "result.json").exists()
+
+
+def test_without_a_terminal_each_update_is_a_line_that_reads_by_itself(tmp_path, capfd):
+  fit(toy.CONFIG, toy.job(), tmp_path)
+  lines = capfd.readouterr().out.splitlines()
+  updates = [line for line in lines if line.startswith("step ")]
+  assert len(updates) == 4
+  for line in updates:
+    assert all(word in line for word in ("epoch", "loss", "tokens/s", "left")), line
+  assert any(line.startswith("compiled the training step for 8×24") for line in lines)
+  assert not any("\x1b" in line for line in lines)

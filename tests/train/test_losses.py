@@ -1,0 +1,38 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from lorax_flax.train import losses
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_equals_torch(smoothing):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(16, 3)).astype(np.float32) * 3
+  labels = rng.integers(0, 3, 16)
+  wanted = torch.nn.functional.cross_entropy(
+    torch.tensor(logits),
+    torch.tensor(labels),
+    label_smoothing=smoothing,
+    reduction="none",
+  )
+  ours = losses.cross_entropy(smoothing)(jnp.asarray(logits), jnp.asarray(labels))
+  np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_losses_are_float32_whatever_the_logits_are():
+  logits = jnp.ones((4, 3), jnp.bfloat16)
+  assert losses.cross_entropy()(logits, jnp.zeros(4, jnp.int32)).dtype == jnp.float32
+  one = logits[:, :1]
+  assert losses.squared_error(one, jnp.zeros(4, jnp.float32)).dtype == jnp.float32
+
+
+def test_squared_error_equals_torch():
+  logits = np.array([[0.5], [2.0], [-1.0]], np.float32)
+  labels = np.array([1.0, 2.5, 3.0], np.float32)
+  wanted = torch.nn.functional.mse_loss(
+    torch.tensor(logits[:, 0]), torch.tensor(labels), reduction="none"
+  )
+  ours = losses.squared_error(jnp.asarray(logits), jnp.asarray(labels))
+  np.testing.assert_allclose(ours, wanted, rtol=1e-6)

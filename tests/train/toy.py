@@ -1,0 +1,110 @@
+"""A tiny run of the real loop: bags of embedded tokens, tuned and low-rank leaves.
+
+As a program (`python -m tests.train.toy WORKDIR`) it is what the tests kill.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lorax_flax as lx
+from lorax_flax.data import pipeline
+from lorax_flax.data.tokens import Tokens, ragged
+from lorax_flax.train import losses, workdir
+from lorax_flax.train.config import TrainConfig
+from lorax_flax.train.loop import Job, fit
+
+VOCAB, WIDTH = 50, 8
+CONFIG = TrainConfig(
+  epochs=3,
+  batch_size=8,
+  eval_batch_size=16,
+  learning_rate=0.1,
+  warmup_fraction=0.1,
+  weight_decay=0.01,
+  accumulation=2,
+  label_smoothing=0.1,
+  log_steps=7,
+  save_steps=5,
+)
+
+
+def tokens(count: int, seed: int) -> Tokens:
+  """Rows whose class is whether small ids are in the majority."""
+  rng = np.random.default_rng(seed)
+  rows = [rng.integers(1, VOCAB, rng.integers(3, 20)) for _ in range(count)]
+  labels = np.array([np.mean(row) < VOCAB / 2 for row in rows], np.int32)
+  values, offsets = ragged(rows)
+  return Tokens(values, offsets, pad_id=0, labels_N=labels)
+
+
+def apply_fn(params, batch, dropout_key=None):
+  x = params["embed"][batch["input_ids"]]
+  if dropout_key is not None:
+    x = jnp.where(jax.random.bernoulli(dropout_key, 0.9, x.shape), x / 0.9, 0.0)
+  mask = batch["attention_mask"].astype(jnp.float32)[..., None]
+  x = (x * mask).sum(1) / mask.sum(1)
+  return jnp.tanh(x @ params["dense"]["kernel"]) @ params["head"]["kernel"]
+
+
+def params():
+  rng = np.random.default_rng(7)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  return {
+    "embed": draw(VOCAB, WIDTH),
+    "dense": {"kernel": draw(WIDTH, WIDTH)},
+    "head": {"kernel": draw(WIDTH, 2) * 0.1},
+  }
+
+
+def job(config: TrainConfig = CONFIG, **changes) -> Job:
+  train, held_out = tokens(60, 1), tokens(37, 2)
+  shape = pipeline.Shape(config.batch_size, (24,))
+  lora = lx.adapt(
+    apply_fn,
+    lx.LoraConfig(targets=["dense/kernel"], rank=2, tuned=["head/kernel"], dropout=0.1),
+  )
+  base = params()
+
+  def forward(params, adapter, batch, key):
+    keys = (None, None) if key is None else jax.random.split(key)
+    return lora.apply(params, adapter, batch, keys[0], dropout_key=keys[1])
+
+  batches = pipeline.training(train, shape, seed=config.seed)
+  example = {k: v for k, v in train.batch(np.arange(4), 24).items() if v.ndim == 2}
+  fields = {
+    "forward": forward,
+    "params": base,
+    "adapter": lora.init(jax.random.key(config.seed), base, example),
+    "loss": losses.cross_entropy(config.label_smoothing),
+    "batches": batches,
+    "steps_per_epoch": pipeline.steps_per_epoch(60, config.batch_size),
+    "evaluation": {
+      "validation": pipeline.evaluation(
+        held_out, pipeline.Shape(config.eval_batch_size, (24,))
+      )
+    },
+    "metrics": ("accuracy", "f1"),
+    "primary": "accuracy",
+    "export": export,
+    "title": "toy",
+  }
+  return Job(**(fields | changes))
+
+
+def export(adapter, folder: Path) -> dict[str, str]:
+  leaves = {"a": adapter["dense/kernel"].a, "head": adapter["head/kernel"].value}
+  text = json.dumps({k: np.asarray(v).tolist() for k, v in leaves.items()})
+  workdir.write_text(folder / "adapter.json", text)
+  return {"adapter": str(folder / "adapter.json")}
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_num_cpu_devices", 1)
+  run = Path(sys.argv[1])
+  workdir.claim(run, {"toy": 1})
+  fit(CONFIG, job(), run)
