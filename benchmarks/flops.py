@@ -3,8 +3,8 @@
   python -m benchmarks.flops
 
 The floor is the forward pass, the gradients of all inputs, and the deltas' own
-products; no gradient of a frozen kernel. The strict floor leaves out what lies below the
-lowest trained weight as well; a scan, whose body is the same for every layer, cannot.
+products; no gradient of a frozen kernel. The strict floor also leaves out what lies
+below the lowest trained weight; a scan, whose body is the same for every layer, cannot.
 The figures come from the compiled program, loops multiplied out.
 """
 

@@ -194,6 +194,7 @@ def _export(
       lx.merge(loaded.params, adapter),
       loaded.keymap,
       loaded.hf_config,
+      architecture=loaded.family.architecture,
       labels=labels,
       tokenizer_from=folder,
       may_replace=lambda old: (old / "config.json").is_file(),

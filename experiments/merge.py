@@ -48,6 +48,7 @@ def merge(base: str, adapter: str, out: str, *, overwrite: bool = False) -> Path
     whole.loaded.params,
     whole.loaded.keymap,
     whole.loaded.hf_config,
+    architecture=whole.loaded.family.architecture,
     labels=whole.labels,
     tokenizer_from=whole.folder,
     may_replace=may_replace,

@@ -1,56 +1,45 @@
 """Key maps of the BERT family's sequence classifiers (see keymap.py)."""
 
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.hub.keymap import Entry, KeyMap, Part
-
-
-def _linear(path: str, key: str, part: Part = "body") -> tuple[Entry, ...]:
-  return (
-    Entry(f"{path}/kernel", f"{key}.weight", transpose=True, part=part),
-    Entry(f"{path}/bias", f"{key}.bias", part=part),
-  )
-
-
-def _norm(path: str, key: str) -> tuple[Entry, ...]:
-  return Entry(f"{path}/scale", f"{key}.weight"), Entry(f"{path}/bias", f"{key}.bias")
-
+from lorax_flax.hub.keymap import KeyMap
+from lorax_flax.hub.rows import embedding, linear, norm
 
 _BODY = (
   *(
-    Entry(f"embeddings/{name}/embedding", f"embeddings.{name}.weight")
+    embedding(f"embeddings/{name}", f"embeddings.{name}")
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
   ),
-  *_norm("embeddings/layer_norm", "embeddings.LayerNorm"),
+  *norm("embeddings/layer_norm", "embeddings.LayerNorm"),
   *(
     entry
     for name in ("query", "key", "value")
-    for entry in _linear(
+    for entry in linear(
       f"encoder/layer_{{i}}/attention/{name}",
       f"encoder.layer.{{i}}.attention.self.{name}",
     )
   ),
-  *_linear(
+  *linear(
     "encoder/layer_{i}/attention/output", "encoder.layer.{i}.attention.output.dense"
   ),
-  *_norm(
+  *norm(
     "encoder/layer_{i}/attention/layer_norm",
     "encoder.layer.{i}.attention.output.LayerNorm",
   ),
-  *_linear("encoder/layer_{i}/intermediate", "encoder.layer.{i}.intermediate.dense"),
-  *_linear("encoder/layer_{i}/output", "encoder.layer.{i}.output.dense"),
-  *_norm("encoder/layer_{i}/layer_norm", "encoder.layer.{i}.output.LayerNorm"),
+  *linear("encoder/layer_{i}/intermediate", "encoder.layer.{i}.intermediate.dense"),
+  *linear("encoder/layer_{i}/output", "encoder.layer.{i}.output.dense"),
+  *norm("encoder/layer_{i}/layer_norm", "encoder.layer.{i}.output.LayerNorm"),
 )
 
 _BERT = (
   *_BODY,
-  *_linear("pooler", "pooler.dense"),
-  *_linear("classifier", "classifier", "head"),
+  *linear("pooler", "pooler.dense"),
+  *linear("classifier", "classifier", part="head"),
 )
 
 _ROBERTA = (
   *_BODY,
-  *_linear("classifier/dense", "classifier.dense", "head"),
-  *_linear("classifier/out_proj", "classifier.out_proj", "head"),
+  *linear("classifier/dense", "classifier.dense", part="head"),
+  *linear("classifier/out_proj", "classifier.out_proj", part="head"),
 )
 
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
@@ -104,7 +93,7 @@ def keymap(family: str, num_layers: int, scan: bool = False) -> KeyMap:
     family=family,
     prefix=prefix,
     entries=entries,
-    num_layers=num_layers,
+    counts={"i": num_layers},
     scan=scan,
     anchor="embeddings.word_embeddings.weight",
     buffers=_BUFFERS,

@@ -28,13 +28,6 @@ _TOKENIZER = (
   "merges.txt",
 )
 
-# transformers' name of the model, which says how its weights are to be read.
-_ARCHITECTURES = {
-  "bert": "BertForSequenceClassification",
-  "roberta": "RobertaForSequenceClassification",
-  "xlm-roberta": "XLMRobertaForSequenceClassification",
-}
-
 
 def write_checkpoint(
   folder: str | Path,
@@ -42,7 +35,8 @@ def write_checkpoint(
   keymap: KeyMap,
   hf_config: Mapping[str, Any],
   *,
-  labels: Sequence[str],
+  architecture: str,
+  labels: Sequence[str] | None,
   tokenizer_from: Path,
   may_replace: Callable[[Path], bool],
 ) -> None:
@@ -53,7 +47,8 @@ def write_checkpoint(
     params: the model's tree; each leaf is stored in the dtype that it has.
     keymap: of the model.
     hf_config: of the base; what it says of the head is replaced.
-    labels: names of the head's outputs.
+    architecture: transformers' name of the model, which says how the weights are read.
+    labels: names of the head's outputs; None where they are not classes.
     tokenizer_from: a folder whose tokenizer's files are copied.
     may_replace: whether a folder that lies there, and isn't empty, may go.
 
@@ -61,7 +56,7 @@ def write_checkpoint(
     LoraxError: the place is taken or can't be written.
   """
   with folders.writing(Path(folder), may_replace) as scratch:
-    config = to_hf_config(hf_config, keymap.family, labels)
+    config = to_hf_config(hf_config, architecture, labels)
     text = json.dumps(config, indent=2, sort_keys=True)
     (scratch / "config.json").write_text(f"{text}\n", encoding="utf-8")
     try:
@@ -75,16 +70,19 @@ def write_checkpoint(
 
 
 def to_hf_config(
-  hf_config: Mapping[str, Any], family: str, labels: Sequence[str]
+  hf_config: Mapping[str, Any], architecture: str, labels: Sequence[str] | None
 ) -> dict[str, Any]:
-  """The base's config.json, made one of a sequence classifier with these outputs."""
+  """The base's config.json, made one of this architecture, with these outputs."""
   config = dict(hf_config)
   # Without the base's dtype, which transformers would cast to, it takes the weights'.
-  stale = ("_name_or_path", "num_labels", "problem_type", "_num_labels")
-  for name in (*stale, "dtype", "torch_dtype"):
+  for name in ("_name_or_path", "dtype", "torch_dtype"):
+    config.pop(name, None)
+  config["architectures"] = [architecture]
+  if labels is None:
+    return config
+  for name in ("num_labels", "problem_type", "_num_labels"):
     config.pop(name, None)
   config |= {
-    "architectures": [_ARCHITECTURES[family]],
     "id2label": {str(i): name for i, name in enumerate(labels)},
     "label2id": {name: i for i, name in enumerate(labels)},
   }
@@ -95,11 +93,10 @@ def to_hf_config(
 
 def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
   """The checkpoint's tensors of a tree, under the full keys."""
-  leaves = flatten(params)
+  leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
   tensors = {}
   for bare, site in keymap.sites.items():
-    value = np.asarray(leaves[site.path])
-    value = value if site.layer is None else value[site.layer]
-    value = value.T if site.entry.transpose else value
+    leaf = leaves[site.path]
+    value = site.entry.to_stored(leaf[site.place(leaf.shape)])
     tensors[full_key(keymap, bare)] = np.ascontiguousarray(value)
   return tensors

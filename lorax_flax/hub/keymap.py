@@ -12,56 +12,23 @@ the family's sequence classifier has in transformers and in PEFT
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
 
 from lorax_flax.errors import LoraxError, listing, unknown
-
-Part = Literal["body", "head"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """One leaf, or with `{i}` in both names one leaf a layer.
-
-  Attributes:
-    path: our slash path, unscanned.
-    key: the bare checkpoint key.
-    transpose: the checkpoint stores (out, in) where we store (in, out).
-    part: "body" keys carry the family's prefix in a full key, "head" keys do not.
-  """
-
-  path: str
-  key: str
-  transpose: bool = False
-  part: Part = "body"
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-  """Where one checkpoint key lives in a params tree.
-
-  Attributes:
-    path: our leaf path, in the tree's own form (scanned or not).
-    layer: index on the leaf's leading layer axis where layers are scanned, else None.
-    entry: the table's row.
-  """
-
-  path: str
-  layer: int | None
-  entry: Entry
+from lorax_flax.hub.rows import Entry, Kind, Site, kind, placeholders
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyMap:
-  """The table of one model: a family's rows, and this model's number of layers.
+  """The table of one model: a family's rows, and how often this model repeats them.
 
   Attributes:
     family: for messages.
     prefix: of the body's full keys, with its dot ("bert.").
-    entries: the rows; `{i}` stands for the layer.
-    num_layers: how many layers the rows with `{i}` stand for.
+    entries: the rows.
+    counts: of each placeholder in the rows: {"i": 12} for twelve layers.
     scan: our tree holds the layers stacked, under "layers", instead of "layer_{i}".
     anchor: a bare key that every checkpoint has; it shows the stored prefix.
     buffers: bare keys that hold no weights and are passed over.
@@ -69,36 +36,48 @@ class KeyMap:
     head_groups: first names of our paths that may be absent from a checkpoint, each
       as a whole ("classifier", "pooler"); they are new then.
     aliases: (old ending, new ending) of bare keys, for old checkpoints.
+    ties: bare keys that say again what another key says ("lm_head.weight" of a tied
+      head): key to that other key.
   """
 
   family: str
   prefix: str
   entries: tuple[Entry, ...]
-  num_layers: int
+  counts: Mapping[str, int]
   scan: bool
   anchor: str
   buffers: tuple[str, ...] = ()
   other_heads: tuple[str, ...] = ()
   head_groups: tuple[str, ...] = ("classifier",)
   aliases: tuple[tuple[str, str], ...] = ()
+  ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def sites(self) -> dict[str, Site]:
     """Every bare key of this model, layers written out."""
     sites = {}
     for entry in self.entries:
-      if "{i}" not in entry.key:
-        sites[entry.key] = Site(entry.path, None, entry)
-        continue
-      for i in range(self.num_layers):
-        # "layer_{i}" is one name of the path; scanned it is "layers".
-        path = entry.path.replace("layer_{i}", "layers" if self.scan else f"layer_{i}")
-        sites[entry.key.format(i=i)] = Site(path, i if self.scan else None, entry)
+      names = placeholders(entry.key)
+      for numbers in itertools.product(*(range(self.counts[name]) for name in names)):
+        values = dict(zip(names, numbers, strict=True))
+        sites[entry.key.format(**values)] = self._site(entry, values)
     return sites
+
+  def _site(self, entry: Entry, values: Mapping[str, int]) -> Site:
+    path, index = entry.path, []
+    for name, number in values.items():
+      layer = f"layer_{{{name}}}"
+      # A placeholder that our path lacks is an axis of the leaf, as experts are.
+      if layer in path and not self.scan:
+        path = path.replace(layer, f"layer_{number}")
+      else:
+        path = path.replace(layer, "layers")
+        index.append(number)
+    return Site(path, tuple(index), entry)
 
   @functools.cached_property
   def keys(self) -> dict[str, list[str]]:
-    """Bare keys of each path of our tree: one, or one a layer where scanned."""
+    """Bare keys of each path of our tree: one, or several where they are stacked."""
     keys: dict[str, list[str]] = {}
     for key, site in self.sites.items():
       keys.setdefault(site.path, []).append(key)
@@ -182,18 +161,13 @@ def module_to_path(keymap: KeyMap, name: str) -> tuple[str, int | None]:
   return key_to_path(keymap, keymap.leaves[bare])
 
 
-def modules(keymap: KeyMap) -> dict[str, Literal["linear", "embedding", "norm"]]:
+def modules(keymap: KeyMap) -> dict[str, Kind]:
   """Full names of all modules that own a weight, in the table's order, and kinds.
 
   What PEFT's target_modules rules are matched against.
   """
-  kinds: dict[str, Literal["linear", "embedding", "norm"]] = {
-    "kernel": "linear",
-    "embedding": "embedding",
-    "scale": "norm",
-  }
   return {
-    module_of(full_key(keymap, key)): kinds[keymap.sites[key].path.rpartition("/")[2]]
+    module_of(full_key(keymap, key)): kind(keymap.sites[key].entry)
     for key in keymap.leaves.values()
   }
 

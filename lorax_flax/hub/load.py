@@ -43,7 +43,7 @@ def load(
 
   Args:
     shapes: the tree, of ShapeDtypeStructs.
-    dtype: that the leaves are stored in.
+    dtype: that the leaves get; None leaves each the dtype that it is stored in.
     std: of the normal that the kernels of a new head are drawn from; biases are zero.
     seed: a new leaf is a function of (seed, path).
     new_head: a head of another shape is replaced by a new one, not an error.
@@ -51,7 +51,7 @@ def load(
   Raises:
     LoraxError: an unknown, missing or mis-shaped key; only a head may be missing.
   """
-  stored = km.bare_keys(keymap, reader)
+  stored = _untied(keymap, km.bare_keys(keymap, reader), reader)
   known = {*keymap.sites, *keymap.buffers, *keymap.other_heads}
   for bare, key in stored.items():
     if bare not in known:
@@ -63,17 +63,32 @@ def load(
 
   def fill(path, leaf):
     if path in absent:
-      return _fresh(path, leaf.shape, dtype, std, seed)
-    parts = [
-      _tensor(keymap, bare, reader, stored[bare], leaf.shape, path)
-      for bare in keymap.keys[path]
-    ]
-    stacked = keymap.sites[keymap.keys[path][0]].layer is not None
-    return jnp.asarray(np.stack(parts) if stacked else parts[0], dtype)
+      return _fresh(path, leaf.shape, dtype or jnp.float32, std, seed)
+    return jnp.asarray(_leaf(keymap, path, leaf.shape, reader, stored), dtype)
 
-  passed_over = tuple(k for bare, k in stored.items() if bare not in keymap.sites)
+  used = {stored[bare] for bare in keymap.sites if bare in stored}
+  passed_over = tuple(key for key in reader if key not in used)
   new = tuple(path for path in leaves if path in absent)
   return Weights(map_with_path(fill, shapes), new, passed_over)
+
+
+def _untied(
+  keymap: km.KeyMap, stored: Mapping[str, str], reader: Reader
+) -> dict[str, str]:
+  """`stored` without the keys that repeat another's weight, or in its place."""
+  found = dict(stored)
+  for repeat, main in keymap.ties.items():
+    if repeat not in found:
+      continue
+    key = found.pop(repeat)
+    if main not in found:
+      found[main] = key
+    elif not np.array_equal(reader[key], reader[found[main]]):
+      raise LoraxError(
+        f"config.json ties {key!r} to {found[main]!r}, and the checkpoint has two "
+        "different weights there"
+      )
+  return found
 
 
 def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
@@ -106,34 +121,46 @@ def _misfits(keymap, leaves, stored, reader) -> set[str]:
     paths = [p for p in keymap.keys if p.split("/")[0] == group]
     for path in paths:
       for bare in keymap.keys[path]:
-        want = leaves[path].shape
-        want = want[::-1] if keymap.sites[bare].entry.transpose else want
+        site = keymap.sites[bare]
+        want = site.entry.stored_shape(site.shape(leaves[path].shape))
         if bare in stored and reader.shape(stored[bare]) != want:
           found |= set(paths)
   return found
 
 
-def _tensor(
-  keymap: km.KeyMap, bare: str, reader: Reader, key: str, shape, path
+def _leaf(
+  keymap: km.KeyMap, path: str, shape, reader: Reader, stored: Mapping[str, str]
 ) -> np.ndarray:
-  entry = keymap.sites[bare].entry
+  """One leaf, put together from its tensors; in their dtype."""
+  keys = keymap.keys[path]
+  first = _tensor(keymap.sites[keys[0]], stored[keys[0]], shape, reader, keymap)
+  if len(keys) == 1:
+    return first
+  whole = np.empty(shape, first.dtype)
+  whole[keymap.sites[keys[0]].place(shape)] = first
+  for bare in keys[1:]:
+    site = keymap.sites[bare]
+    whole[site.place(shape)] = _tensor(site, stored[bare], shape, reader, keymap)
+  return whole
+
+
+def _tensor(
+  site: km.Site, key: str, shape, reader: Reader, keymap: km.KeyMap
+) -> np.ndarray:
   value = reader[key]
   if not jnp.issubdtype(value.dtype, jnp.floating):
     raise LoraxError(
-      f"checkpoint key {key!r} holds {value.dtype}, {path!r} needs floating-point"
+      f"checkpoint key {key!r} holds {value.dtype}, {site.path!r} needs floating-point"
       " weights: quantised checkpoints are not read"
     )
-  value = value.T if entry.transpose else value
-  want = tuple(shape[-value.ndim :]) if "{i}" in entry.key else tuple(shape)
+  want = site.entry.stored_shape(site.shape(shape))
   if value.shape != want:
-    head = path.split("/")[0] in keymap.head_groups
+    head = site.path.split("/")[0] in keymap.head_groups
     raise LoraxError(
-      f"checkpoint key {key!r} has shape {reader.shape(key)}; {path!r} needs"
-      f" {want[::-1] if entry.transpose else want} there"
-      + "; new_head=True replaces a head that does not fit"
-      * head
+      f"checkpoint key {key!r} has shape {value.shape}; {site.path!r} needs"
+      f" {want} there" + "; new_head=True replaces a head that does not fit" * head
     )
-  return value
+  return site.entry.to_ours(value)
 
 
 def _fresh(path: str, shape, dtype, std: float, seed: int) -> jax.Array:

@@ -19,6 +19,7 @@ from lorax_flax.hub.keymap import (
   modules,
 )
 from lorax_flax.hub.peft_config import PeftConfig
+from lorax_flax.hub.rows import LINEAR
 
 PREFIX = "base_model.model."
 
@@ -96,7 +97,7 @@ def can_hold_factors(keymap: KeyMap, module: str) -> bool:
 
 def transposed(keymap: KeyMap, key: str) -> bool:
   """Whether the tensor of a full checkpoint key is our leaf, transposed."""
-  return keymap.sites[bare_key(keymap, key)].entry.transpose
+  return keymap.sites[bare_key(keymap, key)].entry.axes == LINEAR
 
 
 def _all_linear(config: PeftConfig, keymap: KeyMap) -> list[str]:

@@ -8,26 +8,20 @@ them (BertForSequenceClassification, RobertaForSequenceClassification).
 Shapes: B batch, T tokens, D hidden_size, H heads, K head size, C labels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.models import ops
-from lorax_flax.models.config import EncoderConfig
+from lorax_flax.hub import bert_keys
+from lorax_flax.models import layers, ops
+from lorax_flax.models.config import EncoderConfig, from_hf
+from lorax_flax.models.family import Family
 
 DType = Any
-
-# What nn.remat keeps for the backward pass.
-REMAT_POLICIES: dict[str, Callable[..., bool]] = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  # Products with kernels are kept, attention's and the element-wise rest recomputed.
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 def _sequential(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
@@ -52,32 +46,7 @@ POSITIONS = {
 
 
 def _dense(config: EncoderConfig, features: int, axes, dtype, name: str) -> nn.Dense:
-  """A dense layer whose kernel is (in, out), its axes named."""
-  return nn.Dense(
-    features,
-    dtype=dtype,
-    kernel_init=nn.with_logical_partitioning(
-      nn.initializers.normal(config.initializer_range), axes
-    ),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
-    name=name,
-  )
-
-
-class Norm(nn.Module):
-  """Layer norm over the features."""
-
-  eps: float
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    def param(name, init):
-      init = nn.with_logical_partitioning(init, ("embed",))
-      return self.param(name, init, (x_BxTxD.shape[-1],))
-
-    scale_D = param("scale", nn.initializers.ones_init())
-    bias_D = param("bias", nn.initializers.zeros_init())
-    return ops.layer_norm(x_BxTxD, scale_D, bias_D, self.eps)
+  return layers.dense(features, axes, dtype, name, std=config.initializer_range)
 
 
 class Attention(nn.Module):
@@ -112,7 +81,7 @@ class Attention(nn.Module):
       y_BxTxD
     )
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
-    return Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
+    return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
 
 
 class Layer(nn.Module):
@@ -131,7 +100,7 @@ class Layer(nn.Module):
     down = _dense(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
     y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
-    return Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD), None
+    return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD), None
 
 
 class Layers(nn.Module):
@@ -145,24 +114,15 @@ class Layers(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    layer: Any = Layer
-    if self.remat != "none":
-      policy = REMAT_POLICIES[self.remat]
-      layer = nn.remat(Layer, policy=policy, prevent_cse=not self.scan)
-    args = (self.config, self.dtype, self.deterministic)
-    if not self.scan:
-      for i in range(self.config.num_hidden_layers):
-        x_BxTxD, _ = layer(*args, name=f"layer_{i}")(x_BxTxD, mask_BxT)
-      return x_BxTxD
-    stacked = nn.scan(
-      layer,
-      variable_axes={"params": 0},
-      split_rngs={"params": True, "dropout": True},
-      in_axes=nn.broadcast,
-      length=self.config.num_hidden_layers,
-      metadata_params={meta.PARTITION_NAME: "layers"},
+    return layers.stack(
+      Layer,
+      (self.config, self.dtype, self.deterministic),
+      self.config.num_hidden_layers,
+      x_BxTxD,
+      mask_BxT,
+      scan=self.scan,
+      remat=self.remat,
     )
-    return stacked(*args, name="layers")(x_BxTxD, mask_BxT)[0]
 
 
 class Embeddings(nn.Module):
@@ -177,11 +137,9 @@ class Embeddings(nn.Module):
     c = self.config
 
     def look_up(name, rows, axis, ids_BxT):
-      init = nn.with_logical_partitioning(
-        nn.initializers.normal(c.initializer_range), (axis, "embed")
+      table = layers.embed(
+        rows, c.hidden_size, name, axis=axis, std=c.initializer_range
       )
-      table = nn.Embed(rows, c.hidden_size, embedding_init=init, name=name)
-      # The rows are cast; given a dtype, nn.Embed would cast the whole table.
       return table(ids_BxT).astype(self.dtype)
 
     positions_BxT = POSITIONS[c.model_type](input_ids_BxT, c)
@@ -192,7 +150,7 @@ class Embeddings(nn.Module):
     x_BxTxD += look_up(
       "position_embeddings", c.max_position_embeddings, "positions", positions_BxT
     )
-    x_BxTxD = Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD)
+    x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD)
     return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
 
 
@@ -285,12 +243,42 @@ def max_length(config: EncoderConfig) -> int:
   return config.max_position_embeddings - offset
 
 
-def abstract_params(module: SequenceClassifier) -> Any:
-  """Shapes of the parameters, boxed with their logical axis names; no FLOPs."""
+def inputs(config: EncoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
+  """The smallest inputs; see `Family.inputs`."""
+  del config
   ids_BxT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  return jax.eval_shape(module.init, jax.random.key(0), ids_BxT, ids_BxT)["params"]
+  return {"input_ids": ids_BxT, "attention_mask": ids_BxT}
 
 
-def logical_axes(module: SequenceClassifier) -> Mapping[str, Any]:
-  """The parameters' tree with the logical names of each leaf's axes."""
-  return nn.get_partition_spec(abstract_params(module))
+_SIZES = {
+  "hidden_size": 768,
+  "num_hidden_layers": 12,
+  "num_attention_heads": 12,
+  "intermediate_size": 3072,
+  "type_vocab_size": 2,
+}
+
+
+def _family(model_type: str, architecture: str, vocab: int, pad: int) -> Family:
+  # What transformers takes where config.json is silent.
+  defaults = {**_SIZES, "vocab_size": vocab, "pad_token_id": pad}
+  return Family(
+    task="sequence-classification",
+    architecture=architecture,
+    configure=lambda hf_config, **asked: from_hf(hf_config, defaults, **asked),
+    build=SequenceClassifier,
+    keymap=lambda config, scan: bert_keys.keymap(
+      model_type, config.num_hidden_layers, scan
+    ),
+    inputs=inputs,
+    max_length=max_length,
+  )
+
+
+FAMILIES = {
+  "bert": _family("bert", "BertForSequenceClassification", 30522, 0),
+  "roberta": _family("roberta", "RobertaForSequenceClassification", 50265, 1),
+  "xlm-roberta": _family(
+    "xlm-roberta", "XLMRobertaForSequenceClassification", 30522, 1
+  ),
+}

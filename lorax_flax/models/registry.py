@@ -6,29 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
+import flax.linen as nn
 import jax.numpy as jnp
-from flax.core import meta
 
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.hub import bert_keys, safetensors
 from lorax_flax.hub import load as hub_load
+from lorax_flax.hub import safetensors
 from lorax_flax.hub.keymap import KeyMap
-from lorax_flax.models import bert
-from lorax_flax.models import config as model_config
+from lorax_flax.models import bert, layers
+from lorax_flax.models.family import Family
 
-# What transformers takes where a family's config.json is silent.
-FAMILIES: dict[str, Mapping[str, Any]] = {
-  "bert": {"vocab_size": 30522, "pad_token_id": 0, "type_vocab_size": 2},
-  "roberta": {"vocab_size": 50265, "pad_token_id": 1, "type_vocab_size": 2},
-  "xlm-roberta": {"vocab_size": 30522, "pad_token_id": 1, "type_vocab_size": 2},
-}
-_BASE = {
-  "hidden_size": 768,
-  "num_hidden_layers": 12,
-  "num_attention_heads": 12,
-  "intermediate_size": 3072,
-}
+FAMILIES: dict[str, Family] = {**bert.FAMILIES}
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -37,8 +25,8 @@ class Loaded:
   """A model and its weights.
 
   Attributes:
-    module: call it as module.apply({"params": params}, input_ids, attention_mask,
-      token_type_ids).
+    family: what it is one of.
+    module: call it as module.apply({"params": params}, **inputs).
     params: the tree of weights.
     config: the model's shape.
     hf_config: config.json as it was read.
@@ -48,9 +36,10 @@ class Loaded:
     folder: where it came from; its tokenizer lies there.
   """
 
-  module: bert.SequenceClassifier
+  family: Family
+  module: nn.Module
   params: Any
-  config: model_config.EncoderConfig
+  config: Any
   hf_config: Mapping[str, Any]
   keymap: KeyMap
   new_paths: tuple[str, ...]
@@ -58,18 +47,14 @@ class Loaded:
   folder: Path
 
   @property
-  def family(self) -> str:
-    return self.config.model_type
-
-  @property
   def max_length(self) -> int:
     """How many tokens the model takes."""
-    return bert.max_length(self.config)
+    return self.family.max_length(self.config)
 
   @property
   def token_types(self) -> bool:
     """Whether token types tell the model anything."""
-    return self.config.type_vocab_size > 1
+    return getattr(self.config, "type_vocab_size", 0) > 1
 
 
 def load(
@@ -77,20 +62,21 @@ def load(
   *,
   num_labels: int | None = None,
   dtype: str = "float32",
-  param_dtype: str = "float32",
+  param_dtype: str | None = None,
   scan: bool = False,
   remat: str = "none",
   seed: int = 0,
   new_head: bool = False,
 ) -> Loaded:
-  """Loads a sequence classifier from a Hugging Face folder.
+  """Loads a model from a Hugging Face folder.
 
   Args:
     folder: with config.json and safetensors.
-    num_labels: outputs of the head, 1 for a regression; None takes config.json's.
+    num_labels: outputs of a classifier's head, 1 for a regression; None takes
+      config.json's.
     dtype: of computing: "float32", "bfloat16" or "float16".
-    param_dtype: of the weights in memory.
-    scan, remat: see `bert.SequenceClassifier`.
+    param_dtype: of the weights in memory; None leaves each as it is stored.
+    scan, remat: see `layers.stack`.
     seed: of a head that the checkpoint does not have.
     new_head: a head of another width than asked for is replaced, not an error.
 
@@ -99,30 +85,27 @@ def load(
   """
   folder = Path(folder)
   hf_config = read_config(folder)
-  family = hf_config.get("model_type")
-  if not isinstance(family, str) or family not in FAMILIES:
-    raise LoraxError(unknown("model family", str(family), FAMILIES))
-  if remat != "none" and remat not in bert.REMAT_POLICIES:
-    raise LoraxError(unknown("remat", remat, ["none", *bert.REMAT_POLICIES]))
+  family = of(hf_config)
+  layers.check_remat(remat)
   asked = {} if num_labels is None else {"num_labels": num_labels}
-  config = model_config.from_hf(hf_config, {**_BASE, **FAMILIES[family]}, **asked)
-  module = bert.SequenceClassifier(config, _float("dtype", dtype), scan, remat)
-  keymap = bert_keys.keymap(family, config.num_hidden_layers, scan)
-  shapes = jax.tree.map(
-    lambda box: box.value,
-    bert.abstract_params(module),
-    is_leaf=lambda x: isinstance(x, meta.AxisMetadata),
-  )
+  if asked and not family.has_labels:
+    raise LoraxError(
+      f"a {hf_config['model_type']} is a {family.task} model: it has no num_labels"
+    )
+  config = family.configure(hf_config, **asked)
+  module = family.build(config, _float("dtype", dtype), scan, remat)
+  keymap = family.keymap(config, scan)
   weights = hub_load.load(
     safetensors.open_folder(folder),
     keymap,
-    shapes,
-    dtype=_float("param_dtype", param_dtype),
-    std=config.initializer_range,
+    family.shapes(module),
+    dtype=param_dtype and _float("param_dtype", param_dtype),
+    std=getattr(config, "initializer_range", 0.02),
     seed=seed,
     new_head=new_head,
   )
   return Loaded(
+    family,
     module,
     weights.params,
     config,
@@ -132,6 +115,14 @@ def load(
     weights.passed_over,
     folder,
   )
+
+
+def of(hf_config: Mapping[str, Any]) -> Family:
+  """The family of a config.json, by its model_type. Unknown: LoraxError."""
+  name = hf_config.get("model_type")
+  if not isinstance(name, str) or name not in FAMILIES:
+    raise LoraxError(unknown("model family", str(name), FAMILIES))
+  return FAMILIES[name]
 
 
 def _float(option: str, name: str) -> jnp.dtype:

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ def rewrite(source, folder, labels, **options):
     loaded.params,
     loaded.keymap,
     loaded.hf_config,
+    architecture=loaded.family.architecture,
     labels=labels,
     tokenizer_from=source,
     may_replace=lambda _: False,
@@ -51,7 +53,9 @@ def test_weights_load_in_the_dtype_they_are_written_in(tmp_path, field):
   config = json.loads(path.read_text())
   config[field] = config.pop("dtype")
   path.write_text(json.dumps(config))
-  loaded = rewrite(tmp_path / "base", tmp_path / "out", ["no", "yes"])
+  loaded = rewrite(
+    tmp_path / "base", tmp_path / "out", ["no", "yes"], param_dtype="float32"
+  )
   again = transformers.AutoModelForSequenceClassification.from_pretrained(
     tmp_path / "out"
   ).eval()
@@ -81,3 +85,20 @@ def test_one_output_is_written_as_a_regression(tmp_path):
   config = json.loads((tmp_path / "out" / "config.json").read_text())
   assert config["problem_type"] == "regression"
   assert config["id2label"] == {"0": "score"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_keep_the_dtype_that_they_are_stored_in(tmp_path, dtype):
+  model = peers.save(tmp_path / "base").to(getattr(torch, dtype))
+  model.save_pretrained(tmp_path / "base")
+  loaded = rewrite(tmp_path / "base", tmp_path / "out", ["no", "yes"])
+  assert {x.dtype for x in jax.tree.leaves(loaded.params)} == {jnp.dtype(dtype)}
+  again = transformers.AutoModelForSequenceClassification.from_pretrained(
+    tmp_path / "out"
+  )
+  want, got = model.state_dict(), again.state_dict()
+  assert all(torch.equal(want[key], got[key]) for key in want)
+  inputs = peers.batch()
+  logits = loaded.module.apply({"params": loaded.params}, **inputs)
+  want = peers.logits(model.float(), inputs)
+  np.testing.assert_allclose(np.asarray(logits), want, atol=1e-4)

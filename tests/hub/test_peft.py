@@ -142,7 +142,7 @@ def _params(model, keymap):
   leaves = {}
   for bare, site in keymap.sites.items():
     value = stored[full_key(keymap, bare)]
-    leaves.setdefault(site.path, []).append(value.T if site.entry.transpose else value)
+    leaves.setdefault(site.path, []).append(site.entry.to_ours(value))
   tree = {}
   for path, values in leaves.items():
     node = tree

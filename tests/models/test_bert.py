@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import lorax_flax as lx
 from lorax_flax.hub import export
 from lorax_flax.hub.resolve import resolve
-from lorax_flax.models import bert, registry
+from lorax_flax.models import registry
 from tests.models import peers
 
 TOLERANCE = 1e-4
@@ -140,14 +140,14 @@ def test_dropout_needs_a_key_and_changes_the_logits(tmp_path):
 def test_every_leaf_has_named_axes(tmp_path):
   peers.save(tmp_path)
   module = registry.load(tmp_path, scan=True).module
-  axes = bert.logical_axes(module)
+  axes = registry.FAMILIES["bert"].logical_axes(module)
   assert tuple(axes["encoder"]["layers"]["attention"]["query"]["kernel"]) == (
     "layers",
     "embed",
     "heads",
   )
   shapes = jax.tree.map(lambda x: len(x.shape), registry.load(tmp_path).params)
-  flat = bert.logical_axes(registry.load(tmp_path).module)
+  flat = registry.FAMILIES["bert"].logical_axes(registry.load(tmp_path).module)
   assert jax.tree.map(lambda n, spec: len(spec) == n, shapes, flat) == jax.tree.map(
     lambda n: True, shapes
   )

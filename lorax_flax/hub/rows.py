@@ -1,0 +1,121 @@
+"""The rows of a key map: how one stored tensor and one of our leaves correspond."""
+
+import dataclasses
+import string
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+Part = Literal["body", "head"]
+
+
+Kind = Literal["linear", "conv", "embedding", "norm", "raw"]
+
+# The stored axis that each of ours is: our (in, out) of torch's (out, in), and our
+# (height, width, in, out) of torch's (out, in, height, width).
+LINEAR = (1, 0)
+CONV_2D = (2, 3, 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One leaf, or a slice of one; with `{i}` in its key, one for each i.
+
+  Attributes:
+    path: our slash path, unscanned; its name "layer_{i}" stands for all layers.
+    key: the bare checkpoint key. Each placeholder is counted in `KeyMap.counts`.
+    axes: our array is the stored one, transposed so; None: as it is.
+    part: "body" keys carry the family's prefix in a full key, "head" keys do not.
+    piece: (k, n): the k-th of n equal slices of our leaf's last axis, for a leaf that
+      holds several stored tensors side by side.
+  """
+
+  path: str
+  key: str
+  axes: tuple[int, ...] | None = None
+  part: Part = "body"
+  piece: tuple[int, int] = (0, 1)
+
+  def to_ours(self, stored: np.ndarray) -> np.ndarray:
+    """The stored tensor as our array (a slice of our leaf)."""
+    return stored if self.axes is None else stored.transpose(self.axes)
+
+  def to_stored(self, ours: np.ndarray) -> np.ndarray:
+    """The inverse of `to_ours`."""
+    return ours if self.axes is None else ours.transpose(np.argsort(self.axes))
+
+  def stored_shape(self, ours: Sequence[int]) -> tuple[int, ...]:
+    """The stored tensor's shape, by that of our array."""
+    order = range(len(ours)) if self.axes is None else np.argsort(self.axes)
+    return tuple(ours[i] for i in order)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """Where one checkpoint key lives in a params tree.
+
+  Attributes:
+    path: our leaf path, in the tree's own form (scanned or not).
+    index: on the leaf's leading axes: of its layer where layers are scanned, and of its
+      expert where experts are stacked.
+    entry: the table's row.
+  """
+
+  path: str
+  index: tuple[int, ...]
+  entry: Entry
+
+  @property
+  def layer(self) -> int | None:
+    """The first of the index, None where there is none."""
+    return self.index[0] if self.index else None
+
+  def place(self, shape: Sequence[int]) -> tuple[int | slice, ...]:
+    """The index of this key's array in our leaf of this shape."""
+    k, n = self.entry.piece
+    if n == 1:
+      return self.index
+    width = shape[-1] // n
+    between = (slice(None),) * (len(shape) - len(self.index) - 1)
+    return (*self.index, *between, slice(k * width, (k + 1) * width))
+
+  def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of this key's array in our leaf of this shape."""
+    inner = tuple(shape[len(self.index) :])
+    n = self.entry.piece[1]
+    return inner if n == 1 else (*inner[:-1], inner[-1] // n)
+
+
+def placeholders(key: str) -> list[str]:
+  """The names in braces, in their order: ["i"] of "layer.{i}.bias"."""
+  return [name for _, name, _, _ in string.Formatter().parse(key) if name]
+
+
+def linear(path: str, key: str, *, bias: bool = True, **rest: Any) -> tuple[Entry, ...]:
+  """The rows of a torch linear layer, whose weight is (out, in)."""
+  kernel = Entry(f"{path}/kernel", f"{key}.weight", LINEAR, **rest)
+  return (kernel, Entry(f"{path}/bias", f"{key}.bias", **rest))[: 2 if bias else 1]
+
+
+def norm(path: str, key: str, *, bias: bool = True, **rest: Any) -> tuple[Entry, ...]:
+  """The rows of a norm: a scale, and a bias where it has one."""
+  scale = Entry(f"{path}/scale", f"{key}.weight", **rest)
+  return (scale, Entry(f"{path}/bias", f"{key}.bias", **rest))[: 2 if bias else 1]
+
+
+def embedding(path: str, key: str, **rest: Any) -> Entry:
+  """The row of an embedding: one vector a row, as torch has it."""
+  return Entry(f"{path}/embedding", f"{key}.weight", **rest)
+
+
+def kind(entry: Entry) -> Kind:
+  """What the module of a weight's row is."""
+  if entry.axes == CONV_2D:
+    return "conv"
+  kinds: dict[str, Kind] = {
+    "kernel": "linear",
+    "embedding": "embedding",
+    "scale": "norm",
+  }
+  return kinds.get(entry.path.rpartition("/")[2], "raw")

@@ -1,0 +1,126 @@
+"""What every family's modules are made of; kernels are (in, out), their axes named."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.models import ops
+
+DType = Any
+
+# What nn.remat keeps for the backward pass.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  # Products with kernels are kept, attention's and the element-wise rest recomputed.
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def check_remat(remat: str) -> None:
+  """Raises LoraxError unless `remat` is "none" or a policy."""
+  if remat != "none" and remat not in REMAT_POLICIES:
+    raise LoraxError(unknown("remat", remat, ["none", *REMAT_POLICIES]))
+
+
+def dense(
+  features: int,
+  axes: tuple[str, str],
+  dtype: DType,
+  name: str | None = None,
+  *,
+  std: float = 0.02,
+  bias: bool = True,
+) -> nn.Dense:
+  """A dense layer.
+
+  Args:
+    axes: logical names of the kernel's two axes.
+    dtype: of computing.
+    std: of the normal that a fresh kernel is drawn from.
+  """
+  return nn.Dense(
+    features,
+    use_bias=bias,
+    dtype=dtype,
+    kernel_init=nn.with_logical_partitioning(nn.initializers.normal(std), axes),
+    bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
+    name=name,
+  )
+
+
+def embed(
+  rows: int, features: int, name: str | None = None, *, axis: str, std: float = 0.02
+) -> nn.Embed:
+  """A table, one vector a row; cast what is looked up, for a dtype casts the table."""
+  init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, "embed"))
+  return nn.Embed(rows, features, embedding_init=init, name=name)
+
+
+class Norm(nn.Module):
+  """Layer norm over the features."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    def param(name, init):
+      init = nn.with_logical_partitioning(init, ("embed",))
+      return self.param(name, init, (x_BxTxD.shape[-1],))
+
+    scale_D = param("scale", nn.initializers.ones_init())
+    bias_D = param("bias", nn.initializers.zeros_init())
+    return ops.layer_norm(x_BxTxD, scale_D, bias_D, self.eps)
+
+
+def stack(
+  layer: Any,
+  args: Sequence[Any],
+  count: int,
+  x: Any,
+  *shared: Any,
+  scan: bool,
+  remat: str,
+  each: Mapping[str, jax.Array] | None = None,
+) -> Any:
+  """Runs x through `count` layers; to be called from a compact method.
+
+  The parameters are "layer_{i}/…" of each layer, or with `scan` one stacked tree under
+  "layers", whose leading axis has the logical name "layers".
+
+  Args:
+    layer: a module class whose call takes (x, *shared), and `each` by name where it is
+      given, and returns (x, None).
+    args: that its instances are made with.
+    x: the carry: an array or a tree of them.
+    shared: what every layer takes as it is.
+    scan, remat: see REMAT_POLICIES.
+    each: arrays (count, …) of which each layer takes its own row.
+  """
+  each = dict(each or {})
+  if remat != "none":
+    policy = REMAT_POLICIES[remat]
+    layer = nn.remat(layer, policy=policy, prevent_cse=not scan)
+  if not scan:
+    for i in range(count):
+      own = {name: rows[i] for name, rows in each.items()}
+      x, _ = layer(*args, name=f"layer_{i}")(x, *shared, **own)
+    return x
+
+  def body(module, x, own, *shared):
+    return module(x, *shared, **own)
+
+  run = nn.scan(
+    body,
+    variable_axes={"params": 0},
+    split_rngs={"params": True, "dropout": True},
+    in_axes=(0, *(nn.broadcast for _ in shared)),
+    length=count,
+    metadata_params={meta.PARTITION_NAME: "layers"},
+  )
+  each = {name: jnp.asarray(rows) for name, rows in each.items()}
+  return run(layer(*args, name="layers"), x, each, *shared)[0]
