@@ -1,0 +1,159 @@
+"""Fields of a Hugging Face config.json: read into a config dataclass, and checked."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from lorax_flax.errors import LoraxError
+from lorax_flax.models import ops
+
+T = TypeVar("T")
+
+# A damaged file is an error at once, and not a loop for hours.
+MOST_LAYERS = 1000
+_MOST = 2**31
+
+
+def read(
+  kind: type[T],
+  hf_config: Mapping[str, Any],
+  *,
+  defaults: Mapping[str, Any] | None = None,
+  only: Mapping[str, Any] | None = None,
+  aliases: Mapping[str, str] | None = None,
+  **overrides: Any,
+) -> T:
+  """Makes a config of a config.json that is already parsed.
+
+  Args:
+    kind: a dataclass under Hugging Face's field names.
+    hf_config: the JSON object. Fields without an effect on the numbers are left alone.
+    defaults: of the family, for fields that config.json leaves out.
+    only: what else would change the numbers, with the one value that we compute.
+    aliases: other names that transformers takes for a field: that name to the field's.
+    **overrides: fields that the caller decides (num_labels).
+
+  Raises:
+    LoraxError: a field we cannot honour, one of a wrong type, or a missing one.
+  """
+  _refuse(hf_config, only or {})
+  fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+  values = dict(defaults or {})
+  # An explicit null means the default, except where null is a value of its own.
+  given = {f.name: hf_config[f.name] for f in fields if _is_given(hf_config, f.name)}
+  for alias, name in (aliases or {}).items():
+    if not _is_given(hf_config, alias):
+      continue
+    if given.setdefault(name, hf_config[alias]) != hf_config[alias]:
+      raise LoraxError(
+        f"config: {alias}={hf_config[alias]!r} and {name}={given[name]!r} are two "
+        "values of one field"
+      )
+  values |= given
+  labels = labels_in(hf_config)
+  if labels is not None and any(f.name == "num_labels" for f in fields):
+    values["num_labels"] = labels
+  values |= overrides
+  required = [f.name for f in fields if f.default is dataclasses.MISSING]
+  missing = [name for name in required if name not in values]
+  if missing:
+    raise LoraxError(f"config: missing {', '.join(missing)}")
+  return kind(**values)
+
+
+def _is_given(hf_config: Mapping[str, Any], name: str) -> bool:
+  return hf_config.get(name) is not None
+
+
+def _refuse(hf_config: Mapping[str, Any], only: Mapping[str, Any]) -> None:
+  for name, value in only.items():
+    found = hf_config.get(name, value)
+    if found != value and found is not None:
+      raise LoraxError(
+        f"config: {name}={found!r} is not supported, only {value!r} is; this model "
+        "would not compute what the checkpoint was trained for"
+      )
+
+
+def labels_in(hf_config: Mapping[str, Any]) -> int | None:
+  """How many labels a config.json declares, by id2label or num_labels, or None."""
+  names = hf_config.get("id2label")
+  if names is None:
+    return hf_config.get("num_labels")
+  if not isinstance(names, Mapping):
+    raise LoraxError(f"config: id2label must be an object, not {names!r}")
+  return len(names)
+
+
+def check(
+  name: str, value: Any, kind: type, says: str, good: Callable[[Any], Any]
+) -> None:
+  """Raises LoraxError unless `value` is a `kind` (ints pass for floats) and good."""
+  kinds = (int, float) if kind is float else kind
+  typed = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+  if typed and kind is float:
+    typed = math.isfinite(value)
+  if not typed or not good(value):
+    raise LoraxError(f"config: {name} must be {says}, not {value!r}")
+
+
+def check_layers(config: Any, names: Sequence[str]) -> None:
+  """Numbers of layers."""
+  for name in names:
+    says = f"from 1 to {MOST_LAYERS}"
+    good = lambda x: 1 <= x <= MOST_LAYERS
+    check(name, getattr(config, name), int, says, good)
+
+
+def check_sizes(config: Any, names: Sequence[str], least: int = 1) -> None:
+  """Sizes of axes and other counts."""
+  says = "a positive integer" if least == 1 else f"an integer from {least} on"
+  for name in names:
+    check(name, getattr(config, name), int, says, lambda x: least <= x < _MOST)
+
+
+def check_rates(config: Any, names: Sequence[str]) -> None:
+  """Dropout rates; None is left to its default."""
+  for name in names:
+    rate = getattr(config, name)
+    if rate is not None:
+      check(name, rate, float, "in [0, 1)", lambda x: 0 <= x < 1)
+
+
+def check_positive(config: Any, names: Sequence[str]) -> None:
+  """Positive numbers: an epsilon, a standard deviation."""
+  for name in names:
+    check(name, getattr(config, name), float, "a positive number", lambda x: x > 0)
+
+
+def check_flags(config: Any, names: Sequence[str]) -> None:
+  """True or false."""
+  for name in names:
+    check(name, getattr(config, name), bool, "true or false", lambda x: True)
+
+
+def check_token(config: Any, name: str) -> None:
+  """An id of the vocabulary."""
+  check(
+    name,
+    getattr(config, name),
+    int,
+    f"a token id below vocab_size, {config.vocab_size}",
+    lambda x: 0 <= x < config.vocab_size,
+  )
+
+
+def check_multiple(config: Any, name: str, of: str) -> None:
+  """One field is a multiple of another."""
+  if getattr(config, name) % getattr(config, of):
+    raise LoraxError(
+      f"config: {name} {getattr(config, name)} is not a multiple of {of} "
+      f"{getattr(config, of)}"
+    )
+
+
+def check_activation(config: Any, name: str) -> None:
+  """The name of an activation that there is."""
+  check(name, getattr(config, name), str, "a name", bool)
+  ops.activation(getattr(config, name))
