@@ -4,12 +4,15 @@
   python -m benchmarks.throughput --dtype=bfloat16
   python -m benchmarks.throughput --method=all_linear --dropout=0.1
 
-Two processes, one of each side, take turns: a round is some steps of each, and the ratio
-is taken round by round. Who waits is stopped, so that no thread of it spins, and starts
-its turn with a step that isn't timed. The time to
-the first step counts from a process's start, imports and compilation included; the two
-start one after the other. --pages=plain leaves out what our command does for itself:
-large pages for large arrays (of both sides).
+Two processes, one of each side, take turns: a round is some steps of each, and the
+ratio is taken round by round. Who waits is stopped, so that no thread of it spins, and
+starts its turn with a step that isn't timed. The time to the first step counts from a
+process's start, imports and compilation included; the two start one after the other.
+
+Both sides get large pages for large arrays, as the training command gives them to
+itself (experiments/large_pages.py); --pages=plain leaves that out. The table also says
+how fast each side multiplies matrices on this machine: where both reach what the
+processor can, the two steps, which do the same products, cannot be far apart.
 """
 
 import argparse
@@ -46,15 +49,15 @@ class Worker:
     self.first_step = self._answer()["first_step"]
     self._process.send_signal(signal.SIGSTOP)
 
-  def steps(self, count: int) -> float:
-    """Seconds that `count` steps take."""
+  def steps(self, count: int) -> dict[str, float]:
+    """The seconds that `count` steps take, and the FLOP/s of a product after them."""
     assert self._process.stdin
     self._process.send_signal(signal.SIGCONT)
     self._process.stdin.write(f"{count}\n")
     self._process.stdin.flush()
-    seconds = self._answer()["seconds"]
+    answer = self._answer()
     self._process.send_signal(signal.SIGSTOP)
-    return seconds
+    return answer
 
   def end(self) -> float:
     """Ends the process; its peak memory in MB."""
@@ -96,10 +99,11 @@ def main() -> None:
   workers = {side: Worker(spec | {"side": side}, pages) for side in SIDES}
   for worker in workers.values():  # one round to warm up
     worker.steps(1)
-  seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+  turns: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
   for _ in range(args.rounds):
     for side, worker in workers.items():
-      seconds[side].append(worker.steps(args.steps))
+      turns[side].append(worker.steps(args.steps))
+  seconds = {side: [turn["seconds"] for turn in turns[side]] for side in SIDES}
   peaks = {side: worker.end() for side, worker in workers.items()}
 
   tokens = shape.batch * shape.length * args.steps
@@ -113,10 +117,11 @@ def main() -> None:
         f"{min(rates):,.0f}-{max(rates):,.0f}",
         f"{peaks[side]:,.0f}",
         f"{workers[side].first_step:.1f}",
+        f"{max(turn['flops_a_second'] for turn in turns[side]) / 1e9:,.0f}",
       )
     )
   ratios = [b / a for a, b in zip(*(seconds[s] for s in SIDES), strict=True)]
-  header = ("side", "tokens/s", "range", "peak MB", "first step, s")
+  header = ("side", "tokens/s", "range", "peak MB", "first step, s", "matmul GFLOP/s")
   title = (
     f"{shape}\n{args.method}, {args.dtype}, {args.rounds} rounds, {args.pages} pages"
   )

@@ -1,7 +1,8 @@
 """One side of the throughput benchmark: steps on request, over standard streams.
 
-Reads lines "N" and answers each with the seconds that N steps took, after one that isn't
-timed; on end of input says its peak memory. Run by benchmarks/throughput.py.
+Reads lines "N" and answers each with the seconds that N steps took, after one that
+isn't timed, and with how fast it multiplies matrices just then; when input ends, says
+its peak memory. Run by benchmarks/throughput.py.
 """
 
 import json
@@ -14,9 +15,13 @@ from collections.abc import Callable
 STARTED = time.time()
 
 
-def ours(spec: dict) -> Callable[[], None]:
-  """A step of lorax_flax; it returns when the step is done."""
+Call = Callable[[], None]
+
+
+def ours(spec: dict) -> tuple[Call, Call]:
+  """A step of lorax_flax, and a product of matrices; each returns when it is done."""
   import jax
+  import jax.numpy as jnp
 
   from benchmarks import common
 
@@ -30,11 +35,13 @@ def ours(spec: dict) -> Callable[[], None]:
     state, metrics = compiled(state, job.base, job.batch)
     jax.block_until_ready(metrics)
 
-  return step
+  multiply = jax.jit(jnp.matmul)
+  x, w = (jnp.ones(sizes, spec["dtype"]) for sizes in product_sizes(spec["shape"]))
+  return step, lambda: multiply(x, w).block_until_ready()
 
 
-def peft(spec: dict) -> Callable[[], None]:
-  """The same step of PEFT on torch."""
+def peft(spec: dict) -> tuple[Call, Call]:
+  """The same step of PEFT on torch, and the same product."""
   import contextlib
 
   import torch
@@ -86,20 +93,44 @@ def peft(spec: dict) -> Callable[[], None]:
     optimizer.step()
     loss.item()
 
-  return step
+  dtype = getattr(torch, spec["dtype"])
+  x, w = (torch.ones(sizes, dtype=dtype) for sizes in product_sizes(shape))
+  return step, lambda: x @ w
+
+
+def product_sizes(shape: dict) -> tuple[tuple[int, int], tuple[int, int]]:
+  """Of the step's largest product: a batch's tokens by the kernel that widens them."""
+  return (shape["batch"] * shape["length"], shape["hidden"]), (
+    shape["hidden"],
+    shape["mlp"],
+  )
+
+
+def flops_a_second(multiply: Call, shape: dict, times: int = 10) -> float:
+  """The best of some products."""
+  (rows, inner), (_, columns) = product_sizes(shape)
+  seconds = []
+  for _ in range(times):
+    start = time.perf_counter()
+    multiply()
+    seconds.append(time.perf_counter() - start)
+  return 2 * rows * inner * columns / min(seconds)
 
 
 def main() -> None:
   spec = json.loads(sys.argv[1])
-  step = {"lorax_flax": ours, "peft": peft}[spec["side"]](spec)
+  step, multiply = {"lorax_flax": ours, "peft": peft}[spec["side"]](spec)
   step()
   answer({"first_step": time.time() - STARTED})
   for line in sys.stdin:
-    step()  # after a pause the first is slower: a virtual machine gives idle memory back
+    # After a pause the first is slower: a virtual machine gives idle memory back.
+    step()
     start = time.perf_counter()
     for _ in range(int(line)):
       step()
-    answer({"seconds": time.perf_counter() - start})
+    seconds = time.perf_counter() - start
+    rate = flops_a_second(multiply, spec["shape"])
+    answer({"seconds": seconds, "flops_a_second": rate})
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   answer({"peak_mb": peak * 1024 / 1e6})
 

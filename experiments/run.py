@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from rich import console as rich_console
 from rich import table as rich_table
 
-from experiments import cli, configuration, settings
+from experiments import cli, configuration, large_pages, settings
 from lorax_flax.errors import LoraxError
 
 CONFIG = configuration.define(flags.FLAGS)
@@ -74,6 +74,7 @@ def main() -> None:
     known = ", ".join(f"{name}.py" for name in configuration.names())
     raise LoraxError(f"which config? --config=NAME; there are {known}")
   wanted = settings.convert(CONFIG.value, configuration.overridden(sys.argv))
+  large_pages.restart()
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of each of its threads.
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
