@@ -12,8 +12,6 @@ _ONLY = {
   "is_decoder": False,
   "is_encoder_decoder": False,
   "add_cross_attention": False,
-  "pruned_heads": {},
-  "quantization_config": None,
 }
 
 

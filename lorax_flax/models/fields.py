@@ -14,6 +14,9 @@ T = TypeVar("T")
 MOST_LAYERS = 1000
 _MOST = 2**31
 
+# What no family computes.
+_ONLY: Mapping[str, Any] = {"pruned_heads": {}, "quantization_config": None}
+
 
 def read(
   kind: type[T],
@@ -30,14 +33,15 @@ def read(
     kind: a dataclass under Hugging Face's field names.
     hf_config: the JSON object. Fields without an effect on the numbers are left alone.
     defaults: of the family, for fields that config.json leaves out.
-    only: what else would change the numbers, with the one value that we compute.
+    only: what else would change the numbers, with the one value that we compute;
+      beside pruned heads and quantised weights, which no family reads.
     aliases: other names that transformers takes for a field: that name to the field's.
     **overrides: fields that the caller decides (num_labels).
 
   Raises:
     LoraxError: a field we cannot honour, one of a wrong type, or a missing one.
   """
-  _refuse(hf_config, only or {})
+  _refuse(hf_config, {**_ONLY, **(only or {})})
   fields = dataclasses.fields(kind)  # type: ignore[arg-type]
   values = dict(defaults or {})
   # An explicit null means the default, except where null is a value of its own.

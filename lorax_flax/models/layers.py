@@ -77,6 +77,18 @@ class Norm(nn.Module):
     return ops.layer_norm(x_BxTxD, scale_D, bias_D, self.eps)
 
 
+def in_heads(x_BxTxD: jax.Array, heads: int) -> jax.Array:
+  """Splits the features into heads: BxTxHxK."""
+  return x_BxTxD.reshape((*x_BxTxD.shape[:-1], heads, -1))
+
+
+def dropout_rng(
+  module: nn.Module, rate: float, deterministic: bool
+) -> jax.Array | None:
+  """A key for `ops.attention`, or None where nothing is dropped."""
+  return None if deterministic or rate == 0.0 else module.make_rng("dropout")
+
+
 def stack(
   layer: Any,
   args: Sequence[Any],
