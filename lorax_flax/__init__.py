@@ -18,15 +18,18 @@ from lorax_flax.adapt import (
   unmerge,
 )
 from lorax_flax.errors import LoraxError
-from lorax_flax.methods import Adapter, LoRA, Tuned
+from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LoRA, LowRank, Tuned
 from lorax_flax.version import __version__
 
 __all__ = [
   "Adapted",
   "Adapter",
+  "BiasLoRA",
+  "DoRA",
   "LoRA",
   "LoraConfig",
   "LoraxError",
+  "LowRank",
   "Plan",
   "Tuned",
   "__version__",

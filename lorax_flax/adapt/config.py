@@ -28,6 +28,9 @@ class LoraConfig:
     rank_pattern, alpha_pattern: regular expression to value. The first that matches a
       path, or the path of its module, from any slash on (PEFT's rule).
     use_rslora: scale by alpha / sqrt(rank) instead.
+    use_dora: a trained magnitude for each output beside the factors (DoRA).
+    lora_bias: a trained bias on each second factor (PEFT's lora_bias); not with
+      use_dora, nor on embeddings.
     layers: only weights of these layers. A weight's layer is the first number in its
       path, or what `layers_pattern` captures; of a stacked (scanned) weight, the index
       on its stack axis.
@@ -50,6 +53,8 @@ class LoraConfig:
   rank_pattern: Mapping[str, int] = field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = field(default_factory=dict)
   use_rslora: bool = False
+  use_dora: bool = False
+  lora_bias: bool = False
   layers: Sequence[int] | None = None
   layers_pattern: str | None = None
   tuned: str | Sequence[str] = ()
@@ -77,6 +82,8 @@ class LoraConfig:
         raise LoraxError(f"LoraConfig alpha of {name!r} must be > 0, not {alpha!r}")
     if not 0.0 <= self.dropout < 1.0:
       raise LoraxError(f"LoraConfig.dropout must be in [0, 1), not {self.dropout!r}")
+    if self.use_dora and self.lora_bias:
+      raise LoraxError("LoraConfig: use_dora and lora_bias do not go together")
     if self.layers_pattern is not None and self.layers is None:
       raise LoraxError("LoraConfig.layers_pattern does nothing without layers")
     patterns = [p for p in (self.targets, self.exclude, self.tuned) if _is_regex(p)]

@@ -1,20 +1,21 @@
-"""Primitives that consume a weight: x W becomes x W + (x a) b.
+"""Primitives that consume a weight: x W becomes gain * (x W + (x a) b) + bias.
 
 Each has two halves: `axes_of`, which axes of the weight the primitive contracts, shares
-with x, and keeps (this is how roles are found), and a product rule, which adds the
-delta's part to the product.
+with x, and keeps (this is how roles are found), and a product rule. A rule is given
+`product`, the primitive as a function of x with W itself, and adds the delta's part.
 """
 
 import string
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_flax.adapt.view import View, is_view
+from lorax_flax.adapt.view import Dim, View, is_view
 from lorax_flax.adapt.view_rules import Unsupported
-from lorax_flax.methods.lora import dense
+from lorax_flax.methods.lowrank import dense
 
 
 class Axes(NamedTuple):
@@ -77,8 +78,39 @@ def _named(t: jax.Array, letters: list[str]) -> tuple[jax.Array, str]:
   return t.reshape(shape), "".join(letters[i] for i in keep) + "z"
 
 
-def dot_general(eqn, operands, base, drop) -> jax.Array:
-  """base + (x near) far, for a weight on either side, with any batch and free axes."""
+def _sum(base: Any, y: jax.Array) -> jax.Array:
+  """base + y; y alone where only a change of the weight is multiplied."""
+  y = y.astype(base.dtype)
+  return y if isinstance(base, jax.ShapeDtypeStruct) else base + y
+
+
+def _placed(t: jax.Array, letters: list[str], names: Sequence[str]) -> jax.Array:
+  """A gain or a bias, its axes named by `letters`, made to broadcast over `names`."""
+  held = [i for i in range(t.ndim - 1) if t.shape[i] != 1]
+  if not {letters[i] for i in held} <= set(names):
+    raise Unsupported("a gain or a bias on an axis that the product does not have")
+  held.sort(key=lambda i: names.index(letters[i]))
+  t = t.transpose((*held, *(i for i in range(t.ndim) if i not in held)))
+  sizes = {letters[i]: n for i, n in zip(held, t.shape, strict=False)}
+  return t.reshape([sizes.get(name, 1) for name in names])
+
+
+def _finished(y: jax.Array, view: View, place: Callable) -> jax.Array:
+  """gain * y + bias, for a product that keeps the axes that they carry."""
+  if view.gain is not None:
+    y = y * place(view.gain).astype(y.dtype)
+  if view.bias is not None:
+    y = y + place(view.bias).astype(y.dtype)
+  return y
+
+
+def _no_bias(view: View):
+  if view.bias is not None:
+    raise Unsupported("a bias of its own where the weight is used the other way round")
+
+
+def dot_general(eqn, operands, product, drop) -> jax.Array:
+  """The product for a weight on either side, with any batch and free axes."""
   p, axes = eqn.params, axes_of(eqn, operands)
   side = 0 if is_view(operands[0]) else 1
   view, x = operands[side], operands[1 - side]
@@ -95,6 +127,12 @@ def dot_general(eqn, operands, base, drop) -> jax.Array:
   batched = [w[i] for i in batch[side]]
   out = batched + (w_free + x_free if side == 0 else x_free + w_free)
 
+  turned = near is view.b  # a tied weight: the gain is on x's side
+  if turned:
+    _no_bias(view)
+    if view.gain is not None:
+      x = x * _placed(view.gain, w, xs).astype(x.dtype)
+  base = product(x)
   contracted = {w[i] for i in axes.contracted}
   near = jnp.broadcast_to(
     near,
@@ -119,7 +157,8 @@ def dot_general(eqn, operands, base, drop) -> jax.Array:
     **kwargs,
   )
   y = y.reshape([n if c in told else 1 for c, n in zip(out, base.shape, strict=True)])
-  return base + y.astype(base.dtype)
+  y = _sum(base, y)
+  return y if turned else _finished(y, view, lambda t: _placed(t, w, out))
 
 
 def _named_keeping(t, letters, always) -> tuple[jax.Array, str]:
@@ -129,34 +168,61 @@ def _named_keeping(t, letters, always) -> tuple[jax.Array, str]:
   return t.reshape(shape), "".join(letters[i] for i in keep) + "z"
 
 
-def gather(eqn, operands, base, drop) -> jax.Array | View:
-  """base + near[ids] far for a look-up; on a stack axis the choice of a weight."""
+def look_up(eqn, t, indices) -> jax.Array:
+  """The gather of a factor, whose last axis is the rank's."""
+  p = eqn.params
+  d = p["dimension_numbers"]
+  sizes = [min(s, t.shape[i]) for i, s in enumerate(p["slice_sizes"])]
+  numbers = lax.GatherDimensionNumbers(
+    offset_dims=(*d.offset_dims, len(eqn.outvars[0].aval.shape)),
+    collapsed_slice_dims=d.collapsed_slice_dims,
+    start_index_map=d.start_index_map,
+    operand_batching_dims=d.operand_batching_dims,
+    start_indices_batching_dims=d.start_indices_batching_dims,
+  )
+  whole = (*sizes, t.shape[-1])
+  return lax.gather(
+    t, indices, numbers, whole, mode=p["mode"], fill_value=p["fill_value"]
+  )
+
+
+def is_choice(eqn, operands) -> bool:
+  """Whether a gather chooses whole weights from a stack, and contracts nothing yet."""
+  if eqn.primitive.name != "gather" or not is_view(operands[0]):
+    return False
+  axes = eqn.params["dimension_numbers"].start_index_map
+  return {operands[0].dims[i].role for i in axes} == {"stack"}
+
+
+def choose(eqn, operands, out) -> list[View]:
+  """Weights chosen by index: each axis of the indices is a stack axis then."""
+  view, indices = operands
+  axes = axes_of(eqn, operands)
+  d = eqn.params["dimension_numbers"]
+  dims = [Dim(frozenset(), "stack")] * len(out[0].shape)
+  for place, i in zip(d.offset_dims, axes.kept, strict=True):
+    dims[place] = view.dims[i]
+  carried = {i for i in axes.contracted if view.shape[i] != 1}
+
+  def on(t):
+    # A joined weight may have a stack axis that one part alone carries.
+    whole = [view.shape[i] if i in carried else n for i, n in enumerate(t.shape)]
+    return look_up(eqn, jnp.broadcast_to(t, whole), indices)
+
+  return [view.on_all(on, out[0], dims)]
+
+
+def gather(eqn, operands, product, drop) -> jax.Array:
+  """base + near[ids] far for a look-up."""
   view, indices = operands
   axes, p = axes_of(eqn, operands), eqn.params
   d = p["dimension_numbers"]
-  n_out = base.ndim
-
-  def look_up(t):
-    sizes = [min(s, t.shape[i]) for i, s in enumerate(p["slice_sizes"])]
-    numbers = lax.GatherDimensionNumbers(
-      offset_dims=(*d.offset_dims, n_out),
-      collapsed_slice_dims=d.collapsed_slice_dims,
-      start_index_map=d.start_index_map,
-      operand_batching_dims=d.operand_batching_dims,
-      start_indices_batching_dims=d.start_indices_batching_dims,
-    )
-    return lax.gather(
-      t,
-      indices,
-      numbers,
-      (*sizes, t.shape[-1]),
-      mode=p["mode"],
-      fill_value=p["fill_value"],
-    )
-
-  if view.roles_of(axes.contracted) == {"stack"}:
-    raise Unsupported("a look-up on a stack axis")
+  base = product(indices)
+  n_out = len(base.shape)
   near, far = _near_and_far(view, axes)
+  _no_bias(view)
+  if view.gain is not None and near is view.b:
+    raise Unsupported("a look-up of its outputs")
   # The far factor has no looked-up axis: its kept axes go to the offset axes, its
   # shared ones to the axes of the indices that they are paired with.
   rows = [i for i in range(n_out) if i not in d.offset_dims]
@@ -167,17 +233,21 @@ def gather(eqn, operands, base, drop) -> jax.Array | View:
   for i, j in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True):
     order.append((rows[j], i))
   order.sort()
-  far = far.transpose((*(i for _, i in order), *axes.contracted, far.ndim - 1)).squeeze(
-    tuple(range(len(order), far.ndim - 1))
-  )
-  for (place, _), size in zip(order, far.shape[:-1], strict=True):
-    target[place] = size
-  far = far.reshape((*target, far.shape[-1]))
-  delta = dense(look_up(near), far, jnp.float32)
-  return base + jnp.broadcast_to(delta, base.shape).astype(base.dtype)
+
+  def place(t):
+    t = t.transpose((*(i for _, i in order), *axes.contracted, t.ndim - 1))
+    t = t.squeeze(tuple(range(len(order), t.ndim - 1)))
+    shape = list(target)
+    for (where, _), size in zip(order, t.shape[:-1], strict=True):
+      shape[where] = size
+    return t.reshape((*shape, t.shape[-1]))
+
+  delta = dense(look_up(eqn, near, indices), place(far), jnp.float32)
+  y = _sum(base, jnp.broadcast_to(delta, base.shape))
+  return _finished(y, view, lambda t: place(t)[..., 0])
 
 
-def conv(eqn, operands, base, drop) -> jax.Array:
+def conv(eqn, operands, product, drop) -> jax.Array:
   """base + conv(x, near) far: the same window into r channels, then 1 x 1."""
   x, view = operands
   axes, p = axes_of(eqn, operands), eqn.params
@@ -186,6 +256,11 @@ def conv(eqn, operands, base, drop) -> jax.Array:
   out_axis, rank = d.rhs_spec[0], near.shape[-1]
   if view.roles_of((out_axis,)) & view.roles_of(axes.contracted):
     raise Unsupported("a convolution over both factors' axes")
+  if near is view.b:
+    _no_bias(view)
+    if view.gain is not None:
+      raise Unsupported("a convolution over its outputs")
+  base = product(x)
   kernel = jnp.moveaxis(near.squeeze(out_axis), -1, out_axis)
   # Every group reads its own inputs by the same near factor.
   kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
@@ -207,7 +282,13 @@ def conv(eqn, operands, base, drop) -> jax.Array:
   far = jnp.moveaxis(far, out_axis, 0).reshape((groups, -1, rank))
   y = jnp.einsum("...gz,goz->...go", z, far.astype(x.dtype), precision=p["precision"])
   y = jnp.moveaxis(y.reshape((*y.shape[:-2], -1)), -1, channel)
-  return base + y.astype(base.dtype)
+  return _finished(_sum(base, y), view, lambda t: _on_channel(t, d, out_axis))
+
+
+def _on_channel(t: jax.Array, d: Any, out_axis: int) -> jax.Array:
+  shape = [1] * (t.ndim - 1)
+  shape[d.out_spec[1]] = t.shape[out_axis]
+  return t.reshape(shape)
 
 
 RULES = {"conv_general_dilated": conv, "dot_general": dot_general, "gather": gather}

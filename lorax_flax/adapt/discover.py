@@ -69,7 +69,7 @@ def discover(
         Dim(frozenset({(path, axis)}), "stack" if axis in stack else "?")
         for axis in range(len(var.aval.shape))
       )
-      operands.append(View(_abstract(var), None, None, None, path, dims, 0.0))
+      operands.append(View.shown(var.aval.shape, var.aval.dtype, path, dims))
     else:
       operands.append(frozenset({INPUT}) if i in set(inputs) else frozenset())
   results = _run(found, open_, operands)
@@ -107,7 +107,7 @@ def _run(found: Discovery, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
 def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   name = eqn.primitive.name
   views = [v for v in operands if is_view(v)]
-  body = jx.inlined(eqn)
+  body = jx.inlined(eqn) or (None if views else jx.ruled(eqn))
   if body is not None:
     return _run(found, jx.open_jaxpr(body)[0], operands)
   if not views:
@@ -184,8 +184,7 @@ def _scan(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
     if is_view(x):
       for path, axis in x.dims[0].labels:
         found.stack[path, axis] = "stack"
-      value = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-      x = View(value, None, None, None, x.path, x.dims[1:], 0.0)
+      x = View.shown(x.shape[1:], x.dtype, x.path, x.dims[1:])
     scanned.append(x)
   while True:
     results = _run(found, body, [*consts, *carry, *scanned])
@@ -199,9 +198,8 @@ def _stack(x: Any, length: int) -> Any:
   """A weight that each iteration hands out (NNX hands out its state), stacked."""
   if not is_view(x):
     return x
-  value = jax.ShapeDtypeStruct((length, *x.shape), x.dtype)
   dims = (Dim(frozenset(), "stack"), *x.dims)
-  return View(value, None, None, None, x.path, dims, 0.0)
+  return View.shown((length, *x.shape), x.dtype, x.path, dims)
 
 
 def _while(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
@@ -231,9 +229,17 @@ def _body(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   return _run(found, jx.open_jaxpr(eqn.params["jaxpr"])[0], operands)
 
 
+def _ruled(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
+  """A function with a derivative rule of its own: what the function itself does."""
+  results = _run(found, jx.open_jaxpr(jx.ruled(eqn))[0], operands)
+  return list(_plain(found, results, eqn.primitive.name))
+
+
 CALLS = {
   "checkpoint": _body,
   "cond": _cond,
+  "custom_jvp_call": _ruled,
+  "custom_vjp_call": _ruled,
   "remat2": _body,
   "scan": _scan,
   "shard_map": _body,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy
 from jax.extend import core as jex
 
 Literal = jex.Literal
@@ -78,9 +79,15 @@ def inlined(eqn: Any) -> Any | None:
   name, p = eqn.primitive.name, eqn.params
   if name in ("jit", "pjit"):
     return p["jaxpr"]
-  if name in ("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"):
+  if name in ("closed_call", "core_call"):
     return p["call_jaxpr"]
   return None
+
+
+def ruled(eqn: Any) -> Any | None:
+  """The body of a call that has a derivative rule of its own."""
+  ruled = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")
+  return eqn.params["call_jaxpr"] if ruled else None
 
 
 def jit_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
@@ -94,13 +101,114 @@ def jit_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
   return given(eqn.params["in_shardings"]), given(eqn.params["out_shardings"])
 
 
-def jvp_rule(eqn: Any, nonzero: Sequence[bool]) -> tuple[Any, list[Any], list[bool]]:
-  """A custom_jvp's rule for operands of which `nonzero` have a tangent.
+def rule_name(eqn: Any) -> str:
+  """Whose derivative rule a custom_jvp or custom_vjp call follows, "custom_vjp 'f'"."""
+  kind = eqn.primitive.name.removesuffix("_call")
+  info = getattr(open_jaxpr(eqn.params["call_jaxpr"])[0], "debug_info", None)
+  return f"{kind} {getattr(info, 'func_name', '?')!r}"
+
+
+class Rule(NamedTuple):
+  """A derivative rule as two programs.
+
+  Attributes:
+    fwd: the call's operands to its results, then what its bwd wants kept.
+    bwd: what was kept, then the cotangents of the results that have one, to those of
+      the operands that move; calls in it are run in place.
+  """
+
+  fwd: Any
+  bwd: Any
+
+
+def is_float(x: Any) -> bool:
+  return jax.numpy.issubdtype(x.dtype, jax.numpy.inexact)
+
+
+def rule(eqn: Any, moves: Sequence[bool]) -> Rule:
+  """The rule of a custom_jvp or custom_vjp call, as JAX itself applies it.
+
+  Args:
+    moves: for each operand, whether a derivative with respect to it is wanted.
+  """
+  avals = [struct(v.aval) for v in eqn.invars]
+  outs = [struct(v.aval) for v in eqn.outvars]
+  kept: list[Any] = []
+
+  def fwd(*operands):
+    def call(*moving):
+      return bind(eqn, _woven(moves, moving, still))
+
+    moving, still = _apart(moves, operands)
+    results, pull = jax.vjp(call, *moving)
+    leaves, tree = jax.tree.flatten(pull)
+    kept[:] = [tree, [struct(x) for x in leaves]]
+    return results, leaves
+
+  traced = jax.make_jaxpr(fwd)(*avals)
+  tree, structs = kept
+
+  def bwd(leaves, cotangents):
+    given = iter(cotangents)
+    whole = [
+      next(given) if is_float(x) else numpy.zeros(x.shape, jax.dtypes.float0)
+      for x in outs
+    ]
+    return jax.tree.unflatten(tree, leaves)(whole)
+
+  return Rule(traced, _flat(jax.make_jaxpr(bwd)(structs, list(filter(is_float, outs)))))
+
+
+def transposed(eqn: Any, numbers: Sequence[int]) -> Any:
+  """The transpose of an equation that is linear in the operands with these numbers.
 
   Returns:
-    (jaxpr, consts, which results have a zero tangent). The jaxpr maps the operands
-    after num_consts and their non-zero tangents to the results and their tangents.
+    a program from (the result's cotangent, the other operands) to those operands'
+    cotangents; calls in it are run in place.
   """
-  zeros = [not n for n in nonzero]
-  jaxpr, consts, out_zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*zeros)
-  return jaxpr, list(consts), list(out_zeros)
+  avals = [struct(v.aval) for v in eqn.invars]
+  is_linear = [i in numbers for i in range(len(avals))]
+
+  def back(cotangent, *others):
+    def part(*linear):
+      (out,) = bind(eqn, _woven(is_linear, linear, others))
+      return out
+
+    return jax.linear_transpose(part, *linear)(cotangent)
+
+  linear, others = _apart(is_linear, avals)
+  return _flat(jax.make_jaxpr(back)(struct(eqn.outvars[0].aval), *others))
+
+
+def struct(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _apart(chosen, values) -> tuple[list[Any], list[Any]]:
+  """The values that are chosen, and the others."""
+  pairs = list(zip(chosen, values, strict=True))
+  return [x for c, x in pairs if c], [x for c, x in pairs if not c]
+
+
+def _woven(chosen, ones, others) -> list[Any]:
+  """Puts together what `_apart` took apart."""
+  first, second = iter(ones), iter(others)
+  return [next(first) if c else next(second) for c in chosen]
+
+
+def _flat(jaxpr: Any) -> Any:
+  """The same program with its calls run in place."""
+
+  def run(jaxpr, values):
+    open_, consts = open_jaxpr(jaxpr)
+    env = dict(zip(open_.constvars, consts, strict=True))
+    env.update(zip(open_.invars, values, strict=True))
+    for eqn in open_.eqns:
+      given = [a.val if isinstance(a, Literal) else env[a] for a in eqn.invars]
+      body = inlined(eqn)
+      results = bind(eqn, given) if body is None else run(body, given)
+      env.update(zip(eqn.outvars, results, strict=True))
+    return [a.val if isinstance(a, Literal) else env[a] for a in open_.outvars]
+
+  avals = [struct(v.aval) for v in open_jaxpr(jaxpr)[0].invars]
+  return jax.make_jaxpr(lambda *xs: run(jaxpr, xs))(*avals)

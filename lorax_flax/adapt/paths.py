@@ -28,9 +28,11 @@ def flatten(tree: PyTree) -> dict[str, Any]:
   return {path_str(path): leaf for path, leaf in leaves}
 
 
-def map_with_path(fn, tree: PyTree) -> PyTree:
-  """`fn(path, leaf)` over the leaves, `path` being a slash path."""
-  return jax.tree_util.tree_map_with_path(lambda p, x: fn(path_str(p), x), tree)
+def map_with_path(fn, tree: PyTree, *rest: PyTree) -> PyTree:
+  """`fn(path, leaf, …)` over the leaves of trees alike, `path` being a slash path."""
+  return jax.tree_util.tree_map_with_path(
+    lambda p, *leaves: fn(path_str(p), *leaves), tree, *rest
+  )
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:

@@ -1,7 +1,7 @@
 """What will be adapted, settled before anything is: targets, roles, ranks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,15 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import path_key
 from lorax_flax.adapt.view_rules import Unsupported
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.methods import Adapter, Tuned
+from lorax_flax.methods import Adapter, LoRA, LowRank, Tuned, dora, lora_bias
 from lorax_flax.methods import lora as lora_method
+
+# What each method makes of LoRA's start beside the kernel w.
+METHODS: dict[str, Callable[[Any, LoRA], LowRank]] = {
+  "dora": dora.init,
+  "lora": lambda w, lora: lora,
+  "lora_bias": lambda w, lora: lora_bias.init(w.shape, lora),
+}
 
 CONTRACTIONS = {"conv_general_dilated", "dot_general"}
 
@@ -28,6 +35,7 @@ class Target:
     roles: "in", "out" or "stack" for each axis of `shape`.
     layers: the indices on the leading stack axis that are adapted; None for all.
     materialized: the primitives before which W + delta is formed.
+    method: "lora", "dora", or "lora_bias".
   """
 
   path: str
@@ -39,6 +47,7 @@ class Target:
   scale: float
   layers: tuple[int, ...] | None = None
   materialized: tuple[str, ...] = ()
+  method: str = "lora"
 
   @property
   def size(self) -> int:
@@ -49,7 +58,8 @@ class Target:
     stack = sizes["stack"]
     if self.layers is not None:
       stack = stack // self.shape[self.roles.index("stack")] * len(self.layers)
-    return stack * self.rank * (sizes["in"] + sizes["out"])
+    per_out = 0 if self.method == "lora" else sizes["out"]
+    return stack * (self.rank * (sizes["in"] + sizes["out"]) + per_out)
 
 
 @dataclass(frozen=True)
@@ -211,8 +221,11 @@ def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
   alpha = tg.first_match(config.alpha_pattern, path, config.alpha)
   scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
   style = "embedding" if "gather" in usage.primitives else config.init
+  if config.lora_bias and style == "embedding":
+    raise LoraxError(f"lora_bias: target {path!r} is looked up, and takes no bias")
+  method = "dora" if config.use_dora else "lora_bias" if config.lora_bias else "lora"
   return Target(
-    path, shape, roles, style, rank, alpha, scale, None, tuple(usage.problems)
+    path, shape, roles, style, rank, alpha, scale, None, tuple(usage.problems), method
   )
 
 
@@ -251,7 +264,7 @@ def start(plan: Plan, key: jax.Array, leaves: Mapping[str, Any]) -> Adapter:
   """The adapter that a plan asks for, a function of (key, path) for each target."""
   adapter: Adapter = {}
   for t in plan.targets:
-    adapter[t.path] = lora_method.init(
+    delta = lora_method.init(
       path_key(key, t.path),
       t.shape,
       t.roles,
@@ -261,6 +274,7 @@ def start(plan: Plan, key: jax.Array, leaves: Mapping[str, Any]) -> Adapter:
       dropout=plan.dropout,
       layers=t.layers,
     )
+    adapter[t.path] = METHODS[t.method](leaves[t.path], delta)
   for path in plan.tuned:
     value = leaves[path]
     adapter[path] = Tuned(jnp.array(value, copy=True), value)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.lora import dense
+from lorax_flax.methods.lowrank import dense
 
 
 class Dim(NamedTuple):
@@ -26,19 +26,21 @@ class Dim(NamedTuple):
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["value", "a", "b", "index"],
+  data_fields=["value", "a", "b", "gain", "bias", "index"],
   meta_fields=["path", "dims", "dropout"],
 )
 @dataclass(frozen=True)
 class View:
-  """W + sum_r a * b, unevaluated.
+  """gain * (W + sum_r a * b), unevaluated, and a bias for each product with it.
 
   Attributes:
-    value: W as the program sees it here, cast, transposed or reshaped. While the roles
-      are being found it is a ShapeDtypeStruct.
+    value: W as the program sees it here, cast, transposed or reshaped. It is a
+      ShapeDtypeStruct while the roles are being found, and of a change of W alone.
     a, b: the delta's factors with W's axes and a last axis r; of size 1 on the axes
       that a factor does not carry: "in" axes are a's, "out" axes b's, "stack" axes
       both's. None while the roles are being found.
+    gain: as b, with a last axis of size 1; None for 1.
+    bias: as gain; None for 0.
     index: () int32, the place in the program's repeated structure (which layer, which
       iteration), on which LoRA's dropout depends.
     path: the weight's path; of several joined weights, the first's.
@@ -49,10 +51,18 @@ class View:
   value: Any
   a: Any
   b: Any
+  gain: Any
+  bias: Any
   index: Any
   path: str
   dims: tuple[Dim, ...]
   dropout: float
+
+  @classmethod
+  def shown(cls, shape, dtype, path: str, dims) -> "View":
+    """A weight without factors, for while the roles are being found."""
+    value = jax.ShapeDtypeStruct(shape, dtype)
+    return cls(value, None, None, None, None, None, path, tuple(dims), 0.0)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -61,6 +71,19 @@ class View:
   @property
   def dtype(self):
     return self.value.dtype
+
+  @property
+  def is_abstract(self) -> bool:
+    return isinstance(self.value, jax.ShapeDtypeStruct)
+
+  @property
+  def parts(self) -> tuple[Any, ...]:
+    """The arrays that have the weight's axes."""
+    return self.value, self.a, self.b, self.gain, self.bias
+
+  def with_parts(self, parts) -> "View":
+    value, a, b, gain, bias = parts
+    return replace(self, value=value, a=a, b=b, gain=gain, bias=bias)
 
   def paths(self) -> set[str]:
     return {self.path} | {path for dim in self.dims for path, _ in dim.labels}
@@ -74,15 +97,18 @@ class View:
     }
 
   def on_all(self, fn: Callable, value: Any, dims) -> "View":
-    """Applies fn to both factors and takes `value` and `dims` as given."""
-    parts = (None, None) if self.a is None else (fn(self.a), fn(self.b))
-    return replace(self, value=value, a=parts[0], b=parts[1], dims=tuple(dims))
+    """Applies fn to the factors, gain and bias; takes `value` and `dims` as given."""
+    rest = (None if t is None else fn(t) for t in self.parts[1:])
+    return replace(self.with_parts((value, *rest)), dims=tuple(dims))
 
   def dense(self) -> jax.Array:
-    """W + delta, formed."""
+    """gain * (W + delta), formed."""
     delta = dense(self.a, self.b, jnp.float32)
     delta = jnp.broadcast_to(delta, self.shape)
-    return (self.value.astype(jnp.float32) + delta).astype(self.dtype)
+    whole = self.value.astype(jnp.float32) + delta
+    if self.gain is not None:
+      whole = whole * self.gain[..., 0]
+    return whole.astype(self.dtype)
 
 
 def is_view(x: Any) -> bool:

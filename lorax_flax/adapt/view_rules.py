@@ -5,6 +5,7 @@ views. The same rules run while the roles are being found, when the factors are 
 every value is a ShapeDtypeStruct. A rule that cannot follow raises `Unsupported`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -131,6 +132,8 @@ def _slice_axes(view: View, starts, sizes, cut: Callable, out) -> View:
     cut: (factor, axis) to its slice on that axis.
   """
   axes = [i for i, n in enumerate(view.shape) if sizes[i] != n]
+  if view.bias is not None and any(view.dims[i].role == "in" for i in axes):
+    raise Unsupported("a part of its inputs, where it has a bias of its own")
 
   def on(t):
     for i in axes:
@@ -240,6 +243,9 @@ def _join(operands, axis, out):
   first = views[0]
   if first.a is None:
     return [replace(first, value=out[0], dims=tuple(dims))]
+  along_in = dims[axis].role == "in"
+  if along_in and any(v.gain is not None or v.bias is not None for v in views):
+    raise Unsupported("a join of the inputs of weights with a gain or a bias")
   stacked = dims[axis].role in ("stack", None)
   if dims[axis].role is None:
     dims[axis] = Dim(frozenset(), "stack")
@@ -248,7 +254,24 @@ def _join(operands, axis, out):
   )
   a = _side_by_side([v.a for v in views], operands, axis, dims, total, stacked, "in")
   b = _side_by_side([v.b for v in views], operands, axis, dims, total, stacked, "out")
-  return [replace(first, value=out[0], a=a, b=b, dims=tuple(dims))]
+  gain = _ones_beside([v.gain for v in views], operands, axis, dims, 1.0)
+  bias = _ones_beside([v.bias for v in views], operands, axis, dims, 0.0)
+  return [replace(first.with_parts((out[0], a, b, gain, bias)), dims=tuple(dims))]
+
+
+def _ones_beside(given, operands, axis, dims, fill):
+  """The gain or the bias of a concatenation, `fill` where an operand has none."""
+  if all(t is None for t in given):
+    return None
+  remaining, parts = iter(given), []
+  shapes = [t.shape[:-1] for t in given if t is not None]
+  common = [max(shape[i] for shape in shapes) for i in range(len(shapes[0]))]
+  for operand in operands:
+    t = next(remaining) if is_view(operand) else None
+    shape = [operand.shape[axis] if i == axis else n for i, n in enumerate(common)]
+    t = jnp.full((1,) * (len(shape) + 1), fill) if t is None else t
+    parts.append(jnp.broadcast_to(t, (*shape, 1)))
+  return jnp.concatenate(parts, axis=axis)
 
 
 def _side_by_side(factors, operands, axis, dims, total, stacked, carrier):
@@ -278,6 +301,57 @@ def _side_by_side(factors, operands, axis, dims, total, stacked, carrier):
       parts.append(t)
     offset += rank
   return jnp.concatenate(parts, axis=axis if along else -1)
+
+
+def _pad(eqn, operands, out):
+  """A weight among constants; the delta is zero there."""
+  view, filler = operands
+  if not is_view(view) or is_view(filler):
+    raise Unsupported("a weight used as padding")
+  config = eqn.params["padding_config"]
+  axes = [i for i, how in enumerate(config) if tuple(how) != (0, 0, 0)]
+  if any(view.dims[i].role == "in" for i in axes) and (
+    view.gain is not None or view.bias is not None
+  ):
+    raise Unsupported("padding of the inputs of a weight with a gain or a bias")
+  if view.a is None:
+    return [replace(view, value=out[0])]
+
+  def padded(t, fill, whole=()):
+    sizes = [view.shape[i] if i in whole else n for i, n in enumerate(t.shape)]
+    t = jnp.broadcast_to(t, sizes)
+    how = [c if t.shape[i] != 1 or i in whole else (0, 0, 0) for i, c in with_rank]
+    return lax.pad(t, jnp.asarray(fill, t.dtype), how)
+
+  with_rank = list(enumerate([*config, (0, 0, 0)]))
+  # Where neither factor carries an axis, one of them must, to end at its edges.
+  free = [i for i in axes if view.a.shape[i] == view.b.shape[i] == 1]
+  gain, bias = (
+    None if t is None else padded(t, fill, axes)
+    for t, fill in ((view.gain, 1.0), (view.bias, 0.0))
+  )
+  parts = (out[0], padded(view.a, 0.0, free), padded(view.b, 0.0), gain, bias)
+  return [view.with_parts(parts)]
+
+
+def _reduce_sum(eqn, operands, out):
+  """A sum over axes that one factor carries, or none; needs the roles."""
+  (view,) = operands
+  axes = [i for i in eqn.params["axes"] if view.shape[i] != 1]
+  if view.a is None and axes:
+    raise Unsupported("a sum over its axes")
+  if view.bias is not None or (view.gain is not None and axes):
+    raise Unsupported("a sum of a weight with a gain or a bias")
+  gone = tuple(eqn.params["axes"])
+  dims = [d for i, d in enumerate(view.dims) if i not in gone]
+  if view.a is None:
+    return [replace(view, value=out[0], dims=tuple(dims))]
+  if any(view.a.shape[i] != 1 and view.b.shape[i] != 1 for i in axes):
+    raise Unsupported("a sum over a stack axis")
+  free = [i for i in axes if view.a.shape[i] == view.b.shape[i] == 1]
+  times = math.prod(view.shape[i] for i in free)
+  a, b = view.a.sum(gone), view.b.sum(gone) * jnp.float32(times)
+  return [replace(view.with_parts((out[0], a, b, None, None)), dims=tuple(dims))]
 
 
 def _all_gather(eqn, operands, out):
@@ -311,8 +385,10 @@ RULES: dict[str, Callable[[Any, list, list], list[View]]] = {
   "mul": _scalar,
   "name": _same,
   "neg": _neg,
+  "pad": _pad,
   "pcast": _vary,
   "pvary": _vary,
+  "reduce_sum": _reduce_sum,
   "reshape": _reshape,
   "rev": _rev,
   "sharding_constraint": _same,

@@ -14,7 +14,7 @@ from lorax_flax.hub import peft_config
 from lorax_flax.hub.keymap import KeyMap, full_key, module_of, modules, path_to_keys
 from lorax_flax.hub.peft_config import PeftConfig, shortest_ends
 from lorax_flax.hub.peft_layout import Slot, can_hold_factors, module_names, transposed
-from lorax_flax.methods import Adapter, LoRA, Tuned
+from lorax_flax.methods import Adapter, Delta, LoRA, Tuned
 
 
 def to_peft_config(
@@ -100,11 +100,13 @@ def to_tensors(
   return tensors
 
 
-def _part(delta: LoRA | Tuned, slot: Slot) -> np.ndarray:
+def _part(delta: Delta, slot: Slot) -> np.ndarray:
   """One part of a delta, and of that one layer; float32."""
   if isinstance(delta, LoRA):
     value = np.asarray(delta.a if slot.part == "a" else delta.b, np.float32)
     layers = delta.layers
+  elif not isinstance(delta, Tuned):
+    raise LoraxError(f"{type(delta).__name__} of {slot.path} cannot be exported yet")
   else:
     leaf = delta.original if slot.part == "original" else delta.value
     value, layers = np.asarray(leaf, np.float32), None

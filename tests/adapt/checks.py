@@ -75,7 +75,7 @@ def check_no_dense_gradient(lora, params, adapter, *args):
   leaves = flatten(params)
   shapes = set()
   for path, delta in adapter.items():
-    if isinstance(delta, lx.LoRA):
+    if isinstance(delta, lx.LowRank):
       shape = tuple(leaves[path].shape)
       shapes.add(tuple(sorted(shape)))
       stack = [n for n, role in zip(shape, delta.roles, strict=True) if role == "stack"]

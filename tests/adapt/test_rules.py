@@ -226,7 +226,12 @@ def test_program_equals_merged(name):
   lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
   adapter = lora.init(jax.random.key(2), params, x)
   assert adapter["w"].roles == tuple(roles.split())
-  np.testing.assert_array_equal(lora.apply(params, adapter, x), fn(params, x))
+  # XLA fuses a compiled loop in its own way, with its own rounding.
+  loops = ("dynamic_layer", "stacked_lists", "scan_const", "scan_carry")
+  exact = 1e-6 if name in loops else 0.0
+  np.testing.assert_allclose(
+    lora.apply(params, adapter, x), fn(params, x), rtol=exact, atol=exact
+  )
   adapter = perturbed(adapter)
   tol = 3e-2 if name == "bfloat16_cast_back" else 5e-5
   check_equals_merged(lora, fn, params, adapter, x, tol=tol)

@@ -1,0 +1,77 @@
+"""DoRA (arXiv 2402.09353): a magnitude for each output, and LoRA for the direction.
+
+W' = m / ‖W + scale * a @ b‖ * (W + scale * a @ b), the norm taken over the in axes and
+kept out of the gradient (section 4.3 of the paper; PEFT does the same).
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from lorax_flax.methods.lora import LoRA
+from lorax_flax.methods.lowrank import LowRank, Parts, axes_of
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DoRA(LowRank):
+  """LoRA with a magnitude. The other fields are those of `LowRank`.
+
+  Attributes:
+    magnitude: (*stack, *out), float32, trained; starts as the norms of W.
+  """
+
+  magnitude: jax.Array = field(kw_only=True)
+
+  trained: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+
+  def parts(self, w: jax.Array) -> Parts:
+    """What the method makes of the kernel w, unevaluated."""
+    norm = jax.lax.stop_gradient(norms(self, w))
+    # A column of zeros has no direction: it is left as it is.
+    gain = jnp.where(norm > 0, self.magnitude / jnp.where(norm > 0, norm, 1.0), 1.0)
+    return Parts(*self.factors(w.shape), gain=self.per_out(gain, w.shape, 1.0))
+
+  def merged(self, w: jax.Array) -> jax.Array:
+    """W', dense, float32."""
+    gain = self.parts(w).gain
+    assert gain is not None
+    return gain[..., 0] * super().merged(w)
+
+
+def norms(delta: LowRank, w: jax.Array) -> jax.Array:
+  """‖W + scale * a @ b‖ over the in axes, (*stack, *out), float32.
+
+  By its expansion, ‖W‖² + 2 <W, a b> + ‖a b‖², so that the sum is never formed.
+  """
+  stack, ins, outs = (axes_of(delta.roles, role) for role in ("stack", "in", "out"))
+  kernel = "".join(chr(ord("a") + i) for i in range(w.ndim))
+  s, i, o = ("".join(kernel[axis] for axis in axes) for axes in (stack, ins, outs))
+  if delta.layers is not None:
+    w = jnp.take(w, jnp.asarray(delta.layers), axis=stack[0])
+  w, a, b = w.astype(jnp.float32), delta.a, delta.scaled_b()
+
+  def einsum(spec, *xs):
+    return jnp.einsum(spec, *xs, precision="highest")
+
+  w_a = einsum(f"{kernel},{s}{i}z->{s}z{o}", w, a)
+  a_a = einsum(f"{s}{i}y,{s}{i}z->{s}yz", a, a)
+  a_a_b = einsum(f"{s}yz,{s}y{o}->{s}z{o}", a_a, b)
+  square = einsum(f"{kernel},{kernel}->{s}{o}", w, w)
+  square += einsum(f"{s}z{o},{s}z{o}->{s}{o}", 2.0 * w_a + a_a_b, b)
+  return jnp.sqrt(jnp.maximum(square, 0.0))
+
+
+def init(w: jax.Array, lora: LoRA) -> DoRA:
+  """The starting delta: `lora`'s factors, and the magnitudes that change nothing."""
+  return DoRA(
+    lora.a,
+    lora.b,
+    lora.scale,
+    lora.roles,
+    lora.dropout,
+    lora.layers,
+    magnitude=norms(lora, w),
+  )
