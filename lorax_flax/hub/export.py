@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub import folders
-from lorax_flax.hub.keymap import KeyMap, full_key
+from lorax_flax.hub.keymap import KeyMap, file_key
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -92,11 +92,11 @@ def to_hf_config(
 
 
 def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
-  """The checkpoint's tensors of a tree, under the full keys."""
+  """The checkpoint's tensors of a tree, under its keys."""
   leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
   tensors = {}
   for bare, site in keymap.sites.items():
     leaf = leaves[site.path]
     value = site.entry.to_stored(leaf[site.place(leaf.shape)])
-    tensors[full_key(keymap, bare)] = np.ascontiguousarray(value)
+    tensors[file_key(keymap, bare)] = np.ascontiguousarray(value)
   return tensors

@@ -6,15 +6,15 @@ writes checkpoints, and it translates the module names of PEFT into our paths.
 
 Names come in two forms. A *bare* key has no prefix ("encoder.layer.0. …"); it is how
 the table is written, and what any stored prefix is reduced to. A *full* key is what
-the family's sequence classifier has in transformers and in PEFT
-("bert.encoder.layer.0. …", but "classifier.weight"), and what we write.
+the family's model has in transformers and in PEFT ("bert.encoder.layer.0. …", but
+"classifier.weight"), and what we write, save where files keep other names.
 """
 
 import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub.rows import Entry, Kind, Site, kind, placeholders
@@ -38,6 +38,8 @@ class KeyMap:
     aliases: (old ending, new ending) of bare keys, for old checkpoints.
     ties: bare keys that say again what another key says ("lm_head.weight" of a tied
       head): key to that other key.
+    on_disk: modules that transformers has renamed since: the row's module to the one
+      that checkpoints have, now as before.
   """
 
   family: str
@@ -51,17 +53,22 @@ class KeyMap:
   head_groups: tuple[str, ...] = ("classifier",)
   aliases: tuple[tuple[str, str], ...] = ()
   ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  on_disk: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @functools.cached_property
   def sites(self) -> dict[str, Site]:
     """Every bare key of this model, layers written out."""
     sites = {}
     for entry in self.entries:
-      names = placeholders(entry.key)
-      for numbers in itertools.product(*(range(self.counts[name]) for name in names)):
-        values = dict(zip(names, numbers, strict=True))
+      for values in self._numbers(entry):
         sites[entry.key.format(**values)] = self._site(entry, values)
     return sites
+
+  def _numbers(self, entry: Entry) -> Iterator[dict[str, int]]:
+    """Every value of a row's placeholders."""
+    names = placeholders(entry.key)
+    for numbers in itertools.product(*(range(self.counts[name]) for name in names)):
+      yield dict(zip(names, numbers, strict=True))
 
   def _site(self, entry: Entry, values: Mapping[str, int]) -> Site:
     path, index = entry.path, []
@@ -84,6 +91,23 @@ class KeyMap:
     return keys
 
   @functools.cached_property
+  def stored(self) -> dict[str, str]:
+    """The bare key in a file of each bare key that has another one there."""
+    found = {}
+    for entry in self.entries:
+      module, _, leaf = entry.key.rpartition(".")
+      if module in self.on_disk:
+        for values in self._numbers(entry):
+          key = f"{self.on_disk[module]}.{leaf}".format(**values)
+          found[entry.key.format(**values)] = key
+    return found
+
+  @functools.cached_property
+  def renamed(self) -> dict[str, str]:
+    """The inverse of `stored`."""
+    return {old: new for new, old in self.stored.items()}
+
+  @functools.cached_property
   def leaves(self) -> dict[str, str]:
     """The main bare key of each bare module: its weight, not its bias."""
     return {module_of(key): key for key in self.sites if key.endswith(".weight")}
@@ -95,8 +119,17 @@ def module_of(key: str) -> str:
 
 
 def full_key(keymap: KeyMap, bare: str) -> str:
-  """The key in transformers' sequence classifier: the body's keys get the prefix."""
-  return (keymap.prefix if keymap.sites[bare].entry.part == "body" else "") + bare
+  """The key in transformers' model: the body's keys get the prefix."""
+  return _prefix(keymap, bare) + bare
+
+
+def file_key(keymap: KeyMap, bare: str) -> str:
+  """The key in a checkpoint that transformers writes."""
+  return _prefix(keymap, bare) + keymap.stored.get(bare, bare)
+
+
+def _prefix(keymap: KeyMap, bare: str) -> str:
+  return keymap.prefix if keymap.sites[bare].entry.part == "body" else ""
 
 
 def path_to_keys(keymap: KeyMap, path: str) -> list[str]:
@@ -121,7 +154,7 @@ def path_to_modules(keymap: KeyMap, path: str) -> list[str]:
 
 
 def bare_key(keymap: KeyMap, key: str) -> str:
-  """A full or bare key without the family's prefix, old endings made new."""
+  """A full or bare key without the family's prefix, old names made new."""
   return _renew(keymap, key.removeprefix(keymap.prefix))
 
 
@@ -129,7 +162,7 @@ def _renew(keymap: KeyMap, bare: str) -> str:
   for old, new in keymap.aliases:
     if bare.endswith(old):
       return bare.removesuffix(old) + new
-  return bare
+  return keymap.renamed.get(bare, bare)
 
 
 def key_to_path(keymap: KeyMap, key: str) -> tuple[str, int | None]:

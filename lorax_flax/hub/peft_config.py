@@ -16,9 +16,30 @@ from lorax_flax.errors import LoraxError, listing, unknown
 CONFIG_FILE = "adapter_config.json"
 LORA = "LORA"
 SEQ_CLS = "SEQ_CLS"
+# The base alone, without a head: its modules' names have no prefix.
+FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 # PEFT saves these in full for a sequence classifier, whichever the model has.
 HEAD_NAMES = ("classifier", "score")
 ALL_LINEAR = "all-linear"
+# What PEFT names the task of each of our families' tasks.
+TASK_TYPES = {
+  "sequence-classification": SEQ_CLS,
+  "causal-lm": "CAUSAL_LM",
+  "seq2seq-lm": "SEQ_2_SEQ_LM",
+  "image-classification": None,
+}
+# PEFT's target_modules where a config has none, by model_type.
+_ATTENTION = ("q_proj", "v_proj")
+DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
+  **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
+  "deberta-v2": ("query_proj", "value_proj"),
+  "gpt2": ("c_attn",),
+  **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+  **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3"), _ATTENTION),
+  **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _ATTENTION),
+}
+# Where target_modules has one of these, PEFT saves the base's own weights too.
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 _MOST_BYTES = 16 << 20  # of a config: a list of every module's name is far below
 
@@ -39,6 +60,13 @@ class PeftConfig:
     init_lora_weights: how training started; nothing that loading depends on.
     fan_in_fan_out: targets are Conv1D, whose weight lies as (in, out); the factors
       are the same.
+    use_dora: a magnitude for each output beside the factors.
+    lora_bias: a bias on each second factor.
+    target_parameters: names, or ends of them, of parameters that get factors though no
+      module with a LoRA form holds them: stacked experts.
+    trainable_token_indices: rows of the embedding that are trained; or by the end of a
+      module's name.
+    ensure_weight_tying: what is trained of a weight is trained of those tied to it.
   """
 
   r: int = 8
@@ -54,6 +82,11 @@ class PeftConfig:
   bias: str = "none"
   use_rslora: bool = False
   fan_in_fan_out: bool = False
+  use_dora: bool = False
+  lora_bias: bool = False
+  target_parameters: tuple[str, ...] | None = None
+  trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+  ensure_weight_tying: bool = False
   init_lora_weights: bool | str = True
   task_type: str | None = None
   base_model_name_or_path: str | None = None
@@ -69,6 +102,15 @@ class PeftConfig:
     if isinstance(self.target_modules, str) and _several(self.layers_to_transform):
       raise LoraxError(
         f"{CONFIG_FILE}: layers_to_transform needs target_modules as a list of names"
+      )
+    if self.use_dora and self.lora_bias:
+      raise LoraxError(f"{CONFIG_FILE}: use_dora and lora_bias do not go together")
+    if self.target_parameters and (
+      self.lora_dropout or self.use_dora or self.lora_bias or self.fan_in_fan_out
+    ):
+      raise LoraxError(
+        f"{CONFIG_FILE}: target_parameters go with none of lora_dropout, use_dora, "
+        "lora_bias and fan_in_fan_out"
       )
     patterns = [*self.rank_pattern, *self.alpha_pattern]
     for rules in (self.target_modules, self.exclude_modules):
@@ -194,7 +236,7 @@ def parse(raw: Any) -> PeftConfig:
     if name in known:
       # null stands for the default where a field has one other than null.
       if value is not None:
-        values[name] = tuple(value) if isinstance(value, list) else value
+        values[name] = _frozen(value)
     elif name not in _WITHOUT_EFFECT and not _is_off(name, value):
       raise LoraxError(
         f"{CONFIG_FILE}: {name}={value!r} changes what the adapter computes, and we "
@@ -219,11 +261,22 @@ def dump(config: PeftConfig) -> dict[str, Any]:
   raw |= {"auto_mapping": None, "eva_config": None, "inference_mode": True}
   raw |= {"peft_type": LORA, "loftq_config": {}}
   for each in fields(config):
-    value = getattr(config, each.name)
-    if isinstance(value, Mapping):
-      value = dict(value)
-    raw[each.name] = list(value) if isinstance(value, tuple) else value
+    raw[each.name] = _thawed(getattr(config, each.name))
   return dict(sorted(raw.items()))
+
+
+def _frozen(value: Any) -> Any:
+  """JSON's value with tuples for lists, one level of an object included."""
+  if isinstance(value, dict):
+    return {name: _frozen(each) for name, each in value.items()}
+  return tuple(value) if isinstance(value, list) else value
+
+
+def _thawed(value: Any) -> Any:
+  """The inverse of `_frozen`."""
+  if isinstance(value, Mapping):
+    return {name: _thawed(each) for name, each in value.items()}
+  return list(value) if isinstance(value, tuple) else value
 
 
 def shortest_ends(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
@@ -305,6 +358,15 @@ def _is_rank(value: Any) -> bool:
 # change it, and such an adapter only means something beside the changed base.
 _INITS = ("gaussian", "eva", "orthogonal")
 
+
+def _is_index(value: Any) -> bool:
+  return _is_int(value) and value >= 0
+
+
+def _are_rows(value: Any) -> bool:
+  return _each(_is_index)(value) and 0 < len(value) == len(set(value))
+
+
 _KINDS = {
   "r": _is_rank,
   "lora_alpha": _is_number,
@@ -319,6 +381,11 @@ _KINDS = {
   "bias": lambda value: value in ("none", "all", "lora_only"),
   "use_rslora": _is_bool,
   "fan_in_fan_out": _is_bool,
+  "use_dora": _is_bool,
+  "lora_bias": _is_bool,
+  "target_parameters": _or_none(_each(_is_str)),
+  "trainable_token_indices": _or_none(_either(_are_rows, _values(_are_rows))),
+  "ensure_weight_tying": _is_bool,
   "init_lora_weights": lambda value: _is_bool(value) or value in _INITS,
   "task_type": _or_none(_is_str),
   "base_model_name_or_path": _or_none(_is_str),
@@ -336,21 +403,16 @@ _OFF: Mapping[str, Any] = {
   "alora_invocation_tokens": None,
   "arrow_config": None,
   "corda_config": None,
-  "ensure_weight_tying": False,
   "eva_config": None,
   "kasa_config": None,
   "layer_replication": None,
   "loftq_config": {},
-  "lora_bias": False,
   "lora_ga_config": None,
   "megatron_config": None,
   "megatron_core": "megatron.core",
   "monteclora_config": None,
   "qalora_group_size": 16,
-  "target_parameters": None,
-  "trainable_token_indices": None,
   "use_bdlora": None,
-  "use_dora": False,
   "use_qalora": False,
   "velora_config": None,
 }
