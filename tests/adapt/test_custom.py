@@ -195,3 +195,34 @@ def check_gradient_of_x(lora, fn, params, adapter):
   got = jax.grad(lambda x: jnp.sin(lora.apply(params, adapter, x)).sum())(X)
   want = jax.grad(lambda x: jnp.sin(fn(lx.merge(params, adapter), x)).sum())(X)
   np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+
+
+masked = matmul(back_x, lambda x, w, dy: jnp.clip(x.T @ dy, -0.1, 0.1))
+
+
+def test_a_gradient_that_is_no_contraction_is_an_error_unless_materialized(caplog):
+  fn, params = lambda p, x: masked(x, p["w"]), {"w": normal(0, 5, 7)}
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
+  adapter = perturbed(lora.init(jax.random.key(2), params, X))
+  with pytest.raises(lx.LoraxError, match=r"'w' goes into custom_vjp .*materialize"):
+    jax.grad(lambda a: lora.apply(params, a, X).sum(), allow_int=True)(adapter)
+  allowed = lx.LoraConfig(rank=2, targets="w", on_unsupported="materialize")
+  check_equals_merged(lx.adapt(fn, allowed), fn, params, adapter, X)
+  assert "forming the dense gradient of 'w'" in caplog.text
+
+
+def test_a_constant_mask_is_an_error_that_names_path_and_primitive():
+  mask = np.arange(35).reshape(5, 7) % 2 == 0
+  fn = lambda p, x: x @ jnp.where(mask, p["w"], 0.0)
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
+  with pytest.raises(lx.LoraxError, match="'w' is used by 'select_n'"):
+    lora.init(jax.random.key(2), {"w": normal(0, 5, 7)}, X)
+
+
+def test_a_padded_weight_is_followed():
+  fn = lambda p, x: jnp.pad(x, ((0, 0), (1, 2))) @ jnp.pad(p["w"], ((1, 2), (0, 3)))
+  params = {"w": normal(0, 5, 7)}
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
+  adapter = perturbed(lora.init(jax.random.key(2), params, X))
+  check_equals_merged(lora, fn, params, adapter, X)
+  check_no_dense_gradient(lora, params, adapter, X)
