@@ -1,12 +1,14 @@
 """From settings to a job: the model, the examples, the adapter, and what is written."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import lorax_flax as lx
 from experiments.settings import DataSettings, ModelSettings, Settings
@@ -21,7 +23,8 @@ from lorax_flax.hub import export, peft
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.methods import Adapter, LoRA, Tuned
 from lorax_flax.models import registry
-from lorax_flax.train import losses
+from lorax_flax.train import losses, processes
+from lorax_flax.train import mesh as meshes
 from lorax_flax.train.loop import Job
 
 
@@ -35,6 +38,7 @@ def prepare(wanted: Settings, say: Callable[[str], None]) -> Job:
     LoraxError: what the readers raise; a new head that would not be trained.
   """
   task = tasks.get(wanted.data.task)
+  mesh = _mesh(wanted, say)
   folder = resolve(wanted.model.path)
   loaded = registry.load(
     folder,
@@ -44,6 +48,7 @@ def prepare(wanted: Settings, say: Callable[[str], None]) -> Job:
     scan=wanted.model.scan,
     remat=wanted.model.remat,
     new_head=True,
+    shardings=functools.partial(_shardings, mesh, say),
   )
   if loaded.new_paths:
     say(f"new, not in the checkpoint: {listing(loaded.new_paths)}")
@@ -94,7 +99,29 @@ def prepare(wanted: Settings, say: Callable[[str], None]) -> Job:
     primary=task.primary,
     export=_export(wanted, task, folder, loaded),
     title=f"{task.name}, {wanted.model.path}",
+    mesh=mesh,
+    axes=meshes.names_by_path(loaded.family.logical_axes(loaded.module)),
   )
+
+
+def _mesh(wanted: Settings, say: Callable[[str], None]) -> Mesh:
+  mesh = meshes.make(wanted.mesh)
+  train = wanted.train
+  meshes.check_batch(mesh, "train.batch_size", train.batch_size, train.accumulation)
+  meshes.check_batch(mesh, "train.eval_batch_size", train.eval_batch_size)
+  if mesh.size > 1:
+    say(meshes.describe(mesh))
+  return mesh
+
+
+def _shardings(
+  mesh: Mesh, say: Callable[[str], None], logical_axes: Any, shapes: Any
+) -> Any:
+  """Where each weight is to lie, as `registry.load` asks."""
+  axes = meshes.names_by_path(logical_axes)
+  for line in meshes.kept_whole(mesh, axes, shapes):
+    say(line)
+  return meshes.of_params(mesh, axes, shapes)
 
 
 def describe(adapter: Adapter, params: Any) -> str:
@@ -178,6 +205,8 @@ def _export(
   def write(adapter: Adapter, workdir: Path) -> dict[str, str]:
     if any(isinstance(delta, LoRA) for delta in adapter.values()):
       target = workdir / "adapter"
+      if not processes.first():
+        return {"adapter": str(target)}
       peft.write_adapter(
         target,
         adapter,
@@ -189,9 +218,12 @@ def _export(
       return {"adapter": str(target)}
     # Nothing in it is low-rank: as an adapter it would be the model all over.
     target = workdir / "model"
+    merged = meshes.gather(lx.merge(loaded.params, adapter))
+    if not processes.first():
+      return {"model": str(target)}
     export.write_checkpoint(
       target,
-      lx.merge(loaded.params, adapter),
+      merged,
       loaded.keymap,
       loaded.hf_config,
       architecture=loaded.family.architecture,

@@ -9,6 +9,7 @@ result.json, metrics.jsonl, curves.png, tensorboard/, config.json and checkpoint
 The same command goes on with a run that was killed.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,11 @@ from lorax_flax.errors import LoraxError
 
 CONFIG = configuration.define(flags.FLAGS)
 flags.declare_key_flag("config")
+DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "Join the other processes that the cluster (Slurm, a TPU pod, …) has started.",
+)
 WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where all is written; runs/CONFIG where it isn't given."
 )
@@ -33,16 +39,23 @@ def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
   """Trains as `wanted` says, or goes on with that; returns what result.json holds."""
   # Here, since --help and mistakes in flags need not wait for them.
   from experiments import job
-  from lorax_flax.train import loop
+  from lorax_flax.train import loop, processes
   from lorax_flax.train import workdir as files
 
+  say = print if processes.first() else _nothing
   files.check(workdir, wanted.to_json())
   if (result := files.result(workdir)) is not None:
-    print(f"{workdir} holds this run, finished; delete it to run again.")
+    say(f"{workdir} holds this run, finished; delete it to run again.")
     return result
-  prepared = job.prepare(wanted, say=print)
-  files.claim(workdir, wanted.to_json())
+  prepared = job.prepare(wanted, say)
+  if processes.first():
+    files.claim(workdir, wanted.to_json())
+  processes.meet("the workdir is claimed")
   return loop.fit(wanted.train, prepared, workdir)
+
+
+def _nothing(line: str) -> None:
+  """The first process says it."""
 
 
 def default_workdir(spec: str) -> Path:
@@ -69,7 +82,7 @@ def show(result: dict[str, Any], workdir: Path) -> None:
       console.print(f"{path}{'/' if path.is_dir() else ''}", markup=False)
 
 
-def main() -> None:
+def main() -> int:
   if CONFIG.value is None:
     known = ", ".join(f"{name}.py" for name in configuration.names())
     raise LoraxError(f"which config? --config=NAME; there are {known}")
@@ -79,8 +92,25 @@ def main() -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of each of its threads.
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
   workdir = Path(WORKDIR.value) if WORKDIR.value else default_workdir(spec)
-  print(f"Workdir: {workdir}")
-  show(run(wanted, workdir.expanduser()), workdir.expanduser())
+  workdir = workdir.expanduser()
+  from lorax_flax.train import processes
+
+  processes.join(DISTRIBUTED.value)
+  if processes.first():
+    print(f"Workdir: {workdir}")
+  try:
+    result = run(wanted, workdir)
+  except processes.Preempted as told:
+    if processes.first():
+      print(told, flush=True)
+    return processes.PREEMPTED
+  except processes.Lost as lost:
+    # What ends a process in order would wait for those that are gone.
+    print(f"error: {lost}", file=sys.stderr, flush=True)
+    os._exit(1)
+  if processes.first():
+    show(result, workdir)
+  return 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.data import tasks
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.train.config import DURATIONS, TrainConfig
+from lorax_flax.train.mesh import MeshConfig
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
@@ -80,14 +81,17 @@ class Settings:
   lora: LoraConfig
   train: TrainConfig
   init_adapter: str | None = None
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def to_json(self) -> dict[str, Any]:
-    """For config.json."""
-    return dataclasses.asdict(self)
+    """For config.json: all but the mesh, since a run may go on with another one."""
+    values = dataclasses.asdict(self)
+    del values["mesh"]
+    return values
 
 
-_SECTIONS = {"model": ModelSettings, "data": DataSettings, "train": TrainConfig}
-_TOP = ("seed", "init_adapter", "lora", *_SECTIONS)
+_SECTIONS = {"model", "data", "train", "mesh"}
+_TOP = ("seed", "init_adapter", "lora", *sorted(_SECTIONS))
 
 
 def convert(config: ConfigDict, overridden: Collection[str] = ()) -> Settings:
@@ -115,6 +119,7 @@ def convert(config: ConfigDict, overridden: Collection[str] = ()) -> Settings:
     data=_build(DataSettings, "data", values["data"]),
     lora=_build(LoraConfig, "lora", lora),
     train=_build(TrainConfig, "train", train),
+    mesh=_build(MeshConfig, "mesh", values.get("mesh", {})),
     init_adapter=values.get("init_adapter"),
   )
 

@@ -64,6 +64,13 @@ def base() -> ConfigDict:
   config.train.save_steps = config_dict.placeholder(int)
   config.train.save_epochs = config_dict.placeholder(float)
   config.train.save_seconds = 60.0
+  config.train.on_nonfinite = "stop"  # or "skip" the step that is not finite
+
+  # Devices along each axis; -1 is what is left. The product is their number.
+  config.mesh = ConfigDict()
+  config.mesh.data = -1
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
   return config
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from lorax_flax.adapt.paths import flatten, map_with_path, path_key
 from lorax_flax.errors import LoraxError, listing, nearest, unknown
+from lorax_flax.hub import blocks
 from lorax_flax.hub import keymap as km
 from lorax_flax.hub.safetensors import Reader
 
@@ -38,6 +39,7 @@ def load(
   std: float,
   seed: int,
   new_head: bool,
+  shardings: Any = None,
 ) -> Weights:
   """Fills a tree from a checkpoint, one tensor at a time.
 
@@ -47,6 +49,8 @@ def load(
     std: of the normal that the kernels of a new head are drawn from; biases are zero.
     seed: a new leaf is a function of (seed, path).
     new_head: a head of another shape is replaced by a new one, not an error.
+    shardings: the tree, of shardings. Of each leaf only the parts that lie on this
+      process's devices are read, one after another.
 
   Raises:
     LoraxError: an unknown, missing or mis-shaped key; only a head may be missing.
@@ -61,15 +65,26 @@ def load(
   if new_head:
     absent |= _misfits(keymap, leaves, stored, reader)
 
-  def fill(path, leaf):
+  def fill(path, leaf, sharding=None):
     if path in absent:
-      return _fresh(path, leaf.shape, dtype or jnp.float32, std, seed)
-    return jnp.asarray(_leaf(keymap, path, leaf.shape, reader, stored), dtype)
+      new = _fresh(path, leaf.shape, dtype or jnp.float32, std, seed)
+      if sharding is None:
+        return new
+      cut = lambda block: np.asarray(new)[tuple(slice(*ends) for ends in block)]
+      return blocks.in_shards(leaf.shape, sharding, cut)
+
+    def read(block):
+      return _leaf(keymap, path, leaf.shape, reader, stored, block)
+
+    if sharding is None:
+      return jnp.asarray(read(blocks.whole(leaf.shape)), dtype)
+    return blocks.in_shards(leaf.shape, sharding, lambda b: _cast(read(b), dtype))
 
   used = {stored[bare] for bare in keymap.sites if bare in stored}
   passed_over = tuple(key for key in reader if key not in used)
   new = tuple(path for path in leaves if path in absent)
-  return Weights(map_with_path(fill, shapes), new, passed_over)
+  rest = () if shardings is None else (shardings,)
+  return Weights(map_with_path(fill, shapes, *rest), new, passed_over)
 
 
 def _untied(
@@ -129,38 +144,52 @@ def _misfits(keymap, leaves, stored, reader) -> set[str]:
 
 
 def _leaf(
-  keymap: km.KeyMap, path: str, shape, reader: Reader, stored: Mapping[str, str]
+  keymap: km.KeyMap,
+  path: str,
+  shape,
+  reader: Reader,
+  stored: Mapping[str, str],
+  block: blocks.Block,
 ) -> np.ndarray:
-  """One leaf, put together from its tensors; in their dtype."""
+  """A block of one leaf, put together from its tensors; in their dtype."""
   keys = keymap.keys[path]
-  first = _tensor(keymap.sites[keys[0]], stored[keys[0]], shape, reader, keymap)
-  if len(keys) == 1:
-    return first
-  whole = np.empty(shape, first.dtype)
-  whole[keymap.sites[keys[0]].place(shape)] = first
-  for bare in keys[1:]:
+  found = None
+  for bare in keys:
     site = keymap.sites[bare]
-    whole[site.place(shape)] = _tensor(site, stored[bare], shape, reader, keymap)
-  return whole
+    places = blocks.overlap(site, shape, block)
+    if places is None:
+      continue
+    part = _tensor(site, stored[bare], shape, reader, keymap, places[1])
+    if len(keys) == 1:
+      return part
+    if found is None:
+      found = np.empty(blocks.shape_of(block), part.dtype)
+    found[places[0]] = part
+  assert found is not None  # A leaf's tensors cover it.
+  return found
 
 
 def _tensor(
-  site: km.Site, key: str, shape, reader: Reader, keymap: km.KeyMap
+  site: km.Site, key: str, shape, reader: Reader, keymap: km.KeyMap, index
 ) -> np.ndarray:
-  value = reader[key]
+  want, has = site.entry.stored_shape(site.shape(shape)), reader.shape(key)
+  if has != want:
+    head = site.path.split("/")[0] in keymap.head_groups
+    raise LoraxError(
+      f"checkpoint key {key!r} has shape {has}; {site.path!r} needs"
+      f" {want} there" + "; new_head=True replaces a head that does not fit" * head
+    )
+  value = reader.part(key, index)
   if not jnp.issubdtype(value.dtype, jnp.floating):
     raise LoraxError(
       f"checkpoint key {key!r} holds {value.dtype}, {site.path!r} needs floating-point"
       " weights: quantised checkpoints are not read"
     )
-  want = site.entry.stored_shape(site.shape(shape))
-  if value.shape != want:
-    head = site.path.split("/")[0] in keymap.head_groups
-    raise LoraxError(
-      f"checkpoint key {key!r} has shape {value.shape}; {site.path!r} needs"
-      f" {want} there" + "; new_head=True replaces a head that does not fit" * head
-    )
   return site.entry.to_ours(value)
+
+
+def _cast(x: np.ndarray, dtype) -> np.ndarray:
+  return x.astype(dtype or jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
 
 
 def _fresh(path: str, shape, dtype, std: float, seed: int) -> jax.Array:

@@ -38,6 +38,17 @@ class Reader(Mapping[str, np.ndarray]):
     except (safetensors.SafetensorError, AttributeError) as error:
       raise LoraxError(f"cannot read {key!r} of {self._files[key]}: {error}") from error
 
+  def part(self, key: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor; no more of it is read."""
+    if all(
+      cut.indices(n) == (0, n, 1) for cut, n in zip(index, self.shape(key), strict=True)
+    ):
+      return self[key]
+    try:
+      return self._handle(key).get_slice(key)[index]
+    except (safetensors.SafetensorError, AttributeError) as error:
+      raise LoraxError(f"cannot read {key!r} of {self._files[key]}: {error}") from error
+
   def _handle(self, key: str) -> Any:
     if key not in self._files:
       raise LoraxError(unknown("checkpoint key", key, self._files))

@@ -1,5 +1,6 @@
 """What every family's modules are made of; kernels are (in, out), their axes named."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.sharding import PartitionSpec
 
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.models import ops
@@ -89,6 +91,33 @@ def dropout_rng(
   return None if deterministic or rate == 0.0 else module.make_rng("dropout")
 
 
+# The axes of a mesh along which a batch is cut, where the caller has set one.
+_ROWS = ("data", "fsdp")
+
+
+def rows_apart(x: Any) -> Any:
+  """Activations, a tree of arrays (B, …), with their rows cut along the mesh.
+
+  Said between layers, since weights that are cut along the same axis would otherwise
+  tempt the compiler to gather the activations in their place. Without a mesh: x.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(_ROWS) <= set(mesh.axis_names):
+    return x
+  apart = math.prod(mesh.shape[name] for name in _ROWS)
+
+  if apart == 1:
+    return x
+
+  def cut(x):
+    if x.shape[0] % apart:
+      return x
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(_ROWS, *rest))
+
+  return jax.tree.map(cut, x)
+
+
 def stack(
   layer: Any,
   args: Sequence[Any],
@@ -114,6 +143,7 @@ def stack(
     each: arrays (count, …) of which each layer takes its own row.
   """
   each = dict(each or {})
+  x = rows_apart(x)
   if remat != "none":
     policy = REMAT_POLICIES[remat]
     layer = nn.remat(layer, policy=policy, prevent_cse=not scan)
@@ -121,10 +151,12 @@ def stack(
     for i in range(count):
       own = {name: rows[i] for name, rows in each.items()}
       x, _ = layer(*args, name=f"layer_{i}")(x, *shared, **own)
+      x = rows_apart(x)
     return x
 
   def body(module, x, own, *shared):
-    return module(x, *shared, **own)
+    x, out = module(x, *shared, **own)
+    return rows_apart(x), out
 
   run = nn.scan(
     body,

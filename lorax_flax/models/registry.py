@@ -1,7 +1,7 @@
 """From a folder to a model: the families there are, and how one is loaded."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ def load(
   remat: str = "none",
   seed: int = 0,
   new_head: bool = False,
+  shardings: Callable[[Any, Any], Any] | None = None,
 ) -> Loaded:
   """Loads a model from a Hugging Face folder.
 
@@ -82,6 +83,8 @@ def load(
     scan, remat: see `layers.stack`.
     seed: of a head that the checkpoint does not have.
     new_head: a head of another width than asked for is replaced, not an error.
+    shardings: (tree of logical axis names, tree of shapes) -> tree of shardings. Each
+      process then reads its own parts of the weights, and no more.
 
   Raises:
     LoraxError: an unknown family, a config or a key that does not fit.
@@ -98,14 +101,17 @@ def load(
   config = family.configure(hf_config, **asked)
   module = family.build(config, _float("dtype", dtype), scan, remat)
   keymap = family.keymap(config, scan)
+  shapes = family.shapes(module)
+  lies = shardings and shardings(family.logical_axes(module), shapes)
   weights = hub_load.load(
     safetensors.open_folder(folder),
     keymap,
-    family.shapes(module),
+    shapes,
     dtype=param_dtype and _float("param_dtype", param_dtype),
     std=getattr(config, "initializer_range", 0.02),
     seed=seed,
     new_head=new_head,
+    shardings=lies,
   )
   return Loaded(
     family,

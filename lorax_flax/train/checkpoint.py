@@ -23,6 +23,7 @@ class Progress:
     best: index of the best of them, None before the first.
     seconds: of wall time by what it was spent on, over all processes of the run.
     tokens: trained on so far.
+    skipped: steps that changed nothing, since they were not finite.
   """
 
   position: dict[str, Any]
@@ -31,6 +32,7 @@ class Progress:
   best: int | None = None
   seconds: dict[str, float] = field(default_factory=dict)
   tokens: int = 0
+  skipped: int = 0
 
   @property
   def best_step(self) -> int | None:

@@ -33,6 +33,8 @@ class TrainConfig:
     save_steps, save_epochs: checkpoints besides the one after each evaluation; at most
       one of the two.
     save_seconds: save as well when so long has passed since the last checkpoint.
+    on_nonfinite: what to do about a step whose loss or gradient is not finite: "stop"
+      the run, or "skip" the step, which then changes nothing.
   """
 
   steps: int | None = None
@@ -56,6 +58,7 @@ class TrainConfig:
   save_steps: int | None = None
   save_epochs: float | None = None
   save_seconds: float = 300.0
+  on_nonfinite: str = "stop"
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -67,6 +70,8 @@ class TrainConfig:
       raise LoraxError("how long to train? Give train.steps or train.epochs")
     if self.schedule not in SCHEDULES:
       raise LoraxError(unknown("train.schedule", self.schedule, SCHEDULES))
+    if self.on_nonfinite not in ON_NONFINITE:
+      raise LoraxError(unknown("train.on_nonfinite", self.on_nonfinite, ON_NONFINITE))
     for name in _POSITIVE:
       value = getattr(self, name)
       if value is not None and value <= 0:
@@ -88,6 +93,8 @@ class TrainConfig:
         f"train.accumulation = {self.accumulation} equal parts"
       )
 
+
+ON_NONFINITE = ("stop", "skip")
 
 # The units that one duration may be given in.
 DURATIONS = (
@@ -156,7 +163,7 @@ def _names(names: tuple[str, ...]) -> str:
 
 
 def _check_number(name: str, value: object) -> None:
-  if name == "schedule" or value is None:
+  if name in _TEXTS or value is None:
     return
   whole = name in _WHOLE
   if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
@@ -172,4 +179,5 @@ _WHOLE = (
   *("steps", "batch_size", "eval_batch_size", "accumulation", "warmup_steps", "seed"),
   *("log_steps", "save_steps"),
 )
+_TEXTS = ("schedule", "on_nonfinite")
 _MAY_BE_INFINITE = ("grad_clip", "save_seconds")

@@ -13,10 +13,10 @@ class Display:
   line that reads by itself.
   """
 
-  def __init__(self, total: int, done: int):
+  def __init__(self, total: int, done: int, quiet: bool = False):
     """`total` steps, of which `done` were done by an earlier process."""
     self._total = total
-    self._console = rich_console.Console(highlight=False, soft_wrap=True)
+    self._console = rich_console.Console(highlight=False, soft_wrap=True, quiet=quiet)
     self._bar = rich_progress.Progress(
       rich_progress.TextColumn("step {task.completed}/{task.total}"),
       rich_progress.BarColumn(),

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Adapter
-from lorax_flax.train import curves, optim, workdir
+from lorax_flax.train import curves, optim, processes, workdir
+from lorax_flax.train import mesh as meshes
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 from lorax_flax.train.checkpoint import Checkpoints, Progress
@@ -21,7 +23,7 @@ from lorax_flax.train.display import Display
 from lorax_flax.train.evaluate import Batches, evaluate
 from lorax_flax.train.losses import Loss
 from lorax_flax.train.metrics import Mean
-from lorax_flax.train.record import Record
+from lorax_flax.train.record import Record, SilentRecord
 from lorax_flax.train.state import Base, TrainState
 from lorax_flax.train.stopwatch import Stopwatch
 
@@ -34,7 +36,7 @@ class Job:
 
   Attributes:
     forward: the adapted model; see `lorax_flax.train.step.Forward`.
-    params: the base, frozen.
+    params: the base, frozen; it lies on the mesh already.
     adapter: what is trained, as `lora.init` or a folder gave it.
     loss: of one example each.
     batches: an endless iterator over training batches, with `get_state()`, which is
@@ -44,8 +46,11 @@ class Job:
     metrics: names of GLUE's metrics.
     primary: the one of them that says which evaluation is the best; larger is better.
     export: writes an adapter into the workdir, and returns what to call the files:
-      names to put into result.json, and where each thing lies.
+      names to put into result.json, and where each thing lies. Every process calls it,
+      with the adapter whole on its host; the first one writes.
     title: of the curves.
+    mesh: the devices.
+    axes: names of the axes of every leaf of `params`; see `lorax_flax.train.mesh`.
   """
 
   forward: steps.Forward
@@ -59,13 +64,16 @@ class Job:
   primary: str
   export: Callable[[Adapter, Path], Mapping[str, str]]
   title: str
+  mesh: Mesh
+  axes: meshes.Axes
 
 
 def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
   """Trains to the end, going on from the last checkpoint in `folder`, if any.
 
   A run that was killed and goes on ends with the same weights, the same metrics and the
-  same metrics.jsonl, bit for bit, as one that was not.
+  same metrics.jsonl, bit for bit, as one that was not. It may go on with another mesh
+  or number of processes, and is then the same to rounding.
 
   Args:
     folder: claimed by this run (`workdir.claim`).
@@ -76,6 +84,8 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
 
   Raises:
     LoraxError: the loss or the gradient is not finite; the last checkpoint stays.
+    processes.Preempted: SIGTERM asked for it; the run is saved.
+    processes.Lost: another process is gone.
   """
   plan = durations(config, job.steps_per_epoch)
   rate = optim.schedule(config.schedule, config.learning_rate, plan.total, plan.warmup)
@@ -89,31 +99,48 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
   )
   # Dropout's own stream: the same seed starts the adapter and orders the examples.
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
-  state, base = states.create(job.params, job.adapter, optimizer, key)
+  lies = meshes.of_adapter(job.mesh, job.axes, job.adapter)
+  adapter = meshes.place(job.adapter, lies)
+  state, base = states.create(job.params, adapter, optimizer, key)
+  shardings = states.shardings(state, optimizer, lies, job.mesh)
+  state = meshes.place(state, shardings)
   progress = Progress(position=job.batches.get_state())
-  with contextlib.ExitStack() as stack:
+  with processes.noticing_losses(), contextlib.ExitStack() as stack:
+    stop = stack.enter_context(processes.StopRequest())
     checkpoints = Checkpoints(folder / workdir.CHECKPOINTS)
     stack.callback(checkpoints.close)
     done = checkpoints.latest() or 0
     if done:
       state, progress = checkpoints.restore(done, state)
       job.batches.set_state(progress.position)
-    record = Record(folder, done)
+    record = Record(folder, done) if processes.first() else SilentRecord()
     stack.callback(record.close)
-    display = stack.enter_context(Display(plan.total, done))
+    display = stack.enter_context(
+      Display(plan.total, done, quiet=not processes.first())
+    )
     if done:
       display.say(f"going on after step {done} of {plan.total}")
-    run = _Run(config, job, plan, base, checkpoints, record, display, progress)
-    step = steps.train_step(job.forward, job.loss, optimizer, rate, config.accumulation)
+    run = _Run(config, job, plan, base, checkpoints, record, display, progress, stop)
+    step = steps.train_step(
+      job.forward,
+      job.loss,
+      optimizer,
+      rate,
+      config.accumulation,
+      shardings,
+      config.on_nonfinite,
+    )
     state = run.train(step, state, done)
     checkpoints.wait()
     best, last = run.best_and_last()
     if best["step"] != plan.total:
       state, _ = checkpoints.restore(best["step"], state)
-  curves.draw(folder / workdir.CURVES, record.lines, job.title)
-  paths = job.export(base.adapter(state.trained), folder)
-  result = _result(job, plan, run, state, best, last) | dict(paths)
-  workdir.write_json(folder / workdir.RESULT, result)
+    paths = job.export(meshes.gather(base.adapter(state.trained)), folder)
+    result = _result(job, plan, run, state, best, last) | dict(paths)
+    if processes.first():
+      curves.draw(folder / workdir.CURVES, record.lines, job.title)
+      workdir.write_json(folder / workdir.RESULT, result)
+    processes.meet("the result is written")
   return result
 
 
@@ -138,6 +165,7 @@ def _result(
     "trained_parameters": states.trained_parameters(state),
     "train_seconds": sum(seconds.values()),
     "seconds": seconds,
+    "skipped_steps": run.skipped,
     "tokens": run.tokens,
     "tokens_per_second": run.tokens / seconds["steps"] if seconds["steps"] else 0.0,
   }
@@ -153,22 +181,25 @@ class _Run:
     plan: Durations,
     base: Base,
     checkpoints: Checkpoints,
-    record: Record,
+    record: Record | SilentRecord,
     display: Display,
     progress: Progress,
+    stop: processes.StopRequest,
   ):
+    self._stop = stop
     self._config, self._job, self._plan, self._base = config, job, plan, base
     self._checkpoints, self._record, self._display = checkpoints, record, display
     self._evaluations = list(progress.evaluations)
     self._best = progress.best
     self._pending = {name: Mean(*pair) for name, pair in progress.pending.items()}
     self._waiting: list[tuple[int, steps.Metrics]] = []
-    self.tokens = progress.tokens
+    self.tokens, self.skipped = progress.tokens, progress.skipped
     self.clock = Stopwatch("steps", progress.seconds)
     self._logged = (self.tokens, self.clock.seconds()["steps"])
     self._saved_at = self._total_seconds()
     self._eval_step = Compiled(
-      steps.eval_step(job.forward, job.loss), self._compiling("evaluation step")
+      steps.eval_step(job.forward, job.loss, job.mesh),
+      self._compiling("evaluation step"),
     )
 
   def train(self, jitted: Any, state: TrainState, done: int) -> TrainState:
@@ -178,7 +209,7 @@ class _Run:
       batch = next(self._job.batches)
       if not train_step.ready(batch):
         self._drain()  # What still runs is not to be booked to the compilation.
-      state, metrics = train_step(state, self._base, batch)
+      state, metrics = train_step(state, self._base, self._spread(batch))
       self._waiting.append((number, metrics))
       self.tokens += int(batch["attention_mask"].sum())
       self._display.step(number)
@@ -188,9 +219,18 @@ class _Run:
       evaluated = at_end or number % self._plan.epoch == 0
       if evaluated:
         self._evaluate(number, state)
-      if evaluated or self._save_is_due(number):
+      told = not at_end and self._stop.reached(number)
+      if evaluated or told or self._save_is_due(number):
         self._save(number, state)
+      if told:
+        self._checkpoints.wait()
+        raise processes.Preempted(number)
     return state
+
+  def _spread(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """A batch, which every process has whole, on the devices."""
+    sharding = meshes.batch(self._job.mesh)
+    return {name: meshes.place(x, sharding) for name, x in batch.items()}
 
   def best_and_last(self) -> tuple[dict[str, Any], dict[str, Any]]:
     """The best evaluation (the first of equals), and the last one."""
@@ -201,7 +241,7 @@ class _Run:
     @contextlib.contextmanager
     def around(shape: str) -> Iterator[None]:
       before = self.clock.seconds().get("compile", 0.0)
-      with self.clock.on("compile"):
+      with self.clock.on("compile"), jax.set_mesh(self._job.mesh):
         yield
       seconds = self.clock.seconds()["compile"] - before
       self._display.say(f"compiled the {what} for {shape} in {seconds:.1f}s")
@@ -214,13 +254,21 @@ class _Run:
     for (number, _), metrics in zip(
       waiting, jax.device_get([metrics for _, metrics in waiting]), strict=True
     ):
-      for name, mean in metrics.items():
-        new = mean.on_host()
-        if not math.isfinite(new.total):
-          raise LoraxError(self._not_finite(number, name, float(new.total)))
+      found = {name: mean.on_host() for name, mean in metrics.items()}
+      wrong = {n: m.total for n, m in found.items() if not math.isfinite(m.total)}
+      if wrong:
+        self._not_finite(number, *next(iter(wrong.items())))
+        continue
+      for name, new in found.items():
         self._pending[name] = self._pending.get(name, Mean(0.0, 0.0)) + new
 
-  def _not_finite(self, number: int, name: str, value: float) -> str:
+  def _not_finite(self, number: int, name: str, value: float) -> None:
+    if self._config.on_nonfinite == "stop":
+      raise LoraxError(self._diverged(number, name, value))
+    self.skipped += 1
+    self._display.say(f"{name} is {value} at step {number}: the step is skipped")
+
+  def _diverged(self, number: int, name: str, value: float) -> str:
     self._checkpoints.wait()
     kept = self._checkpoints.latest()
     return (
@@ -231,6 +279,11 @@ class _Run:
 
   def _log(self, number: int) -> None:
     self._drain()
+    if not self._pending:
+      raise LoraxError(
+        f"no step up to step {number} since the last line was finite: all were skipped,"
+        f" {self.skipped} in the whole run. A lower train.learning_rate may help"
+      )
     values = {name: mean.value() for name, mean in self._pending.items()}
     self._pending = {}
     epoch = number / self._plan.epoch
@@ -249,9 +302,13 @@ class _Run:
 
   def _evaluate(self, number: int, state: TrainState) -> None:
     self._drain()
+
+    def predict(trained, base, batch):
+      return self._eval_step(trained, base, self._spread(batch))
+
     with self.clock.on("evaluate"):
       found = evaluate(
-        self._eval_step,
+        predict,
         state.trained,
         self._base,
         self._job.evaluation,
@@ -283,7 +340,11 @@ class _Run:
   def _save_is_due(self, number: int) -> bool:
     if self._plan.save is not None and number % self._plan.save == 0:
       return True
-    return self._total_seconds() - self._saved_at >= self._config.save_seconds
+    late = self._total_seconds() - self._saved_at >= self._config.save_seconds
+    if jax.process_count() == 1:
+      return late
+    # Processes have to agree, which takes a moment: where they wait anyway.
+    return number % self._config.log_steps == 0 and processes.first_says(late)
 
   def _save(self, number: int, state: TrainState) -> None:
     self._drain()  # Nothing that is not finite is saved.
@@ -298,6 +359,7 @@ class _Run:
         best=self._best,
         seconds=self.clock.seconds(),
         tokens=self.tokens,
+        skipped=self.skipped,
       )
       self._checkpoints.save(number, state, progress)
     self._saved_at = self._total_seconds()

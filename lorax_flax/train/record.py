@@ -1,7 +1,7 @@
 """What a run writes down as it goes: metrics.jsonl and TensorBoard's events."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,21 @@ class Record:
   def close(self) -> None:
     self._out.close()
     self._events.close()
+
+
+class SilentRecord:
+  """Of a process that is not the one that writes: the others' lines are the same."""
+
+  lines: Sequence[dict[str, Any]] = ()
+
+  def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+    """Nothing."""
+
+  def speed(self, step: int, values: Mapping[str, float]) -> None:
+    """Nothing."""
+
+  def close(self) -> None:
+    """Nothing."""
 
 
 def _dump(line: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import optax
 
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.methods import Adapter
+from lorax_flax.train import mesh as meshes
 
 PyTree = Any
 
@@ -64,6 +65,30 @@ def create(
   trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
   state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32), key)
   return state, Base(params, rest)
+
+
+def shardings(
+  state: TrainState,
+  optimizer: optax.GradientTransformation,
+  adapter: Adapter,
+  mesh: jax.sharding.Mesh,
+) -> TrainState:
+  """The state's tree, of shardings: an optimiser's moments lie where their leaf does.
+
+  Args:
+    adapter: of shardings, as `mesh.of_adapter` gives it.
+  """
+  trained, _ = partition(adapter, trainable_mask(adapter))
+  whole = meshes.replicated(mesh)
+  opt_state = optax.tree_map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    state.opt_state,
+    trained,
+    transform_non_params=lambda _: whole,
+  )
+  # The same tree, with a sharding in each leaf's place.
+  return TrainState(trained, opt_state, whole, whole)  # type: ignore[arg-type]
 
 
 def trained_parameters(state: TrainState) -> int:

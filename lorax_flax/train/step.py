@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from lorax_flax.methods import Adapter
+from lorax_flax.train import mesh as meshes
 from lorax_flax.train.losses import Loss
 from lorax_flax.train.metrics import Mean
 from lorax_flax.train.optim import Schedule
@@ -35,6 +37,8 @@ def train_step(
   optimizer: optax.GradientTransformation,
   rate: Schedule,
   accumulation: int = 1,
+  shardings: TrainState | None = None,
+  on_nonfinite: str = "stop",
 ) -> Callable[[TrainState, Base, Batch], tuple[TrainState, Metrics]]:
   """Makes the step, jitted; the state's buffers are reused for the next state.
 
@@ -43,6 +47,10 @@ def train_step(
       loss is divided by the whole batch's weight, so the sum over parts is the whole
       batch's gradient, whatever the weights in each part. The parts draw dropout of
       their own.
+    shardings: of the state, so that the next one lies where this one does; without
+      them, where the compiler puts it.
+    on_nonfinite: "skip" leaves the state as it was where the loss or the gradient is
+      not finite; "stop" does not look, and leaves that to the caller.
 
   Returns:
     (state, base, batch) -> (state, metrics). A batch has the model's inputs, `labels`
@@ -77,21 +85,30 @@ def train_step(
       updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     weight = jnp.sum(batch["weights"])
-    one = jnp.ones(())
+    one, norm = jnp.ones(()), optax.tree.norm(grads)
     metrics = {
       "loss": Mean(value * weight, weight),
-      "grad_norm": Mean(optax.tree.norm(grads), one),
+      "grad_norm": Mean(norm, one),
       "learning_rate": Mean(rate(state.step), one),
     }
-    return TrainState(trained, opt_state, state.step + 1, state.key), metrics
+    new = TrainState(trained, opt_state, state.step + 1, state.key)
+    if on_nonfinite == "skip":
+      new = _select(jnp.isfinite(value) & jnp.isfinite(norm), new, state)
+    return new, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  if shardings is None:
+    return jax.jit(step, donate_argnums=0)
+  whole = meshes.replicated(jax.tree.leaves(shardings)[0].mesh)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
 
 
 def eval_step(
-  forward: Forward, loss: Loss
+  forward: Forward, loss: Loss, mesh: Mesh | None = None
 ) -> Callable[[Adapter, Base, Batch], tuple[jax.Array, Mean]]:
-  """Makes (trained, base, batch) -> (logits_BxC in float32, mean loss), jitted."""
+  """Makes (trained, base, batch) -> (logits_BxC in float32, mean loss), jitted.
+
+  On a mesh every process gets all of the logits.
+  """
 
   def step(trained: Adapter, base: Base, batch: Batch):
     logits_BxC = forward(base.params, base.adapter(trained), inputs(batch), None)
@@ -99,7 +116,11 @@ def eval_step(
     weight = jnp.sum(batch["weights"])
     return logits_BxC.astype(jnp.float32), Mean(jnp.sum(losses_B), weight)
 
-  return jax.jit(step)
+  return jax.jit(step, out_shardings=None if mesh is None else meshes.replicated(mesh))
+
+
+def _select(flag: jax.Array, yes: TrainState, no: TrainState) -> TrainState:
+  return jax.tree.map(lambda x, y: jax.lax.select(flag, x, y), yes, no)
 
 
 def _parts(batch: Batch, n: int) -> Batch:

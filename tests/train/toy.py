@@ -14,11 +14,16 @@ import numpy as np
 import lorax_flax as lx
 from lorax_flax.data import pipeline
 from lorax_flax.data.tokens import Tokens, ragged
-from lorax_flax.train import losses, workdir
+from lorax_flax.train import losses, mesh, workdir
 from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.loop import Job, fit
 
 VOCAB, WIDTH = 50, 8
+AXES = {
+  "embed": ("vocab", "embed"),
+  "dense/kernel": ("embed", "mlp"),
+  "head/kernel": ("mlp", "labels"),
+}
 CONFIG = TrainConfig(
   epochs=3,
   batch_size=8,
@@ -92,6 +97,8 @@ def job(config: TrainConfig = CONFIG, **changes) -> Job:
     "primary": "accuracy",
     "export": export,
     "title": "toy",
+    "mesh": mesh.make(mesh.MeshConfig(), jax.devices()[:1]),
+    "axes": AXES,
   }
   return Job(**(fields | changes))
 
