@@ -125,7 +125,7 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   x_free = [xs[j] for j in range(x.ndim) if j not in shared]
   w_free = [w[i] for i in axes.kept]
   batched = [w[i] for i in batch[side]]
-  out = batched + (w_free + x_free if side == 0 else x_free + w_free)
+  names_out = batched + (w_free + x_free if side == 0 else x_free + w_free)
 
   turned = near is view.b  # a tied weight: the gain is on x's side
   if turned:
@@ -143,6 +143,8 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   middle = [c for c in xs if c not in contracted]
   middle += [c for c in near_names if c not in (*contracted, *middle, "z")]
   x = drop(view, x)
+  x, xs, out = _merged(x, xs, names_out, "".join(x_free))
+  middle = [c for c in middle if c in xs or c not in x_free]
   kwargs = {"precision": p["precision"]}
   z = jnp.einsum(
     f"{''.join(xs)},{near_names}->{''.join(middle)}z", x, near.astype(x.dtype), **kwargs
@@ -156,9 +158,24 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
     preferred_element_type=base.dtype,
     **kwargs,
   )
-  y = y.reshape([n if c in told else 1 for c, n in zip(out, base.shape, strict=True)])
-  y = _sum(base, y)
-  return y if turned else _finished(y, view, lambda t: _placed(t, w, out))
+  told |= set(x_free)
+  sizes = zip(names_out, base.shape, strict=True)
+  y = _sum(base, y.reshape([n if c in told else 1 for c, n in sizes]))
+  return y if turned else _finished(y, view, lambda t: _placed(t, w, names_out))
+
+
+def _merged(x, xs, out, free: str) -> tuple[jax.Array, list[str], list[str]]:
+  """x with its free axes as one, where they lie side by side; names of x and result.
+
+  The gradients of the factors then contract one axis: of several, XLA first makes the
+  last, and so stores a transposed copy of what the large product's gradient is.
+  """
+  at = "".join(xs).find(free)
+  if len(free) < 2 or at < 0:
+    return x, xs, out
+  rest = [c for c in out if c not in free[1:]]
+  shape = [*x.shape[:at], -1, *x.shape[at + len(free) :]]
+  return x.reshape(shape), [c for c in xs if c not in free[1:]], rest
 
 
 def _named_keeping(t, letters, always) -> tuple[jax.Array, str]:

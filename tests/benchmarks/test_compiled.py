@@ -1,5 +1,8 @@
 """What the compiled step costs, on a shape that compiles at once; and the counters."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -56,10 +59,22 @@ def test_full_fine_tuning_does_more_than_the_floor_of_a_delta():
 
 
 def test_the_step_takes_half_of_full_fine_tunings_memory():
-  # Two layers of the real shape: what is kept is kept a layer.
-  shape = common.Shape(layers=2, vocab=1000)
+  # A third of the real shape, layers and table: what is kept is kept a layer.
+  shape = common.Shape(layers=4, vocab=common.ROBERTA_BASE.vocab // 3)
   found = {
     method: memory.memory(common.job(shape, method, abstract=True).compile())
     for method in ("full", "query_value")
   }
   assert found["query_value"]["total"] <= 0.55 * found["full"]["total"]
+
+
+def test_a_factors_gradient_takes_no_transposed_copy_of_the_activations():
+  shape = dataclasses.replace(SMALL, length=23)  # as many tokens as nothing else
+  job = common.job(shape, "all_linear", abstract=True)
+  tokens = shape.batch * shape.length
+  copied = [
+    line
+    for line in job.compile().as_text().splitlines()
+    if re.search(rf" = f32\[({shape.hidden}|{shape.mlp}),{tokens}\]", line)
+  ]
+  assert not copied
