@@ -7,7 +7,9 @@ and calls nothing but what is here.
 
 import io
 import math
+import struct
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,43 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     RuntimeError,  # encrypted, or of a compression that zipfile doesn't know
   ) as error:
     raise LoraxError(f"cannot read {path}, it is damaged: {error}") from error
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a state dict that torch.load(path, weights_only=True) reads."""
+  names = {dtype: name for name, dtype in _DTYPES.items()}
+  program = [b"\x80\x02", _ORDERED_DICT, b"("]
+  for number, (key, value) in enumerate(tensors.items()):
+    if value.dtype not in names:
+      raise LoraxError(f"{key} holds {value.dtype}, which torch files do not")
+    storage = f"torch\n{names[value.dtype]}\n".encode()
+    strides = [step // value.itemsize for step in np.ascontiguousarray(value).strides]
+    program += [_text(key), b"ctorch._utils\n_rebuild_tensor_v2\n(("]
+    program += [_text("storage"), b"c", storage, _text(str(number)), _text("cpu")]
+    program += [_int(value.size), b"tQ", _int(0)]
+    program += [b"(", *map(_int, value.shape), b"t(", *map(_int, strides), b"t"]
+    program += [b"\x89", _ORDERED_DICT, b"tR"]
+  program.append(b"u.")
+  with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    archive.writestr("archive/data.pkl", b"".join(program))
+    archive.writestr("archive/byteorder", b"little")
+    for number, value in enumerate(tensors.values()):
+      archive.writestr(f"archive/data/{number}", value.tobytes())
+    archive.writestr("archive/version", b"3\n")
+
+
+_ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+
+
+def _text(value: str) -> bytes:
+  """The instruction that pushes a text."""
+  data = value.encode()
+  return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _int(value: int) -> bytes:
+  """The instruction that pushes a number, one of up to eight bytes."""
+  return b"\x8a\x08" + struct.pack("<q", value)
 
 
 def _tensors(found: Any) -> dict[str, np.ndarray]:
