@@ -33,6 +33,7 @@ _GEMMA = ("gemma", "gemma2", "gemma3_text")
 _FAMILIES = (*_WITH_EMBEDDINGS, *_GEMMA, "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 _ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
+_REPEATED = tuple(f".{name}.base_layer.weight" for name in _EMBEDDINGS)
 
 
 def write_adapter(
@@ -76,6 +77,8 @@ def fold(
 ) -> tuple[PeftConfig, dict[str, np.ndarray]]:
   """The same deltas with one rank and one alpha: the largest, and the scale that most
   modules have, whose B stays as it is."""
+  # PEFT repeats the base's embedding beside its factors; vLLM passes over it.
+  tensors = {k: v for k, v in tensors.items() if not k.endswith(_REPEATED)}
   modules = {key: _module(key) for key in tensors}
   scales = {name: config.scale(name) for name in modules.values()}
   rank, scale = max(map(config.rank, scales)), assemble.most_common(scales)
