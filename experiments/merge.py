@@ -23,7 +23,11 @@ BASE = flags.DEFINE_string(
   required=True,
 )
 ADAPTER = flags.DEFINE_string(
-  "adapter", None, "The adapter: a PEFT folder.", flag_values=FLAGS, required=True
+  "adapter",
+  None,
+  "The adapter: a PEFT folder, or one that convert wrote.",
+  flag_values=FLAGS,
+  required=True,
 )
 OUT = flags.DEFINE_string(
   "out", None, "The folder to write.", flag_values=FLAGS, required=True

@@ -1,12 +1,13 @@
 """A base with an adapter merged into it: what `merge` writes and `predict` runs."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import lorax_flax as lx
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.hub import peft
+from lorax_flax.hub import adapters
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.methods import Tuned
 from lorax_flax.models import registry
@@ -32,17 +33,19 @@ class Merged:
 
 
 def load(base: str, adapter: str | None) -> Merged:
-  """Loads a base by folder, alias or hub name, and merges a PEFT folder into it.
+  """Loads a base by folder, alias or hub name, and merges an adapter into it.
 
   Raises:
     LoraxError: besides what the readers raise, weights that neither of the two has.
   """
   folder = resolve(base)
-  outputs = peft.num_labels(adapter) if adapter else None
+  outputs = adapters.num_labels(adapter) if adapter else None
   loaded = registry.load(folder, num_labels=outputs, new_head=outputs is not None)
   brought: set[str] = set()
+  own = None
   if adapter:
-    deltas, _ = peft.read_adapter(adapter, loaded.params, loaded.keymap)
+    saved = adapters.read(adapter, loaded.params, loaded.keymap)
+    deltas, own = saved.adapter, saved.labels
     brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
     loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
   if absent := set(loaded.new_paths) - brought:
@@ -52,12 +55,13 @@ def load(base: str, adapter: str | None) -> Merged:
       "random numbers. Give an adapter trained on this base with its head (--adapter), "
       "or a base that has one"
     )
-  return Merged(loaded, _labels(loaded, adapter), folder)
+  return Merged(loaded, _labels(loaded, adapter, own), folder)
 
 
-def _labels(loaded: registry.Loaded, adapter: str | None) -> tuple[str, ...]:
+def _labels(
+  loaded: registry.Loaded, adapter: str | None, own: Sequence[str] | None
+) -> tuple[str, ...]:
   count = loaded.config.num_labels
-  own = peft.read_labels(adapter) if adapter else None
   names = loaded.hf_config.get("id2label") or {}
   # An adapter's head has outputs of its own: the base's names are not theirs.
   if own is None and not adapter:

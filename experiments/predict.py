@@ -41,7 +41,8 @@ BASE = flags.DEFINE_string(
 ADAPTER = flags.DEFINE_string(
   "adapter",
   None,
-  "The adapter: a PEFT folder. Without one, the base's own head is used.",
+  "The adapter: a PEFT folder, or one that convert wrote. Without one, the base's own "
+  "head is used.",
   flag_values=FLAGS,
 )
 INPUT = flags.DEFINE_string(

@@ -65,10 +65,11 @@ def _tokenizer(family):
   )
 
 
-def adapt(model, folder):
+def adapt(model, folder, **options):
   """A random PEFT adapter of the model, its head included; returns the PEFT model."""
   torch.manual_seed(1)
-  config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "dense"])
+  usual = {"task_type": "SEQ_CLS", "r": 3, "target_modules": ["query", "dense"]}
+  config = peft.LoraConfig(**{**usual, **options})
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations of theirs; no base on the hub
     adapted = peft.get_peft_model(model, config)

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import peft
 import pytest
-import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
 import lorax_flax as lx
 from experiments.convert import convert, table
+from experiments.merge import merge
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub import adapters, loralib, orbax_adapter, torch_file
 from lorax_flax.hub import peft as hub_peft
@@ -61,23 +61,8 @@ def saved(base, tmp_path_factory):
 
 
 def _peft_folder(base, folder, **options):
-  torch.manual_seed(1)
   model = transformers.RobertaForSequenceClassification.from_pretrained(base)
-  options = {
-    "task_type": "SEQ_CLS",
-    "r": 3,
-    "target_modules": ["query", "value"],
-    **options,
-  }
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
-    with torch.no_grad():
-      for parameter in adapted.parameters():
-        if parameter.requires_grad:
-          parameter.add_(torch.randn_like(parameter) * 0.3)
-    adapted.save_pretrained(folder)
-  return adapted.eval()
+  peers.adapt(model, folder, **{"target_modules": ["query", "value"], **options})
 
 
 def _meaning(base, folder):
@@ -288,6 +273,13 @@ def test_damaged_arrays_are_one_error(base, ours, tmp_path):
   _refused("cannot read", tmp_path, base, ours, tmp_path / "out", "peft")
   (ours / orbax_adapter.FILE).write_text("{")
   _refused("damaged", tmp_path, base, ours, tmp_path / "out", "peft")
+
+
+def test_the_other_commands_take_our_form(base, saved, ours, tmp_path):
+  merge(str(base), str(saved("plain")), str(tmp_path / "one"))
+  merge(str(base), str(ours), str(tmp_path / "two"))
+  one, two = (_everything(tmp_path / name) for name in ("one", "two"))
+  assert one == two
 
 
 def test_every_method_of_delta_is_kept(tmp_path):

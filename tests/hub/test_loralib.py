@@ -22,6 +22,7 @@ from lorax_flax.hub import loralib as hub_loralib
 from lorax_flax.hub.keymap import KeyMap
 from lorax_flax.hub.rows import CONV_2D, Entry, embedding, linear
 from lorax_flax.models import registry
+from tests.hub import trees
 from tests.models import family
 
 ALPHA = 6.0
@@ -96,20 +97,6 @@ def _net(seed=0, **options):
   return net.eval()
 
 
-def _params(net, keymap):
-  """Our tree of the peer's frozen weights."""
-  stored = {k: v.detach().numpy() for k, v in net.state_dict().items()}
-  tree = {}
-  for path, keys in keymap.keys.items():
-    values = [keymap.sites[key].entry.to_ours(stored[key]) for key in keys]
-    node = tree
-    *parents, name = path.split("/")
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = jnp.asarray(np.stack(values) if len(values) > 1 else values[0])
-  return tree
-
-
 def _save(net, folder, more=lambda key: key.startswith("head")):
   tensors = loralib.lora_state_dict(net)
   tensors |= {k: v for k, v in net.state_dict().items() if more(k)}
@@ -130,7 +117,7 @@ def file(net, tmp_path):
 @pytest.fixture
 def base(net):
   keymap = _keymap(scan=False)
-  return _params(net, keymap), keymap
+  return trees.params(net, keymap), keymap
 
 
 IDS = np.arange(2 * 5).reshape(2, 5) % VOCAB
@@ -147,7 +134,7 @@ IDS = np.arange(2 * 5).reshape(2, 5) % VOCAB
 )
 def test_every_layer_computes_as_loralib_does(enable, scan, tmp_path):
   net, keymap = _net(enable=enable), _keymap(scan)
-  params = _params(net, keymap)
+  params = trees.params(net, keymap)
   head = params.pop("head")  # the file's own must replace it
   params["head"] = jax.tree.map(jnp.zeros_like, head)
   adapter, config = hub_loralib.read_adapter(
@@ -172,7 +159,7 @@ def test_every_layer_computes_as_loralib_does(enable, scan, tmp_path):
 @pytest.mark.parametrize("scan", [False, True])
 def test_loralib_reads_what_we_write(scan, net, file, tmp_path):
   keymap = _keymap(scan)
-  params = _params(net, keymap)
+  params = trees.params(net, keymap)
   adapter, _ = hub_loralib.read_adapter(
     file, params, keymap, alpha=ALPHA, enable_lora=ENABLE
   )
@@ -192,7 +179,7 @@ def test_loralib_reads_what_we_write(scan, net, file, tmp_path):
 
 def test_modules_of_other_alphas_are_folded_into_their_b(net, tmp_path):
   keymap = _keymap(scan=False)
-  params = _params(net, keymap)
+  params = trees.params(net, keymap)
   config = lx.LoraConfig(
     targets=".*plain/kernel|embed/embedding",
     rank=3,

@@ -23,6 +23,7 @@ from lorax_flax.hub import adapters, vllm
 from lorax_flax.hub.keymap import KeyMap
 from lorax_flax.hub.rows import embedding, linear
 from lorax_flax.methods import Tuned
+from tests.hub import trees
 
 LAYERS = 2
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -61,21 +62,6 @@ def _keymap(family="llama", scan=False):
   rows += linear("lm_head", "lm_head", bias=False, part="head")
   anchor = "embed_tokens.weight"
   return KeyMap(family, "model.", tuple(rows), {"i": LAYERS}, scan, anchor)
-
-
-def _params(model, keymap):
-  stored = {
-    k.removeprefix("model."): v.numpy().copy() for k, v in model.state_dict().items()
-  }
-  tree = {}
-  for path, keys in keymap.keys.items():
-    values = [keymap.sites[key].entry.to_ours(stored[key]) for key in keys]
-    node = tree
-    *parents, name = path.split("/")
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = jnp.asarray(np.stack(values) if "layers" in parents else values[0])
-  return tree
 
 
 def _loaded(base, folder):
@@ -134,7 +120,7 @@ def _as_vllm(folder):
 def test_the_folder_holds_the_same_deltas_for_peft_and_vllm(case, scan, base, tmp_path):
   source = _saved(base, tmp_path / "peft", **CASES[case])
   keymap = _keymap(scan=scan)
-  saved = adapters.read(tmp_path / "peft", _params(base, keymap), keymap)
+  saved = adapters.read(tmp_path / "peft", trees.params(base, keymap), keymap)
   vllm.write_adapter(tmp_path / "out", saved, keymap)
   want, got = _deltas(source), _deltas(_loaded(base, tmp_path / "out"))
   served = _as_vllm(tmp_path / "out")
@@ -156,7 +142,7 @@ def test_the_folder_holds_the_same_deltas_for_peft_and_vllm(case, scan, base, tm
 def test_what_needs_no_change_keeps_its_bytes(base, tmp_path):
   _saved(base, tmp_path / "peft", target_modules=["q_proj"])
   keymap = _keymap()
-  saved = adapters.read(tmp_path / "peft", _params(base, keymap), keymap)
+  saved = adapters.read(tmp_path / "peft", trees.params(base, keymap), keymap)
   vllm.write_adapter(tmp_path / "out", saved, keymap)
   want, got = (
     load_file(tmp_path / "peft" / WEIGHTS),
@@ -172,7 +158,7 @@ def read(base, tmp_path_factory):
   rank = {"r": 3, "rank_pattern": {"v_proj": 17}}
   _saved(base, folder, target_modules=["q_proj", "v_proj", "embed_tokens"], **rank)
   keymap = _keymap()
-  return adapters.read(folder, _params(base, keymap), keymap)
+  return adapters.read(folder, trees.params(base, keymap), keymap)
 
 
 @pytest.mark.parametrize(
