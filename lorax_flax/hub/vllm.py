@@ -30,7 +30,8 @@ DEFAULT_MAX_RANK = 16
 # The families whose model takes LoRA there; some on their embeddings too.
 _WITH_EMBEDDINGS = ("llama", "mistral", "mixtral", "phi3")
 _GEMMA = ("gemma", "gemma2", "gemma3_text")
-_FAMILIES = (*_WITH_EMBEDDINGS, *_GEMMA, "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+_QWEN = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+_FAMILIES = (*_WITH_EMBEDDINGS, *_GEMMA, *_QWEN, "smollm3")
 _ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 _REPEATED = tuple(f".{name}.base_layer.weight" for name in _EMBEDDINGS)
