@@ -2,10 +2,12 @@
 
 A folder holds adapter.json (the LoraConfig, what each delta is, and what PEFT's config
 says beside that) and arrays/, an orbax checkpoint of {path: {field: array}}. Leaves
-trained in full are kept as they are now; the base's own are not.
+trained in full are kept as they are now; the base's own are not. The digests of orbax's
+files are kept too: it reports a damaged file in many ways, from threads of its own.
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub import folders
 from lorax_flax.methods import Adapter, BiasLoRA, Delta, DoRA, LoRA, Tuned
 from lorax_flax.methods.lowrank import sizes_of
@@ -70,10 +72,11 @@ def write_adapter(folder: str | Path, saved: Saved) -> None:
     **{name: getattr(saved, name) for name in _SAID},
   }
   with folders.writing(Path(folder).expanduser(), is_ours) as scratch:
-    text = json.dumps(about, indent=2, sort_keys=True)
-    (scratch / FILE).write_text(f"{text}\n", encoding="utf-8")
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save((scratch / ARRAYS).absolute(), arrays)
+    about["files"] = _digests(scratch / ARRAYS)
+    text = json.dumps(about, indent=2, sort_keys=True)
+    (scratch / FILE).write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_adapter(folder: str | Path, params: Any) -> Saved:
@@ -94,8 +97,10 @@ def read_adapter(folder: str | Path, params: Any) -> Saved:
     shells = {
       path: _shell(path, each, leaves) for path, each in about["deltas"].items()
     }
+    files = dict(about["files"])
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise _damaged(folder / FILE, error) from error
+  _check_files(folder / ARRAYS, files)
   arrays = _restore(folder / ARRAYS, {p: _arrays(s) for p, s in shells.items()})
   adapter = {p: dataclasses.replace(s, **arrays[p]) for p, s in shells.items()}
   return Saved(adapter, config, **said)
@@ -194,6 +199,25 @@ def _shapes(delta: Delta, leaf: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
   return whole | dict.fromkeys(_arrays(delta).keys() - whole.keys(), (*stack, *outs))
 
 
+def _digests(folder: Path) -> dict[str, str]:
+  """SHA-256 of each file, by its name in the folder."""
+  found = {}
+  for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    with file.open("rb") as stream:
+      digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    found[file.relative_to(folder).as_posix()] = digest
+  return found
+
+
+def _check_files(folder: Path, wanted: Mapping[str, Any]) -> None:
+  found = _digests(folder)
+  bad = [n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)]
+  if bad:
+    raise LoraxError(
+      f"{folder} is damaged: not the files that {FILE} speaks of: {listing(bad, 4)}"
+    )
+
+
 def _restore(folder: Path, shapes: Mapping[str, Mapping[str, Any]]) -> Any:
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   like = jax.tree.map(
@@ -201,9 +225,20 @@ def _restore(folder: Path, shapes: Mapping[str, Mapping[str, Any]]) -> Any:
   )
   try:
     with ocp.StandardCheckpointer() as checkpointer:
+      stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
+      if _sizes(stored) != _sizes(shapes):
+        raise LoraxError(f"its arrays are not those that {FILE} speaks of")
       return checkpointer.restore(folder.absolute(), like)
   except Exception as error:  # of orbax and tensorstore: of any kind
     raise LoraxError(f"cannot read {folder}: {error}") from error
+
+
+def _sizes(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """The shape and dtype of each array, by path and field."""
+  return {
+    path: {name: (tuple(x.shape), jnp.dtype(x.dtype)) for name, x in arrays.items()}
+    for path, arrays in tree.items()
+  }
 
 
 def _frozen(value: Any) -> Any:

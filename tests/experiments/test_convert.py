@@ -244,6 +244,7 @@ QUERY = "encoder/layer_0/attention/query/kernel"
     (lambda x: x.update(config=[]), "damaged or of another version"),
     (lambda x: x["config"].update(rnak=3), "damaged or of another version"),
     (lambda x: x["config"].update(rank=0), "int >= 1"),
+    (lambda x: x.pop("files"), "damaged or of another version"),
     (lambda x: x.update(deltas=3), "damaged or of another version"),
     (lambda x: x["deltas"][QUERY].update(method="LRA"), "did you mean 'LoRA'"),
     (lambda x: x["deltas"].update(quer=x["deltas"][QUERY]), "unknown weight of"),
@@ -266,11 +267,31 @@ def test_a_damaged_description_is_one_error(edit, message, base, ours, tmp_path)
   assert str(ours / orbax_adapter.FILE) in said
 
 
+def _widened(x):
+  arrays = x["deltas"][QUERY]["arrays"]
+  arrays.update(a=[[16, 10**9], "float32"], b=[[10**9, 16], "float32"])
+
+
+@pytest.mark.parametrize("edit", [_widened, lambda x: x["deltas"].pop(QUERY)])
+def test_arrays_are_those_that_are_described(edit, base, ours, tmp_path):
+  _edited(ours, edit)
+  _refused("its arrays are not those", tmp_path, base, ours, tmp_path / "out", "peft")
+
+
 def test_damaged_arrays_are_one_error(base, ours, tmp_path):
-  for file in (ours / orbax_adapter.ARRAYS).rglob("*"):
-    if file.is_file():
-      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-  _refused("cannot read", tmp_path, base, ours, tmp_path / "out", "peft")
+  params, rng = registry.load(base).params, np.random.default_rng(0)
+  arrays = ours / orbax_adapter.ARRAYS
+  for file in [f for f in arrays.rglob("*") if f.stat().st_size and f.is_file()]:
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[rng.integers(len(whole))] ^= 1
+    for damaged in (whole[: len(whole) // 2], flipped, None):
+      file.unlink() if damaged is None else file.write_bytes(damaged)
+      with pytest.raises(LoraxError, match="is damaged: not the files"):
+        orbax_adapter.read_adapter(ours, params)
+    file.write_bytes(whole)
+  (arrays / "more").write_text("")
+  _refused("not the files.*more", tmp_path, base, ours, tmp_path / "out", "peft")
   (ours / orbax_adapter.FILE).write_text("{")
   _refused("damaged", tmp_path, base, ours, tmp_path / "out", "peft")
 
