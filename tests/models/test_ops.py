@@ -1,11 +1,14 @@
 """The encoder's maths against float64, and what it keeps for the gradient."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+import lorax_flax as lx
 from lorax_flax.models import ops
 
 
@@ -98,3 +101,75 @@ def test_a_row_with_every_key_masked_is_finite():
   )(q)
   assert np.isfinite(out)
   assert np.isfinite(grads).all()
+
+
+def torch_causal(q, k, v, mask, window=None, scale=None, softcap=None):
+  """Causal attention as transformers writes it out."""
+  heads = [t.transpose(1, 2) for t in (q, k, v)]
+  q, k, v = heads[0], *(t.repeat_interleave(q.shape[2] // 2, 1) for t in heads[1:])
+  (t, size), s = q.shape[2:], k.shape[2]
+  logits = q @ k.transpose(2, 3) * (scale or size**-0.5)
+  if softcap:
+    logits = softcap * torch.tanh(logits / softcap)
+  back = torch.arange(s - t, s)[:, None] - torch.arange(s)
+  near = (back >= 0) & (back < (window or s))
+  near = near & torch.tensor(mask).bool()[:, None, None, :]
+  logits = logits.masked_fill(~near, torch.finfo(logits.dtype).min)
+  return (torch.softmax(logits, -1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+  ("queries", "options"),
+  [
+    (7, {}),
+    (3, {"window": 2}),
+    (7, {"window": 3, "scale": 0.7, "softcap": 1.5}),
+  ],
+)
+def test_causal_attention_over_shared_keys_equals_torch(queries, options):
+  q, k, v = draw(0, 2, queries, 6, 4), draw(1, 2, 7, 2, 4), draw(2, 2, 7, 2, 4)
+  mask = np.ones((2, 7), np.int32)
+  mask[1, 3] = 0
+
+  want, want_grads = torch_grads(lambda *a: torch_causal(*a, mask, **options), q, k, v)
+  attend = partial(ops.attention, mask_BxS=jnp.asarray(mask), causal=True, **options)
+  got, grads = our_grads(attend, q, k, v)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  for g, w in zip(grads, want_grads, strict=True):
+    np.testing.assert_allclose(g, w, atol=5e-5)
+
+
+def test_a_window_may_be_traced():
+  q, mask = jnp.asarray(draw(0, 1, 5, 2, 4), jnp.float32), jnp.ones((1, 5))
+
+  def attend(window):
+    return ops.attention(q, q, q, mask, causal=True, window=window)
+
+  np.testing.assert_allclose(jax.jit(attend)(2), attend(2), atol=1e-6)
+  np.testing.assert_allclose(jax.jit(attend)(9), attend(None), atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_keeps_one_array_of_the_weights_size_and_no_repeated_keys(softcap):
+  q, k = (jnp.asarray(draw(i, 1, 5, n, 4), jnp.float32) for i, n in ((0, 6), (1, 2)))
+  attend = partial(
+    ops.attention, mask_BxS=jnp.ones((1, 5)), causal=True, softcap=softcap
+  )
+  kept = leaves_kept(attend, q, k, k)
+  rows = (1, 2, 15)
+  assert kept == sorted(
+    [(*rows, 1), (*rows, 4), (*rows, 5), (1, 5, 6, 4), (1, 2, 5, 4), (1, 2, 5, 4)]
+  )
+
+
+@pytest.mark.parametrize(
+  ("heads", "options", "message"),
+  [
+    (3, {"causal": True}, "3 heads of queries over 2 heads of keys"),
+    (2, {"window": 2}, "a window is one of causal attention"),
+  ],
+)
+def test_an_attention_that_there_is_not_is_an_error(heads, options, message):
+  q, k = jnp.zeros((1, 2, heads, 4)), jnp.zeros((1, 2, 2, 4))
+  with pytest.raises(lx.LoraxError, match=message):
+    ops.attention(q, k, k, jnp.ones((1, 2)), **options)

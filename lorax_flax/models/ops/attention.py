@@ -1,6 +1,8 @@
 """Softmax attention.
 
-Shapes: B batch, T queries, S keys, H heads, K head size.
+Shapes: B batch, T queries, S keys, H heads of queries, G heads of keys and values
+(each serves H / G heads of queries, one after another), R = T · H / G rows of queries
+that share a head of keys, K head size.
 """
 
 from functools import partial
@@ -9,101 +11,151 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_flax.models.ops import precision
+from lorax_flax.errors import LoraxError
+from lorax_flax.models.ops import order, precision
 
 
 def attention(
   q_BxTxHxK: jax.Array,
-  k_BxSxHxK: jax.Array,
-  v_BxSxHxK: jax.Array,
+  k_BxSxGxK: jax.Array,
+  v_BxSxGxK: jax.Array,
   mask_BxS: jax.Array,
   *,
+  causal: bool = False,
+  window: int | jax.Array | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
   dropout_rate: float = 0.0,
   dropout_rng: jax.Array | None = None,
 ) -> jax.Array:
-  """Bidirectional softmax attention, scaled by 1/sqrt(K), softmax in float32.
+  """Softmax attention, softmax in float32.
 
   Kept for the gradient, beside q, k, v and the result: one array BxHxTxS in v's dtype,
-  dropout included.
+  dropout included. With `softcap` the logits are computed a second time.
 
   Args:
     mask_BxS: nonzero where a key is attended to.
+    causal: no query attends to keys after its own place; the last query stands at the
+      last key.
+    window: of a causal attention: how many keys a query attends to at most, its own
+      place included. It may be traced, so that scanned layers have windows of their
+      own.
+    scale: of the logits, by default 1/sqrt(K).
+    softcap: c bounds the scaled logits: c · tanh(logits / c) (Gemma 2).
     dropout_rate: of the attention weights; applied when `dropout_rng` is given.
 
   Returns:
     BxTxHxK, in v's dtype. A row whose keys are all masked attends uniformly.
+
+  Raises:
+    LoraxError: H is not a multiple of G, or a window without `causal`.
   """
+  (b, t, h, size), (s, g) = q_BxTxHxK.shape, k_BxSxGxK.shape[1:3]
+  if h % g:
+    raise LoraxError(f"attention: {h} heads of queries over {g} heads of keys")
+  if window is not None and not causal:
+    raise LoraxError("attention: a window is one of causal attention")
   wide = precision.wide(q_BxTxHxK.dtype)
+  seen = mask_BxS[:, None, None, :] != 0
+  if causal:
+    places_R = jnp.tile(jnp.arange(s - t, s), h // g)
+    back_RxS = places_R[:, None] - jnp.arange(s)[None, :]
+    near_RxS = back_RxS >= 0
+    if window is not None:
+      near_RxS &= back_RxS < window
+    seen = seen & near_RxS[None, None]
   # Added rather than selected, so that a compiler may fuse it into the product; the
   # most negative float rather than -inf, so that a fully masked row stays finite.
-  lowest = jnp.finfo(wide).min
-  bias_Bx1x1xS = jnp.where(mask_BxS[:, None, None, :] != 0, 0.0, lowest).astype(wide)
-  kept_BxHxTxS, rate = None, 0.0
+  bias = jnp.where(seen, 0.0, jnp.finfo(wide).min).astype(wide)
+  kept_BxGxRxS, rate = None, 0.0
   if dropout_rng is not None and dropout_rate > 0.0:
-    (b, t, h, _), s = q_BxTxHxK.shape, k_BxSxHxK.shape[1]
     rate = dropout_rate
     kept_BxHxTxS = jax.random.bernoulli(dropout_rng, 1.0 - rate, (b, h, t, s))
-  return _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_Bx1x1xS, kept_BxHxTxS, rate)
+    kept_BxGxRxS = kept_BxHxTxS.reshape(b, g, -1, s)
+  scale = size**-0.5 if scale is None else scale
+  how = (rate, float(scale), softcap)
+  return _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, how)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_Bx1x1xS, kept_BxHxTxS, rate):
-  return _fwd(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_Bx1x1xS, kept_BxHxTxS, rate)[0]
+def _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, how):
+  return _fwd(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, how)[0]
 
 
-def _fwd(q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, bias_Bx1x1xS, kept_BxHxTxS, rate):
-  dtype, wide = v_BxSxHxK.dtype, bias_Bx1x1xS.dtype
-  scale = q_BxTxHxK.shape[-1] ** -0.5
+def _fwd(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, how):
+  rate, scale, softcap = how
+  dtype, wide = v_BxSxGxK.dtype, bias.dtype
   # Heads first, and contiguous: every product is then one of plain matrices.
-  q = _heads_first((q_BxTxHxK.astype(wide) * scale).astype(dtype))
-  k, v = _heads_first(k_BxSxHxK), _heads_first(v_BxSxHxK)
-  logits_BxHxTxS = _product(q, k, 3, 3, wide) + bias_Bx1x1xS
-  highest = logits_BxHxTxS.max(-1, keepdims=True)
+  q = _rows((q_BxTxHxK.astype(wide) * scale).astype(dtype), k_BxSxGxK.shape[2])
+  k, v = _heads_first(k_BxSxGxK), _heads_first(v_BxSxGxK)
+  logits_BxGxRxS = _product(q, k, 3, 3, wide)
+  if softcap is not None:
+    logits_BxGxRxS = softcap * jnp.tanh(logits_BxGxRxS / softcap)
+  logits_BxGxRxS += bias
+  highest = logits_BxGxRxS.max(-1, keepdims=True)
   # Not yet divided by its sum: dividing the result is cheaper.
-  e_BxHxTxS = jnp.exp(logits_BxHxTxS - highest)
-  inverse = 1.0 / ((1.0 - rate) * e_BxHxTxS.sum(-1, keepdims=True))
-  e_BxHxTxS = e_BxHxTxS.astype(dtype)
-  if kept_BxHxTxS is not None:
+  e_BxGxRxS = jnp.exp(logits_BxGxRxS - highest)
+  inverse = 1.0 / ((1.0 - rate) * e_BxGxRxS.sum(-1, keepdims=True))
+  e_BxGxRxS = e_BxGxRxS.astype(dtype)
+  if kept_BxGxRxS is not None:
     # The sign of a weight says whether it was dropped.
-    e_BxHxTxS = jnp.where(kept_BxHxTxS, e_BxHxTxS, -e_BxHxTxS)
-  mixed = _product(_undropped(e_BxHxTxS, rate), v, 3, 2, wide) * inverse
-  y_BxTxHxK = _heads_first(mixed.astype(dtype))
-  return y_BxTxHxK, (q, k, v, e_BxHxTxS, inverse, y_BxTxHxK)
+    e_BxGxRxS = jnp.where(kept_BxGxRxS, e_BxGxRxS, -e_BxGxRxS)
+  mixed = _product(_undropped(e_BxGxRxS, rate), v, 3, 2, wide) * inverse
+  y_BxTxHxK = _unrows(mixed.astype(dtype), q_BxTxHxK.shape[2])
+  return y_BxTxHxK, (q, k, v, e_BxGxRxS, inverse, y_BxTxHxK)
 
 
-def _bwd(rate, kept, grad_BxTxHxK):
+def _bwd(how, kept, grad_BxTxHxK):
   # The barrier keeps the compiler from storing other forms of what is kept.
-  (q, k, v, e_BxHxTxS, inverse, y_BxTxHxK), grad_BxTxHxK = lax.optimization_barrier(
+  (q, k, v, e_BxGxRxS, inverse, y_BxTxHxK), grad_BxTxHxK = lax.optimization_barrier(
     (kept, grad_BxTxHxK)
   )
-  dtype, wide = v.dtype, inverse.dtype
-  scale = q.shape[-1] ** -0.5
-  grad = _heads_first(grad_BxTxHxK).astype(wide) * inverse
+  rate, scale, softcap = how
+  dtype, wide, heads = v.dtype, inverse.dtype, k.shape[1]
+  grad = _rows(grad_BxTxHxK, heads).astype(wide) * inverse
   # Of a row, the sum over keys of weight times its gradient, by way of the result.
-  level = (grad * _heads_first(y_BxTxHxK).astype(wide)).sum(-1, keepdims=True)
+  level = (grad * _rows(y_BxTxHxK, heads).astype(wide)).sum(-1, keepdims=True)
   grad = grad.astype(dtype)
-  dv = _product(_undropped(e_BxHxTxS, rate), grad, 2, 2, wide)
+  dv = _product(_undropped(e_BxGxRxS, rate), grad, 2, 2, wide)
   d_weights = _product(grad, v, 3, 3, wide)
-  weights = e_BxHxTxS.astype(wide)
+  weights = e_BxGxRxS.astype(wide)
   if rate:
-    d_weights = jnp.where(e_BxHxTxS > 0, d_weights, 0.0)
+    d_weights = jnp.where(e_BxGxRxS > 0, d_weights, 0.0)
     level, weights = level * (1.0 - rate), jnp.abs(weights)
-  d_logits = (weights * (d_weights - level)).astype(dtype)
+  d_logits = weights * (d_weights - level)
+  if softcap is not None:
+    k, again = order.recomputed(k, q, grad)
+    slope = 1.0 - jnp.square(jnp.tanh(_product(again, k, 3, 3, wide) / softcap))
+    d_logits *= slope
+  d_logits = d_logits.astype(dtype)
   dq = _product(d_logits, k, 3, 2, wide) * scale
   dk = _product(d_logits, q, 2, 2, wide)
-  return *(_heads_first(x.astype(dtype)) for x in (dq, dk, dv)), None, None
+  dq = _unrows(dq.astype(dtype), grad_BxTxHxK.shape[2])
+  return dq, *(_heads_first(x.astype(dtype)) for x in (dk, dv)), None, None
 
 
 _attend.defvjp(_fwd, _bwd)
 
 
-def _undropped(e_BxHxTxS, rate):
-  return jnp.maximum(e_BxHxTxS, 0) if rate else e_BxHxTxS
+def _undropped(e_BxGxRxS, rate):
+  return jnp.maximum(e_BxGxRxS, 0) if rate else e_BxGxRxS
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
   """BxTxHxK to BxHxTxK, and back."""
   return x.swapaxes(1, 2)
+
+
+def _rows(x_BxTxHxK: jax.Array, groups: int) -> jax.Array:
+  """BxTxHxK to BxGxRxK."""
+  b, _, _, size = x_BxTxHxK.shape
+  return _heads_first(x_BxTxHxK).reshape(b, groups, -1, size)
+
+
+def _unrows(x_BxGxRxK: jax.Array, heads: int) -> jax.Array:
+  """The inverse of `_rows`."""
+  b, _, _, size = x_BxGxRxK.shape
+  return _heads_first(x_BxGxRxK.reshape(b, heads, -1, size))
 
 
 def _product(x: jax.Array, y: jax.Array, i: int, j: int, dtype) -> jax.Array:
