@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 from jax.sharding import PartitionSpec
 
@@ -79,6 +80,26 @@ class Norm(nn.Module):
     return ops.layer_norm(x_BxTxD, scale_D, bias_D, self.eps)
 
 
+class RmsNorm(nn.Module):
+  """RMS norm over the last axis; see `ops.rms_norm`.
+
+  Attributes:
+    axis: the logical name of the last axis.
+  """
+
+  eps: float
+  offset: float = 0.0
+  late: bool = False
+  axis: str = "embed"
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    start = nn.initializers.constant(1.0 - self.offset)
+    init = nn.with_logical_partitioning(start, (self.axis,))
+    scale_D = self.param("scale", init, (x.shape[-1],))
+    return ops.rms_norm(x, scale_D, self.eps, self.offset, self.late)
+
+
 def in_heads(x_BxTxD: jax.Array, heads: int) -> jax.Array:
   """Splits the features into heads: BxTxHxK."""
   return x_BxTxD.reshape((*x_BxTxD.shape[:-1], heads, -1))
@@ -126,7 +147,7 @@ def stack(
   *shared: Any,
   scan: bool,
   remat: str,
-  each: Mapping[str, jax.Array] | None = None,
+  each: Mapping[str, jax.Array | np.ndarray] | None = None,
 ) -> Any:
   """Runs x through `count` layers; to be called from a compact method.
 
@@ -166,5 +187,5 @@ def stack(
     length=count,
     metadata_params={meta.PARTITION_NAME: "layers"},
   )
-  each = {name: jnp.asarray(rows) for name, rows in each.items()}
-  return run(layer(*args, name="layers"), x, each, *shared)[0]
+  own = {name: jnp.asarray(rows) for name, rows in each.items()}
+  return run(layer(*args, name="layers"), x, own, *shared)[0]

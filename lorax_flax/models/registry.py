@@ -13,12 +13,13 @@ from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.hub import load as hub_load
 from lorax_flax.hub import safetensors
 from lorax_flax.hub.keymap import KeyMap
-from lorax_flax.models import bert, distilbert, layers
+from lorax_flax.models import bert, distilbert, layers, relatives
 from lorax_flax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
   **bert.FAMILIES,
   **distilbert.FAMILIES,
+  **relatives.FAMILIES,
 }
 _FLOATS = ("float32", "bfloat16", "float16")
 

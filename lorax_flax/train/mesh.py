@@ -26,6 +26,8 @@ AXES = ("data", "fsdp", "tensor")
 # The axis of the mesh that each logical axis is cut along; None: it is never cut.
 RULES: dict[str, str | None] = {
   "embed": "fsdp",
+  "expert": None,
+  "head": None,
   "heads": "tensor",
   "labels": None,
   "layers": None,

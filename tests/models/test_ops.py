@@ -173,3 +173,57 @@ def test_an_attention_that_there_is_not_is_an_error(heads, options, message):
   q, k = jnp.zeros((1, 2, heads, 4)), jnp.zeros((1, 2, 2, 4))
   with pytest.raises(lx.LoraxError, match=message):
     ops.attention(q, k, k, jnp.ones((1, 2)), **options)
+
+
+@pytest.mark.parametrize(("offset", "late"), [(0.0, False), (1.0, True)])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5, 3, 8)])
+def test_rms_norm_equals_torch_in_value_and_gradient(shape, offset, late):
+  arrays = draw(0, *shape), draw(1, shape[-1])
+  norm = lambda x, s: (
+    (s + offset) * torch.nn.functional.rms_norm(x, shape[-1:], eps=1e-5)
+  )
+  want, want_grads = torch_grads(norm, *arrays)
+  got, grads = our_grads(lambda x, s: ops.rms_norm(x, s, 1e-5, offset, late), *arrays)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  for g, w in zip(grads, want_grads, strict=True):
+    np.testing.assert_allclose(g, w, atol=5e-5)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_rms_norm_rounds_where_the_family_does(late):
+  x, scale = (draw(i, *s).astype(np.float32) for i, s in ((0, (9, 64)), (1, (64,))))
+  x, scale = jnp.asarray(x, jnp.bfloat16), jnp.asarray(scale, jnp.bfloat16)
+  wide = torch.tensor(np.asarray(x, np.float32))
+  normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+  theirs = torch.tensor(np.asarray(scale, np.float32))
+  if late:
+    want = (normed * theirs).to(torch.bfloat16)
+  else:
+    want = normed.to(torch.bfloat16) * theirs.to(torch.bfloat16)
+  got = np.asarray(ops.rms_norm(x, scale, 1e-5, 0.0, late), np.float32)
+  assert (got != want.float().numpy()).mean() < 0.01
+
+
+def test_rms_norm_keeps_one_array_of_its_inputs_size():
+  x, s = jnp.asarray(draw(0, 4, 6), jnp.float32), jnp.ones(6)
+  kept = leaves_kept(lambda x: ops.rms_norm(x, s, 1e-5), x)
+  assert kept.count((4, 6)) == 1
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_a_gated_activation_equals_torch_and_keeps_its_inputs_alone(name):
+  theirs = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_pytorch_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+  }[name]
+  arrays = draw(0, 3, 7), draw(1, 3, 7)
+  want, want_grads = torch_grads(lambda g, u: theirs(g) * u, *arrays)
+  got, grads = our_grads(partial(ops.gated, name), *arrays)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+  for g, w in zip(grads, want_grads, strict=True):
+    np.testing.assert_allclose(g, w, atol=5e-5)
+  assert (
+    leaves_kept(partial(ops.gated, name), *map(jnp.asarray, got[None].repeat(2, 0)))
+    == [(3, 7)] * 2
+  )

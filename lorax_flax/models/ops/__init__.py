@@ -1,24 +1,32 @@
-"""The maths that every family shares: activations, layer norm, attention.
+"""The maths that families share: activations, norms, attention, rotary positions.
 
-Each has a gradient of its own that keeps few arrays for the backward pass and is one
-pass over memory where the plain derivative is several. Forward-mode differentiation is
-not defined for them.
+Where the plain derivative keeps many arrays for the backward pass, or is several passes
+over memory, an operation has a gradient of its own that keeps few and is one pass.
+Forward-mode differentiation is not defined for these.
 """
 
 from lorax_flax.models.ops.activations import (
   ACTIVATIONS,
   activation,
+  gated,
   gelu,
   gelu_tanh,
 )
 from lorax_flax.models.ops.attention import attention
-from lorax_flax.models.ops.norm import layer_norm
+from lorax_flax.models.ops.norm import layer_norm, rms_norm
+from lorax_flax.models.ops.rope import Rope, Rotations, rotate, rotations
 
 __all__ = [
   "ACTIVATIONS",
+  "Rope",
+  "Rotations",
   "activation",
   "attention",
+  "gated",
   "gelu",
   "gelu_tanh",
   "layer_norm",
+  "rms_norm",
+  "rotate",
+  "rotations",
 ]

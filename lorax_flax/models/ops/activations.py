@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +66,22 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
   if name not in ACTIVATIONS:
     raise LoraxError(unknown("activation", name, ACTIVATIONS))
   return ACTIVATIONS[name]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(name: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+  """activation(gate) · up (arXiv 2002.05202); these two are kept for its gradient."""
+  return activation(name)(gate) * up
+
+
+def _gated_fwd(name, gate, up):
+  return gated(name, gate, up), (gate, up)
+
+
+def _gated_bwd(name, kept, grad):
+  gate, up = kept
+  up, gate = order.recomputed(up, gate, grad)
+  return jax.vjp(lambda gate, up: activation(name)(gate) * up, gate, up)[1](grad)
+
+
+gated.defvjp(_gated_fwd, _gated_bwd)

@@ -1,4 +1,4 @@
-"""Layer norm."""
+"""Layer norm and RMS norm."""
 
 from functools import partial
 
@@ -53,6 +53,52 @@ def _bwd(eps, kept, grad):
 
 
 layer_norm.defvjp(_fwd, _bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def rms_norm(
+  x: jax.Array, scale_D: jax.Array, eps: float, offset: float = 0.0, late: bool = False
+) -> jax.Array:
+  """Divides the last axis by its root mean square; statistics in float32.
+
+  Source: arXiv 1910.07467. x and a number a row are kept for the gradient.
+
+  Args:
+    x: (…, D).
+    offset: added to the scale (1 where checkpoints keep the scale less one: Gemma).
+    late: the result is rounded to x's dtype after the product with the scale (Gemma),
+      not before it (Llama, T5).
+
+  Returns:
+    As x is.
+  """
+  return _rms_fwd(x, scale_D, eps, offset, late)[0]
+
+
+def _rms_fwd(x, scale_D, eps, offset, late):
+  wide = x.astype(precision.wide(x.dtype))
+  inverse = lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+  normed = wide * inverse
+  y = normed if late else normed.astype(x.dtype)
+  y = (y * (_row(scale_D, y) + offset)).astype(x.dtype)
+  return y, (x, inverse, scale_D)
+
+
+def _rms_bwd(eps, offset, late, kept, grad):
+  del eps, late
+  kept, inverse = order.recomputed(kept, kept[1], grad[..., :1])
+  x, _, scale_D = kept
+  normed = x.astype(inverse.dtype) * inverse
+  grad = grad.astype(inverse.dtype)
+  wide_D = scale_D.astype(inverse.dtype) + offset
+  along = _product(grad * normed, wide_D)
+  dx = ((grad * _row(wide_D, grad) - normed * along) * inverse).astype(x.dtype)
+  rows = tuple(range(grad.ndim - 1))
+  # The barrier is there for the same reason as above.
+  return lax.optimization_barrier(dx), (grad * normed).sum(rows).astype(scale_D.dtype)
+
+
+rms_norm.defvjp(_rms_fwd, _rms_bwd)
 
 
 def _row(v_D: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,0 +1,208 @@
+"""Rotary positions: pairs of features, turned by an angle that grows with the place.
+
+Source: arXiv 2104.09864; the scalings as transformers' modeling_rope_utils computes
+them for a text of a given length, in float32.
+
+Shapes: B batch (or 1), T tokens, H heads, K head size, F pairs that turn.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_flax.errors import LoraxError, unknown
+
+# The angles' cosines and sines, BxTx1xF each.
+Rotations = tuple[jax.Array, jax.Array]
+
+
+@dataclass(frozen=True)
+class Rope:
+  """One kind of rotary positions, under Hugging Face's names.
+
+  Attributes:
+    rope_type: "default", "linear", "dynamic", "yarn", "longrope", "llama3", or "none",
+      which turns nothing.
+    rope_theta: the base of the wavelengths.
+    partial_rotary_factor: the share of a head's features that turn, the first ones.
+    max_position_embeddings: the length, in tokens, that the model is made for.
+    original_max_position_embeddings: what it was before it was scaled; by default
+      max_position_embeddings.
+    factor: of the scaling; for "yarn" and "longrope" by default the ratio of the two.
+    attention_factor: of cosines and sines; by default what the factor implies.
+    The rest belongs to one type each: `_REQUIRED` says what must be there.
+  """
+
+  rope_type: str = "default"
+  rope_theta: float = 10000.0
+  partial_rotary_factor: float = 1.0
+  max_position_embeddings: int = 2048
+  original_max_position_embeddings: int | None = None
+  factor: float | None = None
+  attention_factor: float | None = None
+  beta_fast: float | None = None
+  beta_slow: float | None = None
+  mscale: float | None = None
+  mscale_all_dim: float | None = None
+  truncate: bool = True
+  short_factor: tuple[float, ...] | None = None
+  long_factor: tuple[float, ...] | None = None
+  low_freq_factor: float | None = None
+  high_freq_factor: float | None = None
+
+  def __post_init__(self):
+    if self.rope_type not in _TYPES:
+      raise LoraxError(unknown("rope_type", str(self.rope_type), _TYPES))
+    for name in _REQUIRED.get(self.rope_type, ()):
+      if getattr(self, name) is None:
+        raise LoraxError(f"config: the rope_type {self.rope_type!r} needs {name}")
+
+  @property
+  def original(self) -> int:
+    """The length, in tokens, before scaling."""
+    return self.original_max_position_embeddings or self.max_position_embeddings
+
+  @property
+  def stretch(self) -> float:
+    """By how much the length has grown."""
+    if self.factor is not None:
+      return self.factor
+    return self.max_position_embeddings / self.original
+
+
+def _powers(rope: Rope, dim: int, base: Any = None) -> Any:
+  """base^(2i/dim) for each pair i: F, float32."""
+  exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+  return np.float32(rope.rope_theta) ** exponents if base is None else base**exponents
+
+
+def _default(rope, dim, length):
+  return 1.0 / _powers(rope, dim), 1.0
+
+
+def _linear(rope, dim, length):
+  return 1.0 / _powers(rope, dim) / np.float32(rope.factor), 1.0
+
+
+def _dynamic(rope, dim, length):
+  most = rope.max_position_embeddings
+  if isinstance(length, int) and length <= most:
+    return _default(rope, dim, length)
+  ratio = jnp.maximum(jnp.asarray(length, jnp.float32), most) / most
+  grown = (rope.factor * ratio - (rope.factor - 1.0)) ** (dim / (dim - 2))
+  return 1.0 / _powers(rope, dim, rope.rope_theta * grown), 1.0
+
+
+def _yarn(rope, dim, length):
+  """arXiv 2309.00071: slow pairs are interpolated, fast ones left, a ramp between."""
+  powers = _powers(rope, dim)
+
+  def edge(rotations):
+    turns = rope.original / (rotations * 2.0 * math.pi)
+    return dim * math.log(turns) / (2.0 * math.log(rope.rope_theta))
+
+  low, high = edge(rope.beta_fast or 32), edge(rope.beta_slow or 1)
+  if rope.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, dim - 1)
+  if low == high:
+    high += 0.001
+  places = np.arange(len(powers), dtype=np.float32)
+  ramp = np.clip((places - low) / (high - low), 0.0, 1.0).astype(np.float32)
+  slow = 1.0 / (np.float32(rope.stretch) * powers)
+  frequencies = slow * ramp + 1.0 / powers * (1.0 - ramp)
+  if rope.attention_factor is not None:
+    return frequencies, rope.attention_factor
+
+  def temperature(mscale):
+    if rope.stretch <= 1.0:
+      return 1.0
+    return 0.1 * mscale * math.log(rope.stretch) + 1.0
+
+  if rope.mscale and rope.mscale_all_dim:
+    return frequencies, temperature(rope.mscale) / temperature(rope.mscale_all_dim)
+  return frequencies, temperature(1.0)
+
+
+def _longrope(rope, dim, length):
+  """arXiv 2402.13753: a factor for each pair, of short texts and of long ones."""
+  powers = _powers(rope, dim)
+  for name in ("short_factor", "long_factor"):
+    if len(found := getattr(rope, name)) != len(powers):
+      raise LoraxError(
+        f"config: {name} has {len(found)} numbers; {len(powers)} pairs of features turn"
+      )
+  short, long = (np.float32(x) for x in (rope.short_factor, rope.long_factor))
+  scale = rope.attention_factor
+  if scale is None:
+    grown = math.log(rope.stretch) / math.log(rope.original)
+    scale = 1.0 if rope.stretch <= 1.0 else math.sqrt(1.0 + grown)
+  if isinstance(length, int):
+    return 1.0 / ((long if length > rope.original else short) * powers), scale
+  return 1.0 / (jnp.where(length > rope.original, long, short) * powers), scale
+
+
+def _llama3(rope, dim, length):
+  """Llama 3.1: slow pairs are interpolated, and those between the two bounds partly."""
+  frequencies = 1.0 / _powers(rope, dim)
+  waves = 2.0 * np.float32(math.pi) / frequencies
+  low, high = rope.low_freq_factor, rope.high_freq_factor
+  share = (rope.original / waves - low) / (high - low)
+  slow = frequencies / np.float32(rope.factor)
+  between = (1.0 - share) * slow + share * frequencies
+  scaled = np.where(waves > rope.original / low, slow, between)
+  return np.where(waves < rope.original / high, frequencies, scaled), 1.0
+
+
+def _none(rope, dim, length):
+  return np.zeros(len(range(0, dim, 2)), np.float32), 1.0
+
+
+_TYPES: dict[str, Callable[[Rope, int, Any], tuple[Any, float]]] = {
+  "default": _default,
+  "dynamic": _dynamic,
+  "linear": _linear,
+  "llama3": _llama3,
+  "longrope": _longrope,
+  "none": _none,
+  "yarn": _yarn,
+}
+_REQUIRED = {
+  "dynamic": ("factor",),
+  "linear": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+  "longrope": ("short_factor", "long_factor"),
+}
+
+
+def rotations(
+  rope: Rope, head_size: int, positions_BxT: jax.Array, length: Any, dtype: Any
+) -> Rotations:
+  """Cosines and sines of the angles at these places.
+
+  Args:
+    positions_BxT: int32.
+    length: of the text, the last place plus one; "dynamic" and "longrope" look at it.
+      It may be traced.
+    dtype: that they are rounded to.
+  """
+  dim = int(head_size * rope.partial_rotary_factor)
+  frequencies_F, scale = _TYPES[rope.rope_type](rope, dim, length)
+  frequencies_F = jnp.asarray(frequencies_F, jnp.float32)
+  places = positions_BxT.astype(jnp.float32)[:, :, None, None]
+  angles = places * frequencies_F[None, None, None, :]
+  cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+  return cos.astype(dtype), sin.astype(dtype)
+
+
+def rotate(x_BxTxHxK: jax.Array, by: Rotations) -> jax.Array:
+  """Turns each head's pairs; feature i is paired with i + F, those past 2F stay."""
+  cos, sin = by
+  f = cos.shape[-1]
+  a, b, rest = x_BxTxHxK[..., :f], x_BxTxHxK[..., f : 2 * f], x_BxTxHxK[..., 2 * f :]
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

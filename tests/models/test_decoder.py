@@ -1,0 +1,182 @@
+"""Llama and its relatives against transformers."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import transformers
+
+import lorax_flax as lx
+from lorax_flax.models import registry
+from tests.models import family
+
+SIZES = {
+  "vocab_size": 37,
+  "hidden_size": 24,
+  "intermediate_size": 20,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 6,
+  "num_key_value_heads": 2,
+  "max_position_embeddings": 23,
+  "initializer_range": 0.3,
+  "pad_token_id": 0,
+  "bos_token_id": 1,
+  "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+  """A model of transformers: its class's name less the ending, and its config."""
+
+  name: str
+  fields: dict = field(default_factory=dict)
+
+  def save(self, folder, **fields):
+    config = "Gemma3Text" if self.name == "Gemma3" else self.name
+    config = getattr(transformers, f"{config}Config")
+    model = getattr(transformers, f"{self.name}ForCausalLM")
+    return family.save(folder, model(config(**{**SIZES, **self.fields, **fields})))
+
+
+LLAMA = Peer("Llama", {"head_dim": 6})
+PEERS = {
+  "llama": LLAMA,
+  "llama tied, one key head, biases": Peer(
+    "Llama",
+    {
+      "num_attention_heads": 3,
+      "num_key_value_heads": 1,
+      "tie_word_embeddings": True,
+      "attention_bias": True,
+      "mlp_bias": True,
+    },
+  ),
+  "mistral": Peer("Mistral", {"sliding_window": 4}),
+  "mistral without a window": Peer("Mistral", {"sliding_window": None}),
+  "qwen2": Peer(
+    "Qwen2",
+    {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+  ),
+  "qwen2 without a window": Peer("Qwen2", {"tie_word_embeddings": True}),
+}
+
+
+def batch(*lengths):
+  """Token ids and masks; a row of each length, one of minus n is padded on the left."""
+  total = max(map(abs, lengths))
+  ids = np.random.default_rng(total).integers(3, 37, (len(lengths), total))
+  mask = np.zeros((len(lengths), total), np.int32)
+  for row, n in zip(mask, lengths, strict=True):
+    row[:n] = 1
+    if n < 0:
+      row[:] = np.arange(total) >= total + n
+  return {"input_ids": (ids * mask).astype(np.int32), "attention_mask": mask}
+
+
+def real(inputs):
+  return inputs["attention_mask"] == 1
+
+
+BATCH = batch(13, 9, -7)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_logits_equal_transformers_scanned_or_not(tmp_path, name):
+  model = PEERS[name].save(tmp_path)
+  for scan in (False, True):
+    loaded = family.check_logits(tmp_path, model, [BATCH], real=real, scan=scan)
+    family.check_full_keys(loaded, model)
+    left = family.check_modules(loaded, model)
+    assert all(kind == "norm" for kind in left.values()), left
+
+
+def test_positions_may_be_given(tmp_path):
+  rope = {"rope_type": "dynamic", "factor": 2.0}
+  model = LLAMA.save(tmp_path, rope_parameters=rope)
+  inputs = batch(26, -9)
+  places = np.cumsum(inputs["attention_mask"], axis=1) - 1
+  inputs["position_ids"] = np.maximum(places, 0).astype(np.int32)
+  family.check_logits(tmp_path, model, [inputs], real=real)
+
+
+@pytest.mark.parametrize(
+  ("name", "scan"), [("llama tied, one key head, biases", False), ("qwen2", True)]
+)
+def test_a_checkpoint_comes_back_as_it_was_read(tmp_path, name, scan):
+  model = PEERS[name].save(tmp_path / "base")
+  family.check_round_trip(tmp_path / "base", tmp_path / "out", model, scan=scan)
+
+
+@pytest.mark.parametrize(("name", "remat"), [("llama", "full"), ("qwen2", "dots")])
+def test_gradients_equal_torch_with_scan_and_remat(tmp_path, name, remat):
+  model = PEERS[name].save(tmp_path)
+  options = {"scan": True, "remat": remat, "real": real}
+  family.check_gradients(tmp_path, model, BATCH, **options)
+
+
+LINEAR = (
+  *(f"self_attn/{name}_proj" for name in "qkvo"),
+  *(f"mlp/{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("llama", 1), ("qwen2", 2)])
+def test_lora_on_every_linear_layer_less_the_head(tmp_path, name, layers):
+  PEERS[name].save(tmp_path, num_hidden_layers=layers)
+  loaded = registry.load(tmp_path, scan=layers > 1)
+  layer = "model/layers" if layers > 1 else "model/layer_0"
+  want = [f"{layer}/{name}/kernel" for name in LINEAR]
+  family.check_lora(loaded, batch(7, 5), want)
+
+
+def test_lora_on_a_tied_embedding_is_one_pair_of_factors(tmp_path):
+  PEERS["qwen2 without a window"].save(tmp_path, num_hidden_layers=1)
+  loaded = registry.load(tmp_path)
+  table = "model/embed_tokens/embedding"
+  family.check_lora(loaded, batch(7, 5), [table], targets=[table])
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of"),
+    ({"head_dim": 5}, "head_dim must be even, not 5"),
+    ({"hidden_act": "sillu"}, "did you mean 'silu'"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers must be from 1 to 1000"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
+    ({"rope_parameters": {"rope_type": "yarm"}}, "did you mean 'yarn'"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "'linear' needs factor"),
+    ({"rope_parameters": {"factr": 2.0}}, "did you mean 'factor'"),
+    ({"rope_scaling": {"factor": "2"}}, "factor must be a positive number"),
+    ({"rope_scaling": [2]}, "rope_parameters must be an object"),
+  ],
+)
+def test_a_config_that_we_cannot_honour_is_an_error(tmp_path, fields, message):
+  LLAMA.save(tmp_path)
+  family.change_config(tmp_path, **fields)
+  with pytest.raises(lx.LoraxError, match=message):
+    registry.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"layer_types": ["full_attention"]}, "1 layer_types of 3 layers"),
+    ({"layer_types": ["local"] * 3}, "layer_types must be a list of"),
+    ({"use_sliding_window": False}, "without a sliding_window"),
+    ({"sliding_window": 0}, "sliding_window must be a positive integer"),
+    ({"use_sliding_window": "yes"}, "use_sliding_window must be true or false"),
+  ],
+)
+def test_windows_that_do_not_fit_are_an_error(tmp_path, fields, message):
+  PEERS["qwen2"].save(tmp_path)
+  family.change_config(tmp_path, **fields)
+  with pytest.raises(lx.LoraxError, match=message):
+    registry.load(tmp_path)
+
+
+def test_bfloat16_is_close(tmp_path):
+  model = LLAMA.save(tmp_path, initializer_range=0.05)
+  got = family.logits(registry.load(tmp_path, dtype="bfloat16"), batch(9))
+  np.testing.assert_allclose(got, family.torch_logits(model, batch(9)), atol=0.05)
