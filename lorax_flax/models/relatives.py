@@ -4,19 +4,14 @@ A relative's defaults are what transformers takes where config.json is silent.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.models import decoder, fields, rope_fields
-from lorax_flax.models.decoder_config import DecoderConfig
+from lorax_flax.models import decoder, fields, layer_fields
+from lorax_flax.models.decoder_config import DecoderConfig, NormKind
 from lorax_flax.models.family import Family
-from lorax_flax.models.ops import Rope
-
-HfConfig = Mapping[str, Any]
-Windows = tuple[int | None, ...]
-
-FULL, SLIDING = "full_attention", "sliding_attention"
+from lorax_flax.models.layer_fields import HfConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +24,28 @@ class Relative:
     is_: what it is whatever config.json says.
     windows: (config.json, number of layers) -> each layer's window.
     theta: the base of the rotary positions where config.json names none.
-    ropes: (config.json, config) -> the kinds of rotary positions, each layer's kind.
+    ropes: (config.json, config, theta) -> the kinds of rotary positions, and each
+      layer's kind.
     partial: a part of a head's features may turn.
-    aliases: see `fields.read`; a field under its own name is then not looked at.
+    renew: config.json, with fields that it has under other names or in other words.
   """
 
   architecture: str
   defaults: Mapping[str, Any]
   is_: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  windows: Callable[[HfConfig, int], Windows] = lambda _, count: (None,) * count
+  windows: Callable[[HfConfig, int], layer_fields.Windows] = lambda _, count: (
+    (None,) * count
+  )
   theta: float = 10000.0
-  ropes: Callable[..., tuple[tuple[Rope, ...], tuple[int, ...]]] | None = None
+  ropes: Callable[[HfConfig, DecoderConfig, float], layer_fields.Ropes] = (
+    layer_fields.one_rope
+  )
   partial: bool = False
-  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  renew: Callable[[HfConfig], HfConfig] = lambda hf_config: hf_config
 
 
 # What would change the numbers if it were set otherwise, and that we do not compute.
-_ONLY = {"use_bidirectional_attention": False, "is_decoder": None}
+_ONLY = {"use_bidirectional_attention": False}
 # Where null is a value of its own, and not the default.
 _NULLABLE = (
   "num_key_value_heads",
@@ -57,7 +57,8 @@ _FIELDS = {field.name for field in dataclasses.fields(DecoderConfig)}
 
 def from_hf(relative: Relative, hf_config: HfConfig, **asked: Any) -> DecoderConfig:
   """Reads a config.json that is already parsed; see `fields.read`."""
-  decided = {"model_type", *relative.defaults} - set(relative.aliases.values())
+  hf_config = relative.renew(hf_config)
+  decided = {"model_type", *relative.defaults}
   seen = {k: v for k, v in hf_config.items() if k not in _FIELDS or k in decided}
   nulls = {k: None for k in _NULLABLE if seen.get(k, ...) is None}
   config = fields.read(
@@ -65,13 +66,12 @@ def from_hf(relative: Relative, hf_config: HfConfig, **asked: Any) -> DecoderCon
     seen,
     defaults={**relative.defaults, **nulls},
     only=_ONLY,
-    aliases=relative.aliases,
     **relative.is_,
     **asked,
   )
   count = config.num_hidden_layers
   config = dataclasses.replace(config, windows=relative.windows(hf_config, count))
-  ropes, rope_of = (relative.ropes or _one_rope)(relative, hf_config, config)
+  ropes, rope_of = relative.ropes(hf_config, config, relative.theta)
   if not relative.partial and any(rope.partial_rotary_factor != 1 for rope in ropes):
     raise LoraxError(
       f"config: partial_rotary_factor is not supported for a {config.model_type}"
@@ -79,87 +79,16 @@ def from_hf(relative: Relative, hf_config: HfConfig, **asked: Any) -> DecoderCon
   return dataclasses.replace(config, ropes=ropes, rope_of=rope_of)
 
 
-def _window(hf_config: HfConfig, default: int | None) -> int | None:
-  window = hf_config.get("sliding_window", default)
-  if window is not None:
-    says, good = "a positive integer or null", lambda x: x > 0
-    fields.check("sliding_window", window, int, says, good)
-  return window
+def _gemma_gelu(hf_config: HfConfig) -> HfConfig:
+  """Gemma's first releases say "gelu" and mean its approximation."""
+  if hf_config.get("hidden_act") != "gelu":
+    return hf_config
+  return {**hf_config, "hidden_act": "gelu_pytorch_tanh"}
 
 
-def _flag(hf_config: HfConfig, name: str) -> bool:
-  value = hf_config.get(name)
-  fields.check(
-    name, False if value is None else value, bool, "true or false", lambda x: True
-  )
-  return bool(value)
-
-
-def _everywhere(default: int | None, *, switch: bool = False):
-  """Every layer has the window, if config.json's switch says so where there is one."""
-
-  def windows(hf_config: HfConfig, count: int) -> Windows:
-    on = not switch or _flag(hf_config, "use_sliding_window")
-    return (_window(hf_config, default) if on else None,) * count
-
-  return windows
-
-
-def _by_layer_types(
-  default: int | None,
-  slides: Callable[[HfConfig, int], bool],
-  *,
-  switch: bool = False,
-):
-  """The layers have it that `layer_types`, or by default `slides` of each, says.
-
-  Args:
-    switch: config.json may say that there is no window at all.
-  """
-
-  def windows(hf_config: HfConfig, count: int) -> Windows:
-    on = not switch or _flag(hf_config, "use_sliding_window")
-    window = _window(hf_config, default) if on else None
-    types = hf_config.get("layer_types")
-    if types is None:
-      slide = [window is not None and slides(hf_config, i) for i in range(count)]
-      return tuple(window if s else None for s in slide)
-    return tuple(window if t == SLIDING else None for t in _types(types, count, window))
-
-  return windows
-
-
-def _types(types: Any, count: int, window: int | None) -> Sequence[str]:
-  if not isinstance(types, list) or any(t not in (FULL, SLIDING) for t in types):
-    raise LoraxError(
-      f"config: layer_types must be a list of {FULL!r} and {SLIDING!r}, not {types!r}"
-    )
-  if len(types) != count:
-    raise LoraxError(f"config: {len(types)} layer_types of {count} layers")
-  if window is None and SLIDING in types:
-    raise LoraxError(f"config: a layer of {SLIDING!r} without a sliding_window")
-  return types
-
-
-def _number(hf_config: HfConfig, name: str, default: int) -> int:
-  value = hf_config.get(name)
-  value = default if value is None else value
-  fields.check(name, value, int, "an integer from 0 on", lambda x: x >= 0)
-  return value
-
-
-def _late_layers(hf_config: HfConfig, layer: int) -> bool:
-  return layer >= _number(hf_config, "max_window_layers", 28)
-
-
-def _one_rope(relative: Relative, hf_config: HfConfig, config: DecoderConfig):
-  rope = rope_fields.read(
-    rope_fields.given(hf_config),
-    hf_config,
-    max_position_embeddings=config.max_position_embeddings,
-    theta=relative.theta,
-  )
-  return (rope,), (0,) * config.num_hidden_layers
+def _hidden_activation(hf_config: HfConfig) -> HfConfig:
+  """The activation is under another name; the usual one is not looked at."""
+  return {**hf_config, "hidden_act": hf_config.get("hidden_activation")}
 
 
 _LLAMA = {
@@ -191,16 +120,112 @@ _QWEN2 = {
   "max_position_embeddings": 32768,
 }
 
+_QWEN_WINDOWS = layer_fields.windows_by_types(
+  4096, layer_fields.late_layers, switch=True
+)
+_GEMMA = {
+  **_LLAMA,
+  "vocab_size": 256000,
+  "hidden_size": 3072,
+  "intermediate_size": 24576,
+  "num_hidden_layers": 28,
+  "num_attention_heads": 16,
+  "num_key_value_heads": 16,
+  "head_dim": 256,
+  "hidden_act": "gelu_pytorch_tanh",
+  "max_position_embeddings": 8192,
+  "tie_word_embeddings": True,
+  "attention_bias": False,
+}
+_IS_GEMMA = {"norm": NormKind(offset=1.0, late=True), "embed_scaled": True}
+_GEMMA2 = {
+  **_GEMMA,
+  "hidden_size": 2304,
+  "intermediate_size": 9216,
+  "num_hidden_layers": 26,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "query_pre_attn_scalar": 256,
+  "final_logit_softcapping": 30.0,
+}
+
 RELATIVES: dict[str, Relative] = {
   "llama": Relative(
     "LlamaForCausalLM", {**_LLAMA, "attention_bias": False, "mlp_bias": False}
   ),
-  "mistral": Relative("MistralForCausalLM", _MISTRAL, windows=_everywhere(4096)),
+  "mistral": Relative(
+    "MistralForCausalLM", _MISTRAL, windows=layer_fields.window_everywhere(4096)
+  ),
   "qwen2": Relative(
     "Qwen2ForCausalLM",
     _QWEN2,
     {"attention_bias": True, "output_bias": False},
-    windows=_by_layer_types(4096, _late_layers, switch=True),
+    windows=_QWEN_WINDOWS,
+  ),
+  "qwen3": Relative(
+    "Qwen3ForCausalLM",
+    {**_QWEN2, "head_dim": 128, "attention_bias": False},
+    {"qk_norm": True},
+    windows=_QWEN_WINDOWS,
+  ),
+  "gemma": Relative("GemmaForCausalLM", _GEMMA, _IS_GEMMA, renew=_gemma_gelu),
+  "gemma2": Relative(
+    "Gemma2ForCausalLM",
+    {**_GEMMA2, "attn_logit_softcapping": 50.0},
+    {**_IS_GEMMA, "outer_norms": True},
+    windows=layer_fields.windows_by_types(4096, lambda _, layer: layer % 2 == 0),
+    renew=_hidden_activation,
+  ),
+  # Its attention has no soft-capping, whatever config.json says.
+  "gemma3_text": Relative(
+    "Gemma3ForCausalLM",
+    {
+      **_GEMMA2,
+      "vocab_size": 262208,
+      "max_position_embeddings": 131072,
+      "final_logit_softcapping": None,
+    },
+    {**_IS_GEMMA, "outer_norms": True, "qk_norm": True},
+    windows=layer_fields.windows_by_types(4096, layer_fields.all_but_each(6)),
+    theta=1e6,
+    ropes=layer_fields.gemma3_ropes,
+    renew=_hidden_activation,
+  ),
+  "phi3": Relative(
+    "Phi3ForCausalLM",
+    {
+      **_LLAMA,
+      "vocab_size": 32064,
+      "hidden_size": 3072,
+      "intermediate_size": 8192,
+      "max_position_embeddings": 4096,
+      "rms_norm_eps": 1e-5,
+      "resid_pdrop": 0.0,
+    },
+    {"fused": True},
+    windows=layer_fields.window_everywhere(None),
+    ropes=layer_fields.phi3_rope,
+    partial=True,
+  ),
+  "smollm3": Relative(
+    "SmolLM3ForCausalLM",
+    {
+      **_LLAMA,
+      "vocab_size": 128256,
+      "hidden_size": 2048,
+      "num_hidden_layers": 36,
+      "num_attention_heads": 16,
+      "num_key_value_heads": 4,
+      "max_position_embeddings": 32768,
+      "tie_word_embeddings": True,
+      "attention_bias": False,
+      "mlp_bias": False,
+    },
+    windows=layer_fields.windows_by_types(
+      None, layer_fields.smollm3_slides, switch=True
+    ),
+    theta=2e6,
+    ropes=layer_fields.smollm3_ropes,
   ),
 }
 
