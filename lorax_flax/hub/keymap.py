@@ -38,6 +38,8 @@ class KeyMap:
     aliases: (old ending, new ending) of bare keys, for old checkpoints.
     ties: bare keys that say again what another key says ("lm_head.weight" of a tied
       head): key to that other key.
+    other_form: a map of the same leaves to keys that some files have in their place;
+      read, and not written.
     on_disk: modules that transformers has renamed since: the row's module to the one
       that checkpoints have, now as before.
   """
@@ -54,6 +56,7 @@ class KeyMap:
   aliases: tuple[tuple[str, str], ...] = ()
   ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
   on_disk: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  other_form: "KeyMap | None" = None
 
   @functools.cached_property
   def sites(self) -> dict[str, Site]:
@@ -245,6 +248,15 @@ def bare_keys(keymap: KeyMap, stored: Iterable[str]) -> dict[str, str]:
       )
     bare[name] = key
   return bare
+
+
+def as_stored(keymap: KeyMap, stored: Iterable[str]) -> KeyMap:
+  """The key map, or its other form where a checkpoint has any of that one's keys."""
+  other = keymap.other_form
+  if other is None:
+    return keymap
+  own = other.sites.keys() - keymap.sites.keys()
+  return keymap if own.isdisjoint(bare_keys(keymap, stored)) else other
 
 
 def _stored_prefix(keymap: KeyMap, stored: Sequence[str]) -> str:

@@ -55,6 +55,7 @@ def load(
   Raises:
     LoraxError: an unknown, missing or mis-shaped key; only a head may be missing.
   """
+  keymap = km.as_stored(keymap, reader)
   stored = _untied(keymap, km.bare_keys(keymap, reader), reader)
   known = {*keymap.sites, *keymap.buffers, *keymap.other_heads}
   for bare, key in stored.items():
@@ -160,7 +161,7 @@ def _leaf(
     if places is None:
       continue
     part = _tensor(site, stored[bare], shape, reader, keymap, places[1])
-    if len(keys) == 1:
+    if len(keys) == 1 and not site.index:
       return part
     if found is None:
       found = np.empty(blocks.shape_of(block), part.dtype)

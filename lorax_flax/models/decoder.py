@@ -17,7 +17,7 @@ import numpy as np
 
 from lorax_flax.hub import decoder_keys
 from lorax_flax.hub.keymap import KeyMap
-from lorax_flax.models import layers, ops
+from lorax_flax.models import experts, layers, ops
 from lorax_flax.models.decoder_config import DecoderConfig
 
 DType = Any
@@ -165,7 +165,8 @@ class Layer(nn.Module):
     attend = Attention(c, self.dtype, self.deterministic, name="self_attn")
     y_BxTxD = attend(normed(before, x_BxTxD), mask_BxT, turns, back)
     x_BxTxD += dropped(normed(after, y_BxTxD))
-    y_BxTxD = FeedForward(c, self.dtype, name="mlp")(normed(before_mlp, x_BxTxD))
+    feed = FeedForward if c.num_experts is None else experts.Mixture
+    y_BxTxD = feed(c, self.dtype, name="mlp")(normed(before_mlp, x_BxTxD))
     return x_BxTxD + dropped(normed(after_mlp, y_BxTxD)), None
 
 
@@ -283,7 +284,10 @@ def keymap(c: DecoderConfig, scan: bool) -> KeyMap:
       **dict.fromkeys(attention_names(c), c.attention_bias),
       "o_proj": c.has_output_bias,
     },
-    mlp=dict.fromkeys([*mlp_names(c), "down_proj"], c.mlp_bias),
+    mlp=None
+    if c.num_experts
+    else dict.fromkeys([*mlp_names(c), "down_proj"], c.mlp_bias),
+    experts=c.num_experts or 0,
     layer_norms=[name for name in layer_norms(c) if name],
     head_norms=["q_norm", "k_norm"] if c.qk_norm else [],
     tied=c.tie_word_embeddings,

@@ -30,6 +30,10 @@ class DecoderConfig:
       takes the head's size.
     attn_logit_softcapping, final_logit_softcapping: bounds of logits; None is none.
     resid_pdrop: dropout of what attention and the feed-forward part add.
+    num_experts: feed-forward parts side by side; None: one, without a router.
+    num_experts_per_tok: how many of them a token goes to.
+    moe_intermediate_size: of an expert; None takes intermediate_size.
+    norm_topk_prob: the weights of the chosen experts are made to sum to one.
     output_bias: of attention's output projection; None takes attention_bias.
     norm: how its norms scale.
     qk_norm: queries and keys are normed, head by head.
@@ -63,6 +67,10 @@ class DecoderConfig:
   attn_logit_softcapping: float | None = None
   final_logit_softcapping: float | None = None
   resid_pdrop: float = 0.0
+  num_experts: int | None = None
+  num_experts_per_tok: int = 1
+  moe_intermediate_size: int | None = None
+  norm_topk_prob: bool = True
 
   output_bias: bool | None = None
   norm: NormKind = NormKind()
@@ -77,14 +85,16 @@ class DecoderConfig:
   def __post_init__(self):
     fields.check_layers(self, ["num_hidden_layers"])
     sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"]
-    kept = [*_given(self, "num_key_value_heads", "head_dim"), "max_position_embeddings"]
-    fields.check_sizes(self, [*sizes, *kept])
+    sizes += ["max_position_embeddings", "num_experts_per_tok"]
+    kept = ("num_key_value_heads", "head_dim", "num_experts", "moe_intermediate_size")
+    fields.check_sizes(self, [*sizes, *_given(self, *kept)])
     fields.check_rates(self, ["attention_dropout", "resid_pdrop"])
     numbers = ["initializer_range", "rms_norm_eps"]
     caps = ["attn_logit_softcapping", "final_logit_softcapping"]
-    kept = _given(self, "query_pre_attn_scalar", *caps)
-    fields.check_positive(self, [*numbers, *kept])
-    fields.check_flags(self, ["tie_word_embeddings", "attention_bias", "mlp_bias"])
+    numbers += _given(self, "query_pre_attn_scalar", *caps)
+    fields.check_positive(self, numbers)
+    flags = ["tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob"]
+    fields.check_flags(self, flags)
     fields.check_activation(self, "hidden_act")
     if self.head_dim is None:
       fields.check_multiple(self, "hidden_size", of="num_attention_heads")
@@ -92,6 +102,11 @@ class DecoderConfig:
       raise LoraxError(
         f"config: num_attention_heads {self.num_attention_heads} is not a multiple of"
         f" num_key_value_heads {self.kv_heads}"
+      )
+    if self.num_experts and self.num_experts_per_tok > self.num_experts:
+      raise LoraxError(
+        f"config: num_experts_per_tok {self.num_experts_per_tok} of num_experts"
+        f" {self.num_experts}"
       )
     if self.head_size % 2:
       raise LoraxError(f"config: head_dim must be even, not {self.head_size}")
@@ -105,6 +120,11 @@ class DecoderConfig:
   def kv_heads(self) -> int:
     """Heads of keys and values."""
     return self.num_key_value_heads or self.num_attention_heads
+
+  @property
+  def expert_size(self) -> int:
+    """Features inside one expert."""
+    return self.moe_intermediate_size or self.intermediate_size
 
   @property
   def has_output_bias(self) -> bool:

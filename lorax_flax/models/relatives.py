@@ -45,7 +45,14 @@ class Relative:
 
 
 # What would change the numbers if it were set otherwise, and that we do not compute.
-_ONLY = {"use_bidirectional_attention": False}
+_ONLY = {
+  "decoder_sparse_step": 1,
+  "mlp_only_layers": [],
+  "output_router_logits": False,
+  "router_jitter_noise": 0.0,
+  "use_bidirectional_attention": False,
+}
+_ALIASES = {"num_local_experts": "num_experts"}
 # Where null is a value of its own, and not the default.
 _NULLABLE = (
   "num_key_value_heads",
@@ -66,6 +73,7 @@ def from_hf(relative: Relative, hf_config: HfConfig, **asked: Any) -> DecoderCon
     seen,
     defaults={**relative.defaults, **nulls},
     only=_ONLY,
+    aliases={k: v for k, v in _ALIASES.items() if v in decided},
     **relative.is_,
     **asked,
   )
@@ -226,6 +234,29 @@ RELATIVES: dict[str, Relative] = {
     ),
     theta=2e6,
     ropes=layer_fields.smollm3_ropes,
+  ),
+  "mixtral": Relative(
+    "MixtralForCausalLM",
+    {**_MISTRAL, "rms_norm_eps": 1e-5, "num_experts": 8, "num_experts_per_tok": 2},
+    windows=layer_fields.window_everywhere(None),
+    theta=1e6,
+  ),
+  "qwen3_moe": Relative(
+    "Qwen3MoeForCausalLM",
+    {
+      **_QWEN2,
+      "hidden_size": 2048,
+      "intermediate_size": 6144,
+      "num_hidden_layers": 24,
+      "num_key_value_heads": 4,
+      "attention_bias": False,
+      "num_experts": 128,
+      "num_experts_per_tok": 8,
+      "moe_intermediate_size": 768,
+      "norm_topk_prob": False,
+    },
+    {"qk_norm": True},
+    windows=layer_fields.window_everywhere(4096, switch=True),
   ),
 }
 
