@@ -29,7 +29,7 @@ class Family:
     build: (config, dtype of computing, scan, remat) -> module.
     keymap: (config, scan) -> names in a checkpoint, ours and PEFT's.
     inputs: (config) -> ShapeDtypeStructs of the smallest inputs, by name.
-    max_length: (config) -> how many tokens a text may have.
+    max_length: (config) -> how many tokens a text may have; 0 where it takes no text.
   """
 
   task: Task

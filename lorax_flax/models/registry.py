@@ -13,13 +13,14 @@ from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.hub import load as hub_load
 from lorax_flax.hub import safetensors
 from lorax_flax.hub.keymap import KeyMap
-from lorax_flax.models import bert, distilbert, layers, relatives
+from lorax_flax.models import bert, distilbert, layers, relatives, vit
 from lorax_flax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
   **bert.FAMILIES,
   **distilbert.FAMILIES,
   **relatives.FAMILIES,
+  **vit.FAMILIES,
 }
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -52,7 +53,7 @@ class Loaded:
 
   @property
   def max_length(self) -> int:
-    """How many tokens the model takes."""
+    """How many tokens the model takes; 0 where it takes no text."""
     return self.family.max_length(self.config)
 
   @property

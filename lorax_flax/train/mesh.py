@@ -25,18 +25,22 @@ AXES = ("data", "fsdp", "tensor")
 
 # The axis of the mesh that each logical axis is cut along; None: it is never cut.
 RULES: dict[str, str | None] = {
+  "channels": None,
   "embed": "fsdp",
   "expert": None,
   "head": None,
   "heads": "tensor",
+  "height": None,
   "labels": None,
   "layers": None,
   "mlp": "tensor",
   "pooled": None,
   "positions": None,
   "rank": None,
+  "single": None,
   "types": None,
   "vocab": "tensor",
+  "width": None,
 }
 
 # A delta's leaves: which of the kernel's axes each carries, in the order of its own.

@@ -128,7 +128,11 @@ def check_gradients(folder, model, inputs, *, real=lambda inputs: ..., **options
 
   grads = jax.jit(jax.grad(loss))(loaded.params)
   torch.sin(model(**tensors(inputs)).logits[picked]).sum().backward()
-  got = {k: v.copy() for k, v in export.to_tensors(grads, loaded.keymap).items()}
+  keymap, stored = loaded.keymap, export.to_tensors(grads, loaded.keymap)
+  got = {
+    km.full_key(keymap, bare): stored[km.file_key(keymap, bare)].copy()
+    for bare in keymap.sites
+  }
   want = {
     name: p.grad.numpy().copy()
     for name, p in model.named_parameters()
