@@ -64,6 +64,12 @@ def embed(
   return nn.Embed(rows, features, embedding_init=init, name=name)
 
 
+def logits(x_BxTxD: jax.Array, table: nn.Embed) -> jax.Array:
+  """Scores of every row of a table, BxTxV float32: a head tied to its embeddings."""
+  table_VxD = table.embedding.astype(x_BxTxD.dtype)
+  return jnp.einsum("BTD,VD->BTV", x_BxTxD, table_VxD).astype(jnp.float32)
+
+
 class Norm(nn.Module):
   """Layer norm over the features."""
 

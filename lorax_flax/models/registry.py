@@ -13,12 +13,13 @@ from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.hub import load as hub_load
 from lorax_flax.hub import safetensors
 from lorax_flax.hub.keymap import KeyMap
-from lorax_flax.models import bert, distilbert, layers, relatives, vit
+from lorax_flax.models import bert, distilbert, gpt2, layers, relatives, vit
 from lorax_flax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
   **bert.FAMILIES,
   **distilbert.FAMILIES,
+  **gpt2.FAMILIES,
   **relatives.FAMILIES,
   **vit.FAMILIES,
 }

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from transformers.pytorch_utils import Conv1D
 
 import lorax_flax as lx
 from lorax_flax.hub import export
 from lorax_flax.hub import keymap as km
 from lorax_flax.models import registry
+from lorax_flax.train import mesh
 from tests.adapt import checks
 
 TOLERANCE = 1e-4
@@ -85,12 +87,20 @@ def check_modules(loaded, model):
     torch.nn.Embedding: "embedding",
     torch.nn.LayerNorm: "norm",
     torch.nn.Conv2d: "conv",
+    Conv1D: "linear",
   }
   found = km.modules(loaded.keymap)
   for name, module in model.named_modules():
     if type(module) in kinds and f"{name}.weight" not in loaded.keymap.ties:
       assert found.pop(name) == kinds[type(module)], name
   return found
+
+
+def check_axes(loaded):
+  """Every axis of every weight has a name that a rule of the mesh covers."""
+  axes = mesh.names_by_path(loaded.family.logical_axes(loaded.module))
+  one = mesh.make(mesh.MeshConfig(), jax.devices()[:1])
+  mesh.of_params(one, axes, loaded.params)
 
 
 def check_round_trip(folder, out, model, **options):

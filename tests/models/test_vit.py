@@ -1,6 +1,5 @@
 """ViT against transformers."""
 
-import jax
 import numpy as np
 import pytest
 import transformers
@@ -8,7 +7,6 @@ from safetensors.numpy import load_file, save_file
 
 import lorax_flax as lx
 from lorax_flax.models import registry
-from lorax_flax.train import mesh
 from tests.models import family
 
 SIZES = {
@@ -103,10 +101,7 @@ def test_a_pretraining_checkpoint_gets_a_new_head(tmp_path, kind, other):
 
 def test_every_axis_has_a_rule(tmp_path):
   save(tmp_path)
-  loaded = registry.load(tmp_path)
-  axes = mesh.names_by_path(loaded.family.logical_axes(loaded.module))
-  one = mesh.make(mesh.MeshConfig(), jax.devices()[:1])
-  mesh.of_params(one, axes, loaded.params)
+  family.check_axes(registry.load(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,236 @@
+"""GPT-2, a causal language model.
+
+Learned positions, norms before attention and MLP, and a head that is the table of the
+tokens again. Source: Radford et al. 2019, "Language models are unsupervised multitask
+learners", as transformers computes it (GPT2LMHeadModel).
+
+Shapes: B batch, T tokens, D n_embd, H heads, K head size, V vocab_size.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lorax_flax.errors import LoraxError
+from lorax_flax.hub import gpt2_keys
+from lorax_flax.models import fields, layers, ops
+from lorax_flax.models.family import Family
+
+DType = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+  """GPT-2's shape, under Hugging Face's field names.
+
+  Attributes:
+    n_inner: features inside the MLP; None takes 4 · n_embd.
+    scale_attn_weights: attention's logits are divided by sqrt(head size).
+    scale_attn_by_inverse_layer_idx: and by the number of their layer, from 1 on.
+    tie_word_embeddings: the head is the table of the tokens, not a layer of its own.
+    The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
+  """
+
+  vocab_size: int = 50257
+  n_positions: int = 1024
+  n_embd: int = 768
+  n_layer: int = 12
+  n_head: int = 12
+  n_inner: int | None = None
+  activation_function: str = "gelu_new"
+  resid_pdrop: float = 0.1
+  embd_pdrop: float = 0.1
+  attn_pdrop: float = 0.1
+  layer_norm_epsilon: float = 1e-5
+  initializer_range: float = 0.02
+  scale_attn_weights: bool = True
+  scale_attn_by_inverse_layer_idx: bool = False
+  tie_word_embeddings: bool = True
+
+  def __post_init__(self):
+    sizes = ["vocab_size", "n_positions", "n_embd", "n_head"]
+    fields.check_layers(self, ["n_layer"])
+    fields.check_sizes(self, [*sizes, *["n_inner"] * (self.n_inner is not None)])
+    fields.check_rates(self, ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
+    fields.check_positive(self, ["layer_norm_epsilon", "initializer_range"])
+    scales = ["scale_attn_weights", "scale_attn_by_inverse_layer_idx"]
+    fields.check_flags(self, [*scales, "tie_word_embeddings"])
+    fields.check_multiple(self, "n_embd", of="n_head")
+    fields.check_activation(self, "activation_function")
+
+
+_ALIASES = {
+  "hidden_size": "n_embd",
+  "max_position_embeddings": "n_positions",
+  "num_attention_heads": "n_head",
+  "num_hidden_layers": "n_layer",
+}
+
+
+def from_hf(hf_config: Mapping[str, Any], **asked: Any) -> GPT2Config:
+  """Reads a config.json that is already parsed; see `fields.read`.
+
+  reorder_and_upcast_attn is left alone: attention's softmax is always float32.
+  """
+  only = {"add_cross_attention": False}
+  return fields.read(GPT2Config, hf_config, aliases=_ALIASES, only=only, **asked)
+
+
+def _dense(config: GPT2Config, features: int, axes, dtype, name: str) -> nn.Dense:
+  return layers.dense(features, axes, dtype, name, std=config.initializer_range)
+
+
+class Attention(nn.Module):
+  """Self-attention of each token to those before it and to itself."""
+
+  config: GPT2Config
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(
+    self, x_BxTxD: jax.Array, mask_BxT: jax.Array, number: jax.Array | None
+  ) -> jax.Array:
+    """Args: number: what attention's logits are divided by, if anything."""
+    c = self.config
+    fused = _dense(c, 3 * c.n_embd, ("embed", "heads"), self.dtype, "c_attn")
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (
+      layers.in_heads(y_BxTxD, c.n_head)
+      for y_BxTxD in jnp.split(fused(x_BxTxD), 3, axis=-1)
+    )
+    if number is not None:
+      q_BxTxHxK /= number.astype(q_BxTxHxK.dtype)
+    y_BxTxHxK = ops.attention(
+      q_BxTxHxK,
+      k_BxTxHxK,
+      v_BxTxHxK,
+      mask_BxT,
+      causal=True,
+      scale=None if c.scale_attn_weights else 1.0,
+      dropout_rate=c.attn_pdrop,
+      dropout_rng=layers.dropout_rng(self, c.attn_pdrop, self.deterministic),
+    )
+    y_BxTxD = y_BxTxHxK.reshape(x_BxTxD.shape)
+    y_BxTxD = _dense(c, c.n_embd, ("heads", "embed"), self.dtype, "c_proj")(y_BxTxD)
+    return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
+
+
+class MLP(nn.Module):
+  """Two dense layers."""
+
+  config: GPT2Config
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    c = self.config
+    up = _dense(c, c.n_inner or 4 * c.n_embd, ("embed", "mlp"), self.dtype, "c_fc")
+    down = _dense(c, c.n_embd, ("mlp", "embed"), self.dtype, "c_proj")
+    y_BxTxD = down(ops.activation(c.activation_function)(up(x_BxTxD)))
+    return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
+
+
+class Layer(nn.Module):
+  """One layer, in the form that nn.scan asks for."""
+
+  config: GPT2Config
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(
+    self, x_BxTxD: jax.Array, mask_BxT: jax.Array, number: jax.Array | None = None
+  ):
+    c, made_with = self.config, (self.config, self.dtype, self.deterministic)
+    y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_1")(x_BxTxD)
+    x_BxTxD += Attention(*made_with, name="attn")(y_BxTxD, mask_BxT, number)
+    y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_2")(x_BxTxD)
+    return x_BxTxD + MLP(*made_with, name="mlp")(y_BxTxD), None
+
+
+class LanguageModel(nn.Module):
+  """A decoder whose outputs score every token of the vocabulary as the next.
+
+  Attributes:
+    dtype: of computing; norms, softmax and logits are float32.
+    scan: the layers are stacked under "layers" and scanned.
+    remat: what is recomputed in the backward pass: "none", "full" or "dots".
+  """
+
+  config: GPT2Config
+  dtype: DType = jnp.float32
+  scan: bool = False
+  remat: str = "none"
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    *,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Logits, BxTxV float32.
+
+    Args:
+      input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
+        Positions count from the first column on, whatever the mask says.
+      deterministic: without dropout; otherwise a "dropout" rng is needed.
+
+    Raises:
+      LoraxError: a text longer than the positions.
+    """
+    c, dtype, std = self.config, self.dtype, self.config.initializer_range
+    if (length := input_ids.shape[1]) > (room := c.n_positions):
+      raise LoraxError(f"a text of {length} tokens: the model takes at most {room}")
+    words = layers.embed(c.vocab_size, c.n_embd, "wte", axis="vocab", std=std)
+    places = layers.embed(c.n_positions, c.n_embd, "wpe", axis="positions", std=std)
+    positions_1xT = jnp.arange(length, dtype=jnp.int32)[None, :]
+    x_BxTxD = words(input_ids).astype(dtype) + places(positions_1xT).astype(dtype)
+    x_BxTxD = nn.Dropout(c.embd_pdrop)(x_BxTxD, deterministic)
+    each = {}
+    if c.scale_attn_by_inverse_layer_idx:
+      each["number"] = jnp.arange(1, c.n_layer + 1, dtype=jnp.float32)
+    x_BxTxD = layers.stack(
+      Layer,
+      (c, dtype, deterministic),
+      c.n_layer,
+      x_BxTxD,
+      attention_mask,
+      scan=self.scan,
+      remat=self.remat,
+      each=each,
+    )
+    x_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_f")(x_BxTxD)
+    if c.tie_word_embeddings:
+      return layers.logits(x_BxTxD, words)
+    axes = ("embed", "vocab")
+    head = layers.dense(c.vocab_size, axes, dtype, "lm_head", std=std, bias=False)
+    return head(x_BxTxD).astype(jnp.float32)
+
+
+def inputs(config: GPT2Config) -> dict[str, jax.ShapeDtypeStruct]:
+  """The smallest inputs; see `Family.inputs`."""
+  del config
+  ids_BxT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  return {"input_ids": ids_BxT, "attention_mask": ids_BxT}
+
+
+FAMILIES = {
+  "gpt2": Family(
+    task="causal-lm",
+    architecture="GPT2LMHeadModel",
+    configure=from_hf,
+    build=LanguageModel,
+    keymap=lambda config, scan: gpt2_keys.keymap(
+      config.n_layer, config.tie_word_embeddings, scan
+    ),
+    inputs=inputs,
+    max_length=lambda config: config.n_positions,
+  )
+}
