@@ -57,10 +57,21 @@ def dense(
 
 
 def embed(
-  rows: int, features: int, name: str | None = None, *, axis: str, std: float = 0.02
+  rows: int,
+  features: int,
+  name: str | None = None,
+  *,
+  axis: str,
+  along: str = "embed",
+  std: float = 0.02,
 ) -> nn.Embed:
-  """A table, one vector a row; cast what is looked up, for a dtype casts the table."""
-  init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, "embed"))
+  """A table, one vector a row; cast what is looked up, for a dtype casts the table.
+
+  Args:
+    axis, along: logical names of the rows and of the features.
+    std: of the normal that a fresh table is drawn from.
+  """
+  init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, along))
   return nn.Embed(rows, features, embedding_init=init, name=name)
 
 

@@ -13,7 +13,7 @@ from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.hub import load as hub_load
 from lorax_flax.hub import safetensors
 from lorax_flax.hub.keymap import KeyMap
-from lorax_flax.models import bert, distilbert, gpt2, layers, relatives, vit
+from lorax_flax.models import bert, distilbert, gpt2, layers, relatives, t5, vit
 from lorax_flax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -21,6 +21,7 @@ FAMILIES: dict[str, Family] = {
   **distilbert.FAMILIES,
   **gpt2.FAMILIES,
   **relatives.FAMILIES,
+  **t5.FAMILIES,
   **vit.FAMILIES,
 }
 _FLOATS = ("float32", "bfloat16", "float16")

@@ -25,6 +25,7 @@ AXES = ("data", "fsdp", "tensor")
 
 # The axis of the mesh that each logical axis is cut along; None: it is never cut.
 RULES: dict[str, str | None] = {
+  "buckets": None,
   "channels": None,
   "embed": "fsdp",
   "expert": None,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 import lorax_flax as lx
@@ -88,6 +89,7 @@ def check_modules(loaded, model):
     torch.nn.LayerNorm: "norm",
     torch.nn.Conv2d: "conv",
     Conv1D: "linear",
+    T5LayerNorm: "norm",
   }
   found = km.modules(loaded.keymap)
   for name, module in model.named_modules():

@@ -13,6 +13,7 @@ from lorax_flax.models.ops.activations import (
   gelu_tanh,
 )
 from lorax_flax.models.ops.attention import attention
+from lorax_flax.models.ops.biased import biased_attention
 from lorax_flax.models.ops.norm import layer_norm, rms_norm
 from lorax_flax.models.ops.rope import Rope, Rotations, rotate, rotations
 
@@ -22,6 +23,7 @@ __all__ = [
   "Rotations",
   "activation",
   "attention",
+  "biased_attention",
   "gated",
   "gelu",
   "gelu_tanh",

@@ -1,0 +1,66 @@
+"""T5's relative positions: a trained bias for each head and bucket of distances.
+
+Source: arXiv 1910.10683, section 2.1, as transformers computes it (T5Attention).
+
+Shapes: N distances, T queries, S keys, H heads.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def buckets(
+  ahead_N: np.ndarray, *, both_ways: bool, count: int, farthest: int
+) -> np.ndarray:
+  """The bucket of each distance.
+
+  Half of the buckets of a direction hold one distance each; the other half are
+  logarithmically wider, up to `farthest`, and the last one holds all beyond.
+
+  Args:
+    ahead_N: the key's place less the query's.
+    both_ways: keys after the query have half of the buckets; otherwise they share
+      that of distance 0.
+    count: of all buckets.
+    farthest: the distance from which on all share a bucket.
+
+  Returns:
+    N int32, from 0 to count - 1.
+  """
+  if both_ways:
+    count //= 2
+    first_N = np.where(ahead_N > 0, count, 0)
+    far_N = np.abs(ahead_N)
+  else:
+    first_N = np.zeros_like(ahead_N)
+    far_N = np.maximum(-ahead_N, 0)
+  exact = count // 2
+  # In float32 as torch has it, since whole numbers are where buckets begin.
+  ratio_N = np.maximum(far_N, 1).astype(np.float32) / np.float32(exact)
+  steps_N = np.log(ratio_N) / np.float32(np.log(farthest / exact))
+  wide_N = exact + (steps_N * np.float32(count - exact)).astype(np.int64)
+  own_N = np.where(far_N < exact, far_N, np.minimum(wide_N, count - 1))
+  return (first_N + own_N).astype(np.int32)
+
+
+def relative_bias(
+  table: nn.Embed, length: int, *, both_ways: bool, farthest: int
+) -> jax.Array:
+  """What attention's logits get, HxTxS, for `length` queries and as many keys.
+
+  Args:
+    table: a row for each bucket, a column for each head.
+    both_ways, farthest: see `buckets`.
+  """
+  bucket_N = buckets(
+    np.arange(1 - length, length),
+    both_ways=both_ways,
+    count=table.num_embeddings,
+    farthest=farthest,
+  )
+  bias_NxH = table(jnp.asarray(bucket_N))
+  places_T = jnp.arange(length)
+  n_TxS = places_T[None, :] - places_T[:, None] + (length - 1)
+  return bias_NxH[n_TxS].transpose(2, 0, 1)
