@@ -173,34 +173,20 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    c, act = self.config, ops.activation(self.config.activation)
+    c, act = self.config, self.config.activation
     up = lambda name: _dense(c, c.d_model, c.d_ff, ("embed", "mlp"), self.dtype, name)
     if c.gated:
-      h_BxTxF = act(up("wi_0")(x_BxTxD)) * up("wi_1")(x_BxTxD)
+      h_BxTxF = ops.gated(act, up("wi_0")(x_BxTxD), up("wi_1")(x_BxTxD))
     else:
-      h_BxTxF = act(up("wi")(x_BxTxD))
+      h_BxTxF = ops.activation(act)(up("wi")(x_BxTxD))
     h_BxTxF = nn.Dropout(c.dropout_rate)(h_BxTxF, self.deterministic)
     return _dense(c, c.d_ff, c.d_model, ("mlp", "embed"), self.dtype, "wo")(h_BxTxF)
-
-
-class RmsNorm(nn.Module):
-  """Divides the features by their root mean square."""
-
-  eps: float
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",))
-    scale_D: Any = self.param("scale", init, (x_BxTxD.shape[-1],))
-    x = x_BxTxD.astype(jnp.float32)
-    x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-    return x.astype(x_BxTxD.dtype) * scale_D[None, None].astype(x_BxTxD.dtype)
 
 
 def _sublayer(made_with, x_BxTxD: jax.Array, name: str, apply) -> jax.Array:
   """x, and what is made of the normed x."""
   config, _, deterministic = made_with
-  norm = RmsNorm(config.layer_norm_epsilon, name=f"{name}_norm")
+  norm = layers.RmsNorm(config.layer_norm_epsilon, name=f"{name}_norm")
   drop = nn.Dropout(config.dropout_rate, deterministic=deterministic)
   return x_BxTxD + drop(apply(norm(x_BxTxD)))
 
@@ -302,7 +288,7 @@ class Stack(nn.Module):
       scan=self.scan,
       remat=self.remat,
     )
-    return drop(RmsNorm(c.layer_norm_epsilon, name="norm")(x_BxTxD))
+    return drop(layers.RmsNorm(c.layer_norm_epsilon, name="norm")(x_BxTxD))
 
 
 class ConditionalGenerator(nn.Module):

@@ -38,6 +38,16 @@ def change_config(folder, **fields):
   path.write_text(json.dumps(config))
 
 
+def tokens(length, rows, vocab):
+  """Rows (ids, mask): whole, and padded on the right, on the left, on both sides."""
+  rng = np.random.default_rng(length)
+  mask = np.ones((rows, length), np.int32)
+  if rows > 1:
+    mask[1, length - 3 :] = mask[2, :2] = mask[3, [0, -1]] = 0
+  ids = rng.integers(2, vocab, (rows, length)).astype(np.int32)
+  return ids * mask, mask
+
+
 def tensors(inputs):
   """Arrays for torch, whose ids are 64 bits wide."""
   found = {name: torch.tensor(np.asarray(x)) for name, x in inputs.items()}

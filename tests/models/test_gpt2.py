@@ -26,13 +26,8 @@ def save(folder, kind=transformers.GPT2LMHeadModel, **fields):
 
 
 def batch(length=11, rows=4):
-  """Rows that are whole, and padded on the right, on the left and on both sides."""
-  rng = np.random.default_rng(length)
-  mask = np.ones((rows, length), np.int32)
-  if rows > 1:
-    mask[1, length - 3 :] = mask[2, :2] = mask[3, [0, -1]] = 0
-  ids = rng.integers(2, SIZES["vocab_size"], (rows, length)).astype(np.int32)
-  return {"input_ids": np.where(mask, ids, 0).astype(np.int32), "attention_mask": mask}
+  ids, mask = family.tokens(length, rows, SIZES["vocab_size"])
+  return {"input_ids": ids, "attention_mask": mask}
 
 
 def real(inputs):
