@@ -15,6 +15,7 @@ Kind = Literal["linear", "conv", "embedding", "norm", "raw"]
 # The stored axis that each of ours is: our (in, out) of torch's (out, in), and our
 # (height, width, in, out) of torch's (out, in, height, width).
 LINEAR = (1, 0)
+CONV_1D = (2, 1, 0)
 CONV_2D = (2, 3, 1, 0)
 
 
@@ -111,7 +112,7 @@ def embedding(path: str, key: str, **rest: Any) -> Entry:
 
 def kind(entry: Entry) -> Kind:
   """What the module of a weight's row is."""
-  if entry.axes == CONV_2D:
+  if entry.axes in (CONV_1D, CONV_2D):
     return "conv"
   kinds: dict[str, Kind] = {
     "kernel": "linear",

@@ -88,12 +88,7 @@ class Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    def param(name, init):
-      init = nn.with_logical_partitioning(init, ("embed",))
-      return self.param(name, init, (x_BxTxD.shape[-1],))
-
-    scale_D = param("scale", nn.initializers.ones_init())
-    bias_D = param("bias", nn.initializers.zeros_init())
+    scale_D, bias_D = _norm_weights(self, x_BxTxD.shape[-1])
     return ops.layer_norm(x_BxTxD, scale_D, bias_D, self.eps)
 
 
@@ -115,6 +110,23 @@ class RmsNorm(nn.Module):
     init = nn.with_logical_partitioning(start, (self.axis,))
     scale_D = self.param("scale", init, (x.shape[-1],))
     return ops.rms_norm(x, scale_D, self.eps, self.offset, self.late)
+
+
+class NormWeights(nn.Module):
+  """The scale and the bias, D each, of a layer norm that is computed elsewhere."""
+
+  @nn.compact
+  def __call__(self, features: int) -> tuple[jax.Array, jax.Array]:
+    return _norm_weights(self, features)
+
+
+def _norm_weights(module: nn.Module, features: int) -> tuple[jax.Array, jax.Array]:
+  def param(name, init):
+    init = nn.with_logical_partitioning(init, ("embed",))
+    return module.param(name, init, (features,))
+
+  scale_D = param("scale", nn.initializers.ones_init())
+  return scale_D, param("bias", nn.initializers.zeros_init())
 
 
 def in_heads(x_BxTxD: jax.Array, heads: int) -> jax.Array:

@@ -13,11 +13,12 @@ from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.hub import load as hub_load
 from lorax_flax.hub import safetensors
 from lorax_flax.hub.keymap import KeyMap
-from lorax_flax.models import bert, distilbert, gpt2, layers, relatives, t5, vit
+from lorax_flax.models import bert, deberta, distilbert, gpt2, layers, relatives, t5, vit
 from lorax_flax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
   **bert.FAMILIES,
+  **deberta.FAMILIES,
   **distilbert.FAMILIES,
   **gpt2.FAMILIES,
   **relatives.FAMILIES,

@@ -97,6 +97,7 @@ def check_modules(loaded, model):
     torch.nn.Linear: "linear",
     torch.nn.Embedding: "embedding",
     torch.nn.LayerNorm: "norm",
+    torch.nn.Conv1d: "conv",
     torch.nn.Conv2d: "conv",
     Conv1D: "linear",
     T5LayerNorm: "norm",
