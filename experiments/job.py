@@ -61,7 +61,7 @@ def prepare(wanted: Settings, say: Callable[[str], None]) -> Job:
     f"padded to {' or '.join(map(str, buckets))} tokens"
   )
 
-  apply_fn = _apply_fn(_with_dropout(loaded.module, wanted.model))
+  apply_fn = _apply_fn(_with_dropout(loaded, wanted.model))
   lora = lx.adapt(apply_fn, wanted.lora)
   example = pipeline.evaluation(train, pipeline.Shape(1, buckets))[0]
   adapter = lora.init(
@@ -137,15 +137,20 @@ def describe(adapter: Adapter, params: Any) -> str:
   )
 
 
-def _with_dropout(module: Any, model: ModelSettings) -> Any:
+def _with_dropout(loaded: registry.Loaded, model: ModelSettings) -> Any:
   """The module with other rates than its config.json has, where they are given."""
-  rates = {
-    "hidden_dropout_prob": model.dropout,
-    "attention_probs_dropout_prob": model.dropout,
-    "classifier_dropout": model.head_dropout,
-  }
-  given = {name: rate for name, rate in rates.items() if rate is not None}
-  return module.clone(config=dataclasses.replace(module.config, **given))
+  family = loaded.family
+  rates: dict[str, float] = {}
+  for option, fields, rate in (
+    ("dropout", family.dropout, model.dropout),
+    ("head_dropout", family.head_dropout, model.head_dropout),
+  ):
+    if rate is not None and not fields:
+      name = loaded.hf_config["model_type"]
+      raise LoraxError(f"model.{option} is {rate}, and a {name} has no such dropout")
+    if rate is not None:
+      rates |= dict.fromkeys(fields, rate)
+  return loaded.module.clone(config=dataclasses.replace(loaded.config, **rates))
 
 
 def _apply_fn(module: Any) -> Callable[..., jax.Array]:

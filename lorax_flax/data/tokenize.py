@@ -51,7 +51,19 @@ def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
   wanted = "; or ".join(" and ".join(files) for files in _BUILDERS)
   there = listing(p.name for p in folder.iterdir()) if folder.is_dir() else ""
   raise LoraxError(
-    f"no tokenizer in {folder}: it has neither {wanted}. There are: {there or 'none'}"
+    f"no tokenizer in {folder}: it has neither {wanted}.{_sentencepiece(folder)} "
+    f"There are: {there or 'none'}"
+  )
+
+
+def _sentencepiece(folder: Path) -> str:
+  """The way out where only SentencePiece's own file is there, as a sentence."""
+  if not (found := sorted(path.name for path in folder.glob("*.model"))):
+    return ""
+  return (
+    f" {found[0]} is SentencePiece's and is not read; transformers makes a "
+    f"tokenizer.json of it: AutoTokenizer.from_pretrained({str(folder)!r})"
+    f".save_pretrained({str(folder)!r})."
   )
 
 

@@ -25,6 +25,7 @@ _WANTED = (
   "vocab.txt",
   "vocab.json",
   "merges.txt",
+  "*.model",  # SentencePiece's, which a tokenizer.json can be made of
 )
 _TIMEOUT = 3.0  # seconds, for the hub's first answer
 

@@ -121,7 +121,7 @@ class Encoder(nn.Module):
       table = layers.embed(
         2 * c.span, c.hidden_size, "rel_embeddings", axis="positions", std=std
       )
-      rel_RxD = table(places).astype(self.dtype)
+      rel_RxD = table(places[None, :])[0].astype(self.dtype)
       if c.norm_rel_ebd:
         rel_RxD = layers.Norm(c.layer_norm_eps, name="rel_norm")(rel_RxD)
     each = {}
@@ -251,5 +251,7 @@ FAMILIES = {
     ),
     inputs=inputs,
     max_length=lambda config: config.max_position_embeddings,
+    dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    head_dropout=("cls_dropout",),
   )
 }

@@ -242,5 +242,7 @@ FAMILIES = {
     keymap=lambda config, scan: distilbert_keys.keymap(config.n_layers, scan),
     inputs=inputs,
     max_length=lambda config: config.max_position_embeddings,
+    dropout=("dropout", "attention_dropout"),
+    head_dropout=("seq_classif_dropout",),
   )
 }

@@ -30,6 +30,8 @@ class Family:
     keymap: (config, scan) -> names in a checkpoint, ours and PEFT's.
     inputs: (config) -> ShapeDtypeStructs of the smallest inputs, by name.
     max_length: (config) -> how many tokens a text may have; 0 where it takes no text.
+    dropout: fields of the config that are rates of dropout inside the model.
+    head_dropout: those that are rates before the classifier.
   """
 
   task: Task
@@ -39,6 +41,8 @@ class Family:
   keymap: Callable[[Any, bool], KeyMap]
   inputs: Callable[[Any], Mapping[str, jax.ShapeDtypeStruct]]
   max_length: Callable[[Any], int]
+  dropout: tuple[str, ...] = ()
+  head_dropout: tuple[str, ...] = ()
 
   @property
   def has_labels(self) -> bool:

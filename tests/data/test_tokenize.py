@@ -124,6 +124,17 @@ def test_robertas_tokenizer_json_gives_transformers_ids(byte_level, tmp_path):
   _assert_same(tmp_path)
 
 
+def test_debertas_tokenizer_json_gives_transformers_ids(tmp_path):
+  special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+  pieces = [*dict.fromkeys(chain.from_iterable(TEXTS)), "▁", "▁long", "▁and", "ain"]
+  vocab = [(token, 0.0) for token in special]
+  vocab += [(piece, -2.0 - len(piece) % 3) for piece in pieces if piece != " "]
+  vocab.append(("[MASK]", 0.0))
+  transformers.DebertaV2Tokenizer(vocab=vocab).save_pretrained(tmp_path)
+  (tmp_path / "config.json").write_text('{"model_type": "deberta-v2"}')
+  _assert_same(tmp_path)
+
+
 def test_padding_and_truncation_baked_into_a_tokenizer_json_are_off(minilm):
   baked = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
   assert baked.truncation is not None
@@ -195,6 +206,12 @@ def test_a_folder_without_tokenizer_is_an_error_that_lists_it(tmp_path):
     tokenize.load_tokenizer(tmp_path)
   with pytest.raises(LoraxError, match="There are: none"):
     tokenize.load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_sentencepiece_model_alone_is_an_error_with_the_way_out(tmp_path):
+  (tmp_path / "spm.model").touch()
+  with pytest.raises(LoraxError, match=r"spm\.model is .*\.save_pretrained\("):
+    tokenize.load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}'])

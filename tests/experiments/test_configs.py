@@ -27,21 +27,34 @@ LARGE = {
   "rte": (8, 20, 4, 512),
   "stsb": (8, 30, 2, 512),
 }
-DAGGER_EPOCHS = {**{t: LARGE[t][1] for t in LARGE}, "stsb": 10}
-# Table 2: RoBERTa-base LoRA, large LoRA, large LoRA†.
-SCORES = {
-  "mnli": ("87.5 ± 0.3", "90.6 ± 0.2", "90.6"),
-  "sst2": ("95.1 ± 0.2", "96.2 ± 0.5", "96.2"),
-  "mrpc": ("89.7 ± 0.7", "90.9 ± 1.2", "90.2"),
-  "cola": ("63.4 ± 1.2", "68.2 ± 1.9", "68.2"),
-  "qnli": ("93.3 ± 0.3", "94.9 ± 0.3", "94.8"),
-  "qqp": ("90.8 ± 0.1", "91.6 ± 0.1", "91.6"),
-  "rte": ("86.6 ± 0.7", "87.4 ± 2.5", "85.2 ± 1.1"),
-  "stsb": ("91.5 ± 0.2", "92.6 ± 0.2", "92.3"),
+# Its table 10, DeBERTa-XXL: batch, epochs, learning rate × 1e-4, weight decay, the
+# classifier's dropout, length.
+XXLARGE = {
+  "mnli": (8, 5, 1, 0, 0.15, 256),
+  "sst2": (8, 16, 0.6, 0.01, 0, 128),
+  "mrpc": (32, 30, 2, 0.01, 0, 128),
+  "cola": (4, 10, 1, 0, 0.1, 64),
+  "qnli": (6, 8, 1, 0.01, 0.1, 512),
+  "qqp": (8, 11, 1, 0.01, 0.2, 320),
+  "rte": (4, 11, 2, 0.01, 0.2, 320),
+  "stsb": (4, 10, 2, 0.1, 0.2, 128),
 }
+DAGGER_EPOCHS = {**{t: LARGE[t][1] for t in LARGE}, "stsb": 10}
+# Table 2: RoBERTa-base LoRA, large LoRA, large LoRA†, DeBERTa-XXL LoRA.
+SCORES = {
+  "mnli": ("87.5 ± 0.3", "90.6 ± 0.2", "90.6", "91.9 ± 0.2"),
+  "sst2": ("95.1 ± 0.2", "96.2 ± 0.5", "96.2", "96.9 ± 0.2"),
+  "mrpc": ("89.7 ± 0.7", "90.9 ± 1.2", "90.2", "92.6 ± 0.6"),
+  "cola": ("63.4 ± 1.2", "68.2 ± 1.9", "68.2", "72.4 ± 1.1"),
+  "qnli": ("93.3 ± 0.3", "94.9 ± 0.3", "94.8", "96.0 ± 0.1"),
+  "qqp": ("90.8 ± 0.1", "91.6 ± 0.1", "91.6", "92.9 ± 0.1"),
+  "rte": ("86.6 ± 0.7", "87.4 ± 2.5", "85.2 ± 1.1", "94.9 ± 0.4"),
+  "stsb": ("91.5 ± 0.2", "92.6 ± 0.2", "92.3", "93.0 ± 0.2"),
+}
+VARIANTS = ("", ":large", ":large_dagger", ":xxlarge")
 SPECS = [
   *("quickstart.py", "quickstart.py:full"),
-  *(f"glue_{task}.py{v}" for task in BASE for v in ("", ":large", ":large_dagger")),
+  *(f"glue_{task}.py{v}" for task in BASE for v in VARIANTS),
 ]
 
 
@@ -81,9 +94,7 @@ def test_the_papers_recipe_and_scores(task):
   text = _docstring(f"glue_{task}")
   for score in SCORES[task]:
     assert score in text
-  base, large, dagger = (
-    _settings(f"glue_{task}.py{v}") for v in ("", ":large", ":large_dagger")
-  )
+  base, large, dagger, _ = (_settings(f"glue_{task}.py{v}") for v in VARIANTS)
   found = (base.train.batch_size, base.train.epochs, base.train.learning_rate)
   batch, epochs, rate = BASE[task]
   assert found == (batch, epochs, pytest.approx(rate * 1e-4))
@@ -107,6 +118,31 @@ def test_the_papers_recipe_and_scores(task):
     assert re.fullmatch(each.lora.targets, "encoder/layers/attention/value/kernel")
     assert not re.fullmatch(each.lora.targets, "encoder/layer_3/attention/key/kernel")
     assert each.lora.tuned == ("classifier",)
+
+
+@pytest.mark.parametrize("task", sorted(XXLARGE))
+def test_the_papers_recipe_of_deberta_with_the_rank_of_its_4_7m(task):
+  found = _settings(f"glue_{task}.py:xxlarge")
+  model, lora, train = found.model, found.lora, found.train
+  assert "rank 16 and alpha 32" in _docstring(f"glue_{task}")
+  assert (
+    train.batch_size,
+    train.epochs,
+    pytest.approx(train.learning_rate * 1e4),
+    train.weight_decay,
+    model.head_dropout,
+    found.data.max_length,
+  ) == XXLARGE[task]
+  assert model.path == "microsoft/deberta-v2-xxlarge"
+  assert (train.warmup_fraction, train.schedule) == (0.1, "linear")
+  assert (lora.rank, lora.alpha, lora.tuned) == (16, 32, ("classifier",))
+  query, value, key = (
+    re.fullmatch(lora.targets, f"encoder/layers/attention/{name}_proj/kernel")
+    for name in ("query", "value", "key")
+  )
+  assert query
+  assert value
+  assert not key
 
 
 def test_full_fine_tuning_is_the_quick_start_without_deltas():

@@ -1,0 +1,51 @@
+"""What a job is made of, apart from a run (test_run.py)."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import job
+from experiments.settings import ModelSettings
+from lorax_flax.errors import LoraxError
+from lorax_flax.models import registry
+
+RATES = {
+  "bert": (
+    ["hidden_dropout_prob", "attention_probs_dropout_prob"],
+    "classifier_dropout",
+  ),
+  "distilbert": (["dropout", "attention_dropout"], "seq_classif_dropout"),
+  "deberta-v2": (
+    ["hidden_dropout_prob", "attention_probs_dropout_prob"],
+    "cls_dropout",
+  ),
+}
+
+
+def _loaded(name, **fields):
+  family = dataclasses.replace(registry.FAMILIES[name], **fields)
+  config = family.configure({"model_type": name})
+  module = family.build(config, "float32", False, "none")
+  return SimpleNamespace(
+    family=family, module=module, config=config, hf_config={"model_type": name}
+  )
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_dropout_goes_by_each_familys_own_names(name):
+  loaded = _loaded(name)
+  inside, head = RATES[name]
+  module = job._with_dropout(loaded, ModelSettings("there", dropout=0.4))
+  want = dataclasses.replace(loaded.config, **dict.fromkeys(inside, 0.4))
+  assert module.config == want
+  module = job._with_dropout(loaded, ModelSettings("there", head_dropout=0.3))
+  assert module.config == dataclasses.replace(loaded.config, **{head: 0.3})
+  module = job._with_dropout(loaded, ModelSettings("there"))
+  assert module.config == loaded.config
+
+
+def test_a_rate_that_a_family_does_not_have_is_an_error():
+  loaded = _loaded("bert", head_dropout=())
+  with pytest.raises(LoraxError, match=r"head_dropout is 0\.3, and a bert has no such"):
+    job._with_dropout(loaded, ModelSettings("there", head_dropout=0.3))
