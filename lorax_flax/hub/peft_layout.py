@@ -102,12 +102,13 @@ def transposed(keymap: KeyMap, key: str) -> bool:
 
 def _all_linear(config: PeftConfig, keymap: KeyMap) -> list[str]:
   """What "all-linear" means: for a sequence classifier, without its head."""
-  heads = set()
-  if config.task_type == peft_config.SEQ_CLS:
-    rows = keymap.sites.items()
-    heads = {module_of(bare) for bare, site in rows if site.entry.part == "head"}
   linear = (name for name, kind in modules(keymap).items() if kind == "linear")
-  return [name for name in linear if name not in heads]
+  if config.task_type != peft_config.SEQ_CLS:
+    return list(linear)
+  # By PEFT's names of heads; a layer before the classifier that's called otherwise
+  # (DeBERTa's pooler) is one of the layers.
+  heads = peft_config.HEAD_NAMES
+  return [name for name in linear if name.split(".")[0] not in heads]
 
 
 def _saved(config: PeftConfig, keymap: KeyMap) -> dict[str, Slot]:

@@ -1,7 +1,12 @@
 """DeBERTa-v2 and v3 against transformers."""
 
+import dataclasses
+import functools
+import json
+
 import jax
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -9,6 +14,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as peer
 
 import lorax_flax as lx
 from lorax_flax.hub import keymap as km
+from lorax_flax.hub import peft as hub_peft
 from lorax_flax.models import deberta, deberta_attention, registry
 from tests.models import family, peers
 
@@ -179,6 +185,33 @@ def test_lora_on_projections_that_contents_and_positions_share(tmp_path):
     [f"encoder/layers/attention/{name}_proj/kernel" for name in ("query", "value")],
     targets=".*/(query|value)_proj/kernel",
   )
+
+
+# Of transformers, about itself.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_of_peft_gives_pefts_logits(tmp_path):
+  model = save(tmp_path / "base", V2)
+  config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules="all-linear")
+  adapted = peft.get_peft_model(model, config).eval()
+  with torch.no_grad():
+    for name, parameter in adapted.named_parameters():
+      if "lora_B" in name:
+        parameter.normal_(std=0.3)
+  adapted.save_pretrained(tmp_path / "adapter")
+  loaded = registry.load(tmp_path / "base", scan=True)
+  read = functools.partial(hub_peft.read_adapter, tmp_path / "adapter")
+  adapter, _ = read(loaded.params, loaded.keymap)
+  assert "pooler/kernel" in adapter
+  merged = lx.merge(loaded.params, adapter)
+  got = family.logits(dataclasses.replace(loaded, params=merged), batch())
+  want = family.torch_logits(adapted, batch())
+  np.testing.assert_allclose(got, want, atol=family.TOLERANCE)
+  assert not np.allclose(got, family.logits(loaded, batch()), atol=0.1)
+  # PEFT writes the names that "all-linear" came to; the word means the same here.
+  file = tmp_path / "adapter" / "adapter_config.json"
+  raw = json.loads(file.read_text())
+  file.write_text(json.dumps(raw | {"target_modules": "all-linear"}))
+  assert read(loaded.params, loaded.keymap)[0].keys() == adapter.keys()
 
 
 def test_a_pretraining_checkpoint_gets_a_new_head(tmp_path):
