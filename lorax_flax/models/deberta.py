@@ -94,8 +94,8 @@ class Conv(nn.Module):
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[-1:]),
       name="conv",
     )
-    y_BxTxD = conv(x_BxTxD) * real_BxTx1
-    y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
+    # Of padded places too: `Layer` sets the sum to zero there.
+    y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(conv(x_BxTxD), self.deterministic)
     y_BxTxD = ops.activation(c.conv_act)(y_BxTxD)
     norm = layers.NormWeights(name="layer_norm")(c.hidden_size)
     return Beside(y_BxTxD, real_BxTx1, *norm)
