@@ -19,7 +19,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.hub import bert_keys
 from lorax_flax.models import layers, ops
 from lorax_flax.models.config import EncoderConfig, from_hf
-from lorax_flax.models.family import Family
+from lorax_flax.models.family import Family, text_inputs
 
 DType = Any
 
@@ -243,13 +243,6 @@ def max_length(config: EncoderConfig) -> int:
   return config.max_position_embeddings - offset
 
 
-def inputs(config: EncoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """The smallest inputs; see `Family.inputs`."""
-  del config
-  ids_BxT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  return {"input_ids": ids_BxT, "attention_mask": ids_BxT}
-
-
 _SIZES = {
   "hidden_size": 768,
   "num_hidden_layers": 12,
@@ -270,7 +263,7 @@ def _family(model_type: str, architecture: str, vocab: int, pad: int) -> Family:
     keymap=lambda config, scan: bert_keys.keymap(
       model_type, config.num_hidden_layers, scan
     ),
-    inputs=inputs,
+    inputs=text_inputs,
     max_length=max_length,
     dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     head_dropout=("classifier_dropout",),

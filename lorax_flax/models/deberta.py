@@ -19,7 +19,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.hub import deberta_keys
 from lorax_flax.models import deberta_attention, layers, ops
 from lorax_flax.models.deberta_config import DebertaConfig, from_hf
-from lorax_flax.models.family import Family
+from lorax_flax.models.family import Family, text_inputs
 
 DType = Any
 
@@ -233,13 +233,6 @@ class SequenceClassifier(nn.Module):
     return head(x_BxD).astype(jnp.float32)
 
 
-def inputs(config: DebertaConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """The smallest inputs; see `Family.inputs`."""
-  del config
-  ids_BxT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  return {"input_ids": ids_BxT, "attention_mask": ids_BxT}
-
-
 FAMILIES = {
   "deberta-v2": Family(
     task="sequence-classification",
@@ -249,7 +242,7 @@ FAMILIES = {
     keymap=lambda config, scan: deberta_keys.keymap(
       config.num_hidden_layers, config.optional, scan
     ),
-    inputs=inputs,
+    inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
     dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     head_dropout=("cls_dropout",),

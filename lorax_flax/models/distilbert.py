@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub import distilbert_keys
 from lorax_flax.models import fields, layers, ops
-from lorax_flax.models.family import Family
+from lorax_flax.models.family import Family, text_inputs
 
 DType = Any
 
@@ -226,13 +226,6 @@ class SequenceClassifier(nn.Module):
     return head(x_BxD).astype(jnp.float32)
 
 
-def inputs(config: DistilBertConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """The smallest inputs; see `Family.inputs`."""
-  del config
-  ids_BxT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  return {"input_ids": ids_BxT, "attention_mask": ids_BxT}
-
-
 FAMILIES = {
   "distilbert": Family(
     task="sequence-classification",
@@ -240,7 +233,7 @@ FAMILIES = {
     configure=from_hf,
     build=SequenceClassifier,
     keymap=lambda config, scan: distilbert_keys.keymap(config.n_layers, scan),
-    inputs=inputs,
+    inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
     dropout=("dropout", "attention_dropout"),
     head_dropout=("seq_classif_dropout",),

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import meta
 
 from lorax_flax.hub.keymap import KeyMap
@@ -66,3 +67,10 @@ class Family:
   def logical_axes(self, module: nn.Module) -> Any:
     """The parameters' tree with the logical names of each leaf's axes."""
     return nn.get_partition_spec(self.abstract_params(module))
+
+
+def text_inputs(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+  """The smallest inputs of an encoder of text; see `Family.inputs`."""
+  del config
+  ids_BxT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  return {"input_ids": ids_BxT, "attention_mask": ids_BxT}

@@ -18,9 +18,10 @@ from lorax_flax.hub import peft as hub_peft
 from lorax_flax.models import deberta, deberta_attention, registry
 from tests.models import family, peers
 
+SIZES = {**peers.SIZES, "num_hidden_layers": 2}
 # Three buckets a side hold one distance each, and four are logarithmic.
 V3 = {
-  **peers.SIZES,
+  **SIZES,
   "relative_attention": True,
   "pos_att_type": ["p2c", "c2p"],
   "position_buckets": 7,
@@ -42,7 +43,7 @@ SPLIT = {
   "type_vocab_size": 2,
   "embedding_size": 8,
 }
-PLAIN = {**peers.SIZES, "max_position_embeddings": 23}
+PLAIN = {**SIZES, "max_position_embeddings": 23}
 
 # As they are published, less names of tokens and files.
 PUBLISHED = {
@@ -156,7 +157,7 @@ def test_gradients_equal_torch_with_scan_and_remat(tmp_path, fields, remat):
 
 
 def test_gradients_equal_torch_without_either(tmp_path):
-  model = save(tmp_path, V2, share_att_key=False, num_hidden_layers=2)
+  model = save(tmp_path, V2, share_att_key=False)
   family.check_gradients(tmp_path, model, batch(9))
 
 
@@ -178,7 +179,7 @@ def test_lora_on_every_linear_layer_less_the_head(tmp_path):
 
 
 def test_lora_on_projections_that_contents_and_positions_share(tmp_path):
-  save(tmp_path, V2)
+  save(tmp_path, V3)
   family.check_lora(
     registry.load(tmp_path, scan=True),
     batch(),
@@ -317,7 +318,7 @@ def test_a_text_longer_than_the_positions_is_an_error(tmp_path):
 def test_each_dropout_rate_drops_where_it_is_set(name, draws):
   rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
   rates = dict.fromkeys([*rates, "pooler_dropout", "cls_dropout"], 0.0)
-  hf_config = {**V2, "num_hidden_layers": 2, **rates, name: 0.5}
+  hf_config = {**V2, **rates, name: 0.5}
   config = deberta.from_hf(hf_config)
   member = deberta.FAMILIES["deberta-v2"]
   module = member.build(config, "float32", False, "none")
