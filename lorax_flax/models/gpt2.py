@@ -232,5 +232,6 @@ FAMILIES = {
     ),
     inputs=inputs,
     max_length=lambda config: config.n_positions,
+    dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
   )
 }

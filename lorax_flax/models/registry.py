@@ -13,7 +13,16 @@ from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.hub import load as hub_load
 from lorax_flax.hub import safetensors
 from lorax_flax.hub.keymap import KeyMap
-from lorax_flax.models import bert, deberta, distilbert, gpt2, layers, relatives, t5, vit
+from lorax_flax.models import (
+  bert,
+  deberta,
+  distilbert,
+  gpt2,
+  layers,
+  relatives,
+  t5,
+  vit,
+)
 from lorax_flax.models.family import Family
 
 FAMILIES: dict[str, Family] = {

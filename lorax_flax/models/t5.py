@@ -367,5 +367,6 @@ FAMILIES = {
     ),
     inputs=inputs,
     max_length=lambda config: config.n_positions,
+    dropout=("dropout_rate",),
   )
 }

@@ -262,5 +262,6 @@ FAMILIES = {
     ),
     inputs=inputs,
     max_length=lambda config: 0,
+    dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
   )
 }

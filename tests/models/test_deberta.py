@@ -108,6 +108,7 @@ def test_logits_equal_transformers(tmp_path, fields, scan):
   batches = [batch(1, rows=1), batch(4, rows=1), batch(23)]
   loaded = family.check_logits(tmp_path, model, batches, scan=scan)
   family.check_full_keys(loaded, model)
+  family.check_axes(loaded)
   assert not family.check_modules(loaded, model)
 
 
