@@ -122,7 +122,8 @@ def _training(
       return optax.softmax_cross_entropy_with_integer_labels(rows, labels_N).mean()
 
     value, grads = jax.value_and_grad(loss)(moving)
-    updates, state = tx.update(grads, state, moving)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes types
+      updates, state = tx.update(grads, state, moving)
     return optax.apply_updates(moving, updates), state, value
 
   state, ours, start = tx.init(moving), [], moving

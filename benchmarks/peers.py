@@ -70,6 +70,9 @@ class Peer:
     torch.manual_seed(0)
     config = getattr(transformers, self.config)(**self.fields)
     model = getattr(transformers, self.model)(config)
+    if not self.fields.get("tie_word_embeddings", True):
+      # transformers ties T5's all the same while it makes a model.
+      model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     spread = _SPREAD if self.feed == "text pair" else 0.1
     with torch.no_grad():
       for parameter in model.parameters():
@@ -200,7 +203,7 @@ PEERS: dict[str, Peer] = {
     head_dim=6,
     num_experts=4,
     num_experts_per_tok=2,
-    moe_intermediate_size=9,
+    moe_intermediate_size=12,
   ),
   "t5": _t5(),
   "t5 v1.1": _t5(**_GATED),
