@@ -1,4 +1,4 @@
-"""Adapters of each kind of family, against PEFT, in the way that the table shows."""
+"""The table of the largest errors, for its quickest family; tests/hub has the others."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from benchmarks.peers import PEERS
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's and PEFT's, about themselves
-@pytest.mark.parametrize("family", ["roberta", "gpt2", "llama", "t5", "vit"])
+@pytest.mark.parametrize("family", ["vit"])
 def test_adapters_go_both_ways_and_train_as_pefts_do(tmp_path, family):
   found = parity.measure(PEERS[family], tmp_path)
   assert found["logits"] < 1e-4
