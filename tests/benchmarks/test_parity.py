@@ -1,4 +1,4 @@
-"""The table of the largest errors, for its quickest family; tests/hub has the others."""
+"""The table of errors, for its quickest family; tests/hub has the others."""
 
 import pytest
 
