@@ -1,6 +1,8 @@
 """A checkpoint's tensors into a params tree: every key used, every leaf filled."""
 
-from collections.abc import Mapping
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +12,11 @@ import numpy as np
 
 from lorax_flax.adapt.paths import flatten, map_with_path, path_key
 from lorax_flax.errors import LoraxError, listing, nearest, unknown
-from lorax_flax.hub import blocks
+from lorax_flax.hub import blocks, safetensors
 from lorax_flax.hub import keymap as km
 from lorax_flax.hub.safetensors import Reader
+
+_THREADS = 4  # that read; more would wait for the same memory
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,40 @@ class Weights:
   passed_over: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Found:
+  """A checkpoint whose keys are a key map's.
+
+  Attributes:
+    reader: of its tensors.
+    keymap: of the model.
+    keys: stored keys by bare key.
+    absent: paths of heads that it lacks.
+  """
+
+  reader: Reader
+  keymap: km.KeyMap
+  keys: Mapping[str, str]
+  absent: frozenset[str]
+
+
+def find(reader: Reader, keymap: km.KeyMap) -> Found:
+  """Matches a checkpoint's keys, by its headers alone.
+
+  Raises:
+    LoraxError: an unknown or missing key; only a head may be missing.
+  """
+  keymap = km.as_stored(keymap, reader)
+  keys = _untied(keymap, km.bare_keys(keymap, reader), reader)
+  known = {*keymap.sites, *keymap.buffers, *keymap.other_heads}
+  for bare, key in keys.items():
+    if bare not in known:
+      raise LoraxError(unknown(f"{keymap.family} checkpoint key", key, known))
+  return Found(reader, keymap, keys, frozenset(_absent(keymap, keys)))
+
+
 def load(
-  reader: Reader,
-  keymap: km.KeyMap,
+  found: Found,
   shapes: Any,
   *,
   dtype: Any,
@@ -41,9 +76,12 @@ def load(
   new_head: bool,
   shardings: Any = None,
 ) -> Weights:
-  """Fills a tree from a checkpoint, one tensor at a time.
+  """Fills a tree from a checkpoint, some tensors at a time.
+
+  All shapes are looked at before the first number is read.
 
   Args:
+    found: as `find` gives it.
     shapes: the tree, of ShapeDtypeStructs.
     dtype: that the leaves get; None leaves each the dtype that it is stored in.
     std: of the normal that the kernels of a new head are drawn from; biases are zero.
@@ -53,18 +91,19 @@ def load(
       process's devices are read, one after another.
 
   Raises:
-    LoraxError: an unknown, missing or mis-shaped key; only a head may be missing.
+    LoraxError: a mis-shaped key, or one that holds no floating-point numbers.
   """
-  keymap = km.as_stored(keymap, reader)
-  stored = _untied(keymap, km.bare_keys(keymap, reader), reader)
-  known = {*keymap.sites, *keymap.buffers, *keymap.other_heads}
-  for bare, key in stored.items():
-    if bare not in known:
-      raise LoraxError(unknown(f"{keymap.family} checkpoint key", key, known))
   leaves = flatten(shapes)
-  absent = _absent(keymap, stored)
+  absent = found.absent
   if new_head:
-    absent |= _misfits(keymap, leaves, stored, reader)
+    absent |= _misfits(found, leaves)
+  for bare, key in found.keys.items():
+    site = found.keymap.sites.get(bare)
+    if site is not None and site.path not in absent:
+      _check(found, site, key, leaves[site.path].shape)
+
+  def read(path, leaf):
+    return lambda: _leaf(found, path, leaf.shape, dtype, blocks.whole(leaf.shape))
 
   def fill(path, leaf, sharding=None):
     if path in absent:
@@ -73,19 +112,31 @@ def load(
         return new
       cut = lambda block: np.asarray(new)[tuple(slice(*ends) for ends in block)]
       return blocks.in_shards(leaf.shape, sharding, cut)
-
-    def read(block):
-      return _leaf(keymap, path, leaf.shape, reader, stored, block)
-
     if sharding is None:
-      return jnp.asarray(read(blocks.whole(leaf.shape)), dtype)
-    return blocks.in_shards(leaf.shape, sharding, lambda b: _cast(read(b), dtype))
+      return jax.device_put(next(whole))
+    part = lambda block: _leaf(found, path, leaf.shape, dtype, block)
+    return blocks.in_shards(leaf.shape, sharding, part)
 
-  used = {stored[bare] for bare in keymap.sites if bare in stored}
-  passed_over = tuple(key for key in reader if key not in used)
+  wanted = {path: leaf for path, leaf in leaves.items() if path not in absent}
+  whole = _ahead([read(*item) for item in wanted.items()] if shardings is None else [])
+  sites = found.keymap.sites
+  used = {found.keys[bare] for bare in sites if bare in found.keys}
+  passed_over = tuple(key for key in found.reader if key not in used)
   new = tuple(path for path in leaves if path in absent)
   rest = () if shardings is None else (shardings,)
   return Weights(map_with_path(fill, shapes, *rest), new, passed_over)
+
+
+def _ahead(jobs: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+  """Results in order; a few jobs at once, since reading and turning wait for memory."""
+  waiting: collections.deque[futures.Future[np.ndarray]] = collections.deque()
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    for job in jobs:
+      waiting.append(pool.submit(job))
+      if len(waiting) > _THREADS:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
 
 
 def _untied(
@@ -99,7 +150,7 @@ def _untied(
     key = found.pop(repeat)
     if main not in found:
       found[main] = key
-    elif not np.array_equal(reader[key], reader[found[main]]):
+    elif not reader.same(key, found[main]):
       raise LoraxError(
         f"config.json ties {key!r} to {found[main]!r}, and the checkpoint has two "
         "different weights there"
@@ -130,67 +181,58 @@ def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
   return absent
 
 
-def _misfits(keymap, leaves, stored, reader) -> set[str]:
+def _misfits(found: Found, leaves: Mapping[str, Any]) -> set[str]:
   """Paths of heads of which any tensor has another shape than the tree's."""
-  found: set[str] = set()
+  keymap, wrong = found.keymap, set()
   for group in keymap.head_groups:
     paths = [p for p in keymap.keys if p.split("/")[0] == group]
     for path in paths:
       for bare in keymap.keys[path]:
-        site = keymap.sites[bare]
-        want = site.entry.stored_shape(site.shape(leaves[path].shape))
-        if bare in stored and reader.shape(stored[bare]) != want:
-          found |= set(paths)
-  return found
+        want = _stored_shape(keymap.sites[bare], leaves[path].shape)
+        if bare in found.keys and found.reader.shape(found.keys[bare]) != want:
+          wrong |= set(paths)
+  return wrong
 
 
-def _leaf(
-  keymap: km.KeyMap,
-  path: str,
-  shape,
-  reader: Reader,
-  stored: Mapping[str, str],
-  block: blocks.Block,
-) -> np.ndarray:
-  """A block of one leaf, put together from its tensors; in their dtype."""
-  keys = keymap.keys[path]
-  found = None
-  for bare in keys:
-    site = keymap.sites[bare]
-    places = blocks.overlap(site, shape, block)
-    if places is None:
-      continue
-    part = _tensor(site, stored[bare], shape, reader, keymap, places[1])
-    if len(keys) == 1 and not site.index:
-      return part
-    if found is None:
-      found = np.empty(blocks.shape_of(block), part.dtype)
-    found[places[0]] = part
-  assert found is not None  # A leaf's tensors cover it.
-  return found
-
-
-def _tensor(
-  site: km.Site, key: str, shape, reader: Reader, keymap: km.KeyMap, index
-) -> np.ndarray:
-  want, has = site.entry.stored_shape(site.shape(shape)), reader.shape(key)
+def _check(found: Found, site: km.Site, key: str, shape: Sequence[int]) -> None:
+  """Looks at a tensor's shape and number type, before anything is read."""
+  want, has = _stored_shape(site, shape), found.reader.shape(key)
   if has != want:
-    head = site.path.split("/")[0] in keymap.head_groups
+    head = site.path.split("/")[0] in found.keymap.head_groups
     raise LoraxError(
       f"checkpoint key {key!r} has shape {has}; {site.path!r} needs"
       f" {want} there" + "; new_head=True replaces a head that does not fit" * head
     )
-  value = reader.part(key, index)
-  if not jnp.issubdtype(value.dtype, jnp.floating):
+  dtype = found.reader.dtype(key)
+  if not jnp.issubdtype(dtype, jnp.floating):
     raise LoraxError(
-      f"checkpoint key {key!r} holds {value.dtype}, {site.path!r} needs floating-point"
+      f"checkpoint key {key!r} holds {dtype}, {site.path!r} needs floating-point"
       " weights: quantised checkpoints are not read"
     )
-  return site.entry.to_ours(value)
 
 
-def _cast(x: np.ndarray, dtype) -> np.ndarray:
-  return x.astype(dtype or jax.dtypes.canonicalize_dtype(x.dtype), copy=False)
+def _stored_shape(site: km.Site, shape: Sequence[int]) -> tuple[int, ...]:
+  return site.entry.stored_shape(site.shape(shape))
+
+
+def _leaf(
+  found: Found, path: str, shape: Sequence[int], dtype: Any, block: blocks.Block
+) -> np.ndarray:
+  """A block of one leaf, put together from its tensors."""
+  sites = {bare: found.keymap.sites[bare] for bare in found.keymap.keys[path]}
+  if dtype is None:
+    kinds = [found.reader.dtype(found.keys[bare]) for bare in sites]
+    # Stacked tensors may differ, and float32 holds all that there are here.
+    kind = kinds[0] if len(set(kinds)) == 1 else jnp.float32
+    dtype = jax.dtypes.canonicalize_dtype(kind)
+  out = safetensors.empty(blocks.shape_of(block), np.dtype(dtype))
+  for bare, site in sites.items():
+    places = blocks.overlap(site, shape, block)
+    if places is not None:
+      there, part = places
+      view = site.entry.to_stored(out[(*there, ...)])
+      found.reader.read(found.keys[bare], part, view)
+  return out
 
 
 def _fresh(path: str, shape, dtype, std: float, seed: int) -> jax.Array:

@@ -1,6 +1,5 @@
 """From a folder to a model: the families there are, and how one is loaded."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from lorax_flax import strict_json
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.hub import load as hub_load
 from lorax_flax.hub import safetensors
@@ -115,11 +115,12 @@ def load(
   config = family.configure(hf_config, **asked)
   module = family.build(config, _float("dtype", dtype), scan, remat)
   keymap = family.keymap(config, scan)
+  # The keys first: a config that claims a thousand layers takes long to trace.
+  found = hub_load.find(safetensors.open_folder(folder), keymap)
   shapes = family.shapes(module)
   lies = shardings and shardings(family.logical_axes(module), shapes)
   weights = hub_load.load(
-    safetensors.open_folder(folder),
-    keymap,
+    found,
     shapes,
     dtype=param_dtype and _float("param_dtype", param_dtype),
     std=getattr(config, "initializer_range", 0.02),
@@ -156,10 +157,4 @@ def _float(option: str, name: str) -> jnp.dtype:
 
 def read_config(folder: Path) -> Mapping[str, Any]:
   """The config.json of a folder, an object."""
-  try:
-    value = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError) as error:
-    raise LoraxError(f"cannot read {folder / 'config.json'}: {error}") from error
-  if not isinstance(value, dict):
-    raise LoraxError(f"{folder / 'config.json'} holds no JSON object")
-  return value
+  return strict_json.read_object(folder / "config.json")

@@ -127,9 +127,11 @@ def test_eight_bit_floats_are_refused_by_name(tmp_path):
     ({"weight_map": {"c": "one.safetensors"}}, "unknown weight of .* 'c'"),
     ({"weight_map": ["a"]}, "no index of shards"),
     ({"weight_map": None}, "no index of shards"),
-    ([], "no index of shards"),
-    ("{", "no index of shards"),
-    ("[" * 100_000, "no index of shards"),
+    ({"weight_map": {"a": 1}}, "no index of shards"),
+    ([], r"index\.json holds no JSON object"),
+    ("{", r"cannot read .*index\.json"),
+    ("[" * 100_000, r"cannot read .*index\.json: too many brackets"),
+    ('{"weight_map": {"a": "one.safetensors", "a": "b"}}', "'a' stands twice"),
   ],
 )
 def test_a_bad_index_is_an_error(folder, index, message):
