@@ -6,8 +6,7 @@ keys peft_layout.py knows. Arrays here are numpy's until the adapter is whole.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from lorax_flax import strict_json
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, nearest
@@ -24,6 +24,7 @@ from lorax_flax.hub.keymap import KeyMap
 from lorax_flax.hub.peft_config import PeftConfig
 from lorax_flax.hub.peft_export import to_peft_config, to_tensors
 from lorax_flax.hub.peft_layout import PREFIX, Slot, layout
+from lorax_flax.hub.safetensors import Reader, open_file
 from lorax_flax.methods import Adapter, LoRA, Tuned
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -104,8 +105,8 @@ def write_adapter(
 
 def num_labels(folder: str | Path) -> int | None:
   """How many outputs the head has that a folder brings; None where it brings none."""
-  with _opened(Path(folder).expanduser() / WEIGHTS_FILE) as file:
-    shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+  file = _opened(Path(folder).expanduser() / WEIGHTS_FILE)
+  shapes = {key: file.shape(key) for key in file}
   for end in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
     if shape := shapes.get(PREFIX + end):
       return shape[0]
@@ -117,28 +118,20 @@ def read_labels(folder: str | Path) -> list[str] | None:
   file = Path(folder).expanduser() / LABELS_FILE
   if not file.is_file():
     return None
-  try:
-    names = json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise LoraxError(f"{file} is not JSON: {error}") from error
+  names = strict_json.read(file)
   if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
     raise LoraxError(f"{file} must hold a list of names, not {names!r}")
   return names
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path) -> Reader:
   """A safetensors file, its header checked against its length."""
   if not file.is_file():
     hint = ""
     if file.with_suffix(".bin").is_file():
       hint = f"; {file.stem}.bin is a pickle and is not read, save as safetensors"
     raise LoraxError(f"no {file.name} in {file.parent}{hint}")
-  try:
-    with safetensors.safe_open(file, "numpy") as opened:
-      yield opened
-  except (safetensors.SafetensorError, OSError) as error:
-    raise LoraxError(f"{file} is damaged or unreadable: {error}") from error
+  return open_file(file)
 
 
 def _shapes(
@@ -162,27 +155,27 @@ def _shapes(
 
 def _load(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
   """The tensors of these keys and shapes, float32; keys beside them are errors."""
-  with _opened(file) as opened:
-    found = set(opened.keys())
-    if missing := sorted(shapes.keys() - found):
-      near = nearest(missing[0], found)
-      raise LoraxError(
-        f"{len(missing)} missing tensors in {file.name}: {listing(missing, most=4)}; "
-        f"nearest to the first: {listing(near) or 'none'}"
-      )
-    extra = sorted(key for key in found - shapes.keys() if not _is_repeated(key))
-    if extra:
-      near = nearest(extra[0], shapes)
-      raise LoraxError(
-        f"{len(extra)} tensors in {file.name} that {peft_config.CONFIG_FILE} does not "
-        f"speak of: {listing(extra, most=4)}; nearest to the first: "
-        f"{listing(near) or 'none'}"
-      )
-    for key, shape in shapes.items():
-      stored = tuple(opened.get_slice(key).get_shape())
-      if stored != shape:
-        raise LoraxError(f"{key} has the shape {stored}, and {shape} was expected")
-    tensors = {key: opened.get_tensor(key) for key in shapes}
+  opened = _opened(file)
+  found = set(opened)
+  if missing := sorted(shapes.keys() - found):
+    near = nearest(missing[0], found)
+    raise LoraxError(
+      f"{len(missing)} missing tensors in {file.name}: {listing(missing, most=4)}; "
+      f"nearest to the first: {listing(near) or 'none'}"
+    )
+  extra = sorted(key for key in found - shapes.keys() if not _is_repeated(key))
+  if extra:
+    near = nearest(extra[0], shapes)
+    raise LoraxError(
+      f"{len(extra)} tensors in {file.name} that {peft_config.CONFIG_FILE} does not "
+      f"speak of: {listing(extra, most=4)}; nearest to the first: "
+      f"{listing(near) or 'none'}"
+    )
+  for key, shape in shapes.items():
+    stored = opened.shape(key)
+    if stored != shape:
+      raise LoraxError(f"{key} has the shape {stored}, and {shape} was expected")
+  tensors = {key: opened[key] for key in shapes}
   for key, tensor in tensors.items():
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
       raise LoraxError(f"{key} holds {tensor.dtype}, not floating-point numbers")

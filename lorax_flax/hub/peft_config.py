@@ -3,7 +3,6 @@
 Facts from peft 0.21 (tuners/lora/config.py, tuners/tuners_utils.py, utils/other.py).
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lorax_flax import strict_json
 from lorax_flax.errors import LoraxError, listing, unknown
 
 CONFIG_FILE = "adapter_config.json"
@@ -211,12 +211,7 @@ def read_config(folder: Path) -> PeftConfig:
       f"no {CONFIG_FILE} in {folder}: it holds no PEFT adapter. It holds: "
       f"{listing(inside, most=12) or 'nothing'}"
     )
-  if file.stat().st_size > _MOST_BYTES:
-    raise LoraxError(f"{file} is {file.stat().st_size} bytes long: no PEFT config is")
-  try:
-    raw = json.loads(file.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:
-    raise LoraxError(f"{file} is not JSON: {error}") from error
+  raw = strict_json.read(file, most_bytes=_MOST_BYTES)
   try:
     return parse(raw)
   except LoraxError as error:
