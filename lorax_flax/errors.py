@@ -3,12 +3,21 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 4000  # characters of a message
+
 
 class LoraxError(ValueError):
   """Bad input, said in one message: the offender, what exists, the nearest name.
 
   Commands print it without a traceback and exit with a non-zero code.
   """
+
+  def __init__(self, message: str):
+    # A damaged file's values are quoted, and may be of any length.
+    if len(message) > _LONGEST:
+      half = _LONGEST // 2
+      message = f"{message[:half]} … {message[-half:]}"
+    super().__init__(message)
 
 
 def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,7 +44,8 @@ def read(file: Path, *, most_bytes: int = _MOST_BYTES) -> Any:
   """
   try:
     with file.open("rb") as stream:
-      text = stream.read(most_bytes + 1)
+      # Of the file's own size, for reading takes as much memory as it may fill.
+      text = stream.read(min(os.fstat(stream.fileno()).st_size, most_bytes) + 1)
     if len(text) > most_bytes:
       raise ValueError(f"it is larger than {most_bytes:,} bytes")
     return parse(text)

@@ -118,7 +118,7 @@ def tokenize(
     starts = track(starts, description=f"{description} {len(texts):,}")
   ids, types = [], []
   for start in starts:
-    for encoding in cutter.encode_batch_fast(texts[start : start + _CHUNK]):
+    for encoding in _encoded(cutter, texts[start : start + _CHUNK]):
       ids.append(np.asarray(encoding.ids, np.int32))
       if token_types:
         types.append(np.asarray(encoding.type_ids, np.int32))
@@ -130,6 +130,14 @@ def tokenize(
     token_type_ids_S=ragged(types)[0] if token_types else None,
     labels_N=_labels(examples, np.float32 if regression else np.int32),
   )
+
+
+def _encoded(tokenizer: tokenizers.Tokenizer, texts: Sequence[Any]) -> Sequence[Any]:
+  try:
+    return tokenizer.encode_batch_fast(texts)
+  # The tokenizers library raises bare Exception for what its file leaves out.
+  except Exception as error:
+    raise LoraxError(f"this tokenizer can't encode the texts: {error}") from error
 
 
 def _text(number: int, example: Example) -> str | tuple[str, str]:

@@ -5,6 +5,7 @@ Facts from peft 0.21 (tuners/lora/config.py, tuners/tuners_utils.py, utils/other
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -237,9 +238,10 @@ def parse(raw: Any) -> PeftConfig:
         f"{CONFIG_FILE}: {name}={value!r} changes what the adapter computes, and we "
         "cannot honour it"
       )
-  if values.get("task_type") == SEQ_CLS:
+  named = values.get("modules_to_save") or ()
+  if values.get("task_type") == SEQ_CLS and isinstance(named, tuple):
     # PEFT adds these whenever it loads such an adapter.
-    values["modules_to_save"] = with_heads(values.get("modules_to_save") or ())
+    values["modules_to_save"] = with_heads(named)
   return PeftConfig(**values)
 
 
@@ -314,7 +316,10 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-  return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+  # NaN is not; an int has no largest.
+  return (_is_int(value) or isinstance(value, float)) and (
+    abs(value) <= sys.float_info.max
+  )
 
 
 def _is_bool(value: Any) -> bool:

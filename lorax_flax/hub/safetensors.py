@@ -176,7 +176,7 @@ def _indexed(folder: Path) -> dict[str, File]:
   for name in sorted(set(where.values())):
     if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
       raise LoraxError(f"{index} names {name!r}, which is not a file of its folder")
-    if "\0" in name or not (folder / name).is_file():
+    if not _is_file(folder / name):
       here = [p.name for p in folder.glob("*.safetensors")]
       raise LoraxError(unknown(f"shard in {index}", name, here))
     files[name] = File(folder / name)
@@ -184,6 +184,13 @@ def _indexed(folder: Path) -> dict[str, File]:
     if key not in files[name].tensors:
       raise LoraxError(unknown(f"weight of {folder / name}", key, files[name].tensors))
   return {key: files[name] for key, name in where.items()}
+
+
+def _is_file(path: Path) -> bool:
+  try:
+    return path.is_file()
+  except (OSError, ValueError):  # too long a name, or one with a zero in it
+    return False
 
 
 def _rows_at_once(stored: Stored) -> int:

@@ -1,7 +1,7 @@
 """Fields of a Hugging Face config.json: read into a config dataclass, and checked."""
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -97,7 +97,7 @@ def check(
   kinds = (int, float) if kind is float else kind
   typed = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
   if typed and kind is float:
-    typed = math.isfinite(value)
+    typed = abs(value) <= sys.float_info.max  # NaN is not; an int has no largest
   if not typed or not good(value):
     raise LoraxError(f"config: {name} must be {says}, not {value!r}")
 
