@@ -95,16 +95,17 @@ def check(read, want, about):
   tracemalloc.reset_peak()
   before = tracemalloc.get_traced_memory()[0]
   start = time.process_time()
+  got, said = None, ""
   try:
     got = read()
   except lx.LoraxError as error:
-    got = None
-    assert "\n" not in str(error), about
-    assert len(str(error)) < 4100, about
+    said = str(error)
   except BaseException as error:
     raise AssertionError(f"{about}: {error!r}") from error
   assert time.process_time() - start < SECONDS, about
   assert tracemalloc.get_traced_memory()[1] - before < BYTES, about
+  assert "\n" not in said, about
+  assert len(said) < 4100, about
   if got is None:
     return False
   if want is not None:
