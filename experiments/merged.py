@@ -15,21 +15,23 @@ from lorax_flax.models import registry
 
 @dataclass(frozen=True)
 class Merged:
-  """A sequence classifier, whole.
+  """A model, whole.
 
   Attributes:
     loaded: the model; its params are the merged ones.
-    labels: names of the outputs; LABEL_0, … where nobody named them.
+    labels: names of the outputs, LABEL_0, … where nobody named them; None where they
+      are a vocabulary.
     folder: of the base, with its tokenizer.
   """
 
   loaded: registry.Loaded
-  labels: tuple[str, ...]
+  labels: tuple[str, ...] | None
   folder: Path
 
   @property
   def regression(self) -> bool:
-    return len(self.labels) == 1
+    """Whether the one output is a number."""
+    return self.labels is not None and len(self.labels) == 1
 
 
 def load(base: str, adapter: str | None) -> Merged:
@@ -39,7 +41,8 @@ def load(base: str, adapter: str | None) -> Merged:
     LoraxError: besides what the readers raise, weights that neither of the two has.
   """
   folder = resolve(base)
-  outputs = adapters.num_labels(adapter) if adapter else None
+  has_labels = registry.of(registry.read_config(folder)).has_labels
+  outputs = adapters.num_labels(adapter) if adapter and has_labels else None
   loaded = registry.load(folder, num_labels=outputs, new_head=outputs is not None)
   brought: set[str] = set()
   own = None
@@ -55,7 +58,7 @@ def load(base: str, adapter: str | None) -> Merged:
       "random numbers. Give an adapter trained on this base with its head (--adapter), "
       "or a base that has one"
     )
-  return Merged(loaded, _labels(loaded, adapter, own), folder)
+  return Merged(loaded, _labels(loaded, adapter, own) if has_labels else None, folder)
 
 
 def _labels(

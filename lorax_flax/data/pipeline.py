@@ -12,11 +12,16 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
+from lorax_flax.data.pixels import Pixels
 from lorax_flax.data.tokens import Batch, Tokens
 from lorax_flax.errors import LoraxError
 
+# The rows of a split: what batches are made of.
+Rows = Tokens | Pixels
+
 # Lengths are a multiple of this, for the sake of vector units.
 _MULTIPLE = 8
+_MOST_UNITS = 512
 # Rows are sorted by length among this many batches. More pad less, and shuffle less.
 _WINDOW = 50
 # A run that counts in steps and not in epochs sees so many.
@@ -82,7 +87,10 @@ def choose_buckets(lengths_N: np.ndarray, count: int) -> tuple[int, ...]:
   """
   if count < 1 or not len(lengths_N):
     raise LoraxError(f"can't choose {count} buckets for {len(lengths_N)} rows")
-  units_N = -(-np.asarray(lengths_N) // _MULTIPLE)
+  # Of very long rows, coarser units: the time goes with the square of their number.
+  longest = int(np.max(lengths_N))
+  unit = _MULTIPLE * max(1, -(-longest // (_MULTIPLE * _MOST_UNITS)))
+  units_N = -(-np.asarray(lengths_N) // unit)
   most = int(units_N.max())
   # rows[u]: how many rows have at most u units.
   rows = np.cumsum(np.bincount(units_N, minlength=most + 1))
@@ -104,7 +112,7 @@ def choose_buckets(lengths_N: np.ndarray, count: int) -> tuple[int, ...]:
       )
       for u in range(most + 1)
     ]
-  return tuple(units * _MULTIPLE for units in best[most][2])
+  return tuple(units * unit for units in best[most][2])
 
 
 def training_order(
@@ -139,7 +147,7 @@ def _rows_by_batch(rows_N: np.ndarray, batch_size: int) -> np.ndarray:
   return order.reshape(steps, batch_size)
 
 
-def _assemble(tokens: Tokens, shape: Shape, rows_B: np.ndarray) -> Batch:
+def _assemble(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> Batch:
   """This process's part of a global batch, at the global batch's length."""
   lengths = tokens.lengths_N[rows_B[rows_B >= 0]]
   length = shape.buckets[int(shape.bucket_of(lengths).max())]
@@ -168,7 +176,7 @@ class _Training(Sequence[Batch]):
 
 
 class _Evaluation(Sequence[Batch]):
-  def __init__(self, tokens: Tokens, shape: Shape):
+  def __init__(self, tokens: Rows, shape: Shape):
     self._tokens, self._shape = tokens, shape
     self._order = evaluation_order(tokens.lengths_N, shape)
 
@@ -203,7 +211,7 @@ def training(
   return iter(source.to_iter_dataset(read))
 
 
-def evaluation(tokens: Tokens, shape: Shape) -> Sequence[Batch]:
+def evaluation(tokens: Rows, shape: Shape) -> Sequence[Batch]:
   """Evaluation batches of this process: every row exactly once over all processes.
 
   Every process has the same number of batches of the same shapes; rows that aren't
@@ -213,7 +221,7 @@ def evaluation(tokens: Tokens, shape: Shape) -> Sequence[Batch]:
   return _Evaluation(tokens, shape)
 
 
-def _check(tokens: Tokens, shape: Shape) -> None:
+def _check(tokens: Rows, shape: Shape) -> None:
   if not len(tokens):
     raise LoraxError("there are no examples to make batches of")
   shape.bucket_of(tokens.lengths_N)

@@ -1,13 +1,52 @@
 """A tokenised split: ragged rows in flat arrays, and batches of them."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lorax_flax.errors import LoraxError, unknown
 
 Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Column:
+  """N rows of integers, S in all.
+
+  Attributes:
+    values_S: int32, the rows one after another.
+    offsets: int64 (N + 1,): row i is `[offsets[i]:offsets[i + 1]]`.
+  """
+
+  values_S: np.ndarray
+  offsets: np.ndarray
+
+  @property
+  def lengths_N(self) -> np.ndarray:
+    return np.diff(self.offsets)
+
+  def padded(self, index_B: np.ndarray, length: int, fill: int) -> np.ndarray:
+    """Rows padded on the right: int32 (B, length). A row -1 is `fill` throughout."""
+    real = np.flatnonzero(index_B >= 0)
+    rows = index_B[real]
+    starts, counts = self.offsets[rows], self.lengths_N[rows]
+    if len(rows) and counts.max() > length:
+      raise LoraxError(f"a row of {counts.max()} tokens doesn't fit length {length}")
+    # Every real id's place: its row and column in the batch, and where it is stored.
+    column = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    out_BxT = np.full((len(index_B), length), fill, np.int32)
+    out_BxT[np.repeat(real, counts), column] = self.values_S[
+      np.repeat(starts, counts) + column
+    ]
+    return out_BxT
+
+  def part(self, start: int, stop: int) -> "Column":
+    """The rows from `start` to `stop`, without a copy of their values."""
+    offsets = self.offsets[start : stop + 1]
+    return Column(self.values_S[offsets[0] : offsets[-1]], offsets - offsets[0])
 
 
 @dataclass(frozen=True)
@@ -21,6 +60,8 @@ class Tokens:
     token_type_ids_S: int32, or None where the model uses none.
     attention_mask_S: int32, or None where every id counts.
     labels_N: int32 classes or float32 numbers; None where there are none.
+    decoder: the decoder's rows, where a model has one.
+    decoder_length: what these are padded to.
   """
 
   input_ids_S: np.ndarray
@@ -29,6 +70,8 @@ class Tokens:
   token_type_ids_S: np.ndarray | None = None
   attention_mask_S: np.ndarray | None = None
   labels_N: np.ndarray | None = None
+  decoder: Column | None = None
+  decoder_length: int = 0
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
@@ -45,25 +88,14 @@ class Tokens:
       length: T, at least the longest of the rows.
 
     Returns:
-      input_ids, attention_mask, token_type_ids (if any): int32 (B, T); labels (if any):
+      input_ids, attention_mask, token_type_ids (if any): int32 (B, T);
+      decoder_input_ids (if any): int32 (B, decoder_length); labels (if any):
       int32 or float32 (B,); weights: float32 (B,), 1 for a real row and 0 for one that
       isn't there; index: int32 (B,), as given.
     """
-    real = np.flatnonzero(index_B >= 0)
-    rows = index_B[real]
-    starts, counts = self.offsets[rows], self.lengths_N[rows]
-    if len(rows) and counts.max() > length:
-      raise LoraxError(f"a row of {counts.max()} tokens doesn't fit length {length}")
-    # Every real id's place: its row and column in the batch, and where it is stored.
-    column = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    row = np.repeat(real, counts)
-    stored = np.repeat(starts, counts) + column
-
-    def padded(values_S: np.ndarray, fill: int) -> np.ndarray:
-      out_BxT = np.full((len(index_B), length), fill, np.int32)
-      out_BxT[row, column] = values_S[stored]
-      return out_BxT
-
+    padded = lambda values_S, fill: Column(values_S, self.offsets).padded(
+      index_B, length, fill
+    )
     mask_S = self.attention_mask_S
     if mask_S is None:
       mask_S = np.ones_like(self.input_ids_S)
@@ -76,13 +108,43 @@ class Tokens:
     batch["attention_mask"][index_B < 0, 0] = 1
     if self.token_type_ids_S is not None:
       batch["token_type_ids"] = padded(self.token_type_ids_S, 0)
+    if self.decoder is not None:
+      # What comes behind a token is hidden from it, so that no mask is needed.
+      batch["decoder_input_ids"] = self.decoder.padded(
+        index_B, self.decoder_length, self.pad_id
+      )
+    real = index_B >= 0
     if self.labels_N is not None:
       labels_B = np.zeros(len(index_B), self.labels_N.dtype)
-      labels_B[real] = self.labels_N[rows]
+      labels_B[real] = self.labels_N[index_B[real]]
       batch["labels"] = labels_B
-    batch["weights"] = (index_B >= 0).astype(np.float32)
-    batch["index"] = index_B.astype(np.int32)
-    return batch
+    return batch | marks(index_B)
+
+  def part(self, start: int, stop: int) -> "Tokens":
+    """The rows from `start` to `stop`."""
+    cut = lambda values_S: (
+      None
+      if values_S is None
+      else Column(values_S, self.offsets).part(start, stop).values_S
+    )
+    ids = Column(self.input_ids_S, self.offsets).part(start, stop)
+    return dataclasses.replace(
+      self,
+      input_ids_S=ids.values_S,
+      offsets=ids.offsets,
+      token_type_ids_S=cut(self.token_type_ids_S),
+      attention_mask_S=cut(self.attention_mask_S),
+      labels_N=None if self.labels_N is None else self.labels_N[start:stop],
+      decoder=self.decoder and self.decoder.part(start, stop),
+    )
+
+
+def marks(index_B: np.ndarray) -> Batch:
+  """What says of a batch's rows whether they are there, and which they are."""
+  return {
+    "weights": (index_B >= 0).astype(np.float32),
+    "index": index_B.astype(np.int32),
+  }
 
 
 def ragged(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -95,11 +157,17 @@ def ragged(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.n
   return values_S, offsets
 
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+DECODER_INPUT = "decoder_input_ids"
+_MULTIPLE = 8  # that the decoder's rows are padded to, for the sake of vector units
 
 
 def from_inputs(
-  examples: Sequence[Mapping[str, Sequence[int]]], *, pad_id: int, token_types: bool
+  examples: Sequence[Mapping[str, Sequence[int]]],
+  *,
+  pad_id: int,
+  token_types: bool,
+  decoder: bool = False,
 ) -> Tokens:
   """Model inputs as they are: `{"input_ids": […], "attention_mask": […], …}`.
 
@@ -107,31 +175,29 @@ def from_inputs(
     examples: each has `input_ids`, and may have the other two, of the same length.
     pad_id: what pads them.
     token_types: whether the model uses token types; where an example has none: zeros.
+    decoder: whether each has `decoder_input_ids` too, of a length of their own.
 
   Raises:
     LoraxError: an unknown name, unequal lengths, an empty row, a value that is no
       integer; it names the example, counted from 1.
   """
-  columns: dict[str, list[Sequence[int]]] = {name: [] for name in _INPUTS}
+  names = (*TEXT_INPUTS, DECODER_INPUT) if decoder else TEXT_INPUTS
+  columns: dict[str, list[Sequence[int]]] = {name: [] for name in TEXT_INPUTS}
   for number, example in enumerate(examples, 1):
     for name in example:
-      if name not in _INPUTS:
-        raise LoraxError(f"example {number}: {unknown('model input', name, _INPUTS)}")
-      if not isinstance(example[name], list):
-        raise LoraxError(f"example {number}: {name} is a list, not {example[name]!r}")
-    ids = example.get("input_ids", ())
-    if not ids:
-      raise LoraxError(f"example {number}: input_ids is missing or empty")
+      if name not in names:
+        raise LoraxError(f"example {number}: {unknown('model input', name, names)}")
+    ids = _integers(example, "input_ids", number)
     row = {
-      "input_ids": ids,
-      "attention_mask": example.get("attention_mask", [1] * len(ids)),
-      "token_type_ids": example.get("token_type_ids", [0] * len(ids)),
+      "attention_mask": [1] * len(ids),
+      "token_type_ids": [0] * len(ids),
+      **{
+        name: _integers(example, name, number)
+        for name in TEXT_INPUTS
+        if name in example
+      },
     }
     for name, values in row.items():
-      if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-        raise LoraxError(f"example {number}: {name} holds integers, nothing else")
-      if max(map(abs, values)) > np.iinfo(np.int32).max:
-        raise LoraxError(f"example {number}: {name} holds integers of 32 bits")
       if len(values) != len(ids):
         raise LoraxError(
           f"example {number}: {name} has {len(values)} values, input_ids {len(ids)}"
@@ -140,10 +206,33 @@ def from_inputs(
     if not token_types and any(row["token_type_ids"]):
       raise LoraxError(f"example {number}: this model uses no token_type_ids")
   ids_S, offsets = ragged(columns["input_ids"])
-  return Tokens(
+  tokens = Tokens(
     input_ids_S=ids_S,
     offsets=offsets,
     pad_id=pad_id,
     attention_mask_S=ragged(columns["attention_mask"])[0],
     token_type_ids_S=ragged(columns["token_type_ids"])[0] if token_types else None,
   )
+  return with_decoder(tokens, examples) if decoder else tokens
+
+
+def with_decoder(tokens: Tokens, examples: Sequence[Mapping[str, Any]]) -> Tokens:
+  """The rows with `decoder_input_ids` of examples, one a row; errors as above."""
+  rows = [_integers(each, DECODER_INPUT, i) for i, each in enumerate(examples, 1)]
+  column = Column(*ragged(rows))
+  longest = -(-int(column.lengths_N.max()) // _MULTIPLE) * _MULTIPLE
+  return dataclasses.replace(tokens, decoder=column, decoder_length=longest)
+
+
+def _integers(example: Mapping[str, Any], name: str, number: int) -> Sequence[int]:
+  """A row of ids of one example."""
+  values = example.get(name, [])
+  if not isinstance(values, list):
+    raise LoraxError(f"example {number}: {name} is a list, not {values!r:.80}")
+  if not values:
+    raise LoraxError(f"example {number}: {name} is missing or empty")
+  if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+    raise LoraxError(f"example {number}: {name} holds integers, nothing else")
+  if max(map(abs, values)) > np.iinfo(np.int32).max:
+    raise LoraxError(f"example {number}: {name} holds integers of 32 bits")
+  return values

@@ -17,8 +17,8 @@ from lorax_flax.hub.keymap import KeyMap, file_key
 
 WEIGHTS_FILE = "model.safetensors"
 
-# Files of a base that a tokenizer is made of; copied as they are.
-_TOKENIZER = (
+# Files of a base that its inputs are made with, or its outputs; copied as they are.
+_BESIDE = (
   "tokenizer.json",
   "tokenizer_config.json",
   "special_tokens_map.json",
@@ -26,6 +26,11 @@ _TOKENIZER = (
   "vocab.txt",
   "vocab.json",
   "merges.txt",
+  "spiece.model",
+  "tokenizer.model",
+  "chat_template.jinja",
+  "generation_config.json",
+  "preprocessor_config.json",
 )
 
 
@@ -64,7 +69,7 @@ def write_checkpoint(
       save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
       raise LoraxError(f"cannot write {folder}: {error}") from error
-    for name in _TOKENIZER:
+    for name in _BESIDE:
       if (tokenizer_from / name).is_file():
         shutil.copyfile(tokenizer_from / name, scratch / name)
 

@@ -26,6 +26,9 @@ _WANTED = (
   "vocab.json",
   "merges.txt",
   "*.model",  # SentencePiece's, which a tokenizer.json can be made of
+  "chat_template.jinja",
+  "generation_config.json",
+  "preprocessor_config.json",
 )
 _TIMEOUT = 3.0  # seconds, for the hub's first answer
 

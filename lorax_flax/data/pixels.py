@@ -1,0 +1,79 @@
+"""Images as a model takes them: all of one size, so that nothing is padded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lorax_flax.data.tokens import Batch, marks
+from lorax_flax.errors import LoraxError
+
+INPUT = "pixel_values"
+
+
+@dataclass(frozen=True)
+class Pixels:
+  """N images.
+
+  Attributes:
+    values_NxCxHxW: float32, a list of its images or an array.
+  """
+
+  values_NxCxHxW: Sequence[np.ndarray] | np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.values_NxCxHxW)
+
+  @property
+  def lengths_N(self) -> np.ndarray:
+    """One each: an image is as long as any other."""
+    return np.ones(len(self), np.int64)
+
+  def batch(self, index_B: np.ndarray, length: int) -> Batch:
+    """pixel_values: float32 (B, C, H, W), zeros in a row -1; weights and index as
+    `Tokens.batch` has them."""
+    del length
+    shape = self.values_NxCxHxW[0].shape
+    out_BxCxHxW = np.zeros((len(index_B), *shape), np.float32)
+    for row, index in enumerate(index_B):
+      if index >= 0:
+        out_BxCxHxW[row] = self.values_NxCxHxW[index]
+    return {INPUT: out_BxCxHxW} | marks(index_B)
+
+  def part(self, start: int, stop: int) -> "Pixels":
+    """The images from `start` to `stop`."""
+    return Pixels(self.values_NxCxHxW[start:stop])
+
+
+def from_nested(values: Any) -> np.ndarray:
+  """Nested lists of numbers as a float32 array; ragged, or no numbers: LoraxError."""
+  try:
+    array = np.asarray(values)
+  except (ValueError, OverflowError) as error:
+    raise LoraxError(f"{INPUT} are lists of different lengths") from error
+  if array.dtype.kind not in "fiu":
+    raise LoraxError(f"{INPUT} hold what is no number")
+  with np.errstate(over="ignore"):  # it is infinite then, and looked for
+    return array.astype(np.float32)
+
+
+def from_inputs(
+  examples: Sequence[Mapping[str, np.ndarray]], shape: Sequence[int]
+) -> Pixels:
+  """Model inputs as they are: `{"pixel_values": …}`, each of the shape (C, H, W).
+
+  Raises:
+    LoraxError: another shape, or a number that is not finite; it names the example,
+      counted from 1.
+  """
+  for number, example in enumerate(examples, 1):
+    image = example[INPUT]
+    if image.shape != tuple(shape):
+      raise LoraxError(
+        f"example {number}: {INPUT} have the shape {image.shape}, and this model takes"
+        f" {tuple(shape)}: channels, height, width"
+      )
+    if not np.isfinite(image).all():
+      raise LoraxError(f"example {number}: {INPUT} hold a number that is not finite")
+  return Pixels([example[INPUT] for example in examples])
