@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from lorax_flax.adapt.paths import flatten, map_with_path, path_key
 from lorax_flax.errors import LoraxError, listing, nearest, unknown
@@ -16,7 +17,7 @@ from lorax_flax.hub import blocks, safetensors
 from lorax_flax.hub import keymap as km
 from lorax_flax.hub.safetensors import Reader
 
-_THREADS = 4  # that read; more would wait for the same memory
+_THREADS = 2  # that read; more wait for one another's new pages
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,25 @@ def load(
   new = tuple(path for path in leaves if path in absent)
   rest = () if shardings is None else (shardings,)
   return Weights(map_with_path(fill, shapes, *rest), new, passed_over)
+
+
+def unstacked(shapes: Any, stacked: km.KeyMap, keymap: km.KeyMap) -> Any:
+  """The tree of a model's shapes by that of the same model with its layers stacked.
+
+  Args:
+    shapes: the stacked tree, of ShapeDtypeStructs.
+    stacked, keymap: of the two trees.
+  """
+  leaves, found = flatten(shapes), {}
+  if leaves.keys() != stacked.keys.keys():
+    raise AssertionError(f"{stacked.family}: the key map's leaves are not the model's")
+  for bare, site in keymap.sites.items():
+    whole = stacked.sites[bare]
+    leaf = leaves[whole.path]
+    # Axes of layers come first, and an axis of experts stays.
+    shape = leaf.shape[len(whole.index) - len(site.index) :]
+    found[tuple(site.path.split("/"))] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+  return traverse_util.unflatten_dict(found)
 
 
 def _ahead(jobs: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:

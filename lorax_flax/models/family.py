@@ -54,7 +54,8 @@ class Family:
     """Shapes of the parameters, boxed with their logical axis names; no FLOPs."""
     inputs = self.inputs(module.config)  # type: ignore[attr-defined]
     init = lambda key, inputs: module.init(key, **inputs)
-    return jax.eval_shape(init, jax.random.key(0), inputs)["params"]
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(init, key, inputs)["params"]
 
   def shapes(self, module: nn.Module) -> Any:
     """The parameters' tree, of ShapeDtypeStructs."""

@@ -117,7 +117,7 @@ def load(
   keymap = family.keymap(config, scan)
   # The keys first: a config that claims a thousand layers takes long to trace.
   found = hub_load.find(safetensors.open_folder(folder), keymap)
-  shapes = family.shapes(module)
+  shapes = _shapes(family, config, module, keymap)
   lies = shardings and shardings(family.logical_axes(module), shapes)
   weights = hub_load.load(
     found,
@@ -139,6 +139,15 @@ def load(
     weights.passed_over,
     folder,
   )
+
+
+def _shapes(family: Family, config: Any, module: Any, keymap: KeyMap) -> Any:
+  """The parameters' tree, of ShapeDtypeStructs."""
+  if keymap.scan:
+    return family.shapes(module)
+  # Of all layers, one is traced: tracing takes longer than reading.
+  scanned = family.build(config, module.dtype, True, "none")
+  return hub_load.unstacked(family.shapes(scanned), family.keymap(config, True), keymap)
 
 
 def of(hf_config: Mapping[str, Any]) -> Family:

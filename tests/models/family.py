@@ -74,6 +74,8 @@ def check_logits(folder, model, batches, *, real=lambda inputs: ..., **options):
   """
   loaded = registry.load(folder, **options)
   assert not loaded.new_paths
+  sizes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+  assert sizes(loaded.params) == sizes(loaded.family.shapes(loaded.module))
   for inputs in batches:
     got, want = logits(loaded, inputs), torch_logits(model, inputs)
     assert got.dtype == np.float32
