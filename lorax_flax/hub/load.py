@@ -17,6 +17,7 @@ from lorax_flax.hub import blocks, safetensors
 from lorax_flax.hub import keymap as km
 from lorax_flax.hub.safetensors import Reader
 
+_GROUP = 64 << 20  # bytes that are handed to a device at once
 _THREADS = 2  # that read; more wait for one another's new pages
 
 
@@ -114,12 +115,13 @@ def load(
       cut = lambda block: np.asarray(new)[tuple(slice(*ends) for ends in block)]
       return blocks.in_shards(leaf.shape, sharding, cut)
     if sharding is None:
-      return jax.device_put(next(whole))
+      return next(whole)
     part = lambda block: _leaf(found, path, leaf.shape, dtype, block)
     return blocks.in_shards(leaf.shape, sharding, part)
 
   wanted = {path: leaf for path, leaf in leaves.items() if path not in absent}
-  whole = _ahead([read(*item) for item in wanted.items()] if shardings is None else [])
+  jobs = [read(*item) for item in wanted.items()] if shardings is None else []
+  whole = _on_device(_ahead(jobs))
   sites = found.keymap.sites
   used = {found.keys[bare] for bare in sites if bare in found.keys}
   passed_over = tuple(key for key in found.reader if key not in used)
@@ -157,6 +159,17 @@ def _ahead(jobs: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
         yield waiting.popleft().result()
     while waiting:
       yield waiting.popleft().result()
+
+
+def _on_device(arrays: Iterable[np.ndarray]) -> Iterator[jax.Array]:
+  """The arrays, many handed over at once: each call costs as much as a small leaf."""
+  group: list[np.ndarray] = []
+  for array in arrays:
+    group.append(array)
+    if sum(each.nbytes for each in group) > _GROUP:
+      yield from jax.device_put(group)
+      group = []
+  yield from jax.device_put(group)
 
 
 def _untied(
