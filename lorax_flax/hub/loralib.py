@@ -18,8 +18,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-from safetensors.numpy import load_file
 
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
@@ -28,6 +26,7 @@ from lorax_flax.hub import assemble, folders, rows, torch_file
 from lorax_flax.hub import keymap as km
 from lorax_flax.hub.assemble import Factors, Layer
 from lorax_flax.hub.rows import Site
+from lorax_flax.hub.safetensors import open_file
 from lorax_flax.methods import Adapter, LoRA, Tuned
 
 # The file of a folder that we write.
@@ -43,9 +42,8 @@ def is_state_dict(path: Path) -> bool:
   if torch_file.is_torch_file(path):
     return any(map(_FACTORS.fullmatch, torch_file.read(path)))
   try:
-    with safetensors.safe_open(path, "numpy") as file:
-      return any(map(_FACTORS.fullmatch, file.keys()))
-  except (safetensors.SafetensorError, OSError):
+    return any(map(_FACTORS.fullmatch, open_file(path)))
+  except LoraxError:
     return False
 
 
@@ -97,8 +95,8 @@ def _load(file: Path) -> dict[str, np.ndarray]:
     tensors = torch_file.read(file)
   else:
     try:
-      tensors = load_file(file)
-    except (safetensors.SafetensorError, OSError, KeyError) as error:
+      tensors = dict(open_file(file))
+    except LoraxError as error:
       raise LoraxError(
         f"cannot read {file}: neither torch's zip format nor safetensors ({error})"
       ) from error
