@@ -44,6 +44,14 @@ FAMILIES = {
     | {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
     | {"max_position_embeddings": 22},
   ),
+  "deberta-v2": (
+    "DebertaV2Config",
+    "DebertaV2ForSequenceClassification",
+    _ENCODER
+    | _TEXT
+    | {"type_vocab_size": 0, "relative_attention": True, "position_buckets": 4}
+    | {"pos_att_type": ["p2c", "c2p"], "share_att_key": True, "pooler_hidden_size": 16},
+  ),
   "gpt2": (
     "GPT2Config",
     "GPT2LMHeadModel",
@@ -69,6 +77,7 @@ FAMILIES = {
 }
 # What PEFT is told of each family, where it is not as of BERT.
 ADAPTERS = {
+  "deberta-v2": {"target_modules": ["query_proj", "dense"]},
   "distilbert": {"target_modules": ["q_lin", "lin1"]},
   "gpt2": {
     "task_type": "CAUSAL_LM",

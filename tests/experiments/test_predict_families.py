@@ -22,6 +22,7 @@ TEXTS = [
 ]
 IDS = [[0, 4, 5, 2], [9], [0, 6, 7, 8, 9, 10, 2, 11, 3, 14], [0, 7, 2, 8, 13]]
 DECODER = [[0, 4], [0], [0, 5, 6, 7, 8, 9, 10, 11, 12, 13], [0, 3, 2]]
+CLASSIFIERS = ("deberta-v2", "distilbert")
 LANGUAGE = ("gpt2", "llama", "t5")
 
 
@@ -88,7 +89,8 @@ def _last(family, row, wanted):
 @pytest.mark.parametrize(
   ("family", "kind"),
   [(family, kind) for family in LANGUAGE for kind in ("texts", "ids")]
-  + [("vit", "pixels"), ("distilbert", "texts"), ("distilbert", "ids")],
+  + [(family, kind) for family in CLASSIFIERS for kind in ("texts", "ids")]
+  + [("vit", "pixels")],
 )
 def test_logits_are_pefts_in_order(made, family, kind, tmp_path):
   folder, adapted = made(family)
@@ -207,7 +209,7 @@ def test_an_option_that_means_nothing_is_refused(made, family, options, says, tm
     predict(str(folder / "base"), None, source, str(tmp_path / "out"), **options)
 
 
-@pytest.mark.parametrize("family", ["distilbert", *LANGUAGE, "vit"])
+@pytest.mark.parametrize("family", [*CLASSIFIERS, *LANGUAGE, "vit"])
 def test_transformers_loads_the_merged_checkpoint_to_the_same_logits(
   made, family, tmp_path
 ):
