@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from lorax_flax.data.examples import Example
 from lorax_flax.data.tokens import Tokens, ragged
 from lorax_flax.errors import LoraxError, listing
+from lorax_flax.hub import gguf_header, gguf_tokenizer
 
 # Texts go to the tokenizer's threads so many at a time.
 _CHUNK = 2048
@@ -26,7 +27,8 @@ def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
 
   Read from tokenizer.json; or else built from vocab.txt (BERT's WordPiece) or from
   vocab.json and merges.txt (byte-level BPE: RoBERTa's where `<s>` and `</s>` are in the
-  vocabulary, else GPT-2's) with what tokenizer_config.json says. Truncation and padding
+  vocabulary, else GPT-2's) with what tokenizer_config.json says; or else taken from a
+  GGUF file, which may also be named in the folder's place. Truncation and padding
   that a tokenizer.json has baked in are switched off: how long a text may be is for a
   config to say.
 
@@ -48,6 +50,8 @@ def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
       tokenizer.no_truncation()
       tokenizer.no_padding()
       return tokenizer
+  if (file := gguf_header.find(folder)) is not None:
+    return gguf_tokenizer.load(file)
   wanted = "; or ".join(" and ".join(files) for files in _BUILDERS)
   there = listing(p.name for p in folder.iterdir()) if folder.is_dir() else ""
   raise LoraxError(

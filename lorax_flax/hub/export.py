@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError
-from lorax_flax.hub import folders
+from lorax_flax.hub import folders, gguf_header, gguf_tokenizer
 from lorax_flax.hub.keymap import KeyMap, file_key
 
 WEIGHTS_FILE = "model.safetensors"
@@ -54,7 +54,8 @@ def write_checkpoint(
     hf_config: of the base; what it says of the head is replaced.
     architecture: transformers' name of the model, which says how the weights are read.
     labels: names of the head's outputs; None where they are not classes.
-    tokenizer_from: a folder whose tokenizer's files are copied.
+    tokenizer_from: a folder whose tokenizer's files are copied; of a GGUF file, they
+      are made.
     may_replace: whether a folder that lies there, and isn't empty, may go.
 
   Raises:
@@ -72,6 +73,9 @@ def write_checkpoint(
     for name in _BESIDE:
       if (tokenizer_from / name).is_file():
         shutil.copyfile(tokenizer_from / name, scratch / name)
+    file = gguf_header.find(tokenizer_from)
+    if file is not None and not (scratch / "tokenizer.json").is_file():
+      gguf_tokenizer.write(file, scratch)
 
 
 def to_hf_config(

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorax_flax.errors import LoraxError, listing, nearest
-from lorax_flax.hub import assets
+from lorax_flax.hub import assets, gguf_header
 
 # Short names: of an asset in a registry wheel, or of a model on the hub.
 ALIASES: Mapping[str, str] = {
   "minilm": "asset:minilm",
+  "smollm2": "asset:smollm2",
   "roberta_base": "FacebookAI/roberta-base",
   "roberta_large": "FacebookAI/roberta-large",
 }
@@ -36,9 +37,12 @@ _TIMEOUT = 3.0  # seconds, for the hub's first answer
 def resolve(spec: str) -> Path:
   """The folder of a model: config.json, *.safetensors and its tokenizer's files.
 
+  Or one with a GGUF file, which is all of these; or that file itself.
+
   Args:
-    spec: an existing folder; an alias (see `ALIASES`); or a name on the Hugging Face
-      hub, "organisation/name". What was fetched once is found again without a network.
+    spec: an existing folder or GGUF file; an alias (see `ALIASES`); or a name on the
+      Hugging Face hub, "organisation/name". What was fetched once is found again
+      without a network.
 
   Raises:
     LoraxError: nothing of that name, in seconds; or a folder that holds no model.
@@ -46,8 +50,12 @@ def resolve(spec: str) -> Path:
   folder = Path(spec).expanduser()
   if folder.is_dir():
     return _checked(folder)
+  if gguf_header.find(folder) == folder:
+    return folder
   if folder.is_file():
-    raise LoraxError(f"{spec} is a file; a model is a folder with config.json in it")
+    raise LoraxError(
+      f"{spec} is a file; a model is a folder with config.json in it, or a .gguf file"
+    )
   if spec in ALIASES:
     target = ALIASES[spec]
     if target.startswith("asset:"):
@@ -85,6 +93,8 @@ def _checked(folder: Path) -> Path:
       f"{folder} holds a PEFT adapter, not a model: name its base, and the adapter "
       f"beside it. {holds}"
     )
+  if gguf_header.find(folder) is not None:
+    return folder
   if "config.json" not in names:
     raise LoraxError(f"no config.json in {folder}: it holds no model. {holds}")
   if not any(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lorax_flax import strict_json
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.hub import load as hub_load
-from lorax_flax.hub import safetensors
+from lorax_flax.hub import gguf, gguf_header, safetensors
 from lorax_flax.hub.keymap import KeyMap
 from lorax_flax.models import (
   bert,
@@ -86,10 +86,10 @@ def load(
   new_head: bool = False,
   shardings: Callable[[Any, Any], Any] | None = None,
 ) -> Loaded:
-  """Loads a model from a Hugging Face folder.
+  """Loads a model from a Hugging Face folder, or from a GGUF file.
 
   Args:
-    folder: with config.json and safetensors.
+    folder: with config.json and safetensors, or with a GGUF file; or that file.
     num_labels: outputs of a classifier's head, 1 for a regression; None takes
       config.json's.
     dtype: of computing: "float32", "bfloat16" or "float16".
@@ -116,7 +116,7 @@ def load(
   module = family.build(config, _float("dtype", dtype), scan, remat)
   keymap = family.keymap(config, scan)
   # The keys first: a config that claims a thousand layers takes long to trace.
-  found = hub_load.find(safetensors.open_folder(folder), keymap)
+  found = hub_load.find(_open(folder), keymap)
   shapes = _shapes(family, config, module, keymap)
   lies = shardings and shardings(family.logical_axes(module), shapes)
   weights = hub_load.load(
@@ -164,6 +164,13 @@ def _float(option: str, name: str) -> jnp.dtype:
   return jnp.dtype(name)
 
 
+def _open(folder: Path) -> safetensors.Reader:
+  file = gguf_header.find(folder)
+  return safetensors.open_folder(folder) if file is None else gguf.open_file(file)
+
+
 def read_config(folder: Path) -> Mapping[str, Any]:
-  """The config.json of a folder, an object."""
+  """The config.json of a folder, an object; or what a GGUF file says in its place."""
+  if (file := gguf_header.find(folder)) is not None:
+    return gguf.read_config(file)
   return strict_json.read_object(folder / "config.json")

@@ -1,0 +1,350 @@
+"""Models in GGUF files: their config.json, and their weights under Hugging Face's names.
+
+Quantised tensors are dequantised to float32 as they are read, some rows at a time.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.hub import gguf_header, safetensors
+from lorax_flax.hub.gguf_header import Header, Tensor
+
+Index = tuple[slice, ...]
+
+_Kind = gguf.GGMLQuantizationType
+_FLOATS: Mapping[_Kind, Any] = {
+  _Kind.F16: np.float16,
+  _Kind.BF16: ml_dtypes.bfloat16,
+  _Kind.F32: np.float32,
+  _Kind.F64: np.float64,
+}
+_CHUNK = 1 << 18  # numbers that are dequantised at once, in a few arrays of that size
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """One of llama.cpp's architectures.
+
+  Attributes:
+    fields: of config.json, which the file does not say.
+    turned: rotary positions turn neighbours in the file, where Hugging Face's turn a
+      head's two halves: rows of queries and keys lie in another order.
+    biases: fields of config.json that say that there are biases, each with a tensor
+      that is there then.
+  """
+
+  fields: Mapping[str, Any]
+  turned: bool = False
+  biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+  "llama": Architecture(
+    {
+      "model_type": "llama",
+      "architectures": ["LlamaForCausalLM"],
+      "hidden_act": "silu",
+    },
+    turned=True,
+    biases={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"},
+  ),
+  "qwen2": Architecture(
+    {
+      "model_type": "qwen2",
+      "architectures": ["Qwen2ForCausalLM"],
+      "hidden_act": "silu",
+    },
+  ),
+}
+
+# Hugging Face's names of the modules; those of a layer have a number before them.
+_MODULES = {
+  "token_embd": "model.embed_tokens",
+  "output_norm": "model.norm",
+  "output": "lm_head",
+}
+_LAYER_MODULES = {
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
+_HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+
+# What a file says of the model, by its field in config.json. The first four and the
+# norms' epsilon are in every file.
+_FIELDS = {
+  "block_count": "num_hidden_layers",
+  "embedding_length": "hidden_size",
+  "feed_forward_length": "intermediate_size",
+  "attention.head_count": "num_attention_heads",
+  "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+  "context_length": "max_position_embeddings",
+  "attention.head_count_kv": "num_key_value_heads",
+  "attention.key_length": "head_dim",
+  "rope.freq_base": "rope_theta",
+}
+_REQUIRED = tuple(_FIELDS)[:6]
+# What we compute one value of alone, which is what a file that is silent means.
+_ONLY = {
+  "rope.scaling.type": "none",
+  "expert_count": 0,
+  "expert_used_count": 0,
+}
+_TOKEN_IDS = {
+  "tokenizer.ggml.bos_token_id": "bos_token_id",
+  "tokenizer.ggml.eos_token_id": "eos_token_id",
+  "tokenizer.ggml.padding_token_id": "pad_token_id",
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+  """The config.json that a GGUF file amounts to.
+
+  Raises:
+    LoraxError: a damaged file, an architecture that is not in `ARCHITECTURES`, or
+      something said of the model that we do not know or do not compute.
+  """
+  return config_of(gguf_header.read(path))
+
+
+def config_of(header: Header) -> dict[str, Any]:
+  """`read_config` of a header that is already read."""
+  said, tensors, where = header.metadata, header.tensors, header.path
+  name = said.get("general.architecture")
+  if not isinstance(name, str) or name not in ARCHITECTURES:
+    raise LoraxError(f"{where}: " + unknown("architecture", str(name), ARCHITECTURES))
+  architecture = ARCHITECTURES[name]
+  if said.get("split.count", 1) != 1:
+    raise LoraxError(f"{where} is one of {said['split.count']} parts: merge them first")
+  if missing := [key for key in _REQUIRED if f"{name}.{key}" not in said]:
+    raise LoraxError(f"{where} does not say {listing(f'{name}.{m}' for m in missing)}")
+  if "token_embd.weight" not in tensors:
+    raise LoraxError(
+      f"{where} has no token_embd.weight. There are: {listing(tensors, most=8) or 'none'}"
+    )
+  config = dict(architecture.fields)
+  for key, field in _FIELDS.items():
+    if f"{name}.{key}" in said:
+      config[field] = said[f"{name}.{key}"]
+  config["vocab_size"] = tensors["token_embd.weight"].shape[0]
+  config["tie_word_embeddings"] = "output.weight" not in tensors
+  for field, tensor in architecture.biases.items():
+    config[field] = tensor in tensors
+  for key, field in _TOKEN_IDS.items():
+    if key in said:
+      config[field] = said[key]
+  heads, width = config["num_attention_heads"], config["hidden_size"]
+  config.setdefault("num_key_value_heads", heads)
+  if type(width) is int and type(heads) is int and heads and width % heads == 0:
+    config.setdefault("head_dim", width // heads)
+  same = {
+    "vocab_size": config["vocab_size"],
+    "attention.value_length": config.get("head_dim"),
+    "rope.dimension_count": config.get("head_dim"),
+  }
+  _check_rest(where, name, said, {**_ONLY, **same})
+  return config
+
+
+def _check_rest(
+  where: Path, name: str, said: Mapping[str, Any], only: Mapping[str, Any]
+) -> None:
+  """Nothing else is said of the model, for it might change the numbers."""
+  for key, value in said.items():
+    bare = key.removeprefix(f"{name}.")
+    if bare == key or bare in _FIELDS:
+      continue
+    if bare not in only:
+      raise LoraxError(f"{where}: " + unknown("value", key, [*_FIELDS, *only]))
+    if value != only[bare]:
+      raise LoraxError(
+        f"{where}: {key}={value!r} is not supported, only {only[bare]!r} is; this model"
+        " would not compute what the file was made for"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A tensor as it is read.
+
+  Attributes:
+    tensor: as it lies in the file.
+    heads: its rows are those of so many heads, in llama.cpp's order; None: in ours.
+  """
+
+  tensor: Tensor
+  heads: int | None = None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.tensor.shape
+
+  @property
+  def array_dtype(self) -> np.dtype:
+    return np.dtype(_FLOATS.get(self.tensor.kind, np.float32))
+
+  @property
+  def itemsize(self) -> int:
+    return self.array_dtype.itemsize
+
+
+class File:
+  """One GGUF file. It is opened for each read, and must not change between."""
+
+  def __init__(self, path: Path):
+    header = gguf_header.read(path)
+    self.path = path
+    self.tensors = _named(header)
+    self._status = header.status
+
+  def read(self, key: str, index: Index, out: np.ndarray) -> None:
+    """Fills `out`, of any strides and number type, with a part of a tensor."""
+    stored = self.tensors[key]
+    try:
+      descriptor = os.open(self.path, os.O_RDONLY)
+      try:
+        now = os.fstat(descriptor)
+        was = self._status
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != (
+          was.st_ino,
+          was.st_size,
+          was.st_mtime_ns,
+        ):
+          raise LoraxError("it was written to since it was opened")
+        _fill(descriptor, stored, index, out)
+      finally:
+        os.close(descriptor)
+    except (OSError, LoraxError) as error:
+      raise LoraxError(f"cannot read {key!r} of {self.path}: {error}") from error
+
+
+class Reader(safetensors.Reader):
+  """The tensors of a GGUF file by Hugging Face's keys; each is read when asked for."""
+
+  def __init__(self, file: File):
+    super().__init__(dict.fromkeys(file.tensors, file.path))
+    self._file = file
+
+  def shape(self, key: str) -> tuple[int, ...]:
+    return self._stored(key).shape
+
+  def dtype(self, key: str) -> np.dtype:
+    """The number type of what is read: quantised tensors are read as float32."""
+    return self._stored(key).array_dtype
+
+  def __getitem__(self, key: str) -> np.ndarray:
+    return self.part(key, (slice(None),) * len(self.shape(key)))
+
+  def part(self, key: str, index: Index) -> np.ndarray:
+    shape = [len(range(n)[cut]) for cut, n in zip(index, self.shape(key), strict=True)]
+    out = np.empty(shape, self.dtype(key))
+    self._file.read(key, index, out)
+    return out
+
+  def _stored(self, key: str) -> Stored:
+    if key not in self._file.tensors:
+      raise LoraxError(unknown("checkpoint key", key, self._file.tensors))
+    return self._file.tensors[key]
+
+
+def open_file(path: Path) -> Reader:
+  """The weights of a file; errors are those of `read_config`, and unknown tensors."""
+  return Reader(File(path))
+
+
+def _named(header: Header) -> dict[str, Stored]:
+  """The tensors under Hugging Face's names."""
+  config = config_of(header)
+  turned = ARCHITECTURES[header.metadata["general.architecture"]].turned
+  found: dict[str, Stored] = {}
+  for name, tensor in header.tensors.items():
+    layer, module, part = _split(header.path, name)
+    key = _MODULES[module] if layer is None else _LAYER_MODULES[module]
+    full = f"{key}.{part}" if layer is None else f"model.layers.{layer}.{key}.{part}"
+    heads = config[_HEADS[module]] if turned and module in _HEADS else None
+    if heads is not None and not _divides(heads, tensor.shape[0]):
+      raise LoraxError(
+        f"{header.path}: {name!r} has shape {tensor.shape}, which {heads!r} heads do"
+        " not divide"
+      )
+    if len(tensor.shape) > 2:
+      raise LoraxError(f"{header.path}: {name!r} has shape {tensor.shape}")
+    found[full] = Stored(tensor, heads)
+  return found
+
+
+def _split(path: Path, name: str) -> tuple[str | None, str, str]:
+  """A tensor's layer, module, and "weight" or "bias"."""
+  match = re.fullmatch(r"(?:blk\.(0|[1-9]\d{0,3})\.)?(\w+)\.(weight|bias)", name)
+  if match is not None:
+    layer, module, part = match.groups()
+    if module in (_MODULES if layer is None else _LAYER_MODULES):
+      return layer, module, part
+  layers = [f"blk.N.{module}.weight" for module in _LAYER_MODULES]
+  known = [*(f"{module}.weight" for module in _MODULES), *layers]
+  raise LoraxError(f"{path}: " + unknown("tensor", name, known))
+
+
+def _divides(heads: Any, rows: int) -> bool:
+  return type(heads) is int and heads > 0 and rows % (2 * heads) == 0
+
+
+def _fill(descriptor: int, stored: Stored, index: Index, out: np.ndarray) -> None:
+  """Fills `out` with a part of a tensor, some rows at a time."""
+  tensor = stored.tensor
+  order = np.arange(tensor.shape[0])
+  if stored.heads is not None:
+    # Our row (head, half, i) is the file's row (head, i, half).
+    order = order.reshape(stored.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+  if len(tensor.shape) == 1:
+    out[...] = _rows(descriptor, tensor, 0, 1)[0][order[index[0]]]
+    return
+  wanted = order[index[0]]
+  step = max(1, _CHUNK // tensor.shape[1])
+  for i in range(0, len(wanted), step):
+    some = wanted[i : i + step]
+    low, high = int(some.min()), int(some.max()) + 1
+    rows = _rows(descriptor, tensor, low, high)
+    out[i : i + step] = rows[some - low, index[1]]
+
+
+def _rows(descriptor: int, tensor: Tensor, low: int, high: int) -> np.ndarray:
+  """Rows of the last axis, as floats."""
+  count, start = (high - low) * tensor.row_bytes, tensor.start + low * tensor.row_bytes
+  data = _read(descriptor, start, count).reshape(high - low, -1)
+  if tensor.kind in _FLOATS:
+    return data.view(_FLOATS[tensor.kind])
+  try:
+    # What was damaged in a block can be infinite, and times zero.
+    with np.errstate(all="ignore"):
+      return gguf.quants.dequantize(data, tensor.kind)
+  except NotImplementedError as error:
+    raise LoraxError(
+      f"its numbers are {tensor.kind.name}, which is not dequantised"
+    ) from error
+
+
+def _read(descriptor: int, start: int, count: int) -> np.ndarray:
+  found = np.empty(count, np.uint8)
+  view = found.data
+  while view:
+    got = os.preadv(descriptor, [view], start)
+    if not got:
+      raise LoraxError("it is cut off")
+    start, view = start + got, view[got:]
+  return found
