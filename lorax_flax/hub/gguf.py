@@ -1,4 +1,4 @@
-"""Models in GGUF files: their config.json, and their weights under Hugging Face's names.
+"""Models in GGUF files: what their config.json would say, and their weights.
 
 Quantised tensors are dequantised to float32 as they are read, some rows at a time.
 """
@@ -105,6 +105,7 @@ _ONLY = {
   "expert_count": 0,
   "expert_used_count": 0,
 }
+_HEAD_SIZES = ("attention.value_length", "rope.dimension_count")
 _TOKEN_IDS = {
   "tokenizer.ggml.bos_token_id": "bos_token_id",
   "tokenizer.ggml.eos_token_id": "eos_token_id",
@@ -134,9 +135,8 @@ def config_of(header: Header) -> dict[str, Any]:
   if missing := [key for key in _REQUIRED if f"{name}.{key}" not in said]:
     raise LoraxError(f"{where} does not say {listing(f'{name}.{m}' for m in missing)}")
   if "token_embd.weight" not in tensors:
-    raise LoraxError(
-      f"{where} has no token_embd.weight. There are: {listing(tensors, most=8) or 'none'}"
-    )
+    there = listing(tensors, most=8) or "none"
+    raise LoraxError(f"{where} has no token_embd.weight. There are: {there}")
   config = dict(architecture.fields)
   for key, field in _FIELDS.items():
     if f"{name}.{key}" in said:
@@ -152,12 +152,10 @@ def config_of(header: Header) -> dict[str, Any]:
   config.setdefault("num_key_value_heads", heads)
   if type(width) is int and type(heads) is int and heads and width % heads == 0:
     config.setdefault("head_dim", width // heads)
-  same = {
-    "vocab_size": config["vocab_size"],
-    "attention.value_length": config.get("head_dim"),
-    "rope.dimension_count": config.get("head_dim"),
-  }
-  _check_rest(where, name, said, {**_ONLY, **same})
+  # Where the heads do not divide the width, the model's own config says so.
+  head = {key: config.get("head_dim", said.get(f"{name}.{key}")) for key in _HEAD_SIZES}
+  only = {**_ONLY, **head, "vocab_size": config["vocab_size"]}
+  _check_rest(where, name, said, only)
   return config
 
 

@@ -102,22 +102,16 @@ def _make(said: Mapping[str, Any]) -> tokenizers.Tokenizer:
       f"it is of kind {kind!r}, and only 'gpt2', byte-level BPE, is made here: put the"
       " model's tokenizer.json beside the file and name the folder"
     )
-  split = said.get(f"{_PREFIX}pre")
-  if split not in SPLITTINGS:
-    raise LoraxError(unknown("way of splitting a text", str(split), SPLITTINGS))
-  splitting = SPLITTINGS[split]
-  tokens, merges = _strings(said, "tokens"), _strings(said, "merges")
+  name = str(said.get(f"{_PREFIX}pre"))
+  if name not in SPLITTINGS:
+    raise LoraxError(unknown("way of splitting a text", name, SPLITTINGS))
+  splitting = SPLITTINGS[name]
+  tokens = _strings(said, "tokens")
   vocab = {token: i for i, token in enumerate(tokens)}
   if len(vocab) != len(tokens):
     raise LoraxError(f"{len(tokens) - len(vocab)} of its tokens are there twice")
-  pairs = [tuple(merge.split(" ")) for merge in merges]
-  if wrong := [
-    merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2
-  ]:
-    raise LoraxError(f"its merge {wrong[0]!r} is no pair")
-  tokenizer = tokenizers.Tokenizer(
-    models.BPE(vocab, pairs, ignore_merges=splitting.whole)
-  )
+  model = models.BPE(vocab, _pairs(said), ignore_merges=splitting.whole)
+  tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = _pre_tokenizer(splitting)
   tokenizer.decoder = decoders.ByteLevel()
   _add_whole_tokens(tokenizer, tokens, said.get(f"{_PREFIX}token_type"))
@@ -155,20 +149,33 @@ def _add_whole_tokens(
 
 def _ends(said: Mapping[str, Any], tokens: list[str], bos: bool) -> Any:
   """What is put before and behind a text."""
-  wanted = []
-  for name, default in (("bos", bos), ("eos", False)):
-    if said.get(f"{_PREFIX}add_{name}_token", default):
-      wanted.append((name, _token(said, f"{name}_token_id", tokens)))
-  if not wanted:
+  ends = {
+    name: _token(said, f"{name}_token_id", tokens)
+    for name, default in (("bos", bos), ("eos", False))
+    if said.get(f"{_PREFIX}add_{name}_token", default)
+  }
+  if not ends:
     return processors.ByteLevel(trim_offsets=False)
-  ends = dict(wanted)
-  before, behind = ([ends[name]] if name in ends else [] for name in ("bos", "eos"))
+
+  # In lists: a token may hold what means something in the short form.
+  def around(text: str) -> list[str]:
+    return [part for part in (ends.get("bos"), text, ends.get("eos")) if part]
+
   return processors.TemplateProcessing(
-    single=[*before, "$A", *behind],
-    pair=[*before, "$A", *behind, *(f"{x}:1" for x in before), "$B:1"]
-    + [f"{x}:1" for x in behind],
+    single=around("$A"),
+    pair=[*around("$A"), *around("$B")],
     special_tokens=[(token, tokens.index(token)) for token in set(ends.values())],
   )
+
+
+def _pairs(said: Mapping[str, Any]) -> list[tuple[str, str]]:
+  found = []
+  for merge in _strings(said, "merges"):
+    parts = merge.split(" ")
+    if len(parts) != 2:
+      raise LoraxError(f"its merge {merge!r} is no pair")
+    found.append((parts[0], parts[1]))
+  return found
 
 
 def _strings(said: Mapping[str, Any], name: str) -> list[str]:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from lorax_flax import strict_json
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.hub import load as hub_load
 from lorax_flax.hub import gguf, gguf_header, safetensors
+from lorax_flax.hub import load as hub_load
 from lorax_flax.hub.keymap import KeyMap
 from lorax_flax.models import (
   bert,
