@@ -4,7 +4,6 @@ Quantised tensors are dequantised to float32 as they are read, some rows at a ti
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,6 @@ import numpy as np
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub import gguf_header, safetensors
 from lorax_flax.hub.gguf_header import Header, Tensor
-
-Index = tuple[slice, ...]
 
 _Kind = gguf.GGMLQuantizationType
 _FLOATS: Mapping[_Kind, Any] = {
@@ -201,68 +198,24 @@ class Stored:
     return self.array_dtype.itemsize
 
 
-class File:
-  """One GGUF file. It is opened for each read, and must not change between."""
-
+class _Gguf(safetensors.File):
   def __init__(self, path: Path):
     header = gguf_header.read(path)
-    self.path = path
-    self.tensors = _named(header)
-    self._status = header.status
+    super().__init__(path, _named(header), header.status)
 
-  def read(self, key: str, index: Index, out: np.ndarray) -> None:
-    """Fills `out`, of any strides and number type, with a part of a tensor."""
-    stored = self.tensors[key]
-    try:
-      descriptor = os.open(self.path, os.O_RDONLY)
-      try:
-        now = os.fstat(descriptor)
-        was = self._status
-        if (now.st_ino, now.st_size, now.st_mtime_ns) != (
-          was.st_ino,
-          was.st_size,
-          was.st_mtime_ns,
-        ):
-          raise LoraxError("it was written to since it was opened")
-        _fill(descriptor, stored, index, out)
-      finally:
-        os.close(descriptor)
-    except (OSError, LoraxError) as error:
-      raise LoraxError(f"cannot read {key!r} of {self.path}: {error}") from error
+  def fill(
+    self, descriptor: int, stored: Any, index: safetensors.Index, out: np.ndarray
+  ) -> None:
+    _fill(descriptor, stored, index, out)
 
 
-class Reader(safetensors.Reader):
-  """The tensors of a GGUF file by Hugging Face's keys; each is read when asked for."""
+def open_file(path: Path) -> safetensors.Reader:
+  """The weights of a file by Hugging Face's keys; quantised ones are float32.
 
-  def __init__(self, file: File):
-    super().__init__(dict.fromkeys(file.tensors, file.path))
-    self._file = file
-
-  def shape(self, key: str) -> tuple[int, ...]:
-    return self._stored(key).shape
-
-  def dtype(self, key: str) -> np.dtype:
-    """The number type of what is read: quantised tensors are read as float32."""
-    return self._stored(key).array_dtype
-
-  def __getitem__(self, key: str) -> np.ndarray:
-    return self.part(key, (slice(None),) * len(self.shape(key)))
-
-  def part(self, key: str, index: Index) -> np.ndarray:
-    shape = [len(range(n)[cut]) for cut, n in zip(index, self.shape(key), strict=True)]
-    out = np.empty(shape, self.dtype(key))
-    self._file.read(key, index, out)
-    return out
-
-  def _stored(self, key: str) -> Stored:
-    if key not in self._file.tensors:
-      raise LoraxError(unknown("checkpoint key", key, self._file.tensors))
-    return self._file.tensors[key]
-
-
-def open_file(path: Path) -> Reader:
-  """The weights of a file; errors are those of `read_config`, and unknown tensors."""
-  return Reader(File(path))
+  Raises:
+    LoraxError: what `read_config` raises, or a tensor of an unknown name.
+  """
+  return safetensors.of_file(_Gguf(path))
 
 
 def _named(header: Header) -> dict[str, Stored]:
@@ -302,7 +255,9 @@ def _divides(heads: Any, rows: int) -> bool:
   return type(heads) is int and heads > 0 and rows % (2 * heads) == 0
 
 
-def _fill(descriptor: int, stored: Stored, index: Index, out: np.ndarray) -> None:
+def _fill(
+  descriptor: int, stored: Stored, index: safetensors.Index, out: np.ndarray
+) -> None:
   """Fills `out` with a part of a tensor, some rows at a time."""
   tensor = stored.tensor
   order = np.arange(tensor.shape[0])
@@ -323,8 +278,9 @@ def _fill(descriptor: int, stored: Stored, index: Index, out: np.ndarray) -> Non
 
 def _rows(descriptor: int, tensor: Tensor, low: int, high: int) -> np.ndarray:
   """Rows of the last axis, as floats."""
-  count, start = (high - low) * tensor.row_bytes, tensor.start + low * tensor.row_bytes
-  data = _read(descriptor, start, count).reshape(high - low, -1)
+  start = tensor.start + low * tensor.row_bytes
+  data = np.empty((high - low, tensor.row_bytes), np.uint8)
+  safetensors.read_bytes(descriptor, start, data)
   if tensor.kind in _FLOATS:
     return data.view(_FLOATS[tensor.kind])
   try:
@@ -335,14 +291,3 @@ def _rows(descriptor: int, tensor: Tensor, low: int, high: int) -> np.ndarray:
     raise LoraxError(
       f"its numbers are {tensor.kind.name}, which is not dequantised"
     ) from error
-
-
-def _read(descriptor: int, start: int, count: int) -> np.ndarray:
-  found = np.empty(count, np.uint8)
-  view = found.data
-  while view:
-    got = os.preadv(descriptor, [view], start)
-    if not got:
-      raise LoraxError("it is cut off")
-    start, view = start + got, view[got:]
-  return found

@@ -9,13 +9,13 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from lorax_flax import strict_json
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub import safetensors_header
-from lorax_flax.hub.safetensors_header import Stored
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,19 +28,35 @@ _ALIGNED = 64  # bytes; XLA takes an array that lies so as it is, without copyin
 Index = tuple[slice, ...]
 
 
-class File:
-  """One safetensors file. It is opened for each read, and must not change between."""
+class Stored(Protocol):
+  """A tensor in a file: its shape, and the type of its arrays."""
 
-  def __init__(self, path: Path):
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def array_dtype(self) -> np.dtype: ...
+
+  @property
+  def itemsize(self) -> int: ...
+
+
+class File:
+  """One file of tensors. It is opened for each read, and must not change between.
+
+  Attributes:
+    path: the file.
+    tensors: by key.
+  """
+
+  def __init__(self, path: Path, tensors: Mapping[str, Stored], status: os.stat_result):
     self.path = path
-    self.tensors, self._status = safetensors_header.read(path)
+    self.tensors = tensors
+    self._status = status
 
   def read(self, key: str, index: Index, out: np.ndarray) -> None:
     """Fills `out`, of any strides and number type, with a part of a tensor."""
-    stored = self.tensors[key]
-    cuts = [cut.indices(n)[:2] for cut, n in zip(index, stored.shape, strict=True)]
     try:
-      dtype = stored.array_dtype
       descriptor = os.open(self.path, os.O_RDONLY)
       try:
         now = os.fstat(descriptor)
@@ -50,11 +66,24 @@ class File:
           self._status.st_mtime_ns,
         ):
           raise LoraxError("it was written to since it was opened")
-        _fill(descriptor, stored.start, stored.shape, cuts, dtype, out)
+        self.fill(descriptor, self.tensors[key], index, out)
       finally:
         os.close(descriptor)
     except (OSError, LoraxError) as error:
       raise LoraxError(f"cannot read {key!r} of {self.path}: {error}") from error
+
+  def fill(self, descriptor: int, stored: Any, index: Index, out: np.ndarray) -> None:
+    """`read` of the open file, which its form decides: safetensors, GGUF."""
+    raise NotImplementedError
+
+
+class _Safetensors(File):
+  def __init__(self, path: Path):
+    super().__init__(path, *safetensors_header.read(path))
+
+  def fill(self, descriptor: int, stored: Any, index: Index, out: np.ndarray) -> None:
+    cuts = [cut.indices(n)[:2] for cut, n in zip(index, stored.shape, strict=True)]
+    _fill(descriptor, stored.start, stored.shape, cuts, stored.array_dtype, out)
 
 
 class Reader(Mapping[str, np.ndarray]):
@@ -150,7 +179,11 @@ def open_folder(folder: Path) -> Reader:
 
 def open_file(path: Path) -> Reader:
   """The tensors of one file. Damaged, or none: LoraxError."""
-  file = File(path)
+  return of_file(_Safetensors(path))
+
+
+def of_file(file: File) -> Reader:
+  """The tensors of a file that is open already."""
   return Reader(dict.fromkeys(file.tensors, file))
 
 
@@ -179,7 +212,7 @@ def _indexed(folder: Path) -> dict[str, File]:
     if not _is_file(folder / name):
       here = [p.name for p in folder.glob("*.safetensors")]
       raise LoraxError(unknown(f"shard in {index}", name, here))
-    files[name] = File(folder / name)
+    files[name] = _Safetensors(folder / name)
   for key, name in where.items():
     if key not in files[name].tensors:
       raise LoraxError(unknown(f"weight of {folder / name}", key, files[name].tensors))
@@ -215,7 +248,7 @@ def _fill(
   first, last = cuts[0]
   whole = all(cut == (0, n) for cut, n in zip(cuts[1:], shape[1:], strict=True))
   if whole and out.dtype == dtype and out.flags.c_contiguous:
-    _read(descriptor, start + first * row, out)
+    read_bytes(descriptor, start + first * row, out)
     return
   # Parts of short rows: reading what lies between costs less than many reads.
   if whole or row <= _CHUNK:
@@ -224,7 +257,7 @@ def _fill(
     scratch = np.empty((min(rows, last - first), *shape[1:]), dtype)
     for i in range(first, last, rows):
       part = scratch[: min(rows, last - i)]
-      _read(descriptor, start + i * row, part)
+      read_bytes(descriptor, start + i * row, part)
       np.copyto(
         out[i - first : i - first + len(part)], part[:, *inner], casting="unsafe"
       )
@@ -233,7 +266,7 @@ def _fill(
     _fill(descriptor, start + i * row, shape[1:], cuts[1:], dtype, out[i - first])
 
 
-def _read(descriptor: int, start: int, out: np.ndarray) -> None:
+def read_bytes(descriptor: int, start: int, out: np.ndarray) -> None:
   """Fills a contiguous array with the bytes from `start` on."""
   view = out.reshape(-1).view(np.uint8).data
   while view:
