@@ -21,7 +21,7 @@ import numpy as np
 from lorax_flax.errors import LoraxError, listing
 
 SUFFIX = ".gguf"
-_MOST_HEADER = 64 << 20  # bytes; a vocabulary of 262,144 tokens takes about 12 MB
+_MOST_HEADER = 32 << 20  # bytes; a vocabulary of 262,144 tokens takes about 12 MB
 _MOST_ITEMS = 1 << 20  # of an array, and of anything else that is counted
 _MOST_AXES = 4
 _ALIGNMENT = "general.alignment"
