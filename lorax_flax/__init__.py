@@ -18,7 +18,7 @@ from lorax_flax.adapt import (
   unmerge,
 )
 from lorax_flax.errors import LoraxError
-from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LoRA, LowRank, Tuned
+from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LoRA, LowRank, Rows, Tuned
 from lorax_flax.version import __version__
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
   "LoraxError",
   "LowRank",
   "Plan",
+  "Rows",
   "Tuned",
   "__version__",
   "adapt",

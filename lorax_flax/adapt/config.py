@@ -37,6 +37,9 @@ class LoraConfig:
     layers_pattern: regular expression with one group, the layer's number.
     tuned: weights trained in full beside the deltas, a new head for instance; rules as
       for `targets`. Here a string or an item may also name a module, whole.
+    rows: tables of which some rows are trained in place, as new tokens are: the end of
+      a path, or of its module's, to the rows' numbers. Of a head's kernel they are the
+      columns.
     bias: "none", "all" biases trained, or "lora_only", those beside a target.
     dropout: rate on the input of each delta; acts only where a key is given to `apply`.
     init: "uniform" (PEFT's default) or "gaussian".
@@ -58,6 +61,7 @@ class LoraConfig:
   layers: Sequence[int] | None = None
   layers_pattern: str | None = None
   tuned: str | Sequence[str] = ()
+  rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
   bias: str = "none"
   dropout: float = 0.0
   init: str = "uniform"
@@ -80,6 +84,12 @@ class LoraConfig:
     for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
       if not alpha > 0:
         raise LoraxError(f"LoraConfig alpha of {name!r} must be > 0, not {alpha!r}")
+    for name, numbers in self.rows.items():
+      whole = all(isinstance(n, int) and n >= 0 for n in numbers)
+      if not whole or not 0 < len(numbers) == len(set(numbers)):
+        raise LoraxError(
+          f"LoraConfig.rows of {name!r} must be different ints >= 0, not {numbers!r}"
+        )
     if not 0.0 <= self.dropout < 1.0:
       raise LoraxError(f"LoraConfig.dropout must be in [0, 1), not {self.dropout!r}")
     if self.use_dora and self.lora_bias:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from lorax_flax.adapt.paths import PyTree, flatten, map_with_path
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LowRank, Tuned
+from lorax_flax.methods import Adapter, BiasLoRA, DoRA, Followed, Tuned
 
 
 def merge(params: PyTree, adapter: Adapter) -> PyTree:
@@ -12,7 +12,7 @@ def merge(params: PyTree, adapter: Adapter) -> PyTree:
 
   Args:
     params: the base, any pytree of arrays.
-    adapter: path to LoRA, another low-rank delta, or Tuned.
+    adapter: path to LoRA, another low-rank delta, Rows, or Tuned.
 
   Raises:
     LoraxError: a path that params does not have, a shape that does not fit, or LoRA
@@ -22,7 +22,7 @@ def merge(params: PyTree, adapter: Adapter) -> PyTree:
 
 
 def unmerge(params: PyTree, adapter: Adapter) -> PyTree:
-  """The base back from merged params, to rounding; tuned leaves exactly.
+  """The base back from merged params, to rounding; tuned leaves and rows exactly.
 
   Raises:
     LoraxError: as `merge`, or DoRA, whose merged weights do not tell the base's norms.
@@ -49,12 +49,8 @@ def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
     new = leaf
     if isinstance(delta, Tuned):
       new = delta.value if sign > 0 else delta.original
-    elif isinstance(delta, LowRank):
-      new = (
-        delta.merged(leaf)
-        if sign > 0
-        else leaf.astype(jnp.float32) - delta.delta(leaf.shape)
-      )
+    elif isinstance(delta, Followed):
+      new = delta.merged(leaf) if sign > 0 else delta.unmerged(leaf)
     if path in biases and not (isinstance(delta, Tuned) and sign < 0):
       new = new.astype(jnp.float32) + sign * biases[path]
     if new.shape != leaf.shape:

@@ -16,6 +16,7 @@ from lorax_flax.adapt.view_rules import Unsupported
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.methods import Adapter, LoRA, LowRank, Tuned, dora, lora_bias
 from lorax_flax.methods import lora as lora_method
+from lorax_flax.methods import rows as rows_method
 
 # What each method makes of LoRA's start beside the kernel w.
 METHODS: dict[str, Callable[[Any, LoRA], LowRank]] = {
@@ -63,6 +64,22 @@ class Target:
 
 
 @dataclass(frozen=True)
+class RowsTarget:
+  """One table of which some rows are trained.
+
+  Attributes:
+    indices: of the rows along `axis`.
+    roles: "in" or "out" for each of the two axes.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  indices: tuple[int, ...]
+  roles: tuple[str, ...]
+  axis: int
+
+
+@dataclass(frozen=True)
 class Plan:
   """The targets, the leaves trained in full, and what was left out and why."""
 
@@ -70,6 +87,7 @@ class Plan:
   tuned: tuple[str, ...]
   heads: tuple[str, ...]
   dropout: float
+  rows: tuple[RowsTarget, ...] = ()
 
   def __str__(self) -> str:
     rows = [("path", "shape", "roles", "rank", "alpha", "trained")]
@@ -81,6 +99,10 @@ class Plan:
         (t.path + note, str(t.shape), " ".join(t.roles), str(t.rank), f"{t.alpha:g}",
          f"{t.size:,}")
       )  # fmt: skip
+    rows += [
+      (r.path, str(r.shape), " ".join(r.roles), "", "", f"{len(r.indices)} rows")
+      for r in self.rows
+    ]
     rows += [(path, "", "", "", "", "in full") for path in self.tuned]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -117,8 +139,14 @@ def make_plan(
     return disc.discover(jaxpr, weights, inputs)
 
   tuned = tg.select("tuned", config.tuned, floating, depth=None) if config.tuned else []
-  chosen, heads = _choose(config, look, floating, set(tuned))
-  found = look(chosen)
+  indices = _rows(config, floating)
+  chosen, heads = _choose(config, look, floating, set(tuned), set(indices))
+  if twice := sorted(indices.keys() & {*tuned, *chosen}):
+    raise LoraxError(
+      f"rows: {listing(twice)} is among the targets or trained in full; a table whose"
+      " rows are trained cannot be either as well"
+    )
+  found = look([*chosen, *indices])
   targets = [
     _target(config, p, tuple(leaves[p].shape), found, stack_axes.get(p, ()))
     for p in chosen
@@ -130,9 +158,12 @@ def make_plan(
   tg.check_patterns_used("alpha_pattern", config.alpha_pattern, chosen)
   biases = tg.biases(config, floating, chosen)
   in_full = tuple(p for p in floating if p in {*tuned, *biases})
-  if not targets and not in_full:
-    raise LoraxError("nothing to train: LoraConfig has neither targets nor tuned")
-  return Plan(tuple(targets), in_full, heads, config.dropout)
+  rows = tuple(
+    _rows_target(p, tuple(leaves[p].shape), indices[p], found) for p in indices
+  )
+  if not targets and not in_full and not rows:
+    raise LoraxError("nothing to train: LoraConfig has no targets, no tuned, no rows")
+  return Plan(tuple(targets), in_full, heads, config.dropout, rows)
 
 
 def _stack_axes(config: LoraConfig, leaves) -> dict[str, tuple[int, ...]]:
@@ -146,7 +177,31 @@ def _stack_axes(config: LoraConfig, leaves) -> dict[str, tuple[int, ...]]:
   return found
 
 
-def _choose(config, look, floating, tuned) -> tuple[list[str], tuple[str, ...]]:
+def _rows(config: LoraConfig, floating: list[str]) -> dict[str, tuple[int, ...]]:
+  found: dict[str, tuple[int, ...]] = {}
+  for pattern, numbers in config.rows.items():
+    for path in tg.select("rows", [pattern], floating, depth=2):
+      if path in found:
+        raise LoraxError(f"rows: {path!r} is named twice")
+      found[path] = tuple(numbers)
+  return found
+
+
+def _rows_target(path, shape, indices, found: disc.Discovery) -> RowsTarget:
+  roles = _roles(path, shape, found)
+  if sorted(roles) != ["in", "out"]:
+    raise LoraxError(f"rows: {path!r} of shape {shape} is no table of rows")
+  # Where tokens are looked up, or else told apart.
+  looked_up = "gather" in found.usage[path].primitives
+  axis = roles.index("in" if looked_up else "out")
+  if max(indices) >= shape[axis]:
+    raise LoraxError(
+      f"rows: {path!r} has {shape[axis]} rows, and {max(indices)} is asked for"
+    )
+  return RowsTarget(path, shape, indices, roles, axis)
+
+
+def _choose(config, look, floating, tuned, rows) -> tuple[list[str], tuple[str, ...]]:
   """The targeted paths, and the output heads that "all-linear" left out."""
   excluded = (
     set(tg.select("exclude", config.exclude, floating, depth=2))
@@ -154,6 +209,8 @@ def _choose(config, look, floating, tuned) -> tuple[list[str], tuple[str, ...]]:
     else set()
   )
   out = tuned | excluded
+  if config.targets == "all-linear":
+    out |= rows
   if not config.targets:
     return [], ()
   if isinstance(config.targets, str) and config.targets != "all-linear":
@@ -199,10 +256,12 @@ def _fits(found: disc.Discovery, path: str) -> bool:
   return not usage.problems
 
 
-def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
+def _roles(
+  path, shape, found: disc.Discovery, may_materialize=False
+) -> tuple[str, ...]:
+  """The roles of a path that is used, and only where a delta can follow."""
   usage = found.usage[path]
-  materialize = config.on_unsupported == "materialize"
-  if usage.problems and not materialize:
+  if usage.problems and not may_materialize:
     primitive, why = next(iter(usage.problems.items()))
     raise LoraxError(
       f"target {path!r} is used by {primitive!r}, where a delta cannot follow: {why}."
@@ -211,11 +270,14 @@ def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
   if not usage.sites and not usage.problems:
     raise LoraxError(f"target {path!r} is never used by the function")
   try:
-    roles = (
-      disc.roles(found, path, len(shape)) if usage.sites else _guessed(shape, path)
-    )
+    return disc.roles(found, path, len(shape)) if usage.sites else _guessed(shape, path)
   except Unsupported as e:
     raise LoraxError(f"target {path!r} cannot have a low-rank delta: {e}") from e
+
+
+def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
+  usage = found.usage[path]
+  roles = _roles(path, shape, found, config.on_unsupported == "materialize")
   roles = tuple("stack" if i in stack_axes else r for i, r in enumerate(roles))
   rank = tg.first_match(config.rank_pattern, path, config.rank)
   alpha = tg.first_match(config.alpha_pattern, path, config.alpha)
@@ -275,6 +337,8 @@ def start(plan: Plan, key: jax.Array, leaves: Mapping[str, Any]) -> Adapter:
       layers=t.layers,
     )
     adapter[t.path] = METHODS[t.method](leaves[t.path], delta)
+  for r in plan.rows:
+    adapter[r.path] = rows_method.init(leaves[r.path], r.indices, r.roles, r.axis)
   for path in plan.tuned:
     value = leaves[path]
     adapter[path] = Tuned(jnp.array(value, copy=True), value)

@@ -14,7 +14,7 @@ from lorax_flax.adapt.plan import Plan, make_plan, start
 from lorax_flax.adapt.run import Run
 from lorax_flax.adapt.view import Dim, View, is_view
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.methods import Adapter, LowRank, Tuned
+from lorax_flax.methods import Adapter, Followed, Tuned
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Adapted:
       args, kwargs: arguments to trace the function with, arrays or ShapeDtypeStructs.
 
     Returns:
-      dict of path to LoRA (or another low-rank delta) or Tuned.
+      dict of path to LoRA (or another low-rank delta), Rows, or Tuned.
     """
     return start(self.plan(params, *args, **kwargs), key, flatten(params))
 
@@ -65,7 +65,7 @@ class Adapted:
     operands = list(traced.values)
     for i, path in enumerate(traced.leaves):
       delta = adapter.get(path)
-      if isinstance(delta, LowRank):
+      if isinstance(delta, Followed):
         operands[i] = _view(path, operands[i], delta)
     jaxpr, consts = jx.open_jaxpr(traced.jaxpr)
     results = [
@@ -73,7 +73,7 @@ class Adapted:
       for x in run.jaxpr(jaxpr, consts, operands)
     ]
     lost = [
-      p for p, d in adapter.items() if isinstance(d, LowRank) and p not in run.used
+      p for p, d in adapter.items() if isinstance(d, Followed) and p not in run.used
     ]
     if lost:
       raise LoraxError(
@@ -159,7 +159,7 @@ def _with_tuned(params: PyTree, adapter: Adapter) -> PyTree:
   return jax.tree.unflatten(tree, leaves)
 
 
-def _view(path: str, value: Any, delta: LowRank) -> View:
+def _view(path: str, value: Any, delta: Followed) -> View:
   if len(delta.roles) != value.ndim:
     raise LoraxError(
       f"the adapter's delta of {path!r} is for {len(delta.roles)} axes, the base has"

@@ -9,9 +9,12 @@ from lorax_flax.methods.dora import DoRA
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.lora_bias import BiasLoRA
 from lorax_flax.methods.lowrank import LowRank, Parts
+from lorax_flax.methods.rows import Rows
 from lorax_flax.methods.tuned import Tuned
 
-Delta = LowRank | Tuned
+# What changes a weight as it is used, and what takes its place.
+Followed = LowRank | Rows
+Delta = Followed | Tuned
 Adapter = dict[str, Delta]
 
 __all__ = [
@@ -19,8 +22,10 @@ __all__ = [
   "BiasLoRA",
   "Delta",
   "DoRA",
+  "Followed",
   "LoRA",
   "LowRank",
   "Parts",
+  "Rows",
   "Tuned",
 ]

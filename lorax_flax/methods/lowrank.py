@@ -103,6 +103,10 @@ class LowRank:
     """W', dense, float32."""
     return w.astype(jnp.float32) + self.delta(w.shape)
 
+  def unmerged(self, w: jax.Array) -> jax.Array:
+    """W back from W', dense, float32, to rounding."""
+    return w.astype(jnp.float32) - self.delta(w.shape)
+
 
 def axes_of(roles: tuple[str, ...], role: str) -> list[int]:
   """The kernel axes that have this role, in order."""

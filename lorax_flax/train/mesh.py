@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax_flax.adapt.paths import PyTree, flatten, map_with_path
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.methods import Adapter, LowRank
+from lorax_flax.methods import Adapter, LowRank, Rows
 
 # Logical names of each leaf's axes, by the leaf's slash path.
 Axes = Mapping[str, tuple[str | None, ...]]
@@ -51,7 +51,9 @@ _CARRIES: dict[str, tuple[str, ...]] = {
   "b": ("stack", "rank", "out"),
   "bias": ("stack", "out"),
   "magnitude": ("stack", "out"),
+  "old_rows": ("rank", "width"),
   "original": (_KERNEL,),
+  "rows": ("rank", "width"),
   "scale": ("stack",),
   "value": (_KERNEL,),
 }
@@ -182,6 +184,8 @@ def _of_delta(mesh: Mesh, path: str, delta: Any, axes: Axes) -> Any:
     for role in ("stack", "in", "out"):
       pairs = zip(names, delta.roles, strict=True)
       by_role[role] = tuple(name for name, r in pairs if r == role)
+  if isinstance(delta, Rows):
+    by_role["width"] = (names[1 - delta.axis],)
   found = {}
   for field in fields(delta):
     if field.metadata.get("static"):
