@@ -23,7 +23,7 @@ from lorax_flax.hub import adapters, folders, loralib, orbax_adapter, peft, vllm
 from lorax_flax.hub.keymap import KeyMap, path_to_modules
 from lorax_flax.hub.orbax_adapter import Saved
 from lorax_flax.hub.resolve import resolve
-from lorax_flax.methods import Delta, Tuned
+from lorax_flax.methods import Delta, Rows, Tuned
 from lorax_flax.models import registry
 
 FORMATS = ("orbax", "peft", "loralib", "vllm")
@@ -123,6 +123,8 @@ def convert(
       revision=saved.revision,
       task_type=saved.task_type,
       labels=saved.labels,
+      params=loaded.params,
+      dtypes=saved.dtypes or "float32",
     )
   else:
     used = loralib.write_adapter(
@@ -150,6 +152,8 @@ def _row(path: str, delta: Delta, use_rslora: bool) -> tuple[str, ...]:
   if isinstance(delta, Tuned):
     kind = f"{name} {path.rpartition('/')[2]}"
     return kind, "", "", _shape(delta.value.shape), delta.value.dtype.name
+  if isinstance(delta, Rows):
+    return name, "", "", _shape(delta.rows.shape), delta.rows.dtype.name
   divisor = math.sqrt(delta.rank) if use_rslora else delta.rank
   alphas = sorted({float(scale) * divisor for scale in np.ravel(delta.scale)})
   shapes = " ".join(map(_shape, (delta.a.shape, delta.b.shape)))

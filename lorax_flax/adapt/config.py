@@ -26,7 +26,9 @@ class LoraConfig:
     rank, alpha: of every target, unless a pattern says otherwise; the delta is scaled
       by alpha / rank.
     rank_pattern, alpha_pattern: regular expression to value. The first that matches a
-      path, or the path of its module, from any slash on (PEFT's rule).
+      path, or the path of its module, from any slash on (PEFT's rule). Of a stacked
+      (scanned) weight it may be a sequence, a value for each layer; a layer of rank 0
+      has no delta.
     use_rslora: scale by alpha / sqrt(rank) instead.
     use_dora: a trained magnitude for each output beside the factors (DoRA).
     lora_bias: a trained bias on each second factor (PEFT's lora_bias); not with
@@ -37,6 +39,9 @@ class LoraConfig:
     layers_pattern: regular expression with one group, the layer's number.
     tuned: weights trained in full beside the deltas, a new head for instance; rules as
       for `targets`. Here a string or an item may also name a module, whole.
+    tuned_layers: of stacked weights that are trained in full, path to the layers that
+      are; the others are all trained. (A bias that `bias="lora_only"` trains is so in
+      the layers that have factors.)
     rows: tables of which some rows are trained in place, as new tokens are: the end of
       a path, or of its module's, to the rows' numbers. Of a head's kernel they are the
       columns.
@@ -53,14 +58,15 @@ class LoraConfig:
   exclude: str | Sequence[str] = ()
   rank: int = 8
   alpha: float = 8.0
-  rank_pattern: Mapping[str, int] = field(default_factory=dict)
-  alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+  rank_pattern: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+  alpha_pattern: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
   use_rslora: bool = False
   use_dora: bool = False
   lora_bias: bool = False
   layers: Sequence[int] | None = None
   layers_pattern: str | None = None
   tuned: str | Sequence[str] = ()
+  tuned_layers: Mapping[str, Sequence[int]] = field(default_factory=dict)
   rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
   bias: str = "none"
   dropout: float = 0.0
@@ -77,12 +83,13 @@ class LoraConfig:
       if getattr(self, name) not in options:
         raise LoraxError(unknown(f"LoraConfig.{name}", getattr(self, name), options))
     for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
-      if not isinstance(rank, int) or rank < 1:
+      each, least = (rank, 0) if isinstance(rank, Sequence) else ((rank,), 1)
+      if not all(isinstance(n, int) and n >= least for n in each) or not any(each):
         raise LoraxError(
           f"LoraConfig rank of {name!r} must be an int >= 1, not {rank!r}"
         )
     for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-      if not alpha > 0:
+      if not all(x > 0 for x in (alpha if isinstance(alpha, Sequence) else (alpha,))):
         raise LoraxError(f"LoraConfig alpha of {name!r} must be > 0, not {alpha!r}")
     for name, numbers in self.rows.items():
       whole = all(isinstance(n, int) and n >= 0 for n in numbers)

@@ -48,7 +48,7 @@ def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
     delta = adapter.get(path)
     new = leaf
     if isinstance(delta, Tuned):
-      new = delta.value if sign > 0 else delta.original
+      new = delta.put(leaf) if sign > 0 else delta.original
     elif isinstance(delta, Followed):
       new = delta.merged(leaf) if sign > 0 else delta.unmerged(leaf)
     if path in biases and not (isinstance(delta, Tuned) and sign < 0):

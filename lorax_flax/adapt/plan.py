@@ -1,8 +1,7 @@
 """What will be adapted, settled before anything is: targets, roles, ranks."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,11 +11,13 @@ from lorax_flax.adapt import discover as disc
 from lorax_flax.adapt import targets as tg
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import path_key
+from lorax_flax.adapt.ranks import settle
 from lorax_flax.adapt.view_rules import Unsupported
-from lorax_flax.errors import LoraxError, listing
-from lorax_flax.methods import Adapter, LoRA, LowRank, Tuned, dora, lora_bias
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.methods import Adapter, LoRA, LowRank, dora, lora_bias
 from lorax_flax.methods import lora as lora_method
 from lorax_flax.methods import rows as rows_method
+from lorax_flax.methods import tuned as tuned_method
 
 # What each method makes of LoRA's start beside the kernel w.
 METHODS: dict[str, Callable[[Any, LoRA], LowRank]] = {
@@ -34,6 +35,8 @@ class Target:
 
   Attributes:
     roles: "in", "out" or "stack" for each axis of `shape`.
+    rank: of the factors; `ranks` where those of the layers differ, the rest zeros.
+    alpha, scale: one for all layers, or one for each.
     layers: the indices on the leading stack axis that are adapted; None for all.
     materialized: the primitives before which W + delta is formed.
     method: "lora", "dora", or "lora_bias".
@@ -44,8 +47,9 @@ class Target:
   roles: tuple[str, ...]
   style: str
   rank: int
-  alpha: float
-  scale: float
+  alpha: float | tuple[float, ...]
+  scale: float | tuple[float, ...]
+  ranks: tuple[int, ...] | None = None
   layers: tuple[int, ...] | None = None
   materialized: tuple[str, ...] = ()
   method: str = "lora"
@@ -60,7 +64,10 @@ class Target:
     if self.layers is not None:
       stack = stack // self.shape[self.roles.index("stack")] * len(self.layers)
     per_out = 0 if self.method == "lora" else sizes["out"]
-    return stack * (self.rank * (sizes["in"] + sizes["out"]) + per_out)
+    ranks = stack * self.rank
+    if self.ranks is not None:
+      ranks = sum(self.ranks) * (stack // len(self.ranks))
+    return ranks * (sizes["in"] + sizes["out"]) + stack * per_out
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,11 @@ class Plan:
   heads: tuple[str, ...]
   dropout: float
   rows: tuple[RowsTarget, ...] = ()
+  tuned_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+  def _in_full(self, path: str) -> str:
+    layers = self.tuned_layers.get(path)
+    return "in full" if layers is None else f"layers {_said(layers)} in full"
 
   def __str__(self) -> str:
     rows = [("path", "shape", "roles", "rank", "alpha", "trained")]
@@ -96,19 +108,45 @@ class Plan:
         f" (W + delta formed at {', '.join(t.materialized)})" if t.materialized else ""
       )
       rows.append(
-        (t.path + note, str(t.shape), " ".join(t.roles), str(t.rank), f"{t.alpha:g}",
-         f"{t.size:,}")
+        (t.path + note, str(t.shape), " ".join(t.roles),
+         _said(t.rank if t.ranks is None else t.ranks), _said(t.alpha), f"{t.size:,}")
       )  # fmt: skip
     rows += [
       (r.path, str(r.shape), " ".join(r.roles), "", "", f"{len(r.indices)} rows")
       for r in self.rows
     ]
-    rows += [(path, "", "", "", "", "in full") for path in self.tuned]
+    rows += [(path, "", "", "", "", self._in_full(path)) for path in self.tuned]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
       "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
       for row in rows
     )
+
+
+def _tuned_layers(
+  config: LoraConfig, leaves: Mapping[str, Any], tuned, targets: Sequence[Target]
+) -> dict[str, tuple[int, ...]]:
+  """Which layers of a stacked leaf are trained in full, where not all are."""
+  found = {}
+  for path, layers in config.tuned_layers.items():
+    if path not in tuned:
+      raise LoraxError(unknown("tuned_layers: tuned path", path, tuned))
+    if max(layers, default=0) >= leaves[path].shape[0]:
+      raise LoraxError(
+        f"tuned_layers: {path!r} has {leaves[path].shape[0]} layers, not {max(layers)}"
+      )
+    found[path] = tuple(layers)
+  if config.bias == "lora_only":
+    for t in targets:
+      beside = f"{t.path.rpartition('/')[0]}/bias"
+      if t.layers is not None and beside not in tuned:
+        found[beside] = t.layers
+  return found
+
+
+def _said(value: Any) -> str:
+  """One number, or several that belong to layers, in a table."""
+  return " ".join(f"{x:g}" for x in (value if isinstance(value, tuple) else (value,)))
 
 
 def make_plan(
@@ -163,7 +201,9 @@ def make_plan(
   )
   if not targets and not in_full and not rows:
     raise LoraxError("nothing to train: LoraConfig has no targets, no tuned, no rows")
-  return Plan(tuple(targets), in_full, heads, config.dropout, rows)
+  layers = _tuned_layers(config, leaves, tuned, targets)
+  layers = {path: layers[path] for path in in_full if path in layers}
+  return Plan(tuple(targets), in_full, heads, config.dropout, rows, layers)
 
 
 def _stack_axes(config: LoraConfig, leaves) -> dict[str, tuple[int, ...]]:
@@ -279,15 +319,18 @@ def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
   usage = found.usage[path]
   roles = _roles(path, shape, found, config.on_unsupported == "materialize")
   roles = tuple("stack" if i in stack_axes else r for i, r in enumerate(roles))
-  rank = tg.first_match(config.rank_pattern, path, config.rank)
-  alpha = tg.first_match(config.alpha_pattern, path, config.alpha)
-  scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
   style = "embedding" if "gather" in usage.primitives else config.init
   if config.lora_bias and style == "embedding":
     raise LoraxError(f"lora_bias: target {path!r} is looked up, and takes no bias")
   method = "dora" if config.use_dora else "lora_bias" if config.lora_bias else "lora"
   return Target(
-    path, shape, roles, style, rank, alpha, scale, None, tuple(usage.problems), method
+    path,
+    shape,
+    roles,
+    style,
+    *settle(config, path, shape, roles),
+    tuple(usage.problems),
+    method,
   )
 
 
@@ -335,11 +378,11 @@ def start(plan: Plan, key: jax.Array, leaves: Mapping[str, Any]) -> Adapter:
       style=t.style,
       dropout=plan.dropout,
       layers=t.layers,
+      ranks=t.ranks,
     )
     adapter[t.path] = METHODS[t.method](leaves[t.path], delta)
   for r in plan.rows:
     adapter[r.path] = rows_method.init(leaves[r.path], r.indices, r.roles, r.axis)
   for path in plan.tuned:
-    value = leaves[path]
-    adapter[path] = Tuned(jnp.array(value, copy=True), value)
+    adapter[path] = tuned_method.init(leaves[path], plan.tuned_layers.get(path))
   return adapter

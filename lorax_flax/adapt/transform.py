@@ -151,11 +151,13 @@ def _with_tuned(params: PyTree, adapter: Adapter) -> PyTree:
   for i, (path, leaf) in enumerate(flatten(params).items()):
     delta = adapter.get(path)
     if isinstance(delta, Tuned):
-      if delta.value.shape != leaf.shape:
+      depth = len(delta.layers) if delta.layers is not None else None
+      shape = leaf.shape if depth is None else (depth, *leaf.shape[1:])
+      if delta.value.shape != shape:
         raise LoraxError(
           f"tuned {path!r} has shape {delta.value.shape}, the base {leaf.shape}"
         )
-      leaves[i] = delta.value
+      leaves[i] = delta.put(leaf)
   return jax.tree.unflatten(tree, leaves)
 
 

@@ -95,6 +95,7 @@ def read(
     said.base_model_name_or_path,
     said.revision,
     None if labels is None else tuple(labels),
+    peft.stored_dtypes(source),
   )
 
 

@@ -260,7 +260,7 @@ def to_state_dict(
     for bare in keymap.keys[path]:
       site, key = keymap.sites[bare], km.full_key(keymap, bare)
       if isinstance(delta, Tuned):
-        value = np.asarray(delta.value, np.float32)
+        value = np.asarray(delta.put(delta.original), np.float32)
         rest[key] = site.entry.to_stored(value[site.place(value.shape)])
       elif type(delta) is LoRA and delta.roles[-2:] == ("in", "out"):
         layers = delta.layers

@@ -22,14 +22,16 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub import folders
-from lorax_flax.methods import Adapter, BiasLoRA, Delta, DoRA, LoRA, Tuned
+from lorax_flax.methods import Adapter, BiasLoRA, Delta, DoRA, LoRA, Rows, Tuned
 from lorax_flax.methods.lowrank import sizes_of
 
 FILE = "adapter.json"
 ARRAYS = "arrays"
 _FORMAT = 1
 _MOST_BYTES = 64 << 20  # of adapter.json: a line or two for each delta
-_METHODS: Mapping[str, Any] = {m.__name__: m for m in (LoRA, BiasLoRA, DoRA, Tuned)}
+_METHODS: Mapping[str, Any] = {
+  m.__name__: m for m in (LoRA, BiasLoRA, DoRA, Rows, Tuned)
+}
 _HEADS = ("classifier/out_proj/kernel", "classifier/kernel", "score/kernel")
 
 
@@ -43,6 +45,8 @@ class Saved:
     task_type: PEFT's name of the task.
     base_name, revision: of the base.
     labels: names of the classes.
+    dtypes: of the tensors of the PEFT folder that it was read from, by key; None: of
+      another form.
   """
 
   adapter: Adapter
@@ -51,6 +55,7 @@ class Saved:
   base_name: str | None = None
   revision: str | None = None
   labels: tuple[str, ...] | None = None
+  dtypes: Mapping[str, str] | None = None
 
 
 def is_ours(folder: Path) -> bool:
@@ -118,7 +123,7 @@ def num_labels(folder: str | Path) -> int | None:
     raise _damaged(folder / FILE, error) from error
 
 
-_SAID = ("task_type", "base_name", "revision", "labels")
+_SAID = ("task_type", "base_name", "revision", "labels", "dtypes")
 
 
 def _damaged(file: Path, error: Exception) -> LoraxError:
@@ -183,7 +188,14 @@ def _shell(path: str, about: Mapping[str, Any], leaves: Mapping[str, Any]) -> De
 def _shapes(delta: Delta, leaf: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
   """The shapes of a delta's arrays, by the leaf's and the delta's own rank."""
   if isinstance(delta, Tuned):
-    return {"value": leaf}
+    depth = leaf[:1] if delta.layers is None else (len(delta.layers),)
+    return {"value": (*depth, *leaf[1:])}
+  if isinstance(delta, Rows):
+    if len(leaf) != 2 or max(delta.indices) >= leaf[delta.axis]:
+      raise LoraxError(f"rows {delta.indices} are not those of a leaf {leaf}")
+    return dict.fromkeys(
+      ("rows", "old_rows"), (len(delta.indices), leaf[1 - delta.axis])
+    )
   if len(delta.roles) != len(leaf):
     raise LoraxError(f"roles {delta.roles} are not those of a leaf of shape {leaf}")
   stack, ins, outs = (sizes_of(leaf, delta.roles, r) for r in ("stack", "in", "out"))

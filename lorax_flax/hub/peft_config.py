@@ -5,14 +5,14 @@ Facts from peft 0.21 (tuners/lora/config.py, tuners/tuners_utils.py, utils/other
 
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lorax_flax import strict_json
 from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.hub.peft_checks import KINDS, changes_the_base
 
 CONFIG_FILE = "adapter_config.json"
 LORA = "LORA"
@@ -36,10 +36,10 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
   "deberta-v2": ("query_proj", "value_proj"),
   "gpt2": ("c_attn",),
   **dict.fromkeys(("t5", "mt5"), ("q", "v")),
-  **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3"), _ATTENTION),
+  **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _ATTENTION),
   **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _ATTENTION),
 }
-# Where target_modules has one of these, PEFT saves the base's own weights too.
+# What PEFT takes for the input and the output embedding, by name alone.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 _MOST_BYTES = 16 << 20  # of a config: a list of every module's name is far below
@@ -94,9 +94,15 @@ class PeftConfig:
   revision: str | None = None
 
   def __post_init__(self):
+    if changes_the_base(self.init_lora_weights):
+      raise LoraxError(
+        f"{CONFIG_FILE}: init_lora_weights={self.init_lora_weights!r} took its start "
+        "out of the base's weights, so the adapter is not one of this base. PEFT's "
+        "save_pretrained(path_initial_model_for_weight_conversion=…) makes it one"
+      )
     for each in fields(self):
       value = getattr(self, each.name)
-      if not _KINDS[each.name](value):
+      if not KINDS[each.name](value):
         raise LoraxError(
           f"{CONFIG_FILE}: {each.name}={value!r} is not what PEFT writes"
         )
@@ -147,7 +153,11 @@ class PeftConfig:
 
   def is_target(self, name: str) -> bool:
     """Whether a module gets factors, "all-linear" apart (see `targets`)."""
-    if self.is_excluded(name) or self.target_modules is None:
+    return not self.is_excluded(name) and self.is_named(name)
+
+  def is_named(self, name: str) -> bool:
+    """Whether target_modules, a list or an expression, name a module."""
+    if self.target_modules is None:
       return False
     if isinstance(self.target_modules, str):
       return re.fullmatch(self.target_modules, name) is not None
@@ -174,10 +184,61 @@ class PeftConfig:
       linear: what "all-linear" stands for.
       names: every module's name.
     """
-    every = isinstance(self.target_modules, str)
-    if every and str(self.target_modules).lower() == ALL_LINEAR:
+    if self.is_all_linear:
       return [name for name in linear if not self.is_excluded(name)]
     return [name for name in names if self.is_target(name)]
+
+  @property
+  def is_all_linear(self) -> bool:
+    every = isinstance(self.target_modules, str)
+    return every and str(self.target_modules).lower() == ALL_LINEAR
+
+  def with_defaults(self, family: str) -> "PeftConfig":
+    """With PEFT's target_modules for a model_type, where none are given.
+
+    Raises:
+      LoraxError: PEFT has no default for it either.
+    """
+    if self.target_modules is not None:
+      return self
+    if family in DEFAULT_TARGETS:
+      return replace(self, target_modules=DEFAULT_TARGETS[family])
+    if self.target_parameters:
+      return self
+    raise LoraxError(
+      f"{CONFIG_FILE}: no target_modules, and PEFT has no default for {family}"
+    )
+
+  def names_an_embedding(self, names: Iterable[str]) -> bool:
+    """Whether PEFT takes some of these to mean the input or the output embedding."""
+    return any(name.rpartition(".")[2] in EMBEDDING_NAMES for name in names)
+
+  def ties_targets(self) -> bool:
+    """Whether ensure_weight_tying gives factors to all modules of the embedding."""
+    if not self.ensure_weight_tying or self.ties_saved():
+      return False
+    if isinstance(self.target_modules, str):
+      return any(re.fullmatch(self.target_modules, name) for name in EMBEDDING_NAMES)
+    return self.names_an_embedding(self.target_modules or ())
+
+  def ties_saved(self) -> bool:
+    """Whether ensure_weight_tying saves all modules of the embedding in full."""
+    return self.ensure_weight_tying and self.names_an_embedding(
+      self.modules_to_save or ()
+    )
+
+  def saves_embeddings(self, names: Iterable[str]) -> bool:
+    """Whether PEFT saves the base's weights of the embeddings that have factors."""
+    if self.trainable_token_indices is not None or self.is_all_linear:
+      return False
+    if isinstance(self.target_modules, str):
+      ends = (name for name in names if name.rpartition(".")[2] in EMBEDDING_NAMES)
+      return any(re.fullmatch(self.target_modules, name) for name in ends)
+    return any(name in EMBEDDING_NAMES for name in self.target_modules or ())
+
+  def is_parameter(self, key: str) -> bool:
+    """Whether a parameter gets factors, by its full key."""
+    return any(_ends(key, end) for end in self.target_parameters or ())
 
   def _in_layers(self, name: str) -> bool:
     layers = self.layers_to_transform
@@ -310,87 +371,6 @@ def _several(value: Any) -> tuple:
     return ()
   return value if isinstance(value, tuple) else (value,)
 
-
-def _is_int(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-  # NaN is not; an int has no largest.
-  return (_is_int(value) or isinstance(value, float)) and (
-    abs(value) <= sys.float_info.max
-  )
-
-
-def _is_bool(value: Any) -> bool:
-  return isinstance(value, bool)
-
-
-def _is_str(value: Any) -> bool:
-  return isinstance(value, str)
-
-
-def _or_none(test):
-  return lambda value: value is None or test(value)
-
-
-def _each(test):
-  return lambda value: isinstance(value, tuple) and all(map(test, value))
-
-
-def _either(*tests):
-  return lambda value: any(test(value) for test in tests)
-
-
-def _values(test):
-  return lambda value: (
-    isinstance(value, Mapping)
-    and all(map(_is_str, value))
-    and all(map(test, value.values()))
-  )
-
-
-def _is_rank(value: Any) -> bool:
-  return _is_int(value) and 0 < value <= 1 << 20
-
-
-# These ways to start leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
-# change it, and such an adapter only means something beside the changed base.
-_INITS = ("gaussian", "eva", "orthogonal")
-
-
-def _is_index(value: Any) -> bool:
-  return _is_int(value) and value >= 0
-
-
-def _are_rows(value: Any) -> bool:
-  return _each(_is_index)(value) and 0 < len(value) == len(set(value))
-
-
-_KINDS = {
-  "r": _is_rank,
-  "lora_alpha": _is_number,
-  "lora_dropout": lambda value: _is_number(value) and 0 <= value < 1,
-  "target_modules": _or_none(_either(_is_str, _each(_is_str))),
-  "exclude_modules": _or_none(_either(_is_str, _each(_is_str))),
-  "modules_to_save": _or_none(_each(_is_str)),
-  "layers_to_transform": _or_none(_either(_is_int, _each(_is_int))),
-  "layers_pattern": _or_none(_either(_is_str, _each(_is_str))),
-  "rank_pattern": _values(_is_rank),
-  "alpha_pattern": _values(_is_number),
-  "bias": lambda value: value in ("none", "all", "lora_only"),
-  "use_rslora": _is_bool,
-  "fan_in_fan_out": _is_bool,
-  "use_dora": _is_bool,
-  "lora_bias": _is_bool,
-  "target_parameters": _or_none(_each(_is_str)),
-  "trainable_token_indices": _or_none(_either(_are_rows, _values(_are_rows))),
-  "ensure_weight_tying": _is_bool,
-  "init_lora_weights": lambda value: _is_bool(value) or value in _INITS,
-  "task_type": _or_none(_is_str),
-  "base_model_name_or_path": _or_none(_is_str),
-  "revision": _or_none(_is_str),
-}
 
 # Records of how the file came about.
 _WITHOUT_EFFECT = frozenset(

@@ -17,6 +17,8 @@ Kind = Literal["linear", "conv", "embedding", "norm", "raw"]
 LINEAR = (1, 0)
 CONV_1D = (2, 1, 0)
 CONV_2D = (2, 3, 1, 0)
+# Our (expert, in, out) of torch's (expert, out, in).
+EXPERTS = (0, 2, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,10 +23,11 @@ def init(
   roles: tuple[str, ...],
   *,
   rank: int,
-  scale: float,
+  scale: float | tuple[float, ...],
   style: str,
   dropout: float = 0.0,
   layers: tuple[int, ...] | None = None,
+  ranks: tuple[int, ...] | None = None,
 ) -> LoRA:
   """The starting delta, zero as a whole.
 
@@ -36,7 +37,9 @@ def init(
     style: "uniform": a uniform within 1 / sqrt(fan in), b zero (PEFT's default, torch
       kaiming_uniform with a = sqrt 5); "gaussian": a normal with deviation 1 / r, b
       zero; "embedding": a zero, b normal(0, 1) (PEFT's Embedding).
+    scale: one for all layers, or one for each that is adapted.
     layers: indices on the leading stack axis that are adapted; None for all.
+    ranks: of each of these; a layer's factors are zero beyond its own.
   """
   stack, ins, outs = (sizes_of(shape, roles, role) for role in ("stack", "in", "out"))
   a_shape, b_shape = (*ins, rank), (rank, *outs)
@@ -61,4 +64,11 @@ def init(
     flat = indices.reshape(-1)
     a, b = jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(flat)
     a, b = (x.reshape(indices.shape + x.shape[1:]) for x in (a, b))
-  return LoRA(a, b, jnp.float32(scale), roles, dropout, layers)
+  if ranks is not None:
+    own = lambda x: jnp.asarray(ranks).reshape(-1, *[1] * (x.ndim - 1))
+    along = lambda x, axis: jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    # A gaussian's deviation is that of the layer's own rank.
+    a = a * (rank / own(a)) if style == "gaussian" else a
+    a = jnp.where(along(a, a.ndim - 1) < own(a), a, 0.0)
+    b = jnp.where(along(b, b.ndim - 1 - len(outs)) < own(b), b, 0.0)
+  return LoRA(a, b, jnp.asarray(scale, jnp.float32), roles, dropout, layers)
