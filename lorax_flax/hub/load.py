@@ -53,14 +53,20 @@ class Found:
   absent: frozenset[str]
 
 
-def find(reader: Reader, keymap: km.KeyMap) -> Found:
+def find(
+  reader: Reader, keymap: km.KeyMap, untied: Mapping[str, str] | None = None
+) -> Found:
   """Matches a checkpoint's keys, by its headers alone.
+
+  Args:
+    untied: bare keys that start as copies of others where the checkpoint lacks them.
 
   Raises:
     LoraxError: an unknown or missing key; only a head may be missing.
   """
   keymap = km.as_stored(keymap, reader)
   keys = _untied(keymap, km.bare_keys(keymap, reader), reader)
+  keys = {k: keys[main] for k, main in (untied or {}).items() if main in keys} | keys
   known = {*keymap.sites, *keymap.buffers, *keymap.other_heads}
   for bare, key in keys.items():
     if bare not in known:

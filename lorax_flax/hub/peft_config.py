@@ -144,12 +144,21 @@ class PeftConfig:
     return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
   def saved(self, names: Iterable[str]) -> list[str]:
-    """The modules saved in full: those whose name ends so, outermost only."""
+    """The modules saved in full: those whose name ends so.
+
+    Raises:
+      LoraxError: one inside of another, which PEFT saves and then cannot load.
+    """
     wanted = _several(self.modules_to_save)
     found = [name for name in names if any(name.endswith(end) for end in wanted)]
-    return [
-      name for name in found if not any(name.startswith(f"{outer}.") for outer in found)
-    ]
+    for name in found:
+      for outer in found:
+        if name.startswith(f"{outer}."):
+          raise LoraxError(
+            f"{CONFIG_FILE}: modules_to_save mean {outer} and {name} inside of it, and "
+            "PEFT cannot load such a folder: give the whole name of the one meant"
+          )
+    return found
 
   def is_target(self, name: str) -> bool:
     """Whether a module gets factors, "all-linear" apart (see `targets`)."""

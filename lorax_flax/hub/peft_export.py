@@ -171,8 +171,9 @@ def _factored(
   for name, place in found.items():
     if place.kind in ADAPTABLE and place.main is None:
       by_path.setdefault(place.site.path, {})[name] = place
+  modules = {place.site.path for place in found.values() if place.kind in ADAPTABLE}
   for key, place in parameters(keymap).items():
-    if place.kind == "experts":
+    if place.site.path not in modules:
       by_path.setdefault(place.site.path, {})[key] = place
   result = {}
   for path, delta in adapter.items():

@@ -95,6 +95,12 @@ def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> T
   _check_saved(config, names)
   saved = config.saved(names)
   if of_embedding and config.ties_saved():
+    for name in of_embedding:
+      if found[name].kind != "turned":
+        raise LoraxError(
+          f"PEFT's ensure_weight_tying puts a linear layer in the place of {name}, an "
+          f"embedding, and then fails: {input_embedding(found)} cannot be saved in full"
+        )
     saved = list(dict.fromkeys([*saved, input_embedding(found), *of_embedding]))
   inside = [n for n in found if any(n == s or n.startswith(f"{s}.") for s in saved)]
   _both_uses(inside, found)
@@ -200,7 +206,7 @@ def _both_uses(names: Iterable[str], found: Mapping[str, Place]) -> None:
       raise LoraxError(
         f"{peft_config.CONFIG_FILE}: {name} shares its weight with {listing(left)}, "
         "and without ensure_weight_tying PEFT changes it for one of them alone. That "
-        "needs a base with two weights: load it with tie_word_embeddings=False"
+        "needs a base with two weights: load it with untie=True"
       )
 
 
@@ -252,7 +258,7 @@ def _rows(config: PeftConfig, found: Mapping[str, Place]) -> dict[str, Slot]:
     raise LoraxError(
       f"{peft_config.CONFIG_FILE}: trainable_token_indices differ between {main} and "
       f"{listing(shared)}, which share one weight. That needs a base with two: load it "
-      "with tie_word_embeddings=False"
+      "with untie=True"
     )
   slots = {}
   for name, numbers in rows.items():

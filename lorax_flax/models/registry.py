@@ -85,6 +85,7 @@ def load(
   seed: int = 0,
   new_head: bool = False,
   shardings: Callable[[Any, Any], Any] | None = None,
+  untie: bool = False,
 ) -> Loaded:
   """Loads a model from a Hugging Face folder, or from a GGUF file.
 
@@ -99,6 +100,8 @@ def load(
     new_head: a head of another width than asked for is replaced, not an error.
     shardings: (tree of logical axis names, tree of shapes) -> tree of shardings. Each
       process then reads its own parts of the weights, and no more.
+    untie: a head that is the table of the tokens becomes a weight of its own, a copy.
+      Adapters of PEFT that change one of the two need that.
 
   Raises:
     LoraxError: an unknown family, a config or a key that does not fit.
@@ -113,10 +116,15 @@ def load(
       f"a {hf_config['model_type']} is a {family.task} model: it has no num_labels"
     )
   config = family.configure(hf_config, **asked)
+  ties: Mapping[str, str] = {}
+  if untie:
+    ties = family.keymap(config, scan).ties
+    hf_config = {**hf_config, "tie_word_embeddings": False}
+    config = _untied(family, config, hf_config, asked)
   module = family.build(config, _float("dtype", dtype), scan, remat)
   keymap = family.keymap(config, scan)
   # The keys first: a config that claims a thousand layers takes long to trace.
-  found = hub_load.find(_open(folder), keymap)
+  found = hub_load.find(_open(folder), keymap, ties)
   shapes = _shapes(family, config, module, keymap)
   lies = shardings and shardings(family.logical_axes(module), shapes)
   weights = hub_load.load(
@@ -148,6 +156,16 @@ def _shapes(family: Family, config: Any, module: Any, keymap: KeyMap) -> Any:
   # Of all layers, one is traced: tracing takes longer than reading.
   scanned = family.build(config, module.dtype, True, "none")
   return hub_load.unstacked(family.shapes(scanned), family.keymap(config, True), keymap)
+
+
+def _untied(family: Family, config: Any, hf_config, asked: Mapping[str, Any]) -> Any:
+  """The config of the same model with a head of its own."""
+  if getattr(config, "tie_word_embeddings", None) is not True:
+    raise LoraxError(
+      f"untie: a {hf_config['model_type']} of this config has no head that could get a"
+      " weight of its own"
+    )
+  return family.configure(hf_config, **asked)
 
 
 def of(hf_config: Mapping[str, Any]) -> Family:

@@ -80,6 +80,7 @@ def test_a_field_that_cannot_be_honoured_is_named(bert, folder, field, value):
     ({"trainable_token_indices": {"words": [1]}}, "unknown module 'words'"),
     ({"target_parameters": ["query.wight"]}, "target parameter 'query.wight'"),
     ({"target_parameters": ["query.weight"]}, "target_modules and target_parameters"),
+    ({"modules_to_save": ["embeddings", "bert"]}, "inside of it, and PEFT cannot load"),
     ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
     ({"target_modules": ["word_embeddings"], "lora_bias": True}, "no lora_bias for em"),
     (
