@@ -21,7 +21,7 @@ from lorax_flax.data.tokens import Tokens
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub import export, peft
 from lorax_flax.hub.resolve import resolve
-from lorax_flax.methods import Adapter, LoRA, Tuned
+from lorax_flax.methods import Adapter, LowRank, Tuned
 from lorax_flax.models import registry
 from lorax_flax.train import losses, processes
 from lorax_flax.train import mesh as meshes
@@ -126,9 +126,9 @@ def _shardings(
 
 def describe(adapter: Adapter, params: Any) -> str:
   """How much is trained, in a line."""
-  deltas = [delta for delta in adapter.values() if isinstance(delta, LoRA)]
+  deltas = [delta for delta in adapter.values() if isinstance(delta, LowRank)]
   tuned = [delta for delta in adapter.values() if isinstance(delta, Tuned)]
-  low = sum(delta.a.size + delta.b.size for delta in deltas)
+  low = sum(getattr(delta, name).size for delta in deltas for name in delta.trained)
   full = sum(delta.value.size for delta in tuned)
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
   return (
@@ -208,7 +208,7 @@ def _export(
   labels = task.labels or ("score",)
 
   def write(adapter: Adapter, workdir: Path) -> dict[str, str]:
-    if any(isinstance(delta, LoRA) for delta in adapter.values()):
+    if any(isinstance(delta, LowRank) for delta in adapter.values()):
       target = workdir / "adapter"
       if not processes.first():
         return {"adapter": str(target)}

@@ -9,7 +9,7 @@ import numpy as np
 from lorax_flax.adapt.paths import map_with_path
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub import peft
-from lorax_flax.methods import Adapter, LoRA, Tuned
+from lorax_flax.methods import Adapter, LowRank, Tuned
 from lorax_flax.models import registry
 
 
@@ -42,8 +42,8 @@ def start_from(
   start = dict(adapter)
   for path, delta in adapter.items():
     other = found.get(path)
-    if isinstance(delta, LoRA) and isinstance(other, LoRA):
-      start[path] = replace(delta, a=other.a, b=other.b)
+    if isinstance(delta, LowRank) and type(delta) is type(other):
+      start[path] = replace(delta, **{n: getattr(other, n) for n in delta.trained})
     elif isinstance(delta, Tuned) and isinstance(other, Tuned) and theirs == ours:
       start[path] = replace(delta, value=other.value)
   head = "none there"
@@ -54,11 +54,11 @@ def start_from(
   return start
 
 
-def _factors(adapter: Adapter) -> dict[str, LoRA]:
-  return {path: delta for path, delta in adapter.items() if isinstance(delta, LoRA)}
+def _factors(adapter: Adapter) -> dict[str, LowRank]:
+  return {path: delta for path, delta in adapter.items() if isinstance(delta, LowRank)}
 
 
-def _check(folder: str, theirs: dict[str, LoRA], ours: dict[str, LoRA]) -> None:
+def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) -> None:
   if differ := sorted(theirs.keys() ^ ours.keys()):
     there = [path for path in differ if path in theirs]
     only = "that adapter" if there else "lora.targets"
@@ -68,6 +68,11 @@ def _check(folder: str, theirs: dict[str, LoRA], ours: dict[str, LoRA]) -> None:
     )
   for path, delta in ours.items():
     other = theirs[path]
+    if type(delta) is not type(other):
+      raise LoraxError(
+        f"init_adapter {folder} has {type(other).__name__} at {path}, and this run "
+        f"{type(delta).__name__}"
+      )
     if delta.rank != other.rank:
       raise LoraxError(
         f"init_adapter {folder} has rank {other.rank} at {path}, and this run rank "

@@ -1,4 +1,7 @@
-"""The weights file of a PEFT folder: shapes first, and tensors one by one."""
+"""The weights file of a PEFT folder: shapes first, and tensors one by one.
+
+Old folders have what torch.save wrote, which torch_file.py reads without unpickling.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -6,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.hub import torch_file
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_OLD_FILE = "adapter_model.bin"
 
 _DTYPES: Mapping[str, Any] = {
   "F64": np.float64,
@@ -46,10 +52,10 @@ def opened(folder: Path) -> Iterator[Tensors]:
   """The weights of a folder. None, or damaged: LoraxError."""
   file = folder / WEIGHTS_FILE
   if not file.is_file():
-    hint = ""
-    if file.with_suffix(".bin").is_file():
-      hint = f"; {file.stem}.bin is a pickle and is not read, save as safetensors"
-    raise LoraxError(f"no {file.name} in {file.parent}{hint}")
+    if not (folder / _OLD_FILE).is_file():
+      raise LoraxError(f"no {file.name} and no {_OLD_FILE} in {folder}")
+    yield _of_torch(folder / _OLD_FILE)
+    return
   try:
     with safetensors.safe_open(file, "numpy") as source:
       slices = {key: source.get_slice(key) for key in source.keys()}  # noqa: SIM118
@@ -61,6 +67,17 @@ def opened(folder: Path) -> Iterator[Tensors]:
       )
   except (safetensors.SafetensorError, OSError) as error:
     raise LoraxError(f"{file} is damaged or unreadable: {error}") from error
+
+
+def _of_torch(file: Path) -> Tensors:
+  tensors = torch_file.read(file)
+  floating = {k: jnp.issubdtype(x.dtype, jnp.floating) for k, x in tensors.items()}
+  return Tensors(
+    file.name,
+    {key: x.shape for key, x in tensors.items()},
+    {key: x.dtype if floating[key] else None for key, x in tensors.items()},
+    tensors.__getitem__,
+  )
 
 
 def _dtype(name: str) -> np.dtype | None:

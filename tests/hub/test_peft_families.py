@@ -314,7 +314,9 @@ def test_a_table_of_t5_in_full_is_refused_since_peft_cannot_run_it(loaded, tmp_p
   config = lx.LoraConfig(targets=["wo"], tuned=["shared"])
   lora = lx.adapt(apply, config)
   adapter = lora.init(jax.random.key(0), found.params, BASES["t5"][1])
-  with pytest.raises(lx.LoraxError, match="a linear layer in the place of .*embed_tok"):
+  with pytest.raises(
+    lx.LoraxError, match=r"a linear layer in the place of .*embed_tok"
+  ):
     hub_peft.write_adapter(
       tmp_path / "out", adapter, found.keymap, config, task_type="SEQ_2_SEQ_LM"
     )
