@@ -30,21 +30,19 @@ def _mixtral(folder):
   return decoders.Peer("Mixtral").save(folder, **fields)
 
 
-def _text(seed):
-  return decoders.batch(13, 9 + seed, -7)
+TEXT = decoders.batch(13, 9, -7)
 
-
-# The base, its batch of a step, PEFT's config, and whether layers are scanned here.
+# The base, its inputs, PEFT's config, and whether layers are scanned here.
 CASES = {
   "roberta": (
     _roberta,
-    lambda seed: encoders.batch("roberta", seed=seed),
+    encoders.batch("roberta"),
     {"task_type": "SEQ_CLS", "target_modules": "all-linear"},
     True,
   ),
   "gpt2": (
     test_gpt2.save,
-    lambda seed: test_gpt2.batch(11 + seed),
+    test_gpt2.batch(),
     {
       "target_modules": ["c_attn", "c_fc"],
       "trainable_token_indices": [4, 9, 11],
@@ -55,7 +53,7 @@ CASES = {
   ),
   "llama": (
     _llama,
-    _text,
+    TEXT,
     {
       "target_modules": "all-linear",
       "use_rslora": True,
@@ -63,16 +61,16 @@ CASES = {
     },
     False,
   ),
-  "llama, dora": (_llama, _text, {"use_dora": True}, True),
+  "llama, dora": (_llama, TEXT, {"use_dora": True}, True),
   "t5": (
     test_t5.save,
-    lambda seed: test_t5.batch(19 - seed, 17),
+    test_t5.batch(),
     {"target_modules": ["q", "v", "wo"]},
     False,
   ),
   "vit": (
     test_vit.save,
-    lambda seed: test_vit.batch(3 + seed),
+    test_vit.batch(),
     {
       "target_modules": ["projection", "v_proj"],
       "modules_to_save": ["classifier"],
@@ -83,19 +81,19 @@ CASES = {
   ),
   "mixtral": (
     _mixtral,
-    _text,
+    TEXT,
     {"target_modules": ["o_proj"], "target_parameters": ["gate_up_proj", "down_proj"]},
     False,
   ),
 }
 
 
-def _batches(make):
-  """Inputs, a label for each row of logits, and which rows count."""
+def _batches(inputs):
+  """The rows in another order each time, the mask of their logits, and a generator."""
   for seed in range(STEPS):
-    inputs = make(seed)
-    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
-    yield inputs, mask, np.random.default_rng(seed)
+    turned = {name: np.roll(x, seed, axis=0) for name, x in inputs.items()}
+    mask = turned.get("decoder_attention_mask", turned.get("attention_mask"))
+    yield turned, mask, np.random.default_rng(seed)
 
 
 def _rows(logits, mask, rng):
@@ -105,12 +103,12 @@ def _rows(logits, mask, rng):
   return weights.astype(np.float32), rng.integers(0, labels, rows).astype(np.int32)
 
 
-def _train_torch(model, make):
+def _train_torch(model, inputs):
   trained = [p for p in model.parameters() if p.requires_grad]
   optimizer = torch.optim.AdamW(trained, lr=RATE, eps=EPS, weight_decay=DECAY)
   losses = []
-  for inputs, mask, rng in _batches(make):
-    logits = model(**family.tensors(inputs)).logits
+  for batch, mask, rng in _batches(inputs):
+    logits = model(**family.tensors(batch)).logits
     weights, labels = _rows(logits, mask, rng)
     each = torch.nn.functional.cross_entropy(
       logits.flatten(0, -2), torch.tensor(labels).long().flatten(), reduction="none"
@@ -123,7 +121,7 @@ def _train_torch(model, make):
   return losses
 
 
-def _train_ours(loaded, adapter, config, make):
+def _train_ours(loaded, adapter, config, inputs):
   def apply_fn(params, inputs):
     return loaded.module.apply({"params": params}, **inputs)
 
@@ -145,22 +143,22 @@ def _train_ours(loaded, adapter, config, make):
     return optax.apply_updates(trained, updates), state, loss
 
   losses = []
-  for inputs, mask, rng in _batches(make):
-    shape = jax.eval_shape(apply_fn, loaded.params, inputs)
+  for batch, mask, rng in _batches(inputs):
+    shape = jax.eval_shape(apply_fn, loaded.params, batch)
     weights, labels = _rows(shape, mask, rng)
-    trained, state, loss = step(trained, state, inputs, weights, labels)
+    trained, state, loss = step(trained, state, batch, weights, labels)
     losses.append(float(loss))
   return losses, lx.combine(trained, rest)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_three_steps_equal_pefts(case, tmp_path):
-  save, make, config, scan = CASES[case]
+  save, inputs, config, scan = CASES[case]
   base = save(tmp_path / "base")
   # B random too: a zero B hides A's gradient.
   model = peers.adapted(base, init_lora_weights=False, **config)
   peers.save(model, tmp_path / "start")
-  theirs = _train_torch(model, make)
+  theirs = _train_torch(model, inputs)
   peers.save(model, tmp_path / "end")
 
   loaded = registry.load(tmp_path / "base", scan=scan)
@@ -168,7 +166,7 @@ def test_three_steps_equal_pefts(case, tmp_path):
     tmp_path / name, loaded.params, loaded.keymap
   )
   (start, lora_config), (wanted, _) = read("start"), read("end")
-  ours, adapter = _train_ours(loaded, start, lora_config, make)
+  ours, adapter = _train_ours(loaded, start, lora_config, inputs)
   np.testing.assert_allclose(ours, theirs, rtol=1e-3)
   assert adapter.keys() == wanted.keys()
   for path, delta in wanted.items():
