@@ -86,10 +86,10 @@ def measure(peer: Peer, folder: Path) -> dict[str, Any]:
   )
   again = peft.PeftModel.from_pretrained(peer.load(folder / "base"), folder / "ours")
   found["out"] = _apart(_torch(again.eval(), inputs)[real], want)
-  return found | _training(peer, adapted, loaded[False], *read[False], folder)
+  return found | training(peer, adapted, loaded[False], *read[False], folder)
 
 
-def _training(
+def training(
   peer: Peer, model, loaded, adapter, config, folder: Path
 ) -> dict[str, float]:
   """Three steps of AdamW on both sides, without dropout."""
