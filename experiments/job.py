@@ -19,7 +19,7 @@ from lorax_flax.data.tasks import Task
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.data.tokens import Tokens
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.hub import export, peft
+from lorax_flax.hub import export, peft, peft_config
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.methods import Adapter, LowRank, Tuned
 from lorax_flax.models import registry
@@ -219,6 +219,7 @@ def _export(
         wanted.lora,
         base_name=wanted.model.path,
         labels=labels,
+        task_type=peft_config.TASK_TYPES[loaded.family.task],
       )
       return {"adapter": str(target)}
     # Nothing in it is low-rank: as an adapter it would be the model all over.

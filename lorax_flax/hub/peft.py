@@ -23,6 +23,7 @@ from lorax_flax.hub.keymap import KeyMap
 from lorax_flax.hub.peft_export import to_peft_config, to_tensors
 from lorax_flax.hub.peft_file import WEIGHTS_FILE, opened
 from lorax_flax.hub.peft_layout import PREFIX, Slot, layout
+from lorax_flax.hub.peft_modules import of_task
 from lorax_flax.hub.peft_translate import to_lora_config
 from lorax_flax.methods import Adapter
 
@@ -54,6 +55,8 @@ def read_adapter(
   folder = adapter_folder(folder, name)
   config = peft_config.read_config(folder)
   try:
+    config = config.with_defaults(keymap.family)
+    keymap = of_task(keymap, config.task_type)
     slots = layout(config, keymap)
     with opened(folder) as tensors:
       adapter = peft_read.read(tensors, slots, config, flatten(params))
@@ -96,6 +99,7 @@ def write_adapter(
     LoraxError: something that PEFT has no form for, or a folder with other things.
   """
   folder = Path(folder).expanduser()
+  keymap = of_task(keymap, task_type)
   peft = to_peft_config(
     adapter, keymap, config, base_name=base_name, revision=revision, task_type=task_type
   )
@@ -140,7 +144,8 @@ def from_peft(
     config = peft_config.parse(dict(source))
   else:
     config = peft_config.read_config(adapter_folder(source, name))
-  return to_lora_config(config, keymap)
+  config = config.with_defaults(keymap.family)
+  return to_lora_config(config, of_task(keymap, config.task_type))
 
 
 def to_peft(
@@ -163,6 +168,7 @@ def to_peft(
     LoraxError: something that PEFT has no form for.
   """
   names = {"base_name": base_name, "revision": revision, "task_type": task_type}
+  keymap = of_task(keymap, task_type)
   return peft_config.dump(to_peft_config(adapter, keymap, config, **names))
 
 

@@ -39,6 +39,8 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
   **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _ATTENTION),
   **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _ATTENTION),
 }
+# Whose experts are stacked parameters, since transformers 5.
+MIXTURES = ("mixtral", "qwen3_moe")
 # What PEFT takes for the input and the output embedding, by name alone.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
@@ -203,11 +205,16 @@ class PeftConfig:
     return every and str(self.target_modules).lower() == ALL_LINEAR
 
   def with_defaults(self, family: str) -> "PeftConfig":
-    """With PEFT's target_modules for a model_type, where none are given.
+    """With what PEFT puts in target_modules' place for a model_type.
+
+    Its own defaults where none are given; and names for an expression where experts
+    are no modules that it could match.
 
     Raises:
       LoraxError: PEFT has no default for it either.
     """
+    if family in MIXTURES and isinstance(self.target_modules, str):
+      return self._with_experts()
     if self.target_modules is not None:
       return self
     if family in DEFAULT_TARGETS:
@@ -216,6 +223,27 @@ class PeftConfig:
       return self
     raise LoraxError(
       f"{CONFIG_FILE}: no target_modules, and PEFT has no default for {family}"
+    )
+
+  def _with_experts(self) -> "PeftConfig":
+    """ "all-linear" of a mixture of experts, as PEFT spells it out.
+
+    The two parts of gate_up_proj get a half of the rank each, so it is twice as large.
+    """
+    if not self.is_all_linear:
+      raise LoraxError(
+        f"{CONFIG_FILE}: target_modules={self.target_modules!r} may or may not mean "
+        "the experts: PEFT turns it into names for a mixture; give target_modules and "
+        "target_parameters as names"
+      )
+    fused = r".*\.gate_up_proj"
+    experts = ("gate.weight", "gate_up_proj", "down_proj")
+    return replace(
+      self,
+      target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+      target_parameters=(*(self.target_parameters or ()), *experts),
+      rank_pattern={**self.rank_pattern, fused: 2 * self.r},
+      alpha_pattern={**self.alpha_pattern, fused: 2 * self.lora_alpha},
     )
 
   def names_an_embedding(self, names: Iterable[str]) -> bool:

@@ -134,7 +134,6 @@ def layout(
     LoraxError: a target that this model doesn't have, or that PEFT or we have no form
       for; a module to save that it doesn't have.
   """
-  config = config.with_defaults(keymap.family)
   found = places(keymap)
   targets = resolve(config, keymap, found)
   slots: dict[str, Slot] = {}

@@ -1,9 +1,11 @@
 """What PEFT sees of a model: modules and parameters by name, and where they lie."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.hub import peft_config
 from lorax_flax.hub.keymap import KeyMap, full_key, module_of, modules
 from lorax_flax.hub.rows import EXPERTS, LINEAR, Site, kind
 
@@ -25,6 +27,17 @@ class Place:
   site: Site
   kind: str
   main: str | None = None
+
+
+def of_task(keymap: KeyMap, task_type: str | None) -> KeyMap:
+  """The key map of the model that PEFT wraps for a task: for features, the body alone.
+
+  Its names have no prefix then.
+  """
+  if task_type != peft_config.FEATURE_EXTRACTION:
+    return keymap
+  body = tuple(entry for entry in keymap.entries if entry.part == "body")
+  return dataclasses.replace(keymap, prefix="", entries=body, ties={})
 
 
 def tensors(keymap: KeyMap) -> dict[str, Site]:

@@ -19,7 +19,7 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
   """
   slots = [slot for slot in layout(config, keymap).values() if slot.status == "own"]
   factors = [slot for slot in slots if slot.part == "a"]
-  whole = resolve(config.with_defaults(keymap.family), keymap, places(keymap)).saved
+  whole = resolve(config, keymap, places(keymap)).saved
   return LoraConfig(
     targets=tuple(dict.fromkeys(slot.path for slot in factors)),
     rank=config.r,

@@ -258,6 +258,23 @@ def test_to_peft_and_from_peft_are_inverse(bert, tmp_path):
   assert hub_peft.from_peft(raw, loaded.keymap) == config
 
 
+def test_an_adapter_of_the_model_without_a_head_has_names_without_a_prefix(
+  bert, tmp_path
+):
+  body = bert.bert
+  theirs = peers.save(
+    peers.adapted(body, task_type="FEATURE_EXTRACTION", target_modules="all-linear"),
+    tmp_path / "theirs",
+  )
+  assert all(".bert." not in key for key in load_file(theirs / peers.WEIGHTS))
+  keymap = peers.bert_keymap(bert, scan=True)
+  params = peers.params(bert, keymap)
+  adapter = peers.round_trip(theirs, tmp_path / "ours", params, keymap)
+  assert "encoder/layers/attention/key/kernel" in adapter
+  assert "pooler/kernel" in adapter
+  peers.load(body, tmp_path / "ours")
+
+
 def test_labels_are_kept_and_peft_passes_over_them(base, tmp_path):
   keymap = peers.bert_keymap(base)
   config = lx.LoraConfig(targets=r".*/query/kernel", tuned=("classifier",))

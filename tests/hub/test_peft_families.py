@@ -234,6 +234,24 @@ def test_a_folder_of_peft_gives_its_logits_here_and_comes_back(
   np.testing.assert_allclose(back, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "llama", "t5", "gpt2", "vit"])
+def test_all_linear_means_what_peft_writes_it_out_to(bases, loaded, name, tmp_path):
+  keymap = loaded(name, True, False)[0].keymap
+  model = peers.adapted(bases(name)[1], target_modules="all-linear")
+  theirs = hub_peft.from_peft(peers.save(model, tmp_path / "peft"), keymap)
+  raw = {"peft_type": "LORA", "target_modules": "all-linear", "r": 4}
+  each, rest = peers.meaning(hub_peft.from_peft(raw, keymap))
+  assert (each, rest) == peers.meaning(theirs)
+  assert each
+
+
+def test_an_expression_that_may_mean_experts_is_refused(loaded):
+  keymap = loaded("mixtral", False, False)[0].keymap
+  raw = {"peft_type": "LORA", "target_modules": ".*(q_proj|down_proj)"}
+  with pytest.raises(lx.LoraxError, match="may or may not mean the experts"):
+    hub_peft.from_peft(raw, keymap)
+
+
 SHARED = {
   "gpt2": ("wte", "c_proj"),
   "llama tied": ("embed_tokens", "q_proj"),
