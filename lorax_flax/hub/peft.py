@@ -58,8 +58,7 @@ def read_adapter(
     config = config.with_defaults(keymap.family)
     keymap = of_task(keymap, config.task_type)
     slots = layout(config, keymap)
-    with opened(folder) as tensors:
-      adapter = peft_read.read(tensors, slots, config, flatten(params))
+    adapter = peft_read.read(opened(folder), slots, config, flatten(params))
     return adapter, to_lora_config(config, keymap)
   except LoraxError as error:
     raise LoraxError(f"{folder}: {error}") from error
@@ -196,16 +195,16 @@ def adapter_folder(folder: str | Path, name: str = DEFAULT) -> Path:
 
 def stored_dtypes(folder: str | Path, *, name: str = DEFAULT) -> dict[str, str]:
   """The name of the dtype of each tensor of a PEFT folder, for `write_adapter`."""
-  with opened(adapter_folder(folder, name)) as tensors:
-    return {key: str(dtype) for key, dtype in tensors.dtypes.items() if dtype}
+  dtypes = opened(adapter_folder(folder, name)).dtypes
+  return {key: str(dtype) for key, dtype in dtypes.items()}
 
 
 def num_labels(folder: str | Path) -> int | None:
   """How many outputs the head has that a folder brings; None where it brings none."""
-  with opened(Path(folder).expanduser()) as tensors:
-    for end in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
-      if shape := tensors.shapes.get(PREFIX + end):
-        return shape[0]
+  shapes = opened(Path(folder).expanduser()).shapes
+  for end in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
+    if shape := shapes.get(PREFIX + end):
+      return shape[0]
   return None
 
 

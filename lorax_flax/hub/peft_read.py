@@ -111,8 +111,8 @@ def _check(
   for key, shape in shapes.items():
     if key in found and found[key] != shape:
       raise LoraxError(f"{key} has the shape {found[key]}, and {shape} was expected")
-    if key in found and tensors.dtypes[key] is None:
-      kind = tensors.get(key).dtype
+    if key in found and not jnp.issubdtype(tensors.dtypes[key], jnp.floating):
+      kind = tensors.dtypes[key]
       raise LoraxError(f"{key} holds {kind}, not floating-point numbers")
 
 
