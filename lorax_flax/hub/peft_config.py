@@ -13,6 +13,7 @@ from typing import Any
 from lorax_flax import strict_json
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub.peft_checks import KINDS, changes_the_base
+from lorax_flax.hub.peft_names import ends_with, looked_up, several
 
 CONFIG_FILE = "adapter_config.json"
 LORA = "LORA"
@@ -108,7 +109,7 @@ class PeftConfig:
         raise LoraxError(
           f"{CONFIG_FILE}: {each.name}={value!r} is not what PEFT writes"
         )
-    if isinstance(self.target_modules, str) and _several(self.layers_to_transform):
+    if isinstance(self.target_modules, str) and several(self.layers_to_transform):
       raise LoraxError(
         f"{CONFIG_FILE}: layers_to_transform needs target_modules as a list of names"
       )
@@ -124,7 +125,7 @@ class PeftConfig:
     patterns = [*self.rank_pattern, *self.alpha_pattern]
     for rules in (self.target_modules, self.exclude_modules):
       patterns += [rules] if isinstance(rules, str) else []
-    patterns += _several(self.layers_pattern)
+    patterns += several(self.layers_pattern)
     for pattern in patterns:
       try:
         re.compile(pattern)
@@ -135,10 +136,10 @@ class PeftConfig:
 
   def rank(self, module: str) -> int:
     """The rank of one module's factors."""
-    return _looked_up(self.rank_pattern, module, self.r)
+    return looked_up(self.rank_pattern, module, self.r)
 
   def alpha(self, module: str) -> float:
-    return _looked_up(self.alpha_pattern, module, self.lora_alpha)
+    return looked_up(self.alpha_pattern, module, self.lora_alpha)
 
   def scale(self, module: str) -> float:
     """What multiplies B A of one module."""
@@ -151,7 +152,7 @@ class PeftConfig:
     Raises:
       LoraxError: one inside of another, which PEFT saves and then cannot load.
     """
-    wanted = _several(self.modules_to_save)
+    wanted = several(self.modules_to_save)
     found = [name for name in names if any(name.endswith(end) for end in wanted)]
     for name in found:
       for outer in found:
@@ -174,18 +175,18 @@ class PeftConfig:
       return re.fullmatch(self.target_modules, name) is not None
     if name in self.target_modules:
       return True
-    ends = any(name.endswith(f".{end}") for end in self.target_modules)
-    return ends and self._in_layers(name)
+    named = any(name.endswith(f".{end}") for end in self.target_modules)
+    return named and self._in_layers(name)
 
   def is_excluded(self, name: str) -> bool:
     """Whether a module never gets factors: excluded, or saved in full."""
     if isinstance(self.exclude_modules, str):
       excluded = re.fullmatch(self.exclude_modules, name) is not None
     else:
-      excluded = any(_ends(name, end) for end in _several(self.exclude_modules))
+      excluded = any(ends_with(name, end) for end in several(self.exclude_modules))
     return excluded or any(
       re.match(rf"(^|.*\.){saved}($|\..*)", name)
-      for saved in _several(self.modules_to_save)
+      for saved in several(self.modules_to_save)
     )
 
   def targets(self, linear: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -275,14 +276,14 @@ class PeftConfig:
 
   def is_parameter(self, key: str) -> bool:
     """Whether a parameter gets factors, by its full key."""
-    return any(_ends(key, end) for end in self.target_parameters or ())
+    return any(ends_with(key, end) for end in self.target_parameters or ())
 
   def _in_layers(self, name: str) -> bool:
     layers = self.layers_to_transform
     if layers is None or layers == ():
       return True
     found = None
-    if patterns := _several(self.layers_pattern):
+    if patterns := several(self.layers_pattern):
       for pattern in patterns:
         if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", name):
           break
@@ -374,41 +375,6 @@ def _thawed(value: Any) -> Any:
   return list(value) if isinstance(value, tuple) else value
 
 
-def shortest_ends(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
-  """The shortest ends of names, after a dot, that name all `wanted` and no `others`."""
-  taken = {end for name in others for end in _all_ends(name)}
-  found = []
-  for name in wanted:
-    end = next((end for end in _all_ends(name) if end not in taken), None)
-    if end is None:
-      raise LoraxError(f"no end of the module name {name!r} is its own")
-    found.append(end)
-  return list(dict.fromkeys(found))
-
-
-def _all_ends(name: str) -> list[str]:
-  parts = name.split(".")
-  return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
-
-
-def _ends(name: str, end: str) -> bool:
-  return name == end or name.endswith(f".{end}")
-
-
-def _looked_up(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-  for pattern, value in patterns.items():
-    if re.match(rf"(.*\.)?({pattern})$", name):
-      return value
-  return default
-
-
-def _several(value: Any) -> tuple:
-  """None, one, or several, as several."""
-  if value is None:
-    return ()
-  return value if isinstance(value, tuple) else (value,)
-
-
 # Records of how the file came about.
 _WITHOUT_EFFECT = frozenset(
   {"auto_mapping", "inference_mode", "peft_type", "peft_version", "eva_config"}
@@ -445,7 +411,7 @@ def describe_unknown_target(config: PeftConfig, names: Iterable[str]) -> str:
   """The message for target_modules that match nothing."""
   names = list(names)
   ends = sorted({name.rpartition(".")[2] for name in names})
-  for target in _several(config.target_modules):
-    if not any(_ends(name, target) for name in names):
+  for target in several(config.target_modules):
+    if not any(ends_with(name, target) for name in names):
       return f"{CONFIG_FILE}: {unknown('target module', target, ends)}"
   return f"{CONFIG_FILE}: target_modules match no module of this model: {listing(ends)}"

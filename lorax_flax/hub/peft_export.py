@@ -11,7 +11,7 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub import assemble, peft_config
 from lorax_flax.hub.keymap import KeyMap, module_of
-from lorax_flax.hub.peft_config import PeftConfig, shortest_ends
+from lorax_flax.hub.peft_config import PeftConfig
 from lorax_flax.hub.peft_forms import ROLES
 from lorax_flax.hub.peft_layout import Slot, Targets, resolve
 from lorax_flax.hub.peft_modules import (
@@ -24,6 +24,7 @@ from lorax_flax.hub.peft_modules import (
   tensors,
   tied_to,
 )
+from lorax_flax.hub.peft_names import shortest_ends
 from lorax_flax.hub.rows import Site
 from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LowRank, Rows, Tuned
 

@@ -252,6 +252,12 @@ def test_an_expression_that_may_mean_experts_is_refused(loaded):
     hub_peft.from_peft(raw, keymap)
 
 
+def test_a_base_without_a_shared_head_has_nothing_to_untie(bases):
+  for name in ("distilbert", "llama", "t5"):
+    with pytest.raises(lx.LoraxError, match="no head that could get a weight"):
+      registry.load(bases(name)[0], untie=True)
+
+
 SHARED = {
   "gpt2": ("wte", "c_proj"),
   "llama tied": ("embed_tokens", "q_proj"),
