@@ -3,12 +3,24 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from lorax_flax.errors import LoraxError, unknown
 
 BIAS = ("none", "all", "lora_only")
 ON_UNSUPPORTED = ("error", "materialize")
 INIT = ("uniform", "gaussian")
+
+
+class KnowsPeft(Protocol):
+  """A model that knows PEFT's names of its modules; `models.registry.load` gives one.
+
+  What PEFT's names are is no business of this package, so the model translates.
+  """
+
+  def from_peft(self, source: Any) -> "LoraConfig": ...
+
+  def to_peft(self, config: "LoraConfig", adapter: Any) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,31 @@ class LoraConfig:
         ) from e
     if self.layers_pattern and re.compile(self.layers_pattern).groups != 1:
       raise LoraxError("LoraConfig.layers_pattern needs one group, the layer's number")
+
+  @classmethod
+  def from_peft(cls, source: Any, model: KnowsPeft) -> "LoraConfig":
+    """The config that makes here what PEFT's makes in torch, its names as paths.
+
+    Args:
+      source: a PEFT folder, or the content of its adapter_config.json.
+      model: the base, as `lorax_flax.models.registry.load` gives it.
+
+    Raises:
+      LoraxError: a field that we cannot honour, a name that the model doesn't have.
+    """
+    return model.from_peft(source)
+
+  def to_peft(self, adapter: Any, model: KnowsPeft) -> dict[str, Any]:
+    """The content of adapter_config.json for an adapter made with this config.
+
+    Args:
+      adapter: as `Adapted.init` gives it.
+      model: the base, as `lorax_flax.models.registry.load` gives it.
+
+    Raises:
+      LoraxError: something that PEFT has no form for.
+    """
+    return model.to_peft(self, adapter)
 
 
 def _is_regex(patterns: str | Sequence[str]) -> bool:

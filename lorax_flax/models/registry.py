@@ -9,10 +9,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lorax_flax import strict_json
+from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.hub import gguf, gguf_header, safetensors
+from lorax_flax.hub import gguf, gguf_header, peft, peft_config, safetensors
 from lorax_flax.hub import load as hub_load
 from lorax_flax.hub.keymap import KeyMap
+from lorax_flax.methods import Adapter
 from lorax_flax.models import (
   bert,
   deberta,
@@ -72,6 +74,15 @@ class Loaded:
   def token_types(self) -> bool:
     """Whether token types tell the model anything."""
     return getattr(self.config, "type_vocab_size", 0) > 1
+
+  def from_peft(self, source: str | Path | Mapping[str, Any]) -> LoraConfig:
+    """A config in PEFT's names as one in ours; see `LoraConfig.from_peft`."""
+    return peft.from_peft(source, self.keymap)
+
+  def to_peft(self, config: LoraConfig, adapter: Adapter) -> dict[str, Any]:
+    """An adapter's config in PEFT's names; see `LoraConfig.to_peft`."""
+    task_type = peft_config.TASK_TYPES[self.family.task]
+    return peft.to_peft(config, adapter, self.keymap, task_type=task_type)
 
 
 def load(
