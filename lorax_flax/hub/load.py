@@ -1,5 +1,6 @@
 """A checkpoint's tensors into a params tree: every key used, every leaf filled."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,12 +100,28 @@ def _untied(
     key = found.pop(repeat)
     if main not in found:
       found[main] = key
-    elif not np.array_equal(reader[key], reader[found[main]]):
+    elif not _same(reader, key, found[main]):
       raise LoraxError(
         f"config.json ties {key!r} to {found[main]!r}, and the checkpoint has two "
         "different weights there"
       )
   return found
+
+
+def _same(reader: Reader, key: str, other: str, most: int = 2**24) -> bool:
+  """Whether two stored tensors are equal; some rows of each are held at a time."""
+  shape = reader.shape(key)
+  if reader.shape(other) != shape:
+    return False
+  if not shape:
+    return np.array_equal(reader[key], reader[other])
+  rows = max(1, most // max(1, math.prod(shape[1:])))
+  rest = (slice(None),) * (len(shape) - 1)
+  return all(
+    np.array_equal(*(reader.part(name, (slice(i, i + rows), *rest)) for name in pair))
+    for pair in [(key, other)]
+    for i in range(0, shape[0], rows)
+  )
 
 
 def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
