@@ -9,7 +9,6 @@ result.json, metrics.jsonl, curves.png, tensorboard/, config.json and checkpoint
 The same command goes on with a run that was killed.
 """
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -93,21 +92,18 @@ def main() -> int:
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
   workdir = Path(WORKDIR.value) if WORKDIR.value else default_workdir(spec)
   workdir = workdir.expanduser()
-  from lorax_flax.train import processes
+  from lorax_flax.train import processes, watch
 
   processes.join(DISTRIBUTED.value)
   if processes.first():
-    print(f"Workdir: {workdir}")
+    print(f"Workdir: {workdir}", flush=True)
   try:
-    result = run(wanted, workdir)
+    with watch.Watch(cli.explain):
+      result = run(wanted, workdir)
   except processes.Preempted as told:
     if processes.first():
       print(told, flush=True)
     return processes.PREEMPTED
-  except processes.Lost as lost:
-    # What ends a process in order would wait for those that are gone.
-    print(f"error: {lost}", file=sys.stderr, flush=True)
-    os._exit(1)
   if processes.first():
     show(result, workdir)
   return 0

@@ -117,10 +117,9 @@ def _same(reader: Reader, key: str, other: str, most: int = 2**24) -> bool:
     return np.array_equal(reader[key], reader[other])
   rows = max(1, most // max(1, math.prod(shape[1:])))
   rest = (slice(None),) * (len(shape) - 1)
+  cuts = [(slice(i, i + rows), *rest) for i in range(0, shape[0], rows)]
   return all(
-    np.array_equal(*(reader.part(name, (slice(i, i + rows), *rest)) for name in pair))
-    for pair in [(key, other)]
-    for i in range(0, shape[0], rows)
+    np.array_equal(reader.part(key, cut), reader.part(other, cut)) for cut in cuts
   )
 
 

@@ -85,7 +85,6 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
   Raises:
     LoraxError: the loss or the gradient is not finite; the last checkpoint stays.
     processes.Preempted: SIGTERM asked for it; the run is saved.
-    processes.Lost: another process is gone.
   """
   plan = durations(config, job.steps_per_epoch)
   rate = optim.schedule(config.schedule, config.learning_rate, plan.total, plan.warmup)
@@ -105,7 +104,7 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
   shardings = states.shardings(state, optimizer, lies, job.mesh)
   state = meshes.place(state, shardings)
   progress = Progress(position=job.batches.get_state())
-  with processes.noticing_losses(), contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack:
     stop = stack.enter_context(processes.StopRequest())
     checkpoints = Checkpoints(folder / workdir.CHECKPOINTS)
     stack.callback(checkpoints.close)

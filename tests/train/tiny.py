@@ -14,7 +14,15 @@ import tokenizers
 from lorax_flax.hub import export
 from lorax_flax.models import registry
 
-WORDS = "[PAD] [CLS] [SEP] [UNK] a man plan canal panama was it cat i saw no lemon melon"
+ROOT = Path(__file__).parents[2]
+# The compiler takes a fourth of the time, and does not optimise.
+QUICK_TO_COMPILE = {
+  "XLA_FLAGS": "--xla_backend_optimization_level=0"
+  " --xla_llvm_disable_expensive_passes=true"
+}
+WORDS = (
+  "[PAD] [CLS] [SEP] [UNK] a man plan canal panama was it cat i saw no lemon melon"
+)
 # Divisible by eight where the rules cut; the types and the positions are not cut.
 BERT = {
   "model_type": "bert",
@@ -31,9 +39,8 @@ BERT = {
 }
 
 
-def model(folder: Path, config: dict | None = None, seed: int = 0) -> None:
+def model(folder: Path, config: dict, seed: int = 0) -> None:
   """A random checkpoint without its head, and a word-level tokenizer."""
-  config = BERT if config is None else config
   folder.mkdir(parents=True)
   (folder / "config.json").write_text(json.dumps(config))
   family = registry.of(config)
@@ -71,7 +78,7 @@ def glue(folder: Path, train: int = 32, held_out: int = 21) -> None:
     file.write_text("\n".join(rows) + "\n")
 
 
-_CONFIG = '''
+_CONFIG = """
 from experiments.configs import common
 
 
@@ -91,12 +98,12 @@ def get_config():
   config.train.log_steps = 2
   config.train.save_steps = 3
   return config
-'''
+"""
 
 
-def write(folder: Path) -> Path:
-  """All of it; returns the config."""
-  model(folder / "model")
+def write(folder: Path, **fields) -> Path:
+  """All of it; returns the config. `fields` are of the model's config.json."""
+  model(folder / "model", BERT | fields)
   glue(folder / "glue")
   text = _CONFIG.format(model=str(folder / "model"), glue=str(folder / "glue"))
   (folder / "config.py").write_text(text)

@@ -1,0 +1,149 @@
+"""The first steps of one job on many meshes of eight virtual devices.
+
+`python -m tests.train.mesh_worker CONFIG DEEP` prints JSON (DEEP: a model of several
+layers, for the cases that scan them): for each case what
+`test_meshes.py` looks at. All in one process, since starting one takes longer than a
+case does.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import hlo
+from experiments import configuration, job, settings
+from lorax_flax.adapt.paths import flatten
+from lorax_flax.hub.safetensors import Reader
+from lorax_flax.train import mesh as meshes
+from lorax_flax.train import optim
+from lorax_flax.train import state as states
+from lorax_flax.train import step as steps
+from lorax_flax.train.loop import Job
+
+PLAIN = {"model.dropout": 0.0, "model.head_dropout": 0.0, "lora.dropout": 0.0}
+SCANNED = PLAIN | {"model.scan": True}
+DROPPED = {"lora.targets": "query,value"}
+FULL = PLAIN | {"lora.targets": (), "lora.tuned": ".*"}
+# data, fsdp, tensor: every way to cut eight devices, and what is on fewer.
+MESHES = (
+  *((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)),
+  *((4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)),
+  *((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)),
+)
+CASES = {
+  "plain": (PLAIN, MESHES),
+  "scanned": (SCANNED, ((1, 1, 1), (8, 1, 1), (1, 1, 8), (2, 2, 2))),
+  "dropped": (DROPPED, ((1, 1, 1), (2, 2, 2))),
+  "full": (FULL, ((8, 1, 1),)),
+}
+STEPS = 3
+
+
+def prepare(spec: str, changes: dict[str, Any], sizes: tuple[int, int, int]) -> Job:
+  config = configuration.load(spec)
+  values = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True))
+  with config.unlocked():
+    for name, value in (changes | values).items():
+      section, _, field = name.partition(".")
+      config[section][field] = value
+  wanted = settings.convert(config)
+  job._mesh = lambda wanted, say: meshes.make(
+    wanted.mesh, jax.devices()[: int(np.prod(sizes))]
+  )
+  return job.prepare(wanted, lambda line: None)
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, list[int]]]:
+  """Sizes of what is read of each stored tensor."""
+  reads: dict[str, list[int]] = {}
+  part, whole = Reader.part, Reader.__getitem__
+
+  def note(value, key):
+    reads.setdefault(key, []).append(value.size)
+    return value
+
+  Reader.part = lambda self, key, index: (
+    # As it is where all of it is asked for: that goes through __getitem__.
+    part(self, key, index)
+    if all(c == slice(0, n) for c, n in zip(index, self.shape(key), strict=True))
+    else note(part(self, key, index), key)
+  )
+  Reader.__getitem__ = lambda self, key: note(whole(self, key), key)
+  try:
+    yield reads
+  finally:
+    Reader.part, Reader.__getitem__ = part, whole
+
+
+def run(spec: str, changes: dict[str, Any], sizes: tuple[int, int, int]) -> dict:
+  with watched() as reads:
+    made = prepare(spec, changes, sizes)
+  rate = lambda step: np.float32(0.02)
+  optimizer = optim.adamw(
+    rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, grad_clip=1.0
+  )
+  lies = meshes.of_adapter(made.mesh, made.axes, made.adapter)
+  adapter = meshes.place(made.adapter, lies)
+  state, base = states.create(made.params, adapter, optimizer, jax.random.key(1))
+  shardings = states.shardings(state, optimizer, lies, made.mesh)
+  state = meshes.place(state, shardings)
+  start = hashlib.sha256()
+  for path, leaf in sorted(flatten(state.trained).items()):
+    start.update(path.encode() + np.asarray(leaf).tobytes())
+  step = steps.train_step(
+    made.forward, made.loss, optimizer, rate, 1, shardings, "stop"
+  )
+  rows = meshes.batch(made.mesh)
+  losses, compiled = [], None
+  for _ in range(STEPS):
+    batch = {n: meshes.place(x, rows) for n, x in next(made.batches).items()}
+    if compiled is None:
+      with jax.set_mesh(made.mesh):
+        compiled = step.lower(state, base, batch).compile()
+    state, metrics = compiled(state, base, batch)
+    losses.append([metrics["loss"].value(), metrics["grad_norm"].value()])
+  leaves = flatten(made.params)
+  return {
+    "losses": losses,
+    "start": start.hexdigest(),
+    "reads": reads,
+    "shards": {p: leaf.addressable_shards[0].data.size for p, leaf in leaves.items()},
+    "shapes": {path: leaf.shape for path, leaf in leaves.items()},
+    "held": [
+      sum(leaf.addressable_shards[i].data.size for leaf in leaves.values())
+      for i in range(made.mesh.size)
+    ],
+    "moments": [
+      str(x.sharding.spec) for x in jax.tree.leaves(state.opt_state) if x.ndim
+    ],
+    "trained": [str(x.sharding.spec) for x in jax.tree.leaves(state.trained)],
+    "trained_shapes": [x.shape for x in jax.tree.leaves(state.trained)],
+    "collectives": [
+      {"kind": c.kind, "shapes": [dims for _, dims in c.shapes], "times": c.times}
+      | {"source": c.source}
+      for c in hlo.collectives(compiled.as_text())
+    ],
+  }
+
+
+def main() -> None:
+  jax.config.update("jax_num_cpu_devices", 8)
+  config, deep = sys.argv[1:]
+  SCANNED["model.path"] = deep
+  found = {
+    f"{name} {'×'.join(map(str, sizes))}": run(config, changes, sizes)
+    for name, (changes, all_sizes) in CASES.items()
+    for sizes in all_sizes
+  }
+  print(json.dumps(found))
+
+
+if __name__ == "__main__":
+  main()
