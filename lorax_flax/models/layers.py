@@ -68,7 +68,7 @@ class Embed(nn.Embed):
   def __call__(self, ids_BxT: jax.Array) -> jax.Array:
     """BxTxD."""
     mesh = jax.sharding.get_abstract_mesh()
-    rows = self.along == "embed" and ids_BxT.ndim > 1 and _apart(mesh, ids_BxT)
+    rows = self.along == "embed" and ids_BxT.ndim == 2 and _apart(mesh, ids_BxT)
     if rows and self.features % mesh.shape["fsdp"] == 0:
       # Each device looks up its own columns for the rows of all that share the table,
       # which then change places. Left alone, the compiler copies all rows everywhere.

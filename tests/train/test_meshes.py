@@ -22,8 +22,12 @@ def cases(tmp_path_factory):
   folder = tmp_path_factory.mktemp("meshes")
   config = tiny.write(folder, num_hidden_layers=1)
   tiny.model(folder / "deep", tiny.BERT | {"num_hidden_layers": LAYERS["scanned"]})
+  tiny.model(folder / "decoder", tiny.LLAMA)
   done = subprocess.run(
-    [sys.executable, "-m", "tests.train.mesh_worker", config, folder / "deep"],
+    [
+      *(sys.executable, "-m", "tests.train.mesh_worker"),
+      *(config, folder / "deep", folder / "decoder"),
+    ],
     cwd=tiny.ROOT,
     env=os.environ | tiny.QUICK_TO_COMPILE,
     capture_output=True,
@@ -40,7 +44,7 @@ def _of(cases, name):
   return {k: case for k, case in cases.items() if k.split()[0] == name}
 
 
-@pytest.mark.parametrize("name", ["plain", "scanned", "dropped"])
+@pytest.mark.parametrize("name", ["plain", "scanned", "dropped", "decoder"])
 def test_losses_are_the_same_on_every_mesh(cases, name):
   found = _of(cases, name)
   assert len(found) == len(mesh_worker.CASES[name][1]) > 1
@@ -51,7 +55,7 @@ def test_losses_are_the_same_on_every_mesh(cases, name):
       assert got == pytest.approx(wanted, abs=1e-5), mesh
 
 
-@pytest.mark.parametrize("name", ["plain", "scanned", "dropped"])
+@pytest.mark.parametrize("name", ["plain", "scanned", "dropped", "decoder"])
 def test_the_adapter_starts_the_same_on_every_mesh_bit_for_bit(cases, name):
   assert len({case["start"] for case in _of(cases, name).values()}) == 1
 
@@ -89,7 +93,7 @@ def _kinds(case):
   return {c["kind"] for c in case["collectives"]}
 
 
-@pytest.mark.parametrize("name", ["plain", "scanned"])
+@pytest.mark.parametrize("name", ["plain", "scanned", "decoder"])
 def test_under_tensor_parallelism_nothing_is_gathered(cases, name):
   assert _kinds(cases[f"{name} 1×1×8"]) == {"all-reduce"}
 
@@ -124,7 +128,7 @@ def _reduced(case):
   )
 
 
-@pytest.mark.parametrize("name", ["plain", "scanned"])
+@pytest.mark.parametrize("name", ["plain", "scanned", "decoder"])
 def test_gradients_are_reduced_of_trained_leaves_alone(cases, name):
   case = cases[f"{name} 8×1×1"]
   assert _kinds(case) == {"all-reduce"}

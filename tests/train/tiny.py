@@ -37,6 +37,21 @@ BERT = {
   "hidden_dropout_prob": 0.1,
   "attention_probs_dropout_prob": 0.1,
 }
+# Two heads of queries for each of keys and values.
+LLAMA = {
+  "model_type": "llama",
+  "vocab_size": 32,
+  "hidden_size": 32,
+  "num_hidden_layers": 1,
+  "num_attention_heads": 16,
+  "num_key_value_heads": 8,
+  "head_dim": 4,
+  "intermediate_size": 64,
+  "max_position_embeddings": 16,
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 10000.0,
+  "tie_word_embeddings": False,
+}
 
 
 def model(folder: Path, config: dict, seed: int = 0) -> None:
