@@ -56,17 +56,28 @@ def run(
     sys.exit(0)
   try:
     app.run(lambda argv: _quietly(main), flags_parser=lambda argv: parse(values, argv))
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
+  except KeyboardInterrupt as error:
+    print(explain(error), file=sys.stderr)
     sys.exit(130)
-  except LoraxError as error:
-    _fail(str(error))
-  except OSError as error:
-    if error.errno not in _USERS_ERRNOS:
+  except (LoraxError, OSError) as error:
+    message = explain(error)
+    if message is None:
       raise
-    where = f": {error.filename}" if error.filename else ""
-    _fail(f"{error.strerror}{where}")
+    print(message, file=sys.stderr)
+    sys.exit(1)
   raise AssertionError("absl's app.run returned")
+
+
+def explain(error: BaseException) -> str | None:
+  """What to tell the user of an error; None where it is a fault of ours."""
+  if isinstance(error, KeyboardInterrupt):
+    return "interrupted"
+  if isinstance(error, LoraxError):
+    return f"error: {error}"
+  if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
+    where = f": {error.filename}" if error.filename else ""
+    return f"error: {error.strerror}{where}"
+  return None
 
 
 def _quietly(main: Callable[[], int | None]) -> int | None:
@@ -135,8 +146,3 @@ def _help(
   if more_help is not None:
     parts.append(more_help(argv))
   return "\n\n".join(part for part in parts if part)
-
-
-def _fail(message: str) -> NoReturn:
-  print(f"error: {message}", file=sys.stderr)
-  sys.exit(1)

@@ -9,7 +9,6 @@ result.json, metrics.jsonl, curves.png, tensorboard/, config.json and checkpoint
 The same command goes on with a run that was killed.
 """
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -44,9 +43,13 @@ def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
 
   say = print if processes.first() else _nothing
   files.check(workdir, wanted.to_json())
-  if (result := files.result(workdir)) is not None:
+  result = files.result(workdir)
+  # A workdir that only the first process sees is enough for what is not a checkpoint.
+  if processes.first_says(result is not None):
     say(f"{workdir} holds this run, finished; delete it to run again.")
-    return result
+    return result or {}
+  if processes.first():
+    files.check_writable(workdir)
   prepared = job.prepare(wanted, say)
   if processes.first():
     files.claim(workdir, wanted.to_json())
@@ -56,6 +59,19 @@ def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
 
 def _nothing(line: str) -> None:
   """The first process says it."""
+
+
+def _quiet_writers() -> None:
+  """Silences Orbax's threads: their errors reach us, and are told once, by us."""
+  logging.get_absl_logger().addFilter(lambda line: "/orbax/" not in line.pathname)
+  usual = sys.excepthook
+
+  def hook(kind, error, trace):
+    # Of a writer that was given up, and reports to a loop that is gone.
+    if str(error) != "Event loop is closed":
+      usual(kind, error, trace)
+
+  sys.excepthook = hook
 
 
 def default_workdir(spec: str) -> Path:
@@ -89,25 +105,23 @@ def main() -> int:
   wanted = settings.convert(CONFIG.value, configuration.overridden(sys.argv))
   large_pages.restart()
   if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of each of its threads.
+    logging.set_verbosity(logging.WARNING)
+    _quiet_writers()
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
   workdir = Path(WORKDIR.value) if WORKDIR.value else default_workdir(spec)
   workdir = workdir.expanduser()
-  from lorax_flax.train import processes
+  from lorax_flax.train import processes, watch
 
   processes.join(DISTRIBUTED.value)
   if processes.first():
-    print(f"Workdir: {workdir}")
+    print(f"Workdir: {workdir}", flush=True)
   try:
-    result = run(wanted, workdir)
+    with watch.Watch(cli.explain):
+      result = run(wanted, workdir)
   except processes.Preempted as told:
     if processes.first():
       print(told, flush=True)
     return processes.PREEMPTED
-  except processes.Lost as lost:
-    # What ends a process in order would wait for those that are gone.
-    print(f"error: {lost}", file=sys.stderr, flush=True)
-    os._exit(1)
   if processes.first():
     show(result, workdir)
   return 0

@@ -55,15 +55,22 @@ def in_shards(
   sharding: jax.sharding.Sharding,
   read: Callable[[Block], np.ndarray],
 ) -> jax.Array:
-  """An array of which only the parts that lie on this process's devices are read."""
-  # Devices that hold the same part share what was read.
-  parts: dict[Block, np.ndarray] = {}
+  """An array of which only the parts that lie on this process's devices are read.
 
-  def part(index: tuple[slice, ...] | None) -> np.ndarray:
+  Each part is read once and goes to its devices before the next one is read.
+  """
+  shape = tuple(shape)
+  devices: dict[Block, list[jax.Device]] = {}
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
     pairs = zip(index or (), shape, strict=True)
     block = tuple(cut.indices(n)[:2] for cut, n in pairs)
-    if block not in parts:
-      parts[block] = read(block)
-    return parts[block]
-
-  return jax.make_array_from_callback(tuple(shape), sharding, part)
+    devices.setdefault(block, []).append(device)
+  parts = []
+  for block, owners in devices.items():
+    part = read(block)
+    parts += [jax.device_put(part, device) for device in owners]
+    # Copying goes on in the background, and would hold on to what was read.
+    jax.block_until_ready(parts[-len(owners) :])
+  return jax.make_array_from_single_device_arrays(
+    shape, sharding, parts, dtype=parts[0].dtype
+  )

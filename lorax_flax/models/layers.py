@@ -56,6 +56,31 @@ def dense(
   )
 
 
+class Embed(nn.Embed):
+  """A table, of which what is looked up lies as activations do on a mesh.
+
+  Attributes:
+    along: logical name of the features.
+  """
+
+  along: str = "embed"
+
+  def __call__(self, ids_BxT: jax.Array) -> jax.Array:
+    """BxTxD."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = self.along == "embed" and ids_BxT.ndim == 2 and _apart(mesh, ids_BxT)
+    if rows and self.features % mesh.shape["fsdp"] == 0:
+      # Each device looks up its own columns for the rows of all that share the table,
+      # which then change places. Left alone, the compiler copies all rows everywhere.
+      free = PartitionSpec.UNCONSTRAINED
+      ids_BxT = jax.lax.with_sharding_constraint(ids_BxT, PartitionSpec("data", free))
+      x_BxTxD = jax.lax.with_sharding_constraint(
+        super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp")
+      )
+      return rows_apart(x_BxTxD)
+    return super().__call__(ids_BxT)
+
+
 def embed(
   rows: int,
   features: int,
@@ -72,7 +97,7 @@ def embed(
     std: of the normal that a fresh table is drawn from.
   """
   init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, along))
-  return nn.Embed(rows, features, embedding_init=init, name=name)
+  return Embed(rows, features, embedding_init=init, name=name, along=along)
 
 
 def logits(x_BxTxD: jax.Array, table: nn.Embed) -> jax.Array:
@@ -152,20 +177,22 @@ def rows_apart(x: Any) -> Any:
   tempt the compiler to gather the activations in their place. Without a mesh: x.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if not set(_ROWS) <= set(mesh.axis_names):
-    return x
-  apart = math.prod(mesh.shape[name] for name in _ROWS)
-
-  if apart == 1:
-    return x
 
   def cut(x):
-    if x.shape[0] % apart:
+    if not _apart(mesh, x):
       return x
     rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(_ROWS, *rest))
 
   return jax.tree.map(cut, x)
+
+
+def _apart(mesh: Any, x_Bx: jax.Array) -> bool:
+  """Whether there is a mesh that the rows of x can be cut along."""
+  if not set(_ROWS) <= set(mesh.axis_names):
+    return False
+  apart = math.prod(mesh.shape[name] for name in _ROWS)
+  return apart > 1 and x_Bx.ndim > 0 and x_Bx.shape[0] % apart == 0
 
 
 def stack(

@@ -1,6 +1,9 @@
 """Checkpoints: the best and the last, written beside the training and atomically."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from lorax_flax.errors import LoraxError
 from lorax_flax.train.state import TrainState
 
 
@@ -60,6 +64,7 @@ class Checkpoints:
   """
 
   def __init__(self, folder: Path):
+    self._folder = folder
     self._policy = _BestAndLast()
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
@@ -75,18 +80,23 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, progress: Progress) -> None:
-    """Starts to write in the background; waits for the save before, if need be."""
+    """Starts to write in the background; waits for the save before, if need be.
+
+    Raises:
+      LoraxError: this one or the one before can't be written: a full disk.
+    """
     self._policy.best = progress.best_step
     # The writer reads the buffers while the next step, which is given them to reuse,
     # is running already.
     state = jax.tree.map(jnp.copy, state)
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        progress=ocp.args.JsonSave(asdict(progress)),
-      ),
-    )
+    with self._explained():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          progress=ocp.args.JsonSave(asdict(progress)),
+        ),
+      )
 
   def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
     """The checkpoint of a step, with `like`'s structure, dtypes and shardings."""
@@ -103,8 +113,40 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Until all that was saved is complete."""
-    self._manager.wait_until_finished()
+    with self._explained():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and ends the background threads."""
-    self._manager.close()
+    with self._explained():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _explained(self) -> Iterator[None]:
+    """Says why a checkpoint can't be written, and what there is all the same."""
+    try:
+      yield
+    except (OSError, ValueError) as error:
+      code = _refusal(error)
+      if code is None:
+        raise
+      kept = max(self._manager.all_steps(read=True), default=None)
+      raise LoraxError(
+        f"can't write a checkpoint to {self._folder}: {os.strerror(code)}. "
+        + (f"The checkpoint of step {kept} is kept" if kept else "There is none yet")
+      ) from error
+
+
+# How the library that writes arrays reports the system's refusal.
+_CODE = re.compile(r"os_error_code='(\d+)'")
+
+
+def _refusal(error: BaseException | None) -> int | None:
+  """The number of the system's error that this one comes of; None: of none."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno is not None:
+      return error.errno
+    if found := _CODE.search(str(error)):
+      return int(found[1])
+    error = error.__cause__ or error.__context__
+  return None

@@ -29,6 +29,9 @@ from lorax_flax.train.stopwatch import Stopwatch
 
 PyTree = Any
 
+# Steps in a row that may be skipped, where a run does not stop at the first.
+_MOST_SKIPPED = 50
+
 
 @dataclass(frozen=True)
 class Job:
@@ -85,7 +88,6 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
   Raises:
     LoraxError: the loss or the gradient is not finite; the last checkpoint stays.
     processes.Preempted: SIGTERM asked for it; the run is saved.
-    processes.Lost: another process is gone.
   """
   plan = durations(config, job.steps_per_epoch)
   rate = optim.schedule(config.schedule, config.learning_rate, plan.total, plan.warmup)
@@ -105,16 +107,16 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
   shardings = states.shardings(state, optimizer, lies, job.mesh)
   state = meshes.place(state, shardings)
   progress = Progress(position=job.batches.get_state())
-  with processes.noticing_losses(), contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack:
     stop = stack.enter_context(processes.StopRequest())
     checkpoints = Checkpoints(folder / workdir.CHECKPOINTS)
-    stack.callback(checkpoints.close)
+    stack.enter_context(_closing(checkpoints))
     done = checkpoints.latest() or 0
     if done:
       state, progress = checkpoints.restore(done, state)
       job.batches.set_state(progress.position)
     record = Record(folder, done) if processes.first() else SilentRecord()
-    stack.callback(record.close)
+    stack.enter_context(_closing(record))
     display = stack.enter_context(
       Display(plan.total, done, quiet=not processes.first())
     )
@@ -142,6 +144,18 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
       workdir.write_json(folder / workdir.RESULT, result)
     processes.meet("the result is written")
   return result
+
+
+@contextlib.contextmanager
+def _closing(thing: Checkpoints | Record | SilentRecord) -> Iterator[None]:
+  """Closes it; after an error, that is the one that is raised."""
+  try:
+    yield
+  except BaseException:
+    with contextlib.suppress(Exception):
+      thing.close()
+    raise
+  thing.close()
 
 
 def _result(
@@ -193,6 +207,7 @@ class _Run:
     self._best = progress.best
     self._pending = {name: Mean(*pair) for name, pair in progress.pending.items()}
     self._waiting: list[tuple[int, steps.Metrics]] = []
+    self._skipped_in_a_row = 0
     self.tokens, self.skipped = progress.tokens, progress.skipped
     self.clock = Stopwatch("steps", progress.seconds)
     self._logged = (self.tokens, self.clock.seconds()["steps"])
@@ -259,6 +274,7 @@ class _Run:
       if wrong:
         self._not_finite(number, *next(iter(wrong.items())))
         continue
+      self._skipped_in_a_row = 0
       for name, new in found.items():
         self._pending[name] = self._pending.get(name, Mean(0.0, 0.0)) + new
 
@@ -266,7 +282,13 @@ class _Run:
     if self._config.on_nonfinite == "stop":
       raise LoraxError(self._diverged(number, name, value))
     self.skipped += 1
+    self._skipped_in_a_row += 1
     self._display.say(f"{name} is {value} at step {number}: the step is skipped")
+    if self._skipped_in_a_row == _MOST_SKIPPED:
+      raise LoraxError(
+        f"{_MOST_SKIPPED} steps in a row were not finite and changed nothing. "
+        + self._diverged(number, name, value)
+      )
 
   def _diverged(self, number: int, name: str, value: float) -> str:
     self._checkpoints.wait()
@@ -280,10 +302,7 @@ class _Run:
   def _log(self, number: int) -> None:
     self._drain()
     if not self._pending:
-      raise LoraxError(
-        f"no step up to step {number} since the last line was finite: all were skipped,"
-        f" {self.skipped} in the whole run. A lower train.learning_rate may help"
-      )
+      return  # All steps since the last line were skipped, and said so.
     values = {name: mean.value() for name, mean in self._pending.items()}
     self._pending = {}
     epoch = number / self._plan.epoch

@@ -1,10 +1,8 @@
 """Several processes that train together: joining, agreeing, and stopping."""
 
-import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from typing import Self
 
 import jax
@@ -22,8 +20,9 @@ COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 COUNT = "JAX_NUM_PROCESSES"
 NUMBER = "JAX_PROCESS_ID"
 
-# Seconds without a sign of life after which a process counts as lost.
-_HEARTBEAT = 30
+# Seconds without a sign of life after which a process counts as lost, where nothing
+# else has told (see `lorax_flax.train.watch`).
+HEARTBEAT = 30
 
 
 class Preempted(Exception):
@@ -57,14 +56,14 @@ def join(cluster: bool = False) -> None:
     return
   try:
     if cluster:
-      jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT)
+      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     else:
       jax.distributed.initialize(
         address,
         _number(COUNT),
         _number(NUMBER),
         cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=_HEARTBEAT,
+        heartbeat_timeout_seconds=HEARTBEAT,
       )
   except (RuntimeError, ValueError) as error:
     raise LoraxError(f"can't join the other processes: {error}") from error
@@ -122,22 +121,3 @@ class StopRequest:
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
     return self._asked
-
-
-class Lost(LoraxError):
-  """Another process of this run is gone. What is left can only end, and at once."""
-
-
-@contextlib.contextmanager
-def noticing_losses() -> Iterator[None]:
-  """Turns what JAX says when another process is gone into `Lost`."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1:
-      raise
-    raise Lost(
-      "another process of this run has stopped, or can't be reached: "
-      f"{str(error).splitlines()[0][:300]}. The same command goes on from the last"
-      " checkpoint"
-    ) from error

@@ -1,11 +1,14 @@
 """What a run writes down as it goes: metrics.jsonl and TensorBoard's events."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from lorax_flax.train import workdir as files
 
@@ -22,30 +25,40 @@ class Record:
     self._file = workdir / files.METRICS
     self.lines: list[dict[str, Any]] = _lines_until(self._file, step)
     files.write_text(self._file, "".join(map(_dump, self.lines)))
-    self._out = self._file.open("a", encoding="utf-8")
-    # Events after `step` are forgotten. The suffix keeps two files of one second apart.
-    self._events = tensorboardX.SummaryWriter(
-      str(workdir / files.TENSORBOARD),
-      purge_step=step + 1 if step else None,
-      filename_suffix=f".{step}",
-    )
+    self._folder = workdir / files.TENSORBOARD
+    with files.naming(self._file):
+      self._out = self._file.open("a", encoding="utf-8")
+    with files.naming(self._folder):
+      self._folder.mkdir(exist_ok=True)
+      # The suffix keeps two files of one second apart.
+      self._events = EventsWriter(str(self._folder / "events"), f".{step}")
+      if step:  # Events after it are forgotten.
+        self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
     """One line: the step, the epochs that are done, and values such as train/loss."""
     line = {"step": step, "epoch": epoch, **values}
     self.lines.append(line)
-    self._out.write(_dump(line))
-    self._out.flush()
+    with files.naming(self._file):
+      self._out.write(_dump(line))
+      self._out.flush()
     self.speed(step, values)
 
   def speed(self, step: int, values: Mapping[str, float]) -> None:
     """Values for TensorBoard alone."""
-    for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+    with files.naming(self._folder):
+      for name, value in values.items():
+        self._event(step, summary=summary.scalar(name, value))
+      self._events.flush()
+
+  def _event(self, step: int, **what: Any) -> None:
+    self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
   def close(self) -> None:
-    self._out.close()
-    self._events.close()
+    with files.naming(self._file):
+      self._out.close()
+    with files.naming(self._folder):
+      self._events.close()
 
 
 class SilentRecord:

@@ -1,5 +1,6 @@
 """A run's folder: whose it is, and its files."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,18 @@ def check(workdir: Path, config: Mapping[str, Any]) -> None:
     )
 
 
+def check_writable(workdir: Path) -> None:
+  """Makes the folder and writes into it; before the work, as `check`.
+
+  Raises:
+    OSError: it can't be written to.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  probe = workdir / ".probe"
+  write_text(probe, "")
+  probe.unlink()
+
+
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
   """Makes the folder, or goes on with a run of the very same config.
 
@@ -58,8 +71,20 @@ def write_json(file: Path, value: Any) -> None:
 def write_text(file: Path, text: str) -> None:
   """Writes a text, all of it or nothing."""
   part = file.with_name(f".{file.name}.part")
-  part.write_text(text, "utf-8")
-  os.replace(part, file)
+  with naming(part):
+    part.write_text(text, "utf-8")
+    os.replace(part, file)
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+  """The system says of a full disk not where it is: adds the file to such an error."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None or error.errno is None:
+      raise
+    raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,3 +36,24 @@ def test_squared_error_equals_torch():
   )
   ours = losses.squared_error(jnp.asarray(logits), jnp.asarray(labels))
   np.testing.assert_allclose(ours, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_next_token_is_torchs_over_a_batchs_tokens(smoothing):
+  rng = np.random.default_rng(3)
+  logits_BxTxV = rng.normal(size=(4, 7, 11)).astype(np.float32)
+  labels_BxT = rng.integers(0, 11, (4, 7)).astype(np.int32)
+  labels_BxT[0, 3:] = losses.IGNORED
+  labels_BxT[1, :4] = losses.IGNORED
+  labels_BxT[2, 1:] = losses.IGNORED  # Nothing is left to predict.
+  got_B = losses.next_token(smoothing)(jnp.asarray(logits_BxTxV), labels_BxT)
+  weights_B = losses.targets(labels_BxT)
+  np.testing.assert_array_equal(weights_B, [2, 3, 0, 6])
+  assert got_B[2] == 0
+  want = torch.nn.functional.cross_entropy(
+    torch.tensor(logits_BxTxV[:, :-1]).flatten(0, 1),
+    torch.tensor(labels_BxT[:, 1:]).long().flatten(),
+    label_smoothing=smoothing,
+  )
+  mean = (got_B * weights_B).sum() / weights_B.sum()
+  np.testing.assert_allclose(mean, want.numpy(), rtol=1e-6)
