@@ -13,6 +13,7 @@ import transformers
 from absl import flags
 
 from experiments import configuration, job, merged, run, settings
+from lorax_flax import hub
 from lorax_flax.data.examples import Splits
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.errors import LoraxError
@@ -166,7 +167,7 @@ def test_starting_from_an_adapter_takes_its_factors_and_a_fitting_head(
   )
   fresh = job.prepare(_settings("quickstart.py", base), said.append)
   assert any("the head is taken too" in line for line in said)
-  wanted = merged.peft.read_adapter(source, start.params, _keymap(base))[0]
+  wanted = hub.read_adapter(source, start.params, _keymap(base))[0]
   for path, delta in wanted.items():
     for name in delta.trained:
       value = getattr(start.adapter[path], name)
