@@ -64,14 +64,14 @@ def _nothing(line: str) -> None:
 def _quiet_writers() -> None:
   """Silences Orbax's threads: their errors reach us, and are told once, by us."""
   logging.get_absl_logger().addFilter(lambda line: "/orbax/" not in line.pathname)
-  usual = sys.excepthook
+  usual = sys.unraisablehook
 
-  def hook(kind, error, trace):
+  def hook(unraisable):
     # Of a writer that was given up, and reports to a loop that is gone.
-    if str(error) != "Event loop is closed":
-      usual(kind, error, trace)
+    if str(unraisable.exc_value) != "Event loop is closed":
+      usual(unraisable)
 
-  sys.excepthook = hook
+  sys.unraisablehook = hook
 
 
 def default_workdir(spec: str) -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,6 +73,7 @@ class Checkpoints:
         preservation_policy=self._policy,
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
       ),
     )
 
@@ -130,11 +132,25 @@ class Checkpoints:
       code = _refusal(error)
       if code is None:
         raise
-      kept = max(self._manager.all_steps(read=True), default=None)
+      # Orbax would ask the other processes, who may be waiting for this one.
+      names = [entry.name for entry in self._folder.iterdir()]
+      kept = max((int(name) for name in names if name.isdecimal()), default=None)
       raise LoraxError(
         f"can't write a checkpoint to {self._folder}: {os.strerror(code)}. "
         + (f"The checkpoint of step {kept} is kept" if kept else "There is none yet")
       ) from error
+
+
+def _meet(*, key: str, timeout_ms: int) -> None:
+  """Orbax's barrier, but for a thread that has failed.
+
+  Orbax waits for the others then too, for twenty minutes, and so would they: for what
+  this one did not write. Its error goes on instead.
+  """
+  error = sys.exc_info()[1]
+  if error is not None:
+    raise error
+  ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 # How the library that writes arrays reports the system's refusal.

@@ -152,8 +152,11 @@ def _closing(thing: Checkpoints | Record | SilentRecord) -> Iterator[None]:
   try:
     yield
   except BaseException:
-    with contextlib.suppress(Exception):
-      thing.close()
+    # Of several processes this one alone may have failed: closing would wait for the
+    # others, who wait for it. It will end at once.
+    if jax.process_count() == 1:
+      with contextlib.suppress(Exception):
+        thing.close()
     raise
   thing.close()
 
