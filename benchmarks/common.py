@@ -1,17 +1,21 @@
 """The training step that every benchmark measures: RoBERTa-base's shape."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 import lorax_flax as lx
+from lorax_flax.adapt.partition import partition, trainable_mask
 from lorax_flax.models import bert
 from lorax_flax.models.config import EncoderConfig
 from lorax_flax.train import losses, optim
+from lorax_flax.train import mesh as meshes
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 
@@ -53,9 +57,12 @@ class Job:
   base: states.Base
   batch: dict[str, Any]
   plan: lx.Plan
+  mesh: jax.sharding.Mesh | None = None
 
   def compile(self) -> Any:
-    return self.step.lower(self.state, self.base, self.batch).compile()
+    around = jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
+    with around:
+      return self.step.lower(self.state, self.base, self.batch).compile()
 
 
 def module(shape: Shape, *, dtype: str = "float32", scan: bool = False):
@@ -83,6 +90,7 @@ def job(
   dtype: str = "float32",
   scan: bool = False,
   abstract: bool = False,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Job:
   """The training step of `lorax_flax.train` for a method, and what it takes.
 
@@ -90,7 +98,9 @@ def job(
     method: a key of `METHODS`.
     dtype: of computing, and of the frozen weights in memory.
     abstract: makes shapes instead of arrays, to compile without running.
+    mesh: of devices that all is cut over as in training; only for shapes.
   """
+  assert abstract or mesh is None
   model = module(shape, dtype=dtype, scan=scan)
   ids_BxT = jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32)
   inputs = {"input_ids": ids_BxT, "attention_mask": ids_BxT}
@@ -120,8 +130,32 @@ def job(
 
   # One program for all of the set-up: a model's worth of small ones is slow to compile.
   state, base = jax.eval_shape(make) if abstract else jax.jit(make)()
-  step = steps.train_step(forward, losses.cross_entropy(0.0), optimizer, _rate)
-  return Job(step, state, base, _batch(shape, abstract), plan)
+  batch = _batch(shape, abstract)
+  shardings = None
+  if mesh is not None:
+    axes = meshes.names_by_path(_axes(model, ids_BxT))
+    lies = meshes.of_adapter(mesh, axes, base.adapter(state.trained))
+    shardings = states.shardings(state, optimizer, lies, mesh)
+    rest = partition(lies, trainable_mask(lies))[1]
+    params = meshes.of_params(mesh, axes, base.params)
+    state, base = _lying((state, base), (shardings, states.Base(params, rest)))
+    batch = _lying(batch, dict.fromkeys(batch, meshes.batch(mesh)))
+  loss = losses.cross_entropy(0.0)
+  step = steps.train_step(forward, loss, optimizer, _rate, 1, shardings)
+  return Job(step, state, base, batch, plan, mesh)
+
+
+def _axes(model, ids_BxT) -> Any:
+  boxed = jax.eval_shape(model.init, jax.random.key(0), ids_BxT, ids_BxT)["params"]
+  return nn.get_partition_spec(boxed)
+
+
+def _lying(shapes, shardings) -> Any:
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
 
 
 def _params(model, dtype, ids_BxT) -> Any:

@@ -6,7 +6,14 @@
 
 DIR then holds adapter/ (PEFT's format; model/ where all weights were trained),
 result.json, metrics.jsonl, curves.png, tensorboard/, config.json and checkpoints/.
-The same command goes on with a run that was killed.
+The same command goes on with a run that was killed, or that SIGTERM told to save and
+stop (exit code 143), on the same or on other devices.
+
+Several devices: --config.mesh.data, .fsdp and .tensor say how many along each axis,
+and one of them -1, what is left. JAX_NUM_CPU_DEVICES=8 in the environment makes a CPU
+eight devices. Several processes, which share DIR: `python -m launch.local` starts them
+here; on a cluster, --distributed. JAX_COMPILATION_CACHE_DIR (a folder, or gs://…) keeps
+compiled programs for the next start.
 """
 
 import re

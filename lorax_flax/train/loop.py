@@ -275,7 +275,8 @@ class _Run:
       found = {name: mean.on_host() for name, mean in metrics.items()}
       wrong = {n: m.total for n, m in found.items() if not math.isfinite(m.total)}
       if wrong:
-        self._not_finite(number, *next(iter(wrong.items())))
+        name = "loss" if "loss" in wrong else next(iter(wrong))
+        self._not_finite(number, name, wrong[name])
         continue
       self._skipped_in_a_row = 0
       for name, new in found.items():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.train import optim
+from lorax_flax.train import loop, optim
 from lorax_flax.train import state as states
 from lorax_flax.train.checkpoint import Checkpoints
 from lorax_flax.train.loop import fit
@@ -153,23 +153,71 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(whole, tmp_p
   assert _outcome(tmp_path) == _outcome(whole)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+class _Poisoned(_Stopping):
+  """Batches of which some, by number from 1, make the loss NaN."""
+
+  def __init__(self, batches, which):
+    super().__init__(batches, 1000)
+    self._which = which
+
+  def __next__(self):
+    batch = super().__next__()
+    if 1000 - self._left in self._which:
+      batch = batch | {"weights": batch["weights"] * np.float32("nan")}
+    return batch
+
+
+def _poisoned(which):
   job = toy.job()
+  return dataclasses.replace(job, batches=_Poisoned(job.batches, which))
 
-  class Poisoned(_Stopping):
-    def __next__(self):
-      batch = super().__next__()
-      if self._left == 100 - 12:
-        batch = batch | {"weights": batch["weights"] * np.float32("nan")}
-      return batch
 
-  job = dataclasses.replace(job, batches=Poisoned(job.batches, 100))
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
   with pytest.raises(
     LoraxError, match=r"nan at step 12: .*checkpoint of step 10 is kept"
   ):
-    fit(toy.CONFIG, job, tmp_path)
+    fit(toy.CONFIG, _poisoned({12}), tmp_path)
   assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} >= {10}
   assert not (tmp_path / "result.json").exists()
+
+
+SKIPPING = dataclasses.replace(toy.CONFIG, on_nonfinite="skip", log_steps=1)
+
+
+def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(tmp_path, capfd):
+  result = fit(SKIPPING, _poisoned({2, 3, 12}), tmp_path)
+  said = capfd.readouterr().out
+  for step in (2, 3, 12):
+    assert f"loss is nan at step {step}: the step is skipped" in said
+  assert result["skipped_steps"] == 3
+  logged = [line["step"] for line in _lines(tmp_path) if "train/loss" in line]
+  assert logged == [step for step in range(1, 25) if step not in (2, 3, 12)]
+  assert all(np.isfinite(x) for line in _lines(tmp_path) for x in line.values())
+  checkpoints = Checkpoints(tmp_path / "checkpoints")
+  state, progress = checkpoints.restore(24, _fresh_state())
+  checkpoints.close()
+  assert int(state.step) == 21  # The steps that were taken.
+  assert progress.skipped == 3
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.trained))
+
+
+def test_many_skipped_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "_MOST_SKIPPED", 4)
+  # Three in a row, and then four.
+  with pytest.raises(LoraxError, match=r"4 steps in a row .* nan at step 14: .*kept"):
+    fit(SKIPPING, _poisoned({2, 3, 4, 11, 12, 13, 14}), tmp_path)
+
+
+def test_a_full_disk_keeps_what_there_is_and_the_run_goes_on_later(whole, small_disk):
+  disk = small_disk("160k")
+  with pytest.raises(
+    LoraxError, match=r"can't write a checkpoint to .*: No space left"
+  ):
+    fit(toy.CONFIG, toy.job(), disk)
+  assert not (disk / "result.json").exists()
+  subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+  fit(toy.CONFIG, toy.job(), disk)
+  assert _outcome(disk) == _outcome(whole)
 
 
 def test_without_a_terminal_each_update_is_a_line_that_reads_by_itself(tmp_path, capfd):

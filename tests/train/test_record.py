@@ -1,6 +1,9 @@
+import errno
 import json
+import os
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from lorax_flax.train import curves
@@ -56,3 +59,21 @@ def test_curves_are_a_picture_even_of_a_run_too_short_for_a_line(tmp_path):
     curves.draw(tmp_path / "curves.png", lines, "toy")
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
   assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]
+
+
+class _Full:
+  def write(self, text):
+    pass
+
+  def flush(self):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+  record = Record(tmp_path, 0)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(record, "_out", _Full())
+    with pytest.raises(OSError, match="No space left") as error:
+      record.write(1, 0.1, {"train/loss": 1.0})
+  record.close()
+  assert error.value.filename == str(tmp_path / "metrics.jsonl")
