@@ -1,6 +1,7 @@
 """Imports point down only."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,15 @@ def test_a_package_imports_nothing_above_it(path):
     parts = name.split(".")
     if parts[0] == "lorax_flax" and len(parts) > 1 and parts[1] in BELOW:
       assert BELOW[parts[1]] <= BELOW[path.parent.name], name
+
+
+# What tests/run installs beside the newest JAX, where the transform's tests run alone.
+NEWEST = {"jax", "flax", "optax", "numpy", "pytest", "lorax_flax"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/adapt").glob("*.py")))
+def test_the_transforms_tests_need_no_peer(path):
+  own = ("tests.adapt.", "tests.methods.layers")
+  for name in imported(path):
+    known = name.split(".")[0] in NEWEST | sys.stdlib_module_names
+    assert known or name.startswith(own), name
