@@ -208,6 +208,8 @@ def test_many_skipped_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     fit(SKIPPING, _poisoned({2, 3, 4, 11, 12, 13, 14}), tmp_path)
 
 
+# Writers that Orbax gives up report to an event loop that is gone.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_keeps_what_there_is_and_the_run_goes_on_later(whole, small_disk):
   disk = small_disk("160k")
   with pytest.raises(

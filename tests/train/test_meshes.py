@@ -15,6 +15,9 @@ from tests.train import mesh_worker, tiny
 
 LAYERS = {"plain": 1, "scanned": 2}
 
+# One worker runs them all: what they share is made once.
+pytestmark = pytest.mark.xdist_group("meshes")
+
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):

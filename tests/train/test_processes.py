@@ -13,6 +13,9 @@ import safetensors.numpy
 from experiments import cli, configuration, run, settings
 from tests.train import tiny
 
+# One worker runs them all: what they share is made once.
+pytestmark = pytest.mark.xdist_group("processes")
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
