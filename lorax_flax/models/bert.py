@@ -15,13 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.errors import LoraxError
 from lorax_flax.hub import bert_keys
 from lorax_flax.models import layers, ops
 from lorax_flax.models.config import EncoderConfig, from_hf
 from lorax_flax.models.family import Family, text_inputs
-
-DType = Any
+from lorax_flax.models.layers import DType
+from lorax_flax.models.model import Model, check_length
 
 
 def _sequential(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
@@ -154,19 +153,10 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
 
 
-class SequenceClassifier(nn.Module):
-  """An encoder with a head over its first token; one output is a regression.
-
-  Attributes:
-    dtype: of computing; norms, softmax and logits are float32.
-    scan: the layers are stacked under "encoder/layers" and scanned.
-    remat: what is recomputed in the backward pass: "none", "full" or "dots".
-  """
+class SequenceClassifier(Model):
+  """An encoder with a head over its first token; one output is a regression."""
 
   config: EncoderConfig
-  dtype: DType = jnp.float32
-  scan: bool = False
-  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -185,8 +175,7 @@ class SequenceClassifier(nn.Module):
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """
     c, dtype = self.config, self.dtype
-    if (length := input_ids.shape[1]) > (room := max_length(c)):
-      raise LoraxError(f"a text of {length} tokens: the model takes at most {room}")
+    check_length(input_ids, max_length(c))
     if token_type_ids is None:
       token_type_ids = jnp.zeros_like(input_ids)
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(

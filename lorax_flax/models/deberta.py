@@ -8,20 +8,19 @@ Shapes: B batch, T tokens, D hidden_size, E embedding_size, R rows of the table 
 relative positions, C labels.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_flax.errors import LoraxError
 from lorax_flax.hub import deberta_keys
 from lorax_flax.models import deberta_attention, layers, ops
 from lorax_flax.models.deberta_config import DebertaConfig, from_hf
 from lorax_flax.models.family import Family, text_inputs
-
-DType = Any
+from lorax_flax.models.layers import DType
+from lorax_flax.models.model import Model, check_length
 
 
 def _dense(config: DebertaConfig, features: int, axes, dtype, name: str) -> nn.Dense:
@@ -183,19 +182,10 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
 
 
-class SequenceClassifier(nn.Module):
-  """An encoder with a head over its first token; one output is a regression.
-
-  Attributes:
-    dtype: of computing; norms, softmax and logits are float32.
-    scan: the layers are stacked under "encoder/layers" and scanned.
-    remat: what is recomputed in the backward pass: "none", "full" or "dots".
-  """
+class SequenceClassifier(Model):
+  """An encoder with a head over its first token; one output is a regression."""
 
   config: DebertaConfig
-  dtype: DType = jnp.float32
-  scan: bool = False
-  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -214,9 +204,8 @@ class SequenceClassifier(nn.Module):
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """
     c, dtype = self.config, self.dtype
-    length, room = input_ids.shape[1], c.max_position_embeddings
-    if c.position_biased_input and length > room:
-      raise LoraxError(f"a text of {length} tokens: the model takes at most {room}")
+    if c.position_biased_input:
+      check_length(input_ids, c.max_position_embeddings)
     if token_type_ids is None:
       token_type_ids = jnp.zeros_like(input_ids)
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(

@@ -11,7 +11,6 @@ distances, of which the last is there for `_shifted` alone.
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,9 +19,8 @@ import numpy as np
 
 from lorax_flax.models import layers
 from lorax_flax.models.deberta_config import DebertaConfig
+from lorax_flax.models.layers import DType
 from lorax_flax.models.ops import precision
-
-DType = Any
 
 
 def buckets(distances: np.ndarray, count: int, furthest: int) -> np.ndarray:

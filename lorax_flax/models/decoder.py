@@ -19,8 +19,8 @@ from lorax_flax.hub import decoder_keys
 from lorax_flax.hub.keymap import KeyMap
 from lorax_flax.models import experts, layers, ops
 from lorax_flax.models.decoder_config import DecoderConfig
-
-DType = Any
+from lorax_flax.models.layers import DType
+from lorax_flax.models.model import Model
 
 # The window of a layer that looks back on all, where others don't.
 _ALL = np.int32(2**30)
@@ -220,19 +220,10 @@ class Decoder(nn.Module):
     return jnp.einsum("BTD,VD->BTV", x_BxTxD, words.embedding.astype(dtype))
 
 
-class CausalLM(nn.Module):
-  """A decoder with a language model's head.
-
-  Attributes:
-    dtype: of computing; norms, softmax and logits are float32.
-    scan: the layers are stacked under "model/layers" and scanned.
-    remat: what is recomputed in the backward pass: "none", "full" or "dots".
-  """
+class CausalLM(Model):
+  """A decoder with a language model's head."""
 
   config: DecoderConfig
-  dtype: DType = jnp.float32
-  scan: bool = False
-  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -265,13 +256,6 @@ class CausalLM(nn.Module):
     if (cap := c.final_logit_softcapping) is not None:
       logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)
     return logits_BxTxV
-
-
-def inputs(config: DecoderConfig) -> dict[str, jax.ShapeDtypeStruct]:
-  """The smallest inputs; see `Family.inputs`."""
-  del config
-  ids_BxT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  return {"input_ids": ids_BxT, "attention_mask": ids_BxT}
 
 
 def keymap(c: DecoderConfig, scan: bool) -> KeyMap:

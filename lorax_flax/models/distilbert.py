@@ -14,12 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.errors import LoraxError
 from lorax_flax.hub import distilbert_keys
 from lorax_flax.models import fields, layers, ops
 from lorax_flax.models.family import Family, text_inputs
-
-DType = Any
+from lorax_flax.models.layers import DType
+from lorax_flax.models.model import Model, check_length
 
 _EPS = 1e-12  # Of every norm; config.json does not say.
 
@@ -180,19 +179,10 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.dropout)(x_BxTxD, self.deterministic)
 
 
-class SequenceClassifier(nn.Module):
-  """An encoder with a head over its first token; one output is a regression.
-
-  Attributes:
-    dtype: of computing; norms, softmax and logits are float32.
-    scan: the layers are stacked under "transformer/layers" and scanned.
-    remat: what is recomputed in the backward pass: "none", "full" or "dots".
-  """
+class SequenceClassifier(Model):
+  """An encoder with a head over its first token; one output is a regression."""
 
   config: DistilBertConfig
-  dtype: DType = jnp.float32
-  scan: bool = False
-  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -213,8 +203,7 @@ class SequenceClassifier(nn.Module):
     """
     del token_type_ids
     c, dtype = self.config, self.dtype
-    if (length := input_ids.shape[1]) > (room := c.max_position_embeddings):
-      raise LoraxError(f"a text of {length} tokens: the model takes at most {room}")
+    check_length(input_ids, c.max_position_embeddings)
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(input_ids)
     x_BxTxD = Transformer(
       c, dtype, self.scan, self.remat, deterministic, name="transformer"

@@ -17,8 +17,7 @@ from jax import lax
 
 from lorax_flax.models import ops
 from lorax_flax.models.decoder_config import DecoderConfig
-
-DType = Any
+from lorax_flax.models.layers import DType
 
 
 def _param(module: nn.Module, c: DecoderConfig, name: str, axes, shape) -> jax.Array:

@@ -71,7 +71,7 @@ class Family:
 
 
 def text_inputs(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-  """The smallest inputs of an encoder of text; see `Family.inputs`."""
+  """The smallest inputs of a model of text that has one stack of layers."""
   del config
   ids_BxT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   return {"input_ids": ids_BxT, "attention_mask": ids_BxT}

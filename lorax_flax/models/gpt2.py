@@ -15,12 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.errors import LoraxError
 from lorax_flax.hub import gpt2_keys
 from lorax_flax.models import fields, layers, ops
-from lorax_flax.models.family import Family
-
-DType = Any
+from lorax_flax.models.family import Family, text_inputs
+from lorax_flax.models.layers import DType
+from lorax_flax.models.model import Model, check_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,19 +152,10 @@ class Layer(nn.Module):
     return x_BxTxD + MLP(*made_with, name="mlp")(y_BxTxD), None
 
 
-class LanguageModel(nn.Module):
-  """A decoder whose outputs score every token of the vocabulary as the next.
-
-  Attributes:
-    dtype: of computing; norms, softmax and logits are float32.
-    scan: the layers are stacked under "layers" and scanned.
-    remat: what is recomputed in the backward pass: "none", "full" or "dots".
-  """
+class LanguageModel(Model):
+  """A decoder whose outputs score every token of the vocabulary as the next."""
 
   config: GPT2Config
-  dtype: DType = jnp.float32
-  scan: bool = False
-  remat: str = "none"
 
   @nn.compact
   def __call__(
@@ -186,11 +176,10 @@ class LanguageModel(nn.Module):
       LoraxError: a text longer than the positions.
     """
     c, dtype, std = self.config, self.dtype, self.config.initializer_range
-    if (length := input_ids.shape[1]) > (room := c.n_positions):
-      raise LoraxError(f"a text of {length} tokens: the model takes at most {room}")
+    check_length(input_ids, c.n_positions)
     words = layers.embed(c.vocab_size, c.n_embd, "wte", axis="vocab", std=std)
     places = layers.embed(c.n_positions, c.n_embd, "wpe", axis="positions", std=std)
-    positions_1xT = jnp.arange(length, dtype=jnp.int32)[None, :]
+    positions_1xT = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
     x_BxTxD = words(input_ids).astype(dtype) + places(positions_1xT).astype(dtype)
     x_BxTxD = nn.Dropout(c.embd_pdrop)(x_BxTxD, deterministic)
     each = {}
@@ -214,13 +203,6 @@ class LanguageModel(nn.Module):
     return head(x_BxTxD).astype(jnp.float32)
 
 
-def inputs(config: GPT2Config) -> dict[str, jax.ShapeDtypeStruct]:
-  """The smallest inputs; see `Family.inputs`."""
-  del config
-  ids_BxT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  return {"input_ids": ids_BxT, "attention_mask": ids_BxT}
-
-
 FAMILIES = {
   "gpt2": Family(
     task="causal-lm",
@@ -230,7 +212,7 @@ FAMILIES = {
     keymap=lambda config, scan: gpt2_keys.keymap(
       config.n_layer, config.tie_word_embeddings, scan
     ),
-    inputs=inputs,
+    inputs=text_inputs,
     max_length=lambda config: config.n_positions,
     dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
   )

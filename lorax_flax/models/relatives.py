@@ -10,7 +10,7 @@ from typing import Any
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import decoder, fields, layer_fields
 from lorax_flax.models.decoder_config import DecoderConfig, NormKind
-from lorax_flax.models.family import Family
+from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layer_fields import HfConfig
 
 
@@ -268,7 +268,7 @@ def _family(relative: Relative) -> Family:
     configure=lambda hf_config, **asked: from_hf(relative, hf_config, **asked),
     build=decoder.CausalLM,
     keymap=decoder.keymap,
-    inputs=decoder.inputs,
+    inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
   )
 

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from lorax_flax.hub import t5_keys
 from lorax_flax.models import fields, layers, ops
 from lorax_flax.models.family import Family
+from lorax_flax.models.layers import DType
+from lorax_flax.models.model import Model
 from lorax_flax.models.t5_positions import relative_bias
-
-DType = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,20 +291,13 @@ class Stack(nn.Module):
     return drop(layers.RmsNorm(c.layer_norm_epsilon, name="norm")(x_BxTxD))
 
 
-class ConditionalGenerator(nn.Module):
+class ConditionalGenerator(Model):
   """An encoder and a decoder that scores every token of the vocabulary as the next.
 
-  Attributes:
-    dtype: of computing; norms, softmax and logits are float32. With float16 large
-      models overflow; bfloat16 has the range.
-    scan: the layers are stacked under "encoder/layers", "decoder/layers" and scanned.
-    remat: what is recomputed in the backward pass: "none", "full" or "dots".
+  float16 overflows in large models; bfloat16 has the range.
   """
 
   config: T5Config
-  dtype: DType = jnp.float32
-  scan: bool = False
-  remat: str = "none"
 
   @nn.compact
   def __call__(

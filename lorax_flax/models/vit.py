@@ -20,8 +20,8 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.hub import vit_keys
 from lorax_flax.models import fields, layers, ops
 from lorax_flax.models.family import Family
-
-DType = Any
+from lorax_flax.models.layers import DType
+from lorax_flax.models.model import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,19 +199,10 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
 
 
-class ImageClassifier(nn.Module):
-  """An encoder with a head over its first token; one output is a regression.
-
-  Attributes:
-    dtype: of computing; norms, softmax and logits are float32.
-    scan: the layers are stacked under "layers" and scanned.
-    remat: what is recomputed in the backward pass: "none", "full" or "dots".
-  """
+class ImageClassifier(Model):
+  """An encoder with a head over its first token; one output is a regression."""
 
   config: ViTConfig
-  dtype: DType = jnp.float32
-  scan: bool = False
-  remat: str = "none"
 
   @nn.compact
   def __call__(
