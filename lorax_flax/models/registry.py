@@ -1,11 +1,13 @@
 """From a folder to a model: the families there are, and how one is loaded."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from lorax_flax import strict_json
@@ -40,30 +42,22 @@ _FLOATS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
-class Loaded:
-  """A model and its weights.
+class Outline:
+  """A model without its weights.
 
   Attributes:
     family: what it is one of.
     module: call it as module.apply({"params": params}, **inputs).
-    params: the tree of weights.
     config: the model's shape.
     hf_config: config.json as it was read.
     keymap: names in a checkpoint, ours and PEFT's.
-    new_paths: leaves that the checkpoint did not have, freshly initialised.
-    passed_over: stored keys that hold no weight of this model.
-    folder: where it came from; its tokenizer lies there.
   """
 
   family: Family
   module: nn.Module
-  params: Any
   config: Any
   hf_config: Mapping[str, Any]
   keymap: KeyMap
-  new_paths: tuple[str, ...]
-  passed_over: tuple[str, ...]
-  folder: Path
 
   @property
   def max_length(self) -> int:
@@ -83,6 +77,23 @@ class Loaded:
     """An adapter's config in PEFT's names; see `LoraConfig.to_peft`."""
     task_type = peft_config.TASK_TYPES[self.family.task]
     return peft.to_peft(config, adapter, self.keymap, task_type=task_type)
+
+
+@dataclass(frozen=True)
+class Loaded(Outline):
+  """A model and its weights.
+
+  Attributes:
+    params: the tree of weights.
+    new_paths: leaves that the checkpoint did not have, freshly initialised.
+    passed_over: stored keys that hold no weight of this model.
+    folder: where it came from; its tokenizer lies there.
+  """
+
+  params: Any
+  new_paths: tuple[str, ...]
+  passed_over: tuple[str, ...]
+  folder: Path
 
 
 def load(
@@ -119,6 +130,46 @@ def load(
   """
   folder = Path(folder)
   hf_config = read_config(folder)
+  described = functools.partial(
+    outline, num_labels=num_labels, dtype=dtype, scan=scan, remat=remat
+  )
+  model = described(hf_config)
+  ties: Mapping[str, str] = {}
+  if untie:
+    _check_tied(model)
+    ties = model.keymap.ties
+    model = described({**hf_config, "tie_word_embeddings": False})
+  # The keys first: a config that claims a thousand layers takes long to trace.
+  found = hub_load.find(_open(folder), model.keymap, ties)
+  shapes = _shapes(model)
+  lies = shardings and shardings(model.family.logical_axes(model.module), shapes)
+  weights = hub_load.load(
+    found,
+    shapes,
+    dtype=param_dtype and _float("param_dtype", param_dtype),
+    std=getattr(model.config, "initializer_range", 0.02),
+    seed=seed,
+    new_head=new_head,
+    shardings=lies,
+  )
+  return Loaded(
+    **vars(model),
+    params=weights.params,
+    new_paths=weights.new_paths,
+    passed_over=weights.passed_over,
+    folder=folder,
+  )
+
+
+def outline(
+  hf_config: Mapping[str, Any],
+  *,
+  num_labels: int | None = None,
+  dtype: str = "float32",
+  scan: bool = False,
+  remat: str = "none",
+) -> Outline:
+  """What a config.json says, without a checkpoint; arguments as `load` has them."""
   family = of(hf_config)
   layers.check_remat(remat)
   asked = {} if num_labels is None else {"num_labels": num_labels}
@@ -127,56 +178,41 @@ def load(
       f"a {hf_config['model_type']} is a {family.task} model: it has no num_labels"
     )
   config = family.configure(hf_config, **asked)
-  ties: Mapping[str, str] = {}
-  if untie:
-    ties = family.keymap(config, scan).ties
-    hf_config = {**hf_config, "tie_word_embeddings": False}
-    config = _untied(family, config, hf_config, asked)
   module = family.build(config, _float("dtype", dtype), scan, remat)
-  keymap = family.keymap(config, scan)
-  # The keys first: a config that claims a thousand layers takes long to trace.
-  found = hub_load.find(_open(folder), keymap, ties)
-  shapes = _shapes(family, config, module, keymap)
-  lies = shardings and shardings(family.logical_axes(module), shapes)
-  weights = hub_load.load(
-    found,
-    shapes,
-    dtype=param_dtype and _float("param_dtype", param_dtype),
-    std=getattr(config, "initializer_range", 0.02),
-    seed=seed,
-    new_head=new_head,
-    shardings=lies,
-  )
-  return Loaded(
-    family,
-    module,
-    weights.params,
-    config,
-    hf_config,
-    keymap,
-    weights.new_paths,
-    weights.passed_over,
-    folder,
+  return Outline(family, module, config, hf_config, family.keymap(config, scan))
+
+
+def abstract_params(model: Outline, param_dtype: str | None = None) -> Any:
+  """The tree of weights that a checkpoint would give, of ShapeDtypeStructs.
+
+  Args:
+    param_dtype: as in `load`; None takes what config.json says the checkpoint has.
+  """
+  stored = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
+  dtype = _float("dtype", param_dtype or stored or "float32")
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(model)
   )
 
 
-def _shapes(family: Family, config: Any, module: Any, keymap: KeyMap) -> Any:
+def _shapes(model: Outline) -> Any:
   """The parameters' tree, of ShapeDtypeStructs."""
+  family, keymap = model.family, model.keymap
   if keymap.scan:
-    return family.shapes(module)
+    return family.shapes(model.module)
   # Of all layers, one is traced: tracing takes longer than reading.
-  scanned = family.build(config, module.dtype, True, "none")
-  return hub_load.unstacked(family.shapes(scanned), family.keymap(config, True), keymap)
+  module: Any = model.module
+  scanned = family.build(model.config, module.dtype, True, "none")
+  stacked = family.keymap(model.config, True)
+  return hub_load.unstacked(family.shapes(scanned), stacked, keymap)
 
 
-def _untied(family: Family, config: Any, hf_config, asked: Mapping[str, Any]) -> Any:
-  """The config of the same model with a head of its own."""
-  if getattr(config, "tie_word_embeddings", None) is not True:
+def _check_tied(model: Outline) -> None:
+  if getattr(model.config, "tie_word_embeddings", None) is not True:
     raise LoraxError(
-      f"untie: a {hf_config['model_type']} of this config has no head that could get a"
-      " weight of its own"
+      f"untie: a {model.hf_config['model_type']} of this config has no head that could"
+      " get a weight of its own"
     )
-  return family.configure(hf_config, **asked)
 
 
 def of(hf_config: Mapping[str, Any]) -> Family:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ from lorax_flax.train import metrics
 from lorax_flax.train.metrics import Mean
 
 Batches = Sequence[Mapping[str, np.ndarray]]
+# logits_NxC and labels_N in the examples' order; None where a step keeps no logits.
+_Rows = tuple[np.ndarray | None, np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Evaluation:
   """What one evaluation found.
 
   Attributes:
-    metrics: GLUE's names and "loss", over all splits together; where there are several
+    metrics: by name, and "loss", over all splits together; where there are several
       splits also each split's own, "accuracy_matched" of "validation_matched".
     examples: how many were evaluated.
   """
@@ -29,7 +31,7 @@ class Evaluation:
 
 
 def evaluate(
-  step: Callable[[Any, Any, Any], tuple[jax.Array, Mean]],
+  step: Callable[[Any, Any, Any], tuple[jax.Array | None, Mean]],
   trained: Any,
   base: Any,
   splits: Mapping[str, Batches],
@@ -49,29 +51,34 @@ def evaluate(
   found: dict[str, float] = {}
   whole = []
   for split, batches in splits.items():
-    logits_NxC, labels_N, loss = _predict(step, trained, base, split, batches)
-    whole.append((logits_NxC, labels_N, loss))
+    part = _predict(step, trained, base, split, batches)
+    whole.append(part)
     if len(splits) > 1:
-      values = metrics.compute(names, logits_NxC, labels_N) | {"loss": loss.value()}
       short = split.removeprefix("validation_")
+      values = _metrics(names, part.rows, part.loss)
       found |= {f"{name}_{short}": value for name, value in values.items()}
-  logits_NxC = np.concatenate([logits for logits, _, _ in whole])
-  labels_N = np.concatenate([labels for _, labels, _ in whole])
-  loss = sum((loss for _, _, loss in whole), Mean(0.0, 0.0))
-  overall = metrics.compute(names, logits_NxC, labels_N) | {"loss": loss.value()}
-  return Evaluation(overall | found, len(labels_N))
+  loss = sum((part.loss for part in whole), Mean(0.0, 0.0))
+  overall = _metrics(names, _joined([part.rows for part in whole]), loss)
+  return Evaluation(overall | found, sum(part.examples for part in whole))
 
 
-def _predict(
-  step, trained, base, split, batches
-) -> tuple[np.ndarray, np.ndarray, Mean]:
-  """Logits and labels of a split in the examples' order, and the mean loss."""
+def _metrics(names: Sequence[str], rows: _Rows, loss: Mean) -> dict[str, float]:
+  return metrics.compute(names, *rows) | metrics.of_loss(names, loss)
+
+
+class _Predicted(NamedTuple):
+  rows: _Rows
+  loss: Mean
+  examples: int
+
+
+def _predict(step, trained, base, split, batches) -> _Predicted:
   outputs = [step(trained, base, batch) for batch in batches]  # Not waited for.
-  logits, labels, index, loss = [], [], [], Mean(0.0, 0.0)
-  for batch, (logits_BxC, mean) in zip(batches, jax.device_get(outputs), strict=True):
-    real_B = batch["weights"] > 0
-    logits.append(logits_BxC[real_B])
-    labels.append(batch["labels"][real_B])
+  rows, index, loss = [], [], Mean(0.0, 0.0)
+  for batch, (kept, mean) in zip(batches, jax.device_get(outputs), strict=True):
+    real_B = batch["index"] >= 0
+    both = (kept, None if kept is None else batch["labels"])
+    rows.append(jax.tree.map(lambda x, real_B=real_B: x[real_B], both))
     index.append(batch["index"][real_B])
     loss += mean.on_host()
   if not index:
@@ -80,4 +87,9 @@ def _predict(
   order_N = np.argsort(index_N)
   if not np.array_equal(index_N[order_N], np.arange(len(index_N))):
     raise LoraxError(f"the batches of {split} miss or repeat some of its examples")
-  return np.concatenate(logits)[order_N], np.concatenate(labels)[order_N], loss
+  ordered = jax.tree.map(lambda x: x[order_N], _joined(rows))
+  return _Predicted(ordered, loss, len(index_N))
+
+
+def _joined(parts):
+  return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)

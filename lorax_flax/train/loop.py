@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Adapter
-from lorax_flax.train import curves, optim, processes, workdir
+from lorax_flax.train import curves, processes, workdir
 from lorax_flax.train import mesh as meshes
+from lorax_flax.train import program as programs
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 from lorax_flax.train.checkpoint import Checkpoints, Progress
@@ -22,7 +23,7 @@ from lorax_flax.train.config import Durations, TrainConfig, durations
 from lorax_flax.train.display import Display
 from lorax_flax.train.evaluate import Batches, evaluate
 from lorax_flax.train.losses import Loss
-from lorax_flax.train.metrics import Mean
+from lorax_flax.train.metrics import METRICS, Mean
 from lorax_flax.train.record import Record, SilentRecord
 from lorax_flax.train.state import Base, TrainState
 from lorax_flax.train.stopwatch import Stopwatch
@@ -46,14 +47,16 @@ class Job:
       JSON-able, and `set_state()`.
     steps_per_epoch: batches an epoch.
     evaluation: batches by the split's name.
-    metrics: names of GLUE's metrics.
-    primary: the one of them that says which evaluation is the best; larger is better.
+    metrics: keys of `metrics.METRICS`.
+    primary: the one of them that says which evaluation is the best.
     export: writes an adapter into the workdir, and returns what to call the files:
       names to put into result.json, and where each thing lies. Every process calls it,
       with the adapter whole on its host; the first one writes.
     title: of the curves.
     mesh: the devices.
     axes: names of the axes of every leaf of `params`; see `lorax_flax.train.mesh`.
+    eval_loss: of one example each in evaluations, where it is another than `loss`.
+    predictions: what metrics look at of an evaluation's logits.
   """
 
   forward: steps.Forward
@@ -69,6 +72,8 @@ class Job:
   title: str
   mesh: Mesh
   axes: meshes.Axes
+  eval_loss: Loss | None = None
+  predictions: steps.Predictions = steps.logits
 
 
 def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
@@ -90,22 +95,16 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
     processes.Preempted: SIGTERM asked for it; the run is saved.
   """
   plan = durations(config, job.steps_per_epoch)
-  rate = optim.schedule(config.schedule, config.learning_rate, plan.total, plan.warmup)
-  optimizer = optim.adamw(
-    rate,
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
-    grad_clip=config.grad_clip,
+  program = programs.make(
+    config,
+    plan,
+    forward=job.forward,
+    loss=job.loss,
+    adapter=job.adapter,
+    mesh=job.mesh,
+    axes=job.axes,
   )
-  # Dropout's own stream: the same seed starts the adapter and orders the examples.
-  key = jax.random.fold_in(jax.random.key(config.seed), 1)
-  lies = meshes.of_adapter(job.mesh, job.axes, job.adapter)
-  adapter = meshes.place(job.adapter, lies)
-  state, base = states.create(job.params, adapter, optimizer, key)
-  shardings = states.shardings(state, optimizer, lies, job.mesh)
-  state = meshes.place(state, shardings)
+  state, base = program.start(job.params, job.adapter)
   progress = Progress(position=job.batches.get_state())
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(processes.StopRequest())
@@ -123,16 +122,7 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
     if done:
       display.say(f"going on after step {done} of {plan.total}")
     run = _Run(config, job, plan, base, checkpoints, record, display, progress, stop)
-    step = steps.train_step(
-      job.forward,
-      job.loss,
-      optimizer,
-      rate,
-      config.accumulation,
-      shardings,
-      config.on_nonfinite,
-    )
-    state = run.train(step, state, done)
+    state = run.train(program.step, state, done)
     checkpoints.wait()
     best, last = run.best_and_last()
     if best["step"] != plan.total:
@@ -216,7 +206,9 @@ class _Run:
     self._logged = (self.tokens, self.clock.seconds()["steps"])
     self._saved_at = self._total_seconds()
     self._eval_step = Compiled(
-      steps.eval_step(job.forward, job.loss, job.mesh),
+      steps.eval_step(
+        job.forward, job.eval_loss or job.loss, job.mesh, job.predictions
+      ),
       self._compiling("evaluation step"),
     )
 
@@ -341,20 +333,19 @@ class _Run:
     self._record.write(
       number, epoch, {f"eval/{name}": value for name, value in found.metrics.items()}
     )
-    metrics = {
+    scores = {
       "eval_loss" if name == "loss" else name: value
       for name, value in found.metrics.items()
     }
     self._evaluations.append(
-      {"step": number, "epoch": epoch, "metrics": metrics, "examples": found.examples}
+      {"step": number, "epoch": epoch, "metrics": scores, "examples": found.examples}
     )
-    score = metrics[self._job.primary]
-    if (
-      self._best is None
-      or score > self.best_and_last()[0]["metrics"][self._job.primary]
+    primary = self._job.primary
+    if self._best is None or METRICS[primary].better(
+      scores[primary], self.best_and_last()[0]["metrics"][primary]
     ):
       self._best = len(self._evaluations) - 1
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
     self._display.say(f"epoch {epoch:.2f}  {found.examples:,} examples  {shown}")
 
   def _total_seconds(self) -> float:

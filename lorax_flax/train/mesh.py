@@ -253,6 +253,15 @@ def kept_whole(mesh: Mesh, axes: Axes, params: PyTree) -> list[str]:
   ]
 
 
+def lying(shapes: PyTree, shardings: PyTree) -> PyTree:
+  """ShapeDtypeStructs of a tree of shapes, with these shardings."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+
+
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
   """The tree with these shardings; every process has the same one.
 

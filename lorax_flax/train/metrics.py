@@ -1,6 +1,8 @@
-"""Metrics: sums with counts on the device, GLUE's from all predictions on the host."""
+"""Metrics: sums with counts on the device, and from all predictions on the host."""
 
 import math
+import operator
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,11 @@ def _matthews(predicted_N, labels_N) -> float:
   return float(sklearn.metrics.matthews_corrcoef(labels_N, predicted_N))
 
 
+def _perplexity(loss: float) -> float:
+  # Of a mean over tokens. One that a float can't hold is as bad as can be.
+  return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+
+
 def _correlation(function) -> Callable[[np.ndarray, np.ndarray], float]:
   def correlation(predicted_N, labels_N) -> float:
     with warnings.catch_warnings():
@@ -57,13 +64,29 @@ def _correlation(function) -> Callable[[np.ndarray, np.ndarray], float]:
   return correlation
 
 
-# predictions_N and labels_N (classes, or numbers in a regression) to a number.
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-  "accuracy": _accuracy,
-  "f1": _f1,
-  "matthews_correlation": _matthews,
-  "pearson": _correlation(scipy.stats.pearsonr),
-  "spearman": _correlation(scipy.stats.spearmanr),
+@dataclass(frozen=True)
+class Metric:
+  """A number that an evaluation comes to.
+
+  Attributes:
+    compute: what of: (predictions_N, labels_N), classes, or numbers in a regression;
+      or the mean loss.
+    of_loss: whether it is of the mean loss: no predictions are needed then.
+    better: whether a first value is better than a second.
+  """
+
+  compute: Callable[..., float]
+  of_loss: bool = False
+  better: Callable[[float, float], bool] = operator.gt
+
+
+METRICS: dict[str, Metric] = {
+  "accuracy": Metric(_accuracy),
+  "f1": Metric(_f1),
+  "matthews_correlation": Metric(_matthews),
+  "pearson": Metric(_correlation(scipy.stats.pearsonr)),
+  "perplexity": Metric(_perplexity, of_loss=True, better=operator.lt),
+  "spearman": Metric(_correlation(scipy.stats.spearmanr)),
 }
 
 
@@ -75,19 +98,37 @@ def predictions(logits_NxC: np.ndarray) -> np.ndarray:
 
 
 def compute(
-  names: Sequence[str], logits_NxC: np.ndarray, labels_N: np.ndarray
+  names: Sequence[str], logits_NxC: np.ndarray | None, labels_N: np.ndarray | None
 ) -> dict[str, float]:
-  """GLUE's metrics over all predictions of a split.
+  """The metrics among `names` that are of a split's predictions.
+
+  Args:
+    names: keys of `METRICS`.
+    logits_NxC, labels_N: all of the split's; None where all metrics are of the loss.
 
   Raises:
-    LoraxError: an unknown metric, or a label without a prediction.
+    LoraxError: an unknown metric, a label without a prediction, or no predictions for
+      a metric that needs them.
   """
-  if len(logits_NxC) != len(labels_N) or not len(labels_N):
-    raise LoraxError(f"{len(logits_NxC)} predictions for {len(labels_N)} labels")
-  predicted_N = predictions(logits_NxC)
   found = {}
+  for name in _chosen(names, of_loss=False):
+    if logits_NxC is None or labels_N is None:
+      raise LoraxError(f"{name} is of predictions, and none are kept")
+    if len(logits_NxC) != len(labels_N) or not len(labels_N):
+      raise LoraxError(f"{len(logits_NxC)} predictions for {len(labels_N)} labels")
+    found[name] = METRICS[name].compute(predictions(logits_NxC), labels_N)
+  return found
+
+
+def of_loss(names: Sequence[str], loss: Mean) -> dict[str, float]:
+  """The metrics among `names` that are of the mean loss, and itself as "loss"."""
+  value = loss.value()
+  chosen = _chosen(names, of_loss=True)
+  return {name: METRICS[name].compute(value) for name in chosen} | {"loss": value}
+
+
+def _chosen(names: Sequence[str], of_loss: bool) -> list[str]:
   for name in names:
     if name not in METRICS:
       raise LoraxError(unknown("metric", name, METRICS))
-    found[name] = METRICS[name](predicted_N, labels_N)
-  return found
+  return [name for name in names if METRICS[name].of_loss == of_loss]

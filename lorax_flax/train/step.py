@@ -22,6 +22,9 @@ Metrics = dict[str, Mean]
 # params, adapter, the model's inputs, key of all dropout or None -> logits_BxC
 Forward = Callable[[PyTree, Adapter, Batch, jax.Array | None], jax.Array]
 
+# logits_BxC -> what evaluation keeps of them on the host, (B, …) or None
+Predictions = Callable[[jax.Array], jax.Array | None]
+
 # The columns of a batch that are not the model's inputs.
 _ASIDE = ("labels", "weights", "index")
 
@@ -102,19 +105,27 @@ def train_step(
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
 
 
-def eval_step(
-  forward: Forward, loss: Loss, mesh: Mesh | None = None
-) -> Callable[[Adapter, Base, Batch], tuple[jax.Array, Mean]]:
-  """Makes (trained, base, batch) -> (logits_BxC in float32, mean loss), jitted.
+def logits(logits_BxC: jax.Array) -> jax.Array:
+  """All of them, float32: see `eval_step`."""
+  return logits_BxC.astype(jnp.float32)
 
-  On a mesh every process gets all of the logits.
+
+def eval_step(
+  forward: Forward,
+  loss: Loss,
+  mesh: Mesh | None = None,
+  predictions: Predictions = logits,
+) -> Callable[[Adapter, Base, Batch], tuple[jax.Array | None, Mean]]:
+  """Makes (trained, base, batch) -> (predictions of the logits, mean loss), jitted.
+
+  On a mesh every process gets all of the predictions.
   """
 
   def step(trained: Adapter, base: Base, batch: Batch):
     logits_BxC = forward(base.params, base.adapter(trained), inputs(batch), None)
     losses_B = loss(logits_BxC, batch["labels"]) * batch["weights"]
     weight = jnp.sum(batch["weights"])
-    return logits_BxC.astype(jnp.float32), Mean(jnp.sum(losses_B), weight)
+    return predictions(logits_BxC), Mean(jnp.sum(losses_B), weight)
 
   return jax.jit(step, out_shardings=None if mesh is None else meshes.replicated(mesh))
 
