@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.lines import Inputs
 from lorax_flax.data import pipeline
 from lorax_flax.data.tokens import Batch, Tokens
 from lorax_flax.models.registry import Loaded
@@ -21,7 +22,7 @@ _NO_INPUTS = ("weights", "index")
 
 
 def logits(
-  rows: pipeline.Rows, loaded: Loaded, batch_size: int, *, every: bool
+  rows: Inputs, loaded: Loaded, batch_size: int, *, every: bool
 ) -> Iterator[list[np.ndarray | None]]:
   """Each row's logits, in the rows' order.
 
@@ -69,7 +70,7 @@ def _apply(loaded: Loaded) -> Callable[[Any, Batch, np.ndarray | None], jax.Arra
   return apply
 
 
-def _buckets(rows: pipeline.Rows, loaded: Loaded) -> tuple[int, ...]:
+def _buckets(rows: Inputs, loaded: Loaded) -> tuple[int, ...]:
   if not isinstance(rows, Tokens):
     return (1,)
   chosen = pipeline.choose_buckets(rows.lengths_N, _BUCKETS)
@@ -77,7 +78,7 @@ def _buckets(rows: pipeline.Rows, loaded: Loaded) -> tuple[int, ...]:
 
 
 def _sizes(
-  rows: pipeline.Rows, loaded: Loaded, longest: int, batch_size: int, every: bool
+  rows: Inputs, loaded: Loaded, longest: int, batch_size: int, every: bool
 ) -> tuple[int, int]:
   """Rows of a batch, and rows of which the logits are kept at once."""
   size = min(batch_size, len(rows))
@@ -91,14 +92,14 @@ def _sizes(
   return size, size * max(1, min(_WINDOW, _MOST_BYTES // (size * kept)))
 
 
-def _positions(rows: pipeline.Rows) -> np.ndarray:
+def _positions(rows: Inputs) -> np.ndarray:
   """How many positions each row has logits for."""
   if isinstance(rows, Tokens) and rows.decoder is not None:
     return rows.decoder.lengths_N
   return rows.lengths_N
 
 
-def _seen(rows: pipeline.Rows, batch: Batch) -> np.ndarray:
+def _seen(rows: Inputs, batch: Batch) -> np.ndarray:
   """Which positions of a language model's logits are of tokens: bool (B, T)."""
   if "decoder_input_ids" not in batch:
     return batch["attention_mask"] != 0

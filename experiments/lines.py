@@ -13,12 +13,15 @@ import numpy as np
 
 from lorax_flax import strict_json
 from lorax_flax.data import pixels, tokens
-from lorax_flax.data.pipeline import Rows
+from lorax_flax.data.pixels import Pixels
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.data.tokens import Tokens
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.models import registry
 from lorax_flax.models.family import Family
+
+# The rows of a file: what a model is fed with.
+Inputs = Tokens | Pixels
 
 _TEXTS = ("text", "text_pair")
 
@@ -58,34 +61,17 @@ def read(file: Path, known: Names) -> list[dict[str, Any]]:
     LoraxError: no such file, an empty one, or a line that is blank, no JSON object,
       of unknown names, or of another kind than the first; it names the line.
   """
-  if not file.is_file():
-    raise LoraxError(f"no file {file}")
-  lines: list[dict[str, Any]] = []
-  with file.open("rb") as stream:
-    for number, raw in enumerate(stream, 1):
-      try:
-        lines.append(_line(raw))
-        _check_kind(lines[-1], lines[0], known)
-        if pixels.INPUT in lines[-1]:
-          # At once: as Python's numbers they take eight times the room.
-          lines[-1][pixels.INPUT] = pixels.from_nested(lines[-1][pixels.INPUT])
-      except LoraxError as error:
-        raise LoraxError(f"{file}: line {number} {error}") from error
-  if not lines:
-    raise LoraxError(f"{file} is empty")
-  return lines
-
-
-def _line(raw: bytes) -> dict[str, Any]:
-  if not raw.strip():
-    raise LoraxError("is blank")
-  try:
-    line = strict_json.parse(raw)
-  except ValueError as error:
-    raise LoraxError(f"is not JSON: {error}") from error
-  if not isinstance(line, dict):
-    raise LoraxError(f"is no object: {line!r:.80}")
-  return line
+  found: list[dict[str, Any]] = []
+  for number, line in strict_json.lines(file):
+    found.append(line)
+    try:
+      _check_kind(line, found[0], known)
+      if pixels.INPUT in line:
+        # At once: as Python's numbers they take eight times the room.
+        line[pixels.INPUT] = pixels.from_nested(line[pixels.INPUT])
+    except LoraxError as error:
+      raise LoraxError(f"{file}: line {number} {error}") from error
+  return found
 
 
 def _check_kind(
@@ -114,7 +100,7 @@ def rows(
   loaded: registry.Loaded,
   known: Names,
   max_length: int | None,
-) -> Rows:
+) -> Inputs:
   """What the model takes of lines; an error counts them as examples, from 1.
 
   Args:

@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, inference, lines, merged
-from lorax_flax.data import pipeline
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry
@@ -109,7 +108,7 @@ def predict(
 
 
 def _results(
-  rows: pipeline.Rows, whole: merged.Merged, batch_size: int, every: bool
+  rows: lines.Inputs, whole: merged.Merged, batch_size: int, every: bool
 ) -> Iterator[dict[str, Any]]:
   """What is said of each row, in the rows' order."""
   count = max(1, len(rows))

@@ -15,6 +15,7 @@ from lorax_flax.train.config import DURATIONS, TrainConfig
 from lorax_flax.train.mesh import MeshConfig
 
 DTYPES = ("float32", "bfloat16")
+NEXT_TOKEN = "next_token"
 REMAT = ("none", "full", "dots")
 
 
@@ -24,7 +25,10 @@ class ModelSettings:
 
   Attributes:
     path: a folder, a name on the hub or an alias.
+    hf_config: what its config.json says, so that the step can be compiled without the
+      model; a config.json that says otherwise is an error. None where that is unknown.
     dtype: of computing; weights that train are float32.
+    param_dtype: of frozen weights in memory; None leaves each as it is stored.
     scan: whether the layers are stacked and scanned.
     remat: what is recomputed in the backward pass: "none", "full", "dots".
     dropout: in the encoder; None takes the checkpoint's.
@@ -32,15 +36,19 @@ class ModelSettings:
   """
 
   path: str
+  hf_config: Mapping[str, Any] | None = None
   dtype: str = "float32"
+  param_dtype: str | None = None
   scan: bool = False
   remat: str = "none"
   dropout: float | None = None
   head_dropout: float | None = None
 
   def __post_init__(self):
-    if self.dtype not in DTYPES:
-      raise LoraxError(unknown("model.dtype", self.dtype, DTYPES))
+    for name in ("dtype", "param_dtype"):
+      value = getattr(self, name)
+      if value is not None and value not in DTYPES:
+        raise LoraxError(unknown(f"model.{name}", value, DTYPES))
     if self.remat not in REMAT:
       raise LoraxError(unknown("model.remat", self.remat, REMAT))
 
@@ -50,21 +58,30 @@ class DataSettings:
   """Which examples, and how they become batches.
 
   Attributes:
-    task: a key of `lorax_flax.data.tasks.TASKS`.
-    max_length: tokens that a text, or a pair, is cut to.
+    task: a key of `lorax_flax.data.tasks.TASKS`, or NEXT_TOKEN.
+    path: for NEXT_TOKEN, a folder with train.jsonl and validation.jsonl, whose lines
+      `lorax_flax.data.sequences` reads.
+    max_length: tokens that an example is cut to.
     buckets: how many lengths batches may have at most.
     glue_dir: a folder of GLUE's TSVs; None takes TFDS's data.
     tfds_dir: where TFDS keeps data; None is its own choice.
   """
 
   task: str
+  path: str | None = None
   max_length: int = 128
   buckets: int = 4
   glue_dir: str | None = None
   tfds_dir: str | None = None
 
   def __post_init__(self):
-    tasks.get(self.task)
+    known = [*tasks.TASKS, NEXT_TOKEN]
+    if self.task not in known:
+      raise LoraxError(unknown("task", self.task, known))
+    others = ("glue_dir", "tfds_dir") if self.task == NEXT_TOKEN else ("path",)
+    for name in others:
+      if getattr(self, name) is not None:
+        raise LoraxError(f"data.{name} is of no use to the task {self.task}")
     for name in ("max_length", "buckets"):
       if getattr(self, name) < 1:
         raise LoraxError(f"data.{name} must be at least 1, not {getattr(self, name)}")
@@ -114,8 +131,10 @@ def convert(config: ConfigDict, overridden: Collection[str] = ()) -> Settings:
   for name in ("targets", "exclude", "tuned"):
     if name in lora:
       lora[name] = patterns(lora[name])
+  model = dict(values["model"])
+  model["hf_config"] = model.get("hf_config") or None
   return Settings(
-    model=_build(ModelSettings, "model", values["model"]),
+    model=_build(ModelSettings, "model", model),
     data=_build(DataSettings, "data", values["data"]),
     lora=_build(LoraConfig, "lora", lora),
     train=_build(TrainConfig, "train", train),

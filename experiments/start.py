@@ -30,10 +30,10 @@ def start_from(
   Raises:
     LoraxError: the two differ in targets, rank or scale.
   """
-  ours = loaded.config.num_labels
+  ours = getattr(loaded.config, "num_labels", None)  # Of a language model: none.
   theirs = peft.num_labels(folder)
   params = loaded.params
-  if theirs is not None and theirs != ours:
+  if theirs is not None and ours is not None and theirs != ours:
     params = map_with_path(
       lambda path, leaf: _with_labels(path, leaf, ours, theirs), params
     )

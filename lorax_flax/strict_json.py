@@ -4,6 +4,7 @@ import collections
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,6 +60,39 @@ def read_object(file: Path, *, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise LoraxError(f"{file} holds no JSON object, but {value!r:.80}")
   return value
+
+
+def lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+  """The objects of a file of JSON lines, and their numbers from 1.
+
+  Raises:
+    LoraxError: no such file, an empty one, or a line that is blank or no JSON object;
+      it names the line.
+  """
+  if not file.is_file():
+    raise LoraxError(f"no file {file}")
+  number = 0
+  with file.open("rb") as stream:
+    for number, raw in enumerate(stream, 1):
+      try:
+        line = _line(raw)
+      except ValueError as error:
+        raise LoraxError(f"{file}: line {number} {error}") from error
+      yield number, line
+  if not number:
+    raise LoraxError(f"{file} is empty")
+
+
+def _line(raw: bytes) -> dict[str, Any]:
+  if not raw.strip():
+    raise ValueError("is blank")
+  try:
+    line = parse(raw)
+  except ValueError as error:
+    raise ValueError(f"is not JSON: {error}") from error
+  if not isinstance(line, dict):
+    raise ValueError(f"is no object: {line!r:.80}")
+  return line
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

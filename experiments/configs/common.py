@@ -19,14 +19,18 @@ def base() -> ConfigDict:
 
   config.model = ConfigDict()
   config.model.path = "minilm"  # a folder, a hub name or an alias
+  # What its config.json says, where a config knows: for a dry run without the model.
+  config.model.hf_config = ConfigDict()
   config.model.dtype = "float32"  # of computing; "bfloat16" has float32 masters too
+  config.model.param_dtype = config_dict.placeholder(str)  # None: frozen as stored
   config.model.scan = False  # layers stacked: compiles faster, runs slower on a CPU
   config.model.remat = "none"  # "full" or "dots" recompute to save memory
   config.model.dropout = config_dict.placeholder(float)  # None: the checkpoint's
   config.model.head_dropout = config_dict.placeholder(float)
 
   config.data = ConfigDict()
-  config.data.task = "headlines"
+  config.data.task = "headlines"  # or GLUE's, or "next_token"
+  config.data.path = config_dict.placeholder(str)  # next_token: a folder of JSON lines
   config.data.max_length = 128  # tokens
   config.data.buckets = 4  # lengths that batches are padded to; each is compiled
   config.data.glue_dir = config_dict.placeholder(str)  # a folder of GLUE's TSVs

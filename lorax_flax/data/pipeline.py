@@ -13,11 +13,12 @@ import grain
 import numpy as np
 
 from lorax_flax.data.pixels import Pixels
+from lorax_flax.data.sequences import Sequences
 from lorax_flax.data.tokens import Batch, Tokens
 from lorax_flax.errors import LoraxError
 
 # The rows of a split: what batches are made of.
-Rows = Tokens | Pixels
+Rows = Tokens | Sequences | Pixels
 
 # Lengths are a multiple of this, for the sake of vector units.
 _MULTIPLE = 8
@@ -159,7 +160,7 @@ def _assemble(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> Batch:
 class _Training(Sequence[Batch]):
   """Batch number i of the whole run, for grain to read ahead."""
 
-  def __init__(self, tokens: Tokens, shape: Shape, seed: int, epochs: int | None):
+  def __init__(self, tokens: Rows, shape: Shape, seed: int, epochs: int | None):
     self._tokens, self._shape = tokens, shape
     self._steps = steps_per_epoch(len(tokens), shape.batch_size)
     self._epochs = _ENDLESS if epochs is None else epochs
@@ -188,7 +189,7 @@ class _Evaluation(Sequence[Batch]):
 
 
 def training(
-  tokens: Tokens, shape: Shape, *, seed: int, epochs: int | None = None
+  tokens: Rows, shape: Shape, *, seed: int, epochs: int | None = None
 ) -> grain.DatasetIterator[Batch]:
   """Training batches of this process, read ahead in a thread.
 
@@ -199,9 +200,10 @@ def training(
     epochs: where to end; None for no end.
 
   Returns:
-    An iterator over `Tokens.batch` dicts of `batch_size / process_count` rows, all
-    examples once an epoch. `get_state()` is its position, a small JSON-able dict;
-    after `set_state(position)` the next batches are the very same.
+    An iterator over dicts as the rows' `batch` gives them, of `batch_size /
+    process_count` rows, all examples once an epoch. `get_state()` is its position, a
+    small JSON-able dict; after `set_state(position)` the next batches are the very
+    same.
   """
   _check(tokens, shape)
   if seed < 0:

@@ -187,14 +187,12 @@ def from_inputs(
     for name in example:
       if name not in names:
         raise LoraxError(f"example {number}: {unknown('model input', name, names)}")
-    ids = _integers(example, "input_ids", number)
+    ids = integers(example, "input_ids", number)
     row = {
       "attention_mask": [1] * len(ids),
       "token_type_ids": [0] * len(ids),
       **{
-        name: _integers(example, name, number)
-        for name in TEXT_INPUTS
-        if name in example
+        name: integers(example, name, number) for name in TEXT_INPUTS if name in example
       },
     }
     for name, values in row.items():
@@ -218,14 +216,14 @@ def from_inputs(
 
 def with_decoder(tokens: Tokens, examples: Sequence[Mapping[str, Any]]) -> Tokens:
   """The rows with `decoder_input_ids` of examples, one a row; errors as above."""
-  rows = [_integers(each, DECODER_INPUT, i) for i, each in enumerate(examples, 1)]
+  rows = [integers(each, DECODER_INPUT, i) for i, each in enumerate(examples, 1)]
   column = Column(*ragged(rows))
   longest = -(-int(column.lengths_N.max()) // _MULTIPLE) * _MULTIPLE
   return dataclasses.replace(tokens, decoder=column, decoder_length=longest)
 
 
-def _integers(example: Mapping[str, Any], name: str, number: int) -> Sequence[int]:
-  """A row of ids of one example."""
+def integers(example: Mapping[str, Any], name: str, number: int) -> Sequence[int]:
+  """A row of ids of one example, counted from 1; LoraxError where it is none."""
   values = example.get(name, [])
   if not isinstance(values, list):
     raise LoraxError(f"example {number}: {name} is a list, not {values!r:.80}")

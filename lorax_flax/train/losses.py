@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.data.sequences import IGNORED
+
 # logits_BxC, labels_B -> losses_B; of token ids logits_BxTxV, labels_BxT -> losses_B
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -24,10 +26,6 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
 def squared_error(logits_Bx1: jax.Array, labels_B: jax.Array) -> jax.Array:
   """Squared difference of the one output and a float label."""
   return jnp.square(logits_Bx1[:, 0].astype(jnp.float32) - labels_B)
-
-
-# Of a label that is none: padding, or a prompt that is not learnt (transformers' too).
-IGNORED = -100
 
 
 def next_token(label_smoothing: float = 0.0) -> Loss:

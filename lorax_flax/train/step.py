@@ -1,7 +1,7 @@
 """The one training step, and the evaluation step."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from lorax_flax.train.optim import Schedule
 from lorax_flax.train.state import Base, TrainState
 
 PyTree = Any
+Array = TypeVar("Array", bound=jax.typing.ArrayLike)
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Mean]
 
@@ -29,7 +30,7 @@ Predictions = Callable[[jax.Array], jax.Array | None]
 _ASIDE = ("labels", "weights", "index")
 
 
-def inputs(batch: Batch) -> dict[str, jax.Array]:
+def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
   """The columns of a batch that the model takes."""
   return {name: x for name, x in batch.items() if name not in _ASIDE}
 

@@ -12,7 +12,7 @@ import safetensors.numpy
 import transformers
 from absl import flags
 
-from experiments import configuration, job, merged, run, settings
+from experiments import classify, configuration, job, merged, run, settings
 from lorax_flax import hub
 from lorax_flax.data.examples import Splits
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
@@ -51,7 +51,7 @@ def _splits(classes=2):
 def headlines():
   """A small task in the place of the quick start's."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(job.data, "load", lambda *args, **kwargs: _splits())
+    patch.setattr(classify.data, "load", lambda *args, **kwargs: _splits())
     yield
 
 
@@ -175,11 +175,11 @@ def test_starting_from_an_adapter_takes_its_factors_and_a_fitting_head(
       assert not np.array_equal(value, getattr(fresh.adapter[path], name)), path
 
   # Three classes instead of two: the factors are taken, the head is not.
-  monkeypatch.setattr(job.data, "load", lambda *args, **kwargs: _splits(3))
+  monkeypatch.setattr(classify.data, "load", lambda *args, **kwargs: _splits(3))
   three = dataclasses.replace(
-    job.tasks.get("headlines"), labels=("none", "one", "more")
+    classify.tasks.get("headlines"), labels=("none", "one", "more")
   )
-  monkeypatch.setattr(job.tasks, "get", lambda name: three)
+  monkeypatch.setattr(classify.tasks, "get", lambda name: three)
   said.clear()
   other = job.prepare(
     _settings("quickstart.py", base, init_adapter=source), said.append

@@ -22,6 +22,7 @@ import lorax_flax as lx
 from benchmarks import hlo
 from experiments import configuration, job, settings
 from lorax_flax.adapt.paths import flatten
+from lorax_flax.data import sequences
 from lorax_flax.hub.safetensors import Reader
 from lorax_flax.models import registry
 from lorax_flax.train import losses, optim
@@ -76,7 +77,7 @@ def prepare_decoder(folder: str, sizes: tuple[int, int, int]) -> SimpleNamespace
   rng = np.random.default_rng(0)
   ids_BxT = rng.integers(0, loaded.config.vocab_size, (8, 8)).astype(np.int32)
   mask_BxT = (np.arange(8)[None, :] < rng.integers(3, 9, 8)[:, None]).astype(np.int32)
-  labels_BxT = np.where(mask_BxT, ids_BxT, losses.IGNORED)
+  labels_BxT = np.where(mask_BxT, ids_BxT, sequences.IGNORED)
   weights_B = np.asarray(losses.targets(labels_BxT))
   inputs = {"input_ids": ids_BxT, "attention_mask": mask_BxT}
   return SimpleNamespace(

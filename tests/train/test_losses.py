@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorax_flax.data import sequences
 from lorax_flax.train import losses
 
 
@@ -43,9 +44,9 @@ def test_next_token_is_torchs_over_a_batchs_tokens(smoothing):
   rng = np.random.default_rng(3)
   logits_BxTxV = rng.normal(size=(4, 7, 11)).astype(np.float32)
   labels_BxT = rng.integers(0, 11, (4, 7)).astype(np.int32)
-  labels_BxT[0, 3:] = losses.IGNORED
-  labels_BxT[1, :4] = losses.IGNORED
-  labels_BxT[2, 1:] = losses.IGNORED  # Nothing is left to predict.
+  labels_BxT[0, 3:] = sequences.IGNORED
+  labels_BxT[1, :4] = sequences.IGNORED
+  labels_BxT[2, 1:] = sequences.IGNORED  # Nothing is left to predict.
   got_B = losses.next_token(smoothing)(jnp.asarray(logits_BxTxV), labels_BxT)
   weights_B = losses.targets(labels_BxT)
   np.testing.assert_array_equal(weights_B, [2, 3, 0, 6])

@@ -1,0 +1,140 @@
+"""Token ids to be predicted one after another: rows of JSON lines, and batches of them.
+
+A line is `{"input_ids": […]}`, and may have a `"loss_mask"` of the same length: 1 where
+a token is to be learnt, 0 where it is only read, as a prompt is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorax_flax import strict_json
+from lorax_flax.data.tokens import Batch, Column, Tokens, integers, ragged
+from lorax_flax.errors import LoraxError, unknown
+
+# Of a label that is none: padding, or a prompt that is not learnt (transformers' too).
+IGNORED = -100
+
+_IDS, _MASK = "input_ids", "loss_mask"
+
+
+@dataclass(frozen=True)
+class Sequences:
+  """N rows of token ids, S ids in all.
+
+  Attributes:
+    tokens: the rows.
+    labels_S: int32, each id again where it is to be predicted, else IGNORED. The first
+      of a row has nothing before it, and is never predicted.
+  """
+
+  tokens: Tokens
+  labels_S: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.tokens)
+
+  @property
+  def lengths_N(self) -> np.ndarray:
+    return self.tokens.lengths_N
+
+  def batch(self, index_B: np.ndarray, length: int) -> Batch:
+    """Rows padded on the right to one length.
+
+    Args:
+      index_B: row numbers; -1 is a row that isn't there: all padding, weight 0.
+      length: T, at least the longest of the rows.
+
+    Returns:
+      input_ids, attention_mask, labels: int32 (B, T); weights: float32 (B,), how many
+      tokens of the row are predicted, so that a weighted mean is over tokens; index:
+      int32 (B,), as given.
+    """
+    batch = self.tokens.batch(index_B, length)
+    column = Column(self.labels_S, self.tokens.offsets)
+    labels_BxT = column.padded(index_B, length, IGNORED)
+    predicted_B = (labels_BxT[:, 1:] != IGNORED).sum(-1)
+    return batch | {"labels": labels_BxT, "weights": predicted_B.astype(np.float32)}
+
+
+class Cut(NamedTuple):
+  """What was left out of rows that are too long: of how many, and how many tokens."""
+
+  rows: int
+  tokens: int
+
+
+def read(
+  file: Path, *, max_length: int, vocab_size: int, pad_id: int
+) -> tuple[Sequences, Cut]:
+  """Reads a file of JSON lines.
+
+  Args:
+    max_length: longer rows are cut to so many tokens, at their end.
+    vocab_size: ids are below it.
+    pad_id: what pads rows in a batch.
+
+  Raises:
+    LoraxError: no such file, an empty one, or a line that is no such row, or of which
+      nothing is predicted; it names the line.
+  """
+  ids: list[np.ndarray] = []
+  labels: list[np.ndarray] = []
+  rows = tokens = 0
+  for number, line in strict_json.lines(file):
+    try:
+      ids_T, labels_T = _row(line, number, vocab_size)
+      if len(ids_T) > max_length:
+        rows, tokens = rows + 1, tokens + len(ids_T) - max_length
+        ids_T, labels_T = ids_T[:max_length], labels_T[:max_length]
+      if not (labels_T[1:] != IGNORED).any():
+        raise LoraxError(
+          f"example {number}: no token is predicted: of its first {len(ids_T)} tokens "
+          f"but the first, {_MASK} marks none"
+        )
+    except LoraxError as error:
+      raise LoraxError(f"{file}: {error}") from error
+    ids.append(ids_T)
+    labels.append(labels_T)
+  ids_S, offsets = ragged(ids)
+  found = Sequences(Tokens(ids_S, offsets, pad_id), ragged(labels)[0])
+  return found, Cut(rows, tokens)
+
+
+def blank(length: int) -> Sequences:
+  """One row of that many tokens, for its shapes."""
+  zeros_S = np.zeros(length, np.int32)
+  offsets = np.array([0, length], np.int64)
+  return Sequences(Tokens(zeros_S, offsets, pad_id=0), zeros_S)
+
+
+def _row(
+  line: Mapping[str, Any], number: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """The ids and the labels of a line."""
+  for name in line:
+    if name not in (_IDS, _MASK):
+      raise LoraxError(f"example {number}: {unknown('name', name, (_IDS, _MASK))}")
+  ids_T = np.array(integers(line, _IDS, number), np.int32)
+  _check(_IDS, ids_T, vocab_size, number)
+  if _MASK not in line:
+    return ids_T, ids_T
+  mask_T = np.array(integers(line, _MASK, number), np.int32)
+  _check(_MASK, mask_T, 2, number)
+  if len(mask_T) != len(ids_T):
+    raise LoraxError(
+      f"example {number}: {_MASK} has {len(mask_T)} values, {_IDS} {len(ids_T)}"
+    )
+  return ids_T, np.where(mask_T == 1, ids_T, np.int32(IGNORED))
+
+
+def _check(name: str, values_T: np.ndarray, end: int, number: int) -> None:
+  # JAX clamps an index that is out of bounds: look before.
+  wrong = values_T[(values_T < 0) | (values_T >= end)]
+  if len(wrong):
+    raise LoraxError(
+      f"example {number}: {name} has {wrong[0]}, and goes from 0 to {end - 1}"
+    )
