@@ -89,7 +89,8 @@ def abstract(
   adapter = jax.eval_shape(
     lambda leaves: start(plan, jax.random.key(0), leaves), flatten(params)
   )
-  say(job.describe(adapter, params))
+  for line in job.describe(adapter, params):
+    say(line)
   program = programs.make(
     wanted.train,
     _DURATIONS,

@@ -66,7 +66,8 @@ def prepare(wanted: Settings, say: Callable[[str], None]) -> Job:
   _check_new(loaded.new_paths, adapter)
   if wanted.init_adapter is not None:
     adapter = start_from(wanted.init_adapter, adapter, loaded, say)
-  say(describe(adapter, loaded.params))
+  for line in describe(adapter, loaded.params):
+    say(line)
   batches = pipeline.Shape(wanted.train.batch_size, padded_to)
   eval_batches = pipeline.Shape(wanted.train.eval_batch_size, padded_to)
   return Job(
@@ -127,17 +128,21 @@ def _shardings(
   return meshes.of_params(mesh, axes, shapes)
 
 
-def describe(adapter: Adapter, params: Any) -> str:
-  """How much is trained, in a line."""
+def describe(adapter: Adapter, params: Any) -> list[str]:
+  """How much is trained, and what the frozen base takes in memory; a line each."""
   deltas = [delta for delta in adapter.values() if isinstance(delta, LowRank)]
   tuned = [delta for delta in adapter.values() if isinstance(delta, Tuned)]
   low = sum(getattr(delta, name).size for delta in deltas for name in delta.trained)
   full = sum(delta.value.size for delta in tuned)
-  total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  return (
-    f"training {low + full:,} of {total:,} parameters: {low:,} in {len(deltas)} "
-    f"low-rank deltas, {full:,} in {len(tuned)} weights in full"
-  )
+  leaves = jax.tree.leaves(params)
+  dtypes = sorted({leaf.dtype.name for leaf in leaves})
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  return [
+    f"training {low + full:,} of {sum(leaf.size for leaf in leaves):,} parameters: "
+    f"{low:,} in {len(deltas)} low-rank deltas, {full:,} in {len(tuned)} weights in "
+    "full",
+    f"the base lies in memory as {' and '.join(dtypes)}: {size / 1e9:,.2f} GB",
+  ]
 
 
 def _check_new(new_paths: Any, adapter: Adapter) -> None:

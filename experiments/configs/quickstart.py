@@ -44,9 +44,4 @@ def _lora() -> ConfigDict:
 
 
 def _full() -> ConfigDict:
-  config = _lora()
-  # No deltas, every leaf trained: the same path through the code.
-  config.lora.targets = ()
-  config.lora.tuned = ".*"
-  config.train.learning_rate = 2e-4
-  return config
+  return common.in_full(_lora(), learning_rate=2e-4)
