@@ -141,7 +141,7 @@ def describe(adapter: Adapter, params: Any) -> list[str]:
     f"training {low + full:,} of {sum(leaf.size for leaf in leaves):,} parameters: "
     f"{low:,} in {len(deltas)} low-rank deltas, {full:,} in {len(tuned)} weights in "
     "full",
-    f"the base lies in memory as {' and '.join(dtypes)}: {size / 1e9:,.2f} GB",
+    f"the base lies in memory as {' and '.join(dtypes)}: {size / 1e6:,.1f} MB",
   ]
 
 

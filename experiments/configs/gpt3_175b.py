@@ -44,12 +44,10 @@ def _lora() -> ConfigDict:
       "n_embd": 12288,
       "n_layer": 96,
       "n_head": 96,
-      "resid_pdrop": 0.0,
-      "embd_pdrop": 0.0,
-      "attn_pdrop": 0.0,
       "torch_dtype": "bfloat16",
     }
   )
+  config.model.dropout = 0.0  # the paper names none
   config.data.max_length = 2048
   config.lora.targets = ".*/attn/c_attn/kernel"
   config.lora.rank = 4
