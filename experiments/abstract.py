@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 import lorax_flax as lx
 from experiments import adapted, job, shape
@@ -56,7 +56,9 @@ class Abstract:
 
 
 def abstract(
-  wanted: Settings, devices: Sequence[jax.Device] | Mesh, say: Callable[[str], None]
+  wanted: Settings,
+  devices: Sequence[jax.Device] | Mesh | AbstractMesh,
+  say: Callable[[str], None],
 ) -> Abstract:
   """The job that `job.prepare` makes of the same settings, as shapes.
 
@@ -65,14 +67,16 @@ def abstract(
   model.path does.
 
   Args:
-    devices: that wanted.mesh is made of; or the mesh itself. They need not be there.
+    devices: that wanted.mesh is made of, or the mesh itself. They need not be there;
+      with an AbstractMesh the shapes lie as they would, and nothing is lowered.
     say: takes a line for the user.
 
   Raises:
     LoraxError: settings that do not fit one another, the model or the devices.
   """
   kind = job.kind_of(wanted)
-  mesh = devices if isinstance(devices, Mesh) else meshes.make(wanted.mesh, devices)
+  made = isinstance(devices, Sequence)
+  mesh: Any = meshes.make(wanted.mesh, devices) if made else devices
   job.check_mesh(mesh, wanted, say)
   model = shape.described(wanted, kind)
   length = job.buckets(np.array([wanted.data.max_length]), 1, model)[-1]

@@ -141,8 +141,12 @@ def describe(adapter: Adapter, params: Any) -> list[str]:
     f"training {low + full:,} of {sum(leaf.size for leaf in leaves):,} parameters: "
     f"{low:,} in {len(deltas)} low-rank deltas, {full:,} in {len(tuned)} weights in "
     "full",
-    f"the base lies in memory as {' and '.join(dtypes)}: {size / 1e6:,.1f} MB",
+    f"the base lies in memory as {' and '.join(dtypes)}: {_bytes(size)}",
   ]
+
+
+def _bytes(count: int) -> str:
+  return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def _check_new(new_paths: Any, adapter: Adapter) -> None:

@@ -52,9 +52,11 @@ SCORES = {
   "stsb": ("91.5 ± 0.2", "92.6 ± 0.2", "92.3", "93.0 ± 0.2"),
 }
 VARIANTS = ("", ":large", ":large_dagger", ":xxlarge")
+TOKENS = ("llama3_8b_instruct", "llama3_70b_instruct", "gpt3_175b")
 SPECS = [
   *("quickstart.py", "quickstart.py:full"),
   *(f"glue_{task}.py{v}" for task in BASE for v in VARIANTS),
+  *(f"{name}.py{v}" for name in TOKENS for v in ("", ":full")),
 ]
 
 
@@ -74,7 +76,7 @@ def test_every_config_is_in_these_tests():
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_config_and_variant_validates(spec):
   found = _settings(spec)
-  assert found.data.task in tasks.TASKS
+  assert found.data.task in [*tasks.TASKS, settings.NEXT_TOKEN]
   if spec.startswith("glue_"):
     assert found.data.task == spec.partition(".")[0].removeprefix("glue_")
 

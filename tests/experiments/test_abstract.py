@@ -1,0 +1,181 @@
+"""Jobs of shapes: those of the large configs, and that they are what training runs."""
+
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from experiments import abstract, classify, configuration, job, settings
+from lorax_flax.data.examples import Splits
+from lorax_flax.errors import LoraxError
+from lorax_flax.train import mesh as meshes
+from lorax_flax.train import program as programs
+from lorax_flax.train.config import durations
+from lorax_flax.train.mesh import AXES
+from tests.experiments import peers, test_next_token
+
+
+def _mesh(*sizes):
+  """Devices that are not there."""
+  return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _sizes(tree):
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes_on_each(tree):
+  shards = [(x, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)]
+  return sum(math.prod(shape) * x.dtype.itemsize for x, shape in shards)
+
+
+def _llama(layers, hidden, mlp, kv):
+  """Parameters of Llama 3, and of rank-16 factors on its linear layers."""
+  kernels = [
+    *((hidden, hidden), (hidden, kv), (hidden, kv), (hidden, hidden)),
+    *((hidden, mlp), (hidden, mlp), (mlp, hidden)),
+  ]
+  layer = sum(m * n for m, n in kernels) + 2 * hidden
+  whole = layers * layer + 2 * 128256 * hidden + hidden
+  return whole, layers * 16 * sum(m + n for m, n in kernels)
+
+
+_D, _L = 12288, 96
+GPT3 = _L * (12 * _D**2 + 13 * _D) + (50257 + 2048) * _D + 2 * _D
+# Of each config: a mesh, its parameters, and those that are trained.
+LARGE = {
+  "llama3_8b_instruct.py": ((1, 16, 1), _llama(32, 4096, 14336, 1024)),
+  "llama3_70b_instruct.py": ((1, 16, 16), _llama(80, 8192, 28672, 1024)),
+  "gpt3_175b.py": ((1, 32, 8), (GPT3, _L * 4 * 4 * _D)),
+}
+
+
+@pytest.mark.parametrize("spec", LARGE)
+def test_large_models_have_the_sizes_that_are_known(spec):
+  mesh, (whole, trained) = LARGE[spec]
+  wanted = settings.convert(configuration.load(spec))
+  said = []
+  made = abstract.abstract(wanted, _mesh(*mesh), said.append)
+  assert _sizes(made.base.params) == whole
+  assert _sizes(made.state.trained) == trained
+  assert f"training {trained:,} of {whole:,} parameters" in "\n".join(said)
+  assert f"{whole:,} parameters" in configuration.names()[spec[:-3]].read_text()
+  assert f"{trained:,} are trained" in configuration.names()[spec[:-3]].read_text()
+  assert {x.dtype.name for x in jax.tree.leaves(made.base.params)} == {"bfloat16"}
+  assert {x.dtype.name for x in jax.tree.leaves(made.state.trained)} == {"float32"}
+  # Cut over all chips, but for a table that does not come out even.
+  assert _bytes_on_each(made.base.params) < 1.05 * 2 * whole / math.prod(mesh)
+  ids = made.batch["input_ids"]
+  assert ids.shape == (wanted.train.batch_size, wanted.data.max_length)
+  assert ids.sharding.shard_shape(ids.shape)[0] == ids.shape[0] // mesh[1]
+
+
+def test_the_totals_are_those_that_the_models_publish():
+  assert LARGE["llama3_8b_instruct.py"][1][0] == 8_030_261_248
+  assert LARGE["llama3_70b_instruct.py"][1][0] == 70_553_706_496
+
+
+@pytest.mark.parametrize("spec", LARGE)
+def test_trained_in_full_all_weights_have_masters_and_moments(spec):
+  mesh, (whole, _) = LARGE[spec]
+  wanted = settings.convert(configuration.load(f"{spec}:full"))
+  made = abstract.abstract(wanted, _mesh(*mesh), print)
+  assert _sizes(made.state.trained) == whole
+  assert 3 * 4 * whole <= sum(
+    x.size * x.dtype.itemsize
+    for x in jax.tree.leaves((made.state.trained, made.state.opt_state))
+  )
+  assert made.plan.targets == ()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("abstract")
+  for name in ("gpt2", "bert"):
+    peers.tiny(name, folder / name)
+  data = test_next_token
+  data.write(folder / "data", data.rows(9, 0), data.rows(3, 1))
+  return folder
+
+
+def _wanted(kind, folder, **changes):
+  values = {"train.steps": 1000, "train.warmup_steps": 100, "data.max_length": 16}
+  if kind == "gpt2":
+    return test_next_token.shrunk(
+      "gpt3_175b.py", folder / kind, folder / "data", **(values | changes)
+    )
+  values |= {"data.task": "stsb", "data.path": None, "lora.tuned": ("classifier",)}
+  values |= {"lora.targets": "all-linear", "model.dropout": None, "lora.dropout": 0.1}
+  values |= {"train.label_smoothing": 0.0, "train.accumulation": 2}
+  return test_next_token.shrunk(
+    "quickstart.py", folder / kind, None, **(values | changes)
+  )
+
+
+def _pairs(count, seed):
+  rng = np.random.default_rng(seed)
+  words = peers.WORDS.split()[4:]
+  for _ in range(count):
+    text, other = (" ".join(rng.choice(words, n)) for n in (6, 7))
+    yield {"text": text, "text_pair": other, "label": float(rng.uniform(0, 5))}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_the_abstract_step_is_the_very_step_that_trains(kind, folder, monkeypatch):
+  splits = Splits(list(_pairs(9, 0)), {"validation": list(_pairs(3, 1))})
+  monkeypatch.setattr(classify.data, "load", lambda *args, **kwargs: splits)
+  wanted = _wanted(kind, folder)
+  real = job.prepare(wanted, print)
+  program = programs.make(
+    wanted.train,
+    durations(wanted.train, real.steps_per_epoch),
+    forward=real.forward,
+    loss=real.loss,
+    adapter=real.adapter,
+    mesh=real.mesh,
+    axes=real.axes,
+  )
+  state, base = program.start(real.params, real.adapter)
+  spread = meshes.batch(real.mesh)
+  batch = {n: meshes.place(x, spread) for n, x in next(real.batches).items()}
+  made = abstract.abstract(wanted, real.mesh, print)
+  _check_like((state, base, batch), (made.state, made.base, made.batch))
+  with jax.set_mesh(real.mesh):
+    want = program.step.lower(state, base, batch).as_text()
+  assert made.lower().as_text() == want
+  other = abstract.abstract(_wanted(kind, folder, **{"lora.rank": 2}), real.mesh, print)
+  assert other.lower().as_text() != want
+
+
+def _check_like(arrays, shapes):
+  assert jax.tree.structure(arrays) == jax.tree.structure(shapes)
+  for x, like in zip(jax.tree.leaves(arrays), jax.tree.leaves(shapes), strict=True):
+    assert (x.shape, x.dtype) == (like.shape, like.dtype)
+    assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+
+
+def test_a_folder_with_config_json_alone_is_enough(folder, tmp_path):
+  shutil.copy(folder / "gpt2/config.json", tmp_path)
+  wanted = _wanted("gpt2", folder, **{"model.path": str(tmp_path), "data.path": None})
+  found = abstract.abstract(wanted, jax.devices()[:1], print)
+  assert found.model.config.n_embd == 16
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"model.path": "nowhere/at/all"}, "no folder nowhere/at/all"),
+    ({"train.batch_size": 6}, "train.batch_size is 6, and can't be spread evenly"),
+    ({"data.max_length": 23}, "takes at most 22 tokens"),
+    ({"model.hf_config": {"model_type": "gtp2"}}, "did you mean 'gpt2'"),
+    ({"model.hf_config": {"model_type": "bert"}}, "trains a causal-lm model"),
+    ({"lora.targets": ".*/q_proj/kernel"}, "q_proj"),
+    ({"model.param_dtype": "int8"}, "unknown model.param_dtype 'int8'"),
+  ],
+)
+def test_what_does_not_fit_is_an_error(folder, changes, message):
+  with pytest.raises(LoraxError, match=message):
+    abstract.abstract(_wanted("gpt2", folder, **changes), _mesh(1, 4, 1), print)
