@@ -75,8 +75,9 @@ def abstract(
     LoraxError: settings that do not fit one another, the model or the devices.
   """
   kind = job.kind_of(wanted)
-  made = isinstance(devices, Sequence)
-  mesh: Any = meshes.make(wanted.mesh, devices) if made else devices
+  mesh: Any = devices
+  if isinstance(devices, Sequence):
+    mesh = meshes.make(wanted.mesh, devices)
   job.check_mesh(mesh, wanted, say)
   model = shape.described(wanted, kind)
   length = job.buckets(np.array([wanted.data.max_length]), 1, model)[-1]

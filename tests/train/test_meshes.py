@@ -26,6 +26,7 @@ def cases(tmp_path_factory):
   config = tiny.write(folder, num_hidden_layers=1)
   tiny.model(folder / "deep", tiny.BERT | {"num_hidden_layers": LAYERS["scanned"]})
   tiny.model(folder / "decoder", tiny.LLAMA)
+  tiny.token_ids(folder / "decoder", tiny.LLAMA["vocab_size"])
   done = subprocess.run(
     [
       *(sys.executable, "-m", "tests.train.mesh_worker"),
@@ -61,6 +62,13 @@ def test_losses_are_the_same_on_every_mesh(cases, name):
 @pytest.mark.parametrize("name", ["plain", "scanned", "dropped", "decoder"])
 def test_the_adapter_starts_the_same_on_every_mesh_bit_for_bit(cases, name):
   assert len({case["start"] for case in _of(cases, name).values()}) == 1
+
+
+def test_the_abstract_job_lies_as_the_real_one(cases):
+  found = {name: case["lies as described"] for name, case in cases.items()}
+  assert [found[f"{name} 2×2×2"] for name in mesh_worker.CASES if name != "full"] == (
+    4 * [True]
+  )
 
 
 @pytest.mark.parametrize("name", ["plain", "scanned"])

@@ -93,6 +93,15 @@ def glue(folder: Path, train: int = 32, held_out: int = 21) -> None:
     file.write_text("\n".join(rows) + "\n")
 
 
+def token_ids(folder: Path, vocab: int, train: int = 32, held_out: int = 21) -> None:
+  """Files of rows of token ids, of 3 to 8 each."""
+  rng = np.random.default_rng(1)
+  for name, count in (("train", train), ("validation", held_out)):
+    rows = [rng.integers(0, vocab, rng.integers(3, 9)).tolist() for _ in range(count)]
+    text = "".join(json.dumps({"input_ids": row}) + "\n" for row in rows)
+    (folder / f"{name}.jsonl").write_text(text)
+
+
 _CONFIG = """
 from experiments.configs import common
 
