@@ -10,13 +10,13 @@ from lorax_flax.train.evaluate import evaluate
 from tests.train import toy
 
 
-def _evaluate(splits, names=("accuracy", "f1")):
+def _evaluate(splits, names=("accuracy", "f1"), **options):
   job = toy.job()
   optimizer = optim.adamw(
     lambda step: jnp.float32(0), b1=0.9, b2=0.9, eps=1e-8, weight_decay=0, grad_clip=1
   )
   state, base = states.create(job.params, job.adapter, optimizer, jax.random.key(0))
-  run = step.eval_step(job.forward, job.loss)
+  run = step.eval_step(job.forward, job.loss, **options)
   return evaluate(run, state.trained, base, splits, names)
 
 
@@ -67,3 +67,16 @@ def test_a_missing_or_repeated_example_is_an_error():
 def test_an_empty_split_is_an_error():
   with pytest.raises(LoraxError, match="nothing to evaluate in dev"):
     _evaluate({"dev": []})
+
+
+def test_without_predictions_there_are_the_metrics_of_the_loss_over_all_splits():
+  splits = {"validation_a": _split(30, 8), "validation_b": _split(10, 8)}
+  usual = _evaluate(splits, ("accuracy", "perplexity"))
+  found = _evaluate(splits, ("perplexity",), predictions=lambda logits: None)
+  assert found.examples == 40
+  assert found.metrics == {
+    name: value
+    for name, value in usual.metrics.items()
+    if not name.startswith("accuracy")
+  }
+  assert found.metrics["perplexity"] == pytest.approx(np.exp(found.metrics["loss"]))

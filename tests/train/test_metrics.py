@@ -57,6 +57,22 @@ def test_fewer_predictions_than_labels_is_an_error():
     metrics.compute(["accuracy"], _logits([0]), np.array([0, 1]))
 
 
+def test_perplexity_is_of_the_loss_and_smaller_is_better():
+  loss = Mean(6.0, 3.0)
+  names = ["perplexity", "accuracy"]
+  assert metrics.of_loss(names, loss) == {
+    "perplexity": pytest.approx(np.exp(2.0)),
+    "loss": 2.0,
+  }
+  assert metrics.of_loss(["perplexity"], Mean(1e4, 1.0))["perplexity"] == np.inf
+  better = {name: metric.better(1.0, 2.0) for name, metric in metrics.METRICS.items()}
+  assert [name for name, smaller in better.items() if smaller] == ["perplexity"]
+  # No predictions are asked for, unless another metric needs them.
+  assert metrics.compute(["perplexity"], None, None) == {}
+  with pytest.raises(LoraxError, match="accuracy is of predictions, and none are"):
+    metrics.compute(names, None, None)
+
+
 def test_means_merge_by_weight():
   whole = Mean(jnp.float32(6.0), jnp.float32(3.0)) + Mean(
     jnp.float32(1.0), jnp.float32(1.0)
