@@ -18,6 +18,7 @@ import transformers
 
 from experiments import configuration, job, run, settings
 from lorax_flax.errors import LoraxError
+from lorax_flax.train import loop
 from tests.experiments import peers
 
 STEPS, BATCH, RATE, CLIP, DECAY, SMOOTHING = 8, 4, 0.02, 0.5, 0.1, 0.1
@@ -312,3 +313,20 @@ def test_rows_that_are_too_long_are_cut_and_that_is_said(base, tmp_path):
   assert f"train.jsonl: {len(cut)} of 22 examples are cut to data.max_length" in text
   assert f"{sum(cut)} of {sum(lengths)} tokens are left out" in text
   assert max(next(made.batches)["attention_mask"].sum(-1)) <= 14
+
+
+@pytest.mark.parametrize("trained", ["llama"], indirect=True)
+def test_frozen_weights_in_bfloat16_train_float32_factors(trained, tmp_path):
+  changes = {"model.dtype": "bfloat16", "model.param_dtype": "bfloat16"}
+  changes |= {"train.steps": 1, "init_adapter": None}
+  wanted = shrunk(
+    "llama3_8b_instruct.py", trained.folder / "base", trained.data, **changes
+  )
+  said = []
+  made = job.prepare(wanted, said.append)
+  assert {x.dtype.name for x in jax.tree.leaves(made.params)} == {"bfloat16"}
+  assert any("lies in memory as bfloat16: 0.01 MB" in line for line in said)
+  result = loop.fit(wanted.train, made, tmp_path)
+  assert math.isfinite(result["eval_loss"])
+  tensors = safetensors.numpy.load_file(tmp_path / "adapter/adapter_model.safetensors")
+  assert {x.dtype.name for x in tensors.values()} == {"float32"}
