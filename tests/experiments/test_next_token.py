@@ -205,7 +205,7 @@ def test_every_step_equals_torch_and_peft(trained):
     theirs = parameter.detach().numpy()
     moved = np.linalg.norm(theirs - start[key])
     # Relative to the way it went, not to where it is.
-    assert np.linalg.norm(ours[key] - theirs) < 1e-3 * moved, key
+    assert np.linalg.norm(ours[key] - theirs) < 3e-3 * moved, key
 
 
 class _Stopped(Exception):
