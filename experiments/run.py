@@ -3,6 +3,7 @@
   python -m experiments.run --config=quickstart.py --workdir=DIR
   python -m experiments.run --config=quickstart.py:full --config.train.epochs=1
   python -m experiments.run --config=glue_rte.py --config.data.glue_dir=FOLDER
+  python -m experiments.run --config=llama3_8b_instruct.py --config.data.path=FOLDER
 
 DIR then holds adapter/ (PEFT's format; model/ where all weights were trained),
 result.json, metrics.jsonl, curves.png, tensorboard/, config.json and checkpoints/.

@@ -58,7 +58,7 @@ def _lora() -> ConfigDict:
   config.train.learning_rate = 2e-4
   config.train.warmup_steps = 1
   config.train.weight_decay = 0.1
-  config.mesh.tensor = 8
+  config.mesh.tensor = 2
   return config
 
 

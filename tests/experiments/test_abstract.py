@@ -49,7 +49,7 @@ GPT3 = _L * (12 * _D**2 + 13 * _D) + (50257 + 2048) * _D + 2 * _D
 LARGE = {
   "llama3_8b_instruct.py": ((1, 16, 1), _llama(32, 4096, 14336, 1024)),
   "llama3_70b_instruct.py": ((1, 16, 16), _llama(80, 8192, 28672, 1024)),
-  "gpt3_175b.py": ((1, 32, 8), (GPT3, _L * 4 * 4 * _D)),
+  "gpt3_175b.py": ((1, 128, 2), (GPT3, _L * 4 * 4 * _D)),
 }
 
 
@@ -89,6 +89,19 @@ def test_trained_in_full_all_weights_have_masters_and_moments(spec):
     for x in jax.tree.leaves((made.state.trained, made.state.opt_state))
   )
   assert made.plan.targets == ()
+
+
+def test_a_scanned_program_does_not_grow_with_its_layers():
+  texts = []
+  for layers in (12, 96):
+    config = configuration.load("gpt3_175b.py")
+    config.model.hf_config.n_layer = layers
+    config.mesh.fsdp = config.mesh.tensor = 1
+    wanted = settings.convert(config)
+    made = abstract.abstract(wanted, jax.devices()[:1], print)
+    texts.append(made.lower().as_text())
+  assert texts[0] != texts[1]
+  assert len(texts[0].splitlines()) == len(texts[1].splitlines())
 
 
 @pytest.fixture(scope="module")
