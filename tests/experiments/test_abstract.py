@@ -12,10 +12,9 @@ from experiments import abstract, classify, configuration, job, settings
 from lorax_flax.data.examples import Splits
 from lorax_flax.errors import LoraxError
 from lorax_flax.train import mesh as meshes
-from lorax_flax.train import program as programs
-from lorax_flax.train.config import durations
 from lorax_flax.train.mesh import AXES
-from tests.experiments import peers, test_next_token
+from tests.experiments import peers, token_ids
+from tests.train import mesh_worker
 
 
 def _mesh(*sizes):
@@ -109,23 +108,20 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("abstract")
   for name in ("gpt2", "bert"):
     peers.tiny(name, folder / name)
-  data = test_next_token
-  data.write(folder / "data", data.rows(9, 0), data.rows(3, 1))
+  token_ids.write(folder / "data", token_ids.rows(9, 0), token_ids.rows(3, 1))
   return folder
 
 
 def _wanted(kind, folder, **changes):
   values = {"train.steps": 1000, "train.warmup_steps": 100, "data.max_length": 16}
   if kind == "gpt2":
-    return test_next_token.shrunk(
+    return token_ids.shrunk(
       "gpt3_175b.py", folder / kind, folder / "data", **(values | changes)
     )
   values |= {"data.task": "stsb", "data.path": None, "lora.tuned": ("classifier",)}
   values |= {"lora.targets": "all-linear", "model.dropout": None, "lora.dropout": 0.1}
   values |= {"train.label_smoothing": 0.0, "train.accumulation": 2}
-  return test_next_token.shrunk(
-    "quickstart.py", folder / kind, None, **(values | changes)
-  )
+  return token_ids.shrunk("quickstart.py", folder / kind, None, **(values | changes))
 
 
 def _pairs(count, seed):
@@ -142,15 +138,7 @@ def test_the_abstract_step_is_the_very_step_that_trains(kind, folder, monkeypatc
   monkeypatch.setattr(classify.data, "load", lambda *args, **kwargs: splits)
   wanted = _wanted(kind, folder)
   real = job.prepare(wanted, print)
-  program = programs.make(
-    wanted.train,
-    durations(wanted.train, real.steps_per_epoch),
-    forward=real.forward,
-    loss=real.loss,
-    adapter=real.adapter,
-    mesh=real.mesh,
-    axes=real.axes,
-  )
+  program = mesh_worker.program_of(wanted.train, real)
   state, base = program.start(real.params, real.adapter)
   spread = meshes.batch(real.mesh)
   batch = {n: meshes.place(x, spread) for n, x in next(real.batches).items()}

@@ -16,69 +16,27 @@ import safetensors.numpy
 import torch
 import transformers
 
-from experiments import configuration, job, run, settings
+from experiments import job, run
 from lorax_flax.errors import LoraxError
 from lorax_flax.train import loop
 from tests.experiments import peers
+from tests.experiments.token_ids import (
+  CLIP,
+  DECAY,
+  RATE,
+  SMOOTHING,
+  STEPS,
+  rows,
+  shrunk,
+  write,
+)
+from tests.train.stopping import Stopped, Stopping
 
-STEPS, BATCH, RATE, CLIP, DECAY, SMOOTHING = 8, 4, 0.02, 0.5, 0.1, 0.1
-VOCAB, LONGEST = 24, 16
 # Of each family: the config that is shrunk, and what PEFT adapts.
 FAMILIES = {
   "llama": ("llama3_8b_instruct.py", {"target_modules": "all-linear"}),
   "gpt2": ("gpt3_175b.py", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
 }
-
-
-def rows(count, seed, longest=LONGEST):
-  """Sequences that count up in threes; the first tokens of some are not learnt."""
-  rng = np.random.default_rng(seed)
-  for number in range(count):
-    length = int(rng.integers(5, longest + 1))
-    ids = (int(rng.integers(0, VOCAB)) + 3 * np.arange(length)) % VOCAB
-    row = {"input_ids": ids.tolist()}
-    if number % 3:
-      row["loss_mask"] = [0] * (length - 3) + [1, 0, 1]
-    yield row
-
-
-def write(folder, train, held_out):
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, lines in (("train", train), ("validation", held_out)):
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / f"{name}.jsonl").write_text(text)
-  return folder
-
-
-def shrunk(spec, base, data, **changes):
-  config = configuration.load(spec)
-  values = {
-    "model.path": str(base),
-    "model.hf_config": {},
-    "model.dtype": "float32",
-    "data.path": data and str(data),
-    "data.max_length": LONGEST,
-    "data.buckets": 1,
-    "lora.rank": 3,
-    "train.epochs": None,
-    "train.steps": STEPS,
-    "train.warmup_steps": None,
-    "train.warmup_fraction": None,
-    "train.batch_size": BATCH,
-    "train.eval_batch_size": BATCH,
-    "train.learning_rate": RATE,
-    "train.grad_clip": CLIP,
-    "train.weight_decay": DECAY,
-    "train.label_smoothing": SMOOTHING,
-    "train.log_steps": 1,
-    "mesh.fsdp": 1,
-    "mesh.tensor": 1,
-  }
-  with config.unlocked():
-    for name, value in (values | changes).items():
-      section, _, field = name.rpartition(".")
-      (config[section] if section else config)[field] = value
-  return settings.convert(config)
 
 
 class Trained:
@@ -208,26 +166,6 @@ def test_every_step_equals_torch_and_peft(trained):
     assert np.linalg.norm(ours[key] - theirs) < 3e-3 * moved, key
 
 
-class _Stopped(Exception):
-  pass
-
-
-class _Stopping:
-  """Batches that end the process's work after some, as a failure would."""
-
-  def __init__(self, batches, left):
-    self._batches, self._left = batches, left
-
-  def __next__(self):
-    if not self._left:
-      raise _Stopped
-    self._left -= 1
-    return next(self._batches)
-
-  def __getattr__(self, name):
-    return getattr(self._batches, name)
-
-
 @pytest.mark.parametrize("trained", ["gpt2"], indirect=True)
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
   trained, tmp_path, monkeypatch
@@ -236,10 +174,10 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
 
   def stopping(wanted, say):
     made = prepare(wanted, say)
-    return dataclasses.replace(made, batches=_Stopping(made.batches, 7))
+    return dataclasses.replace(made, batches=Stopping(made.batches, 7))
 
   monkeypatch.setattr(job, "prepare", stopping)
-  with pytest.raises(_Stopped):
+  with pytest.raises(Stopped):
     run.run(trained.wanted, tmp_path)
   monkeypatch.setattr(job, "prepare", prepare)
   result = run.run(trained.wanted, tmp_path)

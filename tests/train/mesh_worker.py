@@ -22,7 +22,7 @@ from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.safetensors import Reader
 from lorax_flax.train import mesh as meshes
 from lorax_flax.train import program as programs
-from lorax_flax.train.config import durations
+from lorax_flax.train.config import TrainConfig, durations
 from lorax_flax.train.loop import Job
 
 PLAIN = {"model.dropout": 0.0, "model.head_dropout": 0.0, "lora.dropout": 0.0}
@@ -73,6 +73,19 @@ def prepare(
   return wanted, job.prepare(wanted, lambda line: None)
 
 
+def program_of(config: TrainConfig, made: Job) -> programs.Program:
+  """The program that the loop makes of a job."""
+  return programs.make(
+    config,
+    durations(config, made.steps_per_epoch),
+    forward=made.forward,
+    loss=made.loss,
+    adapter=made.adapter,
+    mesh=made.mesh,
+    axes=made.axes,
+  )
+
+
 @contextmanager
 def watched() -> Iterator[dict[str, list[int]]]:
   """Sizes of what is read of each stored tensor."""
@@ -93,15 +106,7 @@ def watched() -> Iterator[dict[str, list[int]]]:
 def run(spec: str, changes: dict[str, Any], sizes: tuple[int, int, int]) -> dict:
   with watched() as reads:
     wanted, made = prepare(spec, changes, sizes)
-  program = programs.make(
-    wanted.train,
-    durations(wanted.train, made.steps_per_epoch),
-    forward=made.forward,
-    loss=made.loss,
-    adapter=made.adapter,
-    mesh=made.mesh,
-    axes=made.axes,
-  )
+  program = program_of(wanted.train, made)
   state, base = program.start(made.params, made.adapter)
   start = hashlib.sha256()
   for path, leaf in sorted(flatten(state.trained).items()):

@@ -18,6 +18,7 @@ from lorax_flax.train import state as states
 from lorax_flax.train.checkpoint import Checkpoints
 from lorax_flax.train.loop import fit
 from tests.train import toy
+from tests.train.stopping import Stopped, Stopping
 
 # What the clock or the folder decides.
 _VARIES = {"train_seconds", "seconds", "tokens_per_second", "adapter"}
@@ -47,26 +48,6 @@ def whole(tmp_path_factory) -> Path:
   folder = tmp_path_factory.mktemp("whole")
   fit(toy.CONFIG, toy.job(), folder)
   return folder
-
-
-class _Stopped(Exception):
-  pass
-
-
-class _Stopping:
-  """Batches that end the process's work at some step, like a failure would."""
-
-  def __init__(self, batches, after: int):
-    self._batches, self._left = batches, after
-
-  def __next__(self):
-    if not self._left:
-      raise _Stopped
-    self._left -= 1
-    return next(self._batches)
-
-  def __getattr__(self, name):
-    return getattr(self._batches, name)
 
 
 def test_a_run_writes_all_that_it_promises(whole):
@@ -122,8 +103,8 @@ def _fresh_state():
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(whole, tmp_path, steps):
   for after in steps:
     job = toy.job()
-    job = dataclasses.replace(job, batches=_Stopping(job.batches, after))
-    with pytest.raises(_Stopped):
+    job = dataclasses.replace(job, batches=Stopping(job.batches, after))
+    with pytest.raises(Stopped):
       fit(toy.CONFIG, job, tmp_path)
   fit(toy.CONFIG, toy.job(), tmp_path)
   assert _outcome(tmp_path) == _outcome(whole)
@@ -153,7 +134,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(whole, tmp_p
   assert _outcome(tmp_path) == _outcome(whole)
 
 
-class _Poisoned(_Stopping):
+class _Poisoned(Stopping):
   """Batches of which some, by number from 1, make the loss NaN."""
 
   def __init__(self, batches, which):
