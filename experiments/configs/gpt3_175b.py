@@ -7,7 +7,8 @@ comparison: float32 masters, and Adam's two moments of each.
 Expected result: the paper's GPU memory falls from 1.2 TB to 350 GB. No such checkpoint
 is public: this config is for `python -m launch.dryrun`, or for a folder of one's own.
 
-Hardware: 1,024 chips of TPU v5e hold `:full`, 256 the adapter's run.
+Hardware: TPU v5e, 256 chips (16×16), by the dry run 10.3 of 16 GiB each; `:full` needs
+17.4 of them, and so more or larger chips.
 Command: python -m experiments.run --config=gpt3_175b.py --config.model.path=FOLDER \\
 --config.data.path=FOLDER --workdir=DIR
 
