@@ -4,8 +4,9 @@ Of 174,604,259,328 parameters 18,874,368 are trained: 37.7 MB of adapter at 16 b
 paper's 35 MB, where the model is 350 GB. `:full` trains all of them instead, for
 comparison: float32 masters, and Adam's two moments of each.
 
-Expected result: the paper's GPU memory falls from 1.2 TB to 350 GB. No such checkpoint
-is public: this config is for `python -m launch.dryrun`, or for a folder of one's own.
+Expected result: none; in the paper GPU memory falls from 1.2 TB to 350 GB. No such
+checkpoint is public: this config is for `python -m launch.dryrun`, or for a folder of
+one's own.
 
 Hardware: TPU v5e, 256 chips (16×16), by the dry run 10.3 of 16 GiB each; `:full` needs
 17.4 of them, and so more or larger chips.

@@ -8,7 +8,7 @@ Expected result: none is published for data of one's own; the held-out perplexit
 `python -m launch.dryrun` says what a chip holds, without the model and without a chip.
 
 Hardware: TPU v5e, 16 chips (4×4), by the dry run 4.3 of 16 GiB each.
-Command: python -m experiments.run --config=llama3_8b_instruct.py \
+Command: python -m experiments.run --config=llama3_8b_instruct.py \\
 --config.data.path=FOLDER --workdir=DIR
 
 FOLDER holds train.jsonl and validation.jsonl, a line for each example: {"input_ids":
