@@ -1,13 +1,13 @@
 """A sweep's trials together against one after another, on the quick start's task.
 
-  python -m benchmarks.sweeps [--steps=30] [--trials=8] [--memory]
+  python -m benchmarks.sweeps [--steps=30] [--trials=8] [--step]
 
 One after another is `experiments.run` for each trial, in a process of its own as a
 person would; together is `experiments.sweep`, which trains them in one. Both train for
 so many steps, evaluate once and write all that they write. The first table has the
-wall time, by what it was spent on, and how many programs were compiled; the second,
-read from the compiler, what one trial's step and the step of all take in memory. With
---memory the second alone.
+wall time, by what it was spent on, and how many programs were compiled; the second what
+the step of one trial and that of all take in memory, read from the compiler, and the
+least seconds of some such steps, for each trial. With --step the second alone.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from lorax_flax.train.config import durations
 
 _SPEC = "quickstart.py"
 _MEGABYTE = 1e6
+_TIMED = 4  # steps
 # A config of some of the trials.
 _SOME = """
 from experiments.configs.quickstart import get_config
@@ -119,7 +120,7 @@ def _result(folder: Path) -> dict[str, Any]:
   return json.loads((folder / "result.json").read_text())
 
 
-def memory(wanted: list[Trial]) -> str:
+def one_step(wanted: list[Trial]) -> str:
   """The second table."""
   jobs, batches = job.prepare_several([t.settings for t in wanted], lambda line: None)
   first, config = jobs[0], wanted[0].settings.train
@@ -139,20 +140,29 @@ def memory(wanted: list[Trial]) -> str:
   base = sum(x.nbytes for x in jax.tree.leaves(first.params))
   rows = []
 
-  def add(name, step, state, base, batch):
+  def add(name, step, state, base, batch, count):
     with jax.set_mesh(first.mesh):
-      found = step.lower(state, base, batch).compile().memory_analysis()
+      compiled = step.lower(state, base, batch).compile()
+    seconds = []
+    for _ in range(_TIMED):
+      started = time.monotonic()
+      state, metrics = compiled(state, base, batch)
+      jax.block_until_ready((state, metrics))
+      seconds.append(time.monotonic() - started)
+    found = compiled.memory_analysis()
     sizes = (found.argument_size_in_bytes, found.temp_size_in_bytes)
-    rows.append([name, *(f"{x / _MEGABYTE:,.0f}" for x in (*sizes, sum(sizes)))])
+    cells = (f"{x / _MEGABYTE:,.0f}" for x in (*sizes, sum(sizes)))
+    rows.append([name, *cells, f"{min(seconds) / count:.3f}"])
 
   one = {name: x[0] for name, x in batch.items()}
-  add("one trial", alone.step, *alone.start(first.params, first.adapter), one)
+  add("one trial", alone.step, *alone.start(first.params, first.adapter), one, 1)
   for width in (1, len(wanted)):
     made = together.make(trials, steps, width)
     name = f"{len(wanted)} together, {width} at once"
-    add(name, made.step, made.state, made.base, batch)
-  title = f"Memory of the compiled step in MB; the base alone: {base / _MEGABYTE:,.0f}"
-  return common.table(title, ["step", "arguments", "temporaries", "sum"], rows)
+    add(name, made.step, made.state, made.base, batch, len(wanted))
+  title = f"The compiled step, MB; the base alone: {base / _MEGABYTE:,.0f}"
+  header = ["step", "arguments", "temporaries", "sum", "seconds a trial"]
+  return common.table(title, header, rows)
 
 
 def main() -> None:
@@ -161,13 +171,13 @@ def main() -> None:
   )
   parser.add_argument("--steps", type=int, default=30, help="of each trial")
   parser.add_argument("--trials", type=int, default=8, help="the first N of the sweep")
-  parser.add_argument("--memory", action="store_true", help="the second table alone")
+  parser.add_argument("--step", action="store_true", help="the second table alone")
   found = parser.parse_args()
   large_pages.restart()
   wanted = _chosen(found.trials, found.steps)
-  if not found.memory:
+  if not found.step:
     print(measure(wanted, found.steps), flush=True)
-  print(memory(wanted))
+  print(one_step(wanted))
 
 
 if __name__ == "__main__":
