@@ -89,6 +89,19 @@ def _quietly(main: Callable[[], int | None]) -> int | None:
   return main()
 
 
+def quiet_writers() -> None:
+  """Silences Orbax's threads: their errors reach us, and are told once, by us."""
+  absl_logging.get_absl_logger().addFilter(lambda line: "/orbax/" not in line.pathname)
+  usual = sys.unraisablehook
+
+  def hook(unraisable):
+    # Of a writer that was given up, and reports to a loop that is gone.
+    if str(unraisable.exc_value) != "Event loop is closed":
+      usual(unraisable)
+
+  sys.unraisablehook = hook
+
+
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
   """Parses argv (with the program's name first) into `values` and absl's flags.
 

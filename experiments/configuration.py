@@ -1,11 +1,13 @@
 """The --config flag: finds a config, checks the overrides, explains what there is."""
 
 import ast
+import contextlib
 import re
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -44,6 +46,13 @@ def find(spec: str) -> tuple[Path, str | None]:
   raise LoraxError(unknown("config", stem, known))
 
 
+def default_workdir(spec: str) -> Path:
+  """runs/quickstart-full of "quickstart.py:full"."""
+  name, _, variant = spec.partition(":")
+  parts = (Path(name).stem, variant)
+  return Path("runs") / "-".join(re.sub(r"\W+", "_", p) for p in parts if p)
+
+
 def load(spec: str) -> ConfigDict:
   """The config that `spec` names, locked.
 
@@ -51,18 +60,42 @@ def load(spec: str) -> ConfigDict:
     LoraxError: there is none, or its file does not run or has no `get_config`.
   """
   file, variant = find(spec)
-  try:
-    get_config = runpy.run_path(str(file)).get("get_config")
+  with running(file):
+    get_config = _functions(file).get("get_config")
     if get_config is None:
       raise LoraxError("it has no function get_config")
     config = get_config() if variant is None else get_config(variant)
-  except Exception as error:  # The file is the user's: anything may come of it.
-    if isinstance(error, LoraxError):
-      raise LoraxError(f"{file.name}: {error}") from error
-    raise LoraxError(f"{file}: {type(error).__name__}: {error}") from error
   if not isinstance(config, ConfigDict):
     raise LoraxError(f"{file}: get_config returned no ConfigDict")
   return config.lock()
+
+
+def function(spec: str, name: str) -> Callable[..., Any] | None:
+  """A function of the file that `spec` names; None where it has none of that name.
+
+  It is the user's: call it under `running`.
+
+  Raises:
+    LoraxError: there is no such file, or it does not run.
+  """
+  file, _ = find(spec)
+  with running(file):
+    return _functions(file).get(name)
+
+
+@contextlib.contextmanager
+def running(file: Path) -> Iterator[None]:
+  """While a user's file runs, of which anything may come: one message says what."""
+  try:
+    yield
+  except LoraxError as error:
+    raise LoraxError(f"{file.name}: {error}") from error
+  except Exception as error:
+    raise LoraxError(f"{file}: {type(error).__name__}: {error}") from error
+
+
+def _functions(file: Path) -> dict[str, Any]:
+  return runpy.run_path(str(file))
 
 
 def define(
@@ -95,7 +128,7 @@ class _Parser(flags.ArgumentParser):
   def parse(self, argument: str) -> ConfigDict:
     config = load(argument)
     for name in overridden(sys.argv if self._argv is None else self._argv):
-      _check_field(config, name)
+      check_field(config, name)
     return config
 
 
@@ -105,7 +138,8 @@ def overridden(argv: Sequence[str]) -> list[str]:
   return [match[2] for match in found if match]
 
 
-def _check_field(config: ConfigDict, name: str) -> None:
+def check_field(config: ConfigDict, name: str) -> None:
+  """Raises LoraxError unless the config has this field, "train.steps"."""
   fields = dict(_fields(config))
   if any(field.startswith(f"{name}.") for field in fields):
     inside = [field for field in fields if field.startswith(f"{name}.")]

@@ -1,7 +1,8 @@
 """From settings to a job: the model, the examples, the adapter, and what is written."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,28 @@ from lorax_flax.train import step as steps
 from lorax_flax.train.loop import Job
 
 
+@dataclasses.dataclass(frozen=True)
+class Material:
+  """What a job is made of, that no seed, rank or learning rate changes.
+
+  Attributes:
+    kind: of the task.
+    mesh: the devices.
+    axes: names of the axes of every leaf of the model's weights.
+    loaded: the model; what its checkpoint lacks is drawn by a seed.
+    train, evaluation: the rows.
+    padded_to: lengths of batches.
+  """
+
+  kind: Kind
+  mesh: Mesh
+  axes: meshes.Axes
+  loaded: registry.Loaded
+  train: pipeline.Rows
+  evaluation: Mapping[str, pipeline.Rows]
+  padded_to: tuple[int, ...]
+
+
 def prepare(wanted: Settings, say: Callable[[str], None]) -> Job:
   """Loads the model and the examples, and starts the adapter.
 
@@ -31,6 +54,38 @@ def prepare(wanted: Settings, say: Callable[[str], None]) -> Job:
   Raises:
     LoraxError: what the readers raise; a new head that would not be trained.
   """
+  return start(wanted, gather(wanted, say), say)
+
+
+def prepare_several(
+  wanted: Sequence[Settings], say: Callable[[str], None]
+) -> tuple[list[Job], Any]:
+  """Jobs that train together, and their batches; what they share is loaded once.
+
+  Args:
+    wanted: of each; they differ in the seed, and in what no weight or example depends
+      on.
+    say: takes a line for the user, of the first job where it is of one.
+  """
+  material = gather(wanted[0], say)
+  jobs: list[Job] = []
+  for each in wanted:
+    loaded = material.loaded
+    if each.train.seed != wanted[0].train.seed:
+      loaded = loaded.reseeded(each.train.seed)
+    own = dataclasses.replace(material, loaded=loaded)
+    jobs.append(start(each, own, _nothing if jobs else say))
+  shape = pipeline.Shape(wanted[0].train.batch_size, material.padded_to)
+  seeds = [each.train.seed for each in wanted]
+  return jobs, pipeline.together(material.train, shape, seeds=seeds)
+
+
+def _nothing(line: str) -> None:
+  """Has been said."""
+
+
+def gather(wanted: Settings, say: Callable[[str], None]) -> Material:
+  """Loads the model and the examples."""
   kind = kind_of(wanted)
   mesh = _mesh(wanted, say)
   check_mesh(mesh, wanted, say)
@@ -58,6 +113,14 @@ def prepare(wanted: Settings, say: Callable[[str], None]) -> Job:
     f"padded to {' or '.join(map(str, padded_to))} tokens"
   )
 
+  axes = meshes.names_by_path(loaded.family.logical_axes(loaded.module))
+  return Material(kind, mesh, axes, loaded, train, evaluation, padded_to)
+
+
+def start(wanted: Settings, material: Material, say: Callable[[str], None]) -> Job:
+  """Starts the adapter."""
+  kind, loaded, train = material.kind, material.loaded, material.train
+  padded_to = material.padded_to
   lora, forward = adapted.adapt(loaded, wanted)
   example = pipeline.evaluation(train, pipeline.Shape(1, padded_to))[0]
   adapter = lora.init(
@@ -79,14 +142,14 @@ def prepare(wanted: Settings, say: Callable[[str], None]) -> Job:
     steps_per_epoch=pipeline.steps_per_epoch(len(train), batches.batch_size),
     evaluation={
       name: pipeline.evaluation(split, eval_batches)
-      for name, split in evaluation.items()
+      for name, split in material.evaluation.items()
     },
     metrics=kind.metrics,
     primary=kind.primary,
     export=outcome.export(wanted, kind, loaded),
     title=f"{kind.name}, {wanted.model.path}",
-    mesh=mesh,
-    axes=meshes.names_by_path(loaded.family.logical_axes(loaded.module)),
+    mesh=material.mesh,
+    axes=material.axes,
     eval_loss=kind.eval_loss,
     predictions=kind.predictions,
   )

@@ -17,7 +17,6 @@ here; on a cluster, --distributed. JAX_COMPILATION_CACHE_DIR (a folder, or gs://
 compiled programs for the next start.
 """
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,26 +68,6 @@ def _nothing(line: str) -> None:
   """The first process says it."""
 
 
-def _quiet_writers() -> None:
-  """Silences Orbax's threads: their errors reach us, and are told once, by us."""
-  logging.get_absl_logger().addFilter(lambda line: "/orbax/" not in line.pathname)
-  usual = sys.unraisablehook
-
-  def hook(unraisable):
-    # Of a writer that was given up, and reports to a loop that is gone.
-    if str(unraisable.exc_value) != "Event loop is closed":
-      usual(unraisable)
-
-  sys.unraisablehook = hook
-
-
-def default_workdir(spec: str) -> Path:
-  """runs/quickstart-full of "quickstart.py:full"."""
-  name, _, variant = spec.partition(":")
-  parts = (Path(name).stem, variant)
-  return Path("runs") / "-".join(re.sub(r"\W+", "_", p) for p in parts if p)
-
-
 def show(result: dict[str, Any], workdir: Path) -> None:
   """Prints the results, and where everything is."""
   table = rich_table.Table(title="Result (best evaluation)", title_justify="left")
@@ -114,9 +93,11 @@ def main() -> int:
   large_pages.restart()
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
-    _quiet_writers()
+    cli.quiet_writers()
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
-  workdir = Path(WORKDIR.value) if WORKDIR.value else default_workdir(spec)
+  workdir = (
+    Path(WORKDIR.value) if WORKDIR.value else configuration.default_workdir(spec)
+  )
   workdir = workdir.expanduser()
   from lorax_flax.train import processes, watch
 

@@ -45,3 +45,10 @@ def _lora() -> ConfigDict:
 
 def _full() -> ConfigDict:
   return common.in_full(_lora(), learning_rate=2e-4)
+
+
+def sweep(add) -> None:
+  """Four learning rates, two seeds each; all eight train together."""
+  for rate in (5e-4, 1e-3, 2e-3, 4e-3):
+    for seed in (0, 1):
+      add(**{"train.learning_rate": rate, "seed": seed})

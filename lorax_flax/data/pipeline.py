@@ -148,10 +148,17 @@ def _rows_by_batch(rows_N: np.ndarray, batch_size: int) -> np.ndarray:
   return order.reshape(steps, batch_size)
 
 
-def _assemble(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> Batch:
-  """This process's part of a global batch, at the global batch's length."""
+def _length(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> int:
+  """That a global batch is padded to."""
   lengths = tokens.lengths_N[rows_B[rows_B >= 0]]
-  length = shape.buckets[int(shape.bucket_of(lengths).max())]
+  return shape.buckets[int(shape.bucket_of(lengths).max())]
+
+
+def _assemble(
+  tokens: Rows, shape: Shape, rows_B: np.ndarray, length: int | None = None
+) -> Batch:
+  """This process's part of a global batch, by default at its own length."""
+  length = _length(tokens, shape, rows_B) if length is None else length
   share = shape.batch_size // shape.process_count
   start = shape.process_index * share
   return tokens.batch(rows_B[start : start + share], length)
@@ -171,9 +178,33 @@ class _Training(Sequence[Batch]):
   def __len__(self) -> int:
     return self._steps * self._epochs
 
-  def __getitem__(self, number):
+  def rows(self, number: int) -> np.ndarray:
+    """Which rows it is made of, by their numbers."""
     epoch, step = divmod(int(number), self._steps)
-    return _assemble(self._tokens, self._shape, self._order(epoch)[step])
+    return self._order(epoch)[step]
+
+  def __getitem__(self, number):
+    return _assemble(self._tokens, self._shape, self.rows(number))
+
+
+class _Together(Sequence[Batch]):
+  """Batch number i of several runs on the same rows, stacked."""
+
+  def __init__(self, tokens: Rows, shape: Shape, seeds: Sequence[int]):
+    self._tokens, self._shape, self._seeds = tokens, shape, seeds
+    self._runs = {seed: _Training(tokens, shape, seed, None) for seed in set(seeds)}
+
+  def __len__(self) -> int:
+    return len(self._runs[self._seeds[0]])
+
+  def __getitem__(self, number):
+    rows = {seed: run.rows(number) for seed, run in self._runs.items()}
+    length = max(_length(self._tokens, self._shape, r) for r in rows.values())
+    each = {
+      seed: _assemble(self._tokens, self._shape, r, length) for seed, r in rows.items()
+    }
+    names = each[self._seeds[0]]
+    return {name: np.stack([each[s][name] for s in self._seeds]) for name in names}
 
 
 class _Evaluation(Sequence[Batch]):
@@ -208,7 +239,23 @@ def training(
   _check(tokens, shape)
   if seed < 0:
     raise LoraxError(f"the seed is {seed}, and must not be negative")
-  source = grain.MapDataset.source(_Training(tokens, shape, seed, epochs))
+  return _read_ahead(_Training(tokens, shape, seed, epochs))
+
+
+def together(
+  tokens: Rows, shape: Shape, *, seeds: Sequence[int]
+) -> grain.DatasetIterator[Batch]:
+  """Training batches of several runs that differ in their seed at most.
+
+  Each array has a leading axis, over the runs: batch i of run n has the rows that
+  `training` gives it with that seed, and all are padded to the longest of them.
+  """
+  _check(tokens, shape)
+  return _read_ahead(_Together(tokens, shape, tuple(seeds)))
+
+
+def _read_ahead(batches: Sequence[Batch]) -> grain.DatasetIterator[Batch]:
+  source = grain.MapDataset.source(batches)
   read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   return iter(source.to_iter_dataset(read))
 

@@ -118,8 +118,7 @@ def load(
       new = _fresh(path, leaf.shape, dtype or jnp.float32, std, seed)
       if sharding is None:
         return new
-      cut = lambda block: np.asarray(new)[tuple(slice(*ends) for ends in block)]
-      return blocks.in_shards(leaf.shape, sharding, cut)
+      return _in_shards(new, sharding)
     if sharding is None:
       return next(whole)
     part = lambda block: _leaf(found, path, leaf.shape, dtype, block)
@@ -272,6 +271,23 @@ def _leaf(
       view = site.entry.to_stored(out[(*there, ...)])
       found.reader.read(found.keys[bare], part, view)
   return out
+
+
+def redrawn(params: Any, paths: Iterable[str], *, std: float, seed: int) -> Any:
+  """The tree with new leaves as another seed gives them; the others are the same."""
+  chosen = set(paths)
+
+  def draw(path, leaf):
+    if path not in chosen:
+      return leaf
+    return _in_shards(_fresh(path, leaf.shape, leaf.dtype, std, seed), leaf.sharding)
+
+  return map_with_path(draw, params)
+
+
+def _in_shards(leaf: jax.Array, sharding: Any) -> jax.Array:
+  cut = lambda block: np.asarray(leaf)[tuple(slice(*ends) for ends in block)]
+  return blocks.in_shards(leaf.shape, sharding, cut)
 
 
 def _fresh(path: str, shape, dtype, std: float, seed: int) -> jax.Array:

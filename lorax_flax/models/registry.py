@@ -1,5 +1,6 @@
 """From a folder to a model: the families there are, and how one is loaded."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,6 +96,13 @@ class Loaded(Outline):
   passed_over: tuple[str, ...]
   folder: Path
 
+  def reseeded(self, seed: int) -> "Loaded":
+    """The same with what the checkpoint lacks drawn as `load` draws it by this seed."""
+    params = hub_load.redrawn(
+      self.params, self.new_paths, std=_std(self.config), seed=seed
+    )
+    return dataclasses.replace(self, params=params)
+
 
 def load(
   folder: str | Path,
@@ -147,7 +155,7 @@ def load(
     found,
     shapes,
     dtype=param_dtype and _float("param_dtype", param_dtype),
-    std=getattr(model.config, "initializer_range", 0.02),
+    std=_std(model.config),
     seed=seed,
     new_head=new_head,
     shardings=lies,
@@ -221,6 +229,11 @@ def of(hf_config: Mapping[str, Any]) -> Family:
   if not isinstance(name, str) or name not in FAMILIES:
     raise LoraxError(unknown("model family", str(name), FAMILIES))
   return FAMILIES[name]
+
+
+def _std(config: Any) -> float:
+  """Of the normal that new kernels are drawn from."""
+  return getattr(config, "initializer_range", 0.02)
 
 
 def _float(option: str, name: str) -> jnp.dtype:

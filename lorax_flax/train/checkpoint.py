@@ -4,17 +4,18 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.train.state import TrainState
+
+PyTree = Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Progress:
     seconds: of wall time by what it was spent on, over all processes of the run.
     tokens: trained on so far.
     skipped: steps that changed nothing, since they were not finite.
+    failed: where the run ended before its time, and why; None: it did not.
   """
 
   position: dict[str, Any]
@@ -38,11 +40,26 @@ class Progress:
   seconds: dict[str, float] = field(default_factory=dict)
   tokens: int = 0
   skipped: int = 0
+  failed: dict[str, Any] | None = None
 
   @property
   def best_step(self) -> int | None:
     """The step of the best evaluation."""
     return None if self.best is None else self.evaluations[self.best]["step"]
+
+
+@dataclass(frozen=True)
+class ProgressOfSeveral:
+  """The same of several runs that take their steps together."""
+
+  runs: list[Progress]
+
+  # Each run's best lies in the state itself: only the last checkpoint is kept.
+  best_step: ClassVar[int | None] = None
+
+  @staticmethod
+  def from_json(runs: list[dict[str, Any]]) -> "ProgressOfSeveral":
+    return ProgressOfSeveral([Progress(**run) for run in runs])
 
 
 @dataclass
@@ -64,8 +81,9 @@ class Checkpoints:
   that: a process may be killed at any moment.
   """
 
-  def __init__(self, folder: Path):
-    self._folder = folder
+  def __init__(self, folder: Path, progress: Callable[..., Any] = Progress):
+    """`progress`: makes it from a checkpoint's JSON."""
+    self._folder, self._progress = folder, progress
     self._policy = _BestAndLast()
     self._manager = ocp.CheckpointManager(
       folder.absolute(),
@@ -81,7 +99,9 @@ class Checkpoints:
     """The step of the newest complete checkpoint, None where there is none."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: TrainState, progress: Progress) -> None:
+  def save(
+    self, step: int, state: PyTree, progress: Progress | ProgressOfSeveral
+  ) -> None:
     """Starts to write in the background; waits for the save before, if need be.
 
     Raises:
@@ -100,7 +120,7 @@ class Checkpoints:
         ),
       )
 
-  def restore(self, step: int, like: TrainState) -> tuple[TrainState, Progress]:
+  def restore(self, step: int, like: PyTree) -> tuple[PyTree, Any]:
     """The checkpoint of a step, with `like`'s structure, dtypes and shardings."""
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
@@ -111,7 +131,7 @@ class Checkpoints:
         state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
       ),
     )
-    return restored.state, Progress(**restored.progress)
+    return restored.state, self._progress(**restored.progress)
 
   def wait(self) -> None:
     """Until all that was saved is complete."""

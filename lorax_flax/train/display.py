@@ -1,5 +1,6 @@
 """What a person sees while it trains: a bar in a terminal, else one line at a time."""
 
+from collections.abc import Sequence
 from typing import Self
 
 from rich import console as rich_console
@@ -38,17 +39,37 @@ class Display:
     self._bar.update(self._task, completed=step)
 
   def update(
-    self, step: int, epoch: float, loss: float, rate: float, speed: float, left: float
+    self,
+    step: int,
+    epoch: float,
+    losses: Sequence[float],
+    rates: Sequence[float],
+    speed: float,
+    left: float,
   ) -> None:
-    """New figures: mean loss, learning rate, tokens a second, seconds left."""
-    status = f"loss {loss:.4f}  {speed:,.0f} tokens/s  {duration(left)} left"
+    """New figures.
+
+    Args:
+      losses, rates: mean loss and learning rate of each run.
+      speed: tokens a second, of all runs.
+      left: seconds.
+    """
+    loss = _span(losses, ".4f")
+    status = f"loss {loss}  {speed:,.0f} tokens/s  {duration(left)} left"
     self._bar.update(self._task, completed=step, status=status)
     if not self._console.is_terminal:
-      self.say(f"step {step}/{self._total}  epoch {epoch:.2f}  lr {rate:.2e}  {status}")
+      rate = _span(rates, ".2e")
+      self.say(f"step {step}/{self._total}  epoch {epoch:.2f}  lr {rate}  {status}")
 
   def say(self, line: str) -> None:
     """A line that stays."""
     self._console.print(line, markup=False)
+
+
+def _span(values: Sequence[float], form: str) -> str:
+  """The value, or the least and the largest of several."""
+  low, high = (f"{value:{form}}" for value in (min(values), max(values)))
+  return low if low == high else f"{low} to {high}"
 
 
 def duration(seconds: float) -> str:

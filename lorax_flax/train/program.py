@@ -4,6 +4,7 @@ The loop and an ahead-of-time compilation both make it here, so that what is com
 where there are no devices, and no weights, is the very step that trains.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,7 @@ class Program:
       adapter: what is trained, anywhere.
     """
     adapter = meshes.place(adapter, self.adapter)
-    state, base = _create(params, adapter, self.optimizer, self.seed)
+    state, base = create(params, adapter, self.optimizer, self.seed)
     return meshes.place(state, self.state), base
 
   def abstract(self, params: PyTree, adapter: Adapter) -> tuple[TrainState, Base]:
@@ -65,7 +66,7 @@ class Program:
       params, adapter: ShapeDtypeStructs or arrays; nothing is computed of them.
     """
     state, base = jax.eval_shape(
-      lambda p, a: _create(p, a, self.optimizer, self.seed), params, adapter
+      lambda p, a: create(p, a, self.optimizer, self.seed), params, adapter
     )
     rest = partition(self.adapter, trainable_mask(self.adapter))[1]
     lies = Base(meshes.of_params(self.mesh, self.axes, params), rest)
@@ -95,17 +96,9 @@ def make(
   Raises:
     LoraxError: a leaf that no rule says how to cut.
   """
-  rate = optim.schedule(config.schedule, config.learning_rate, plan.total, plan.warmup)
-  optimizer = optim.adamw(
-    rate,
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
-    grad_clip=config.grad_clip,
-  )
+  optimizer, rate = optimizer_of(config, plan)
   lies = meshes.of_adapter(mesh, axes, adapter)
-  state, _ = jax.eval_shape(lambda a: _create(None, a, optimizer, config.seed), adapter)
+  state, _ = jax.eval_shape(lambda a: create(None, a, optimizer, config.seed), adapter)
   shardings = states.shardings(state, optimizer, lies, mesh)
   step = steps.train_step(
     forward,
@@ -119,9 +112,26 @@ def make(
   return Program(step, optimizer, config.seed, mesh, axes, lies, shardings)
 
 
-def _create(
+def optimizer_of(
+  config: TrainConfig, plan: Durations, own: Mapping[str, Any] | None = None
+) -> tuple[optax.GradientTransformation, optim.Schedule]:
+  """The optimiser and its learning rate by step.
+
+  Args:
+    own: fields of `config` in the place of its own, that may be traced.
+  """
+  fields = vars(config) | dict(own or {})
+  rate = optim.schedule(
+    config.schedule, fields["learning_rate"], plan.total, plan.warmup
+  )
+  names = ("b1", "b2", "eps", "weight_decay", "grad_clip")
+  return optim.adamw(rate, **{name: fields[name] for name in names}), rate
+
+
+def create(
   params: PyTree, adapter: Adapter, optimizer: optax.GradientTransformation, seed: int
 ) -> tuple[TrainState, Base]:
+  """The state before the first step, and the base, wherever they lie."""
   # Dropout's own stream: the same seed starts the adapter and orders the examples.
   key = jax.random.fold_in(jax.random.key(seed), 1)
   return states.create(params, adapter, optimizer, key)

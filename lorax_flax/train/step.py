@@ -26,6 +26,9 @@ Forward = Callable[[PyTree, Adapter, Batch, jax.Array | None], jax.Array]
 # logits_BxC -> what evaluation keeps of them on the host, (B, …) or None
 Predictions = Callable[[jax.Array], jax.Array | None]
 
+Step = Callable[[TrainState, Base, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Adapter, Base, Batch], tuple[jax.Array | None, Mean]]
+
 # The columns of a batch that are not the model's inputs.
 _ASIDE = ("labels", "weights", "index")
 
@@ -43,16 +46,37 @@ def train_step(
   accumulation: int = 1,
   shardings: TrainState | None = None,
   on_nonfinite: str = "stop",
-) -> Callable[[TrainState, Base, Batch], tuple[TrainState, Metrics]]:
+) -> Step:
   """Makes the step, jitted; the state's buffers are reused for the next state.
+
+  Args:
+    shardings: of the state, so that the next one lies where this one does; without
+      them, where the compiler puts it.
+
+  The others, and what it returns, are those of `one_step`.
+  """
+  step = one_step(forward, loss, optimizer, rate, accumulation, on_nonfinite)
+  if shardings is None:
+    return jax.jit(step, donate_argnums=0)
+  whole = meshes.replicated(jax.tree.leaves(shardings)[0].mesh)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
+
+
+def one_step(
+  forward: Forward,
+  loss: Loss,
+  optimizer: optax.GradientTransformation,
+  rate: Schedule,
+  accumulation: int = 1,
+  on_nonfinite: str = "stop",
+) -> Step:
+  """Makes the step as a pure function.
 
   Args:
     accumulation: parts of a batch that go through the model one after another. Every
       loss is divided by the whole batch's weight, so the sum over parts is the whole
       batch's gradient, whatever the weights in each part. The parts draw dropout of
       their own.
-    shardings: of the state, so that the next one lies where this one does; without
-      them, where the compiler puts it.
     on_nonfinite: "skip" leaves the state as it was where the loss or the gradient is
       not finite; "stop" does not look, and leaves that to the caller.
 
@@ -97,13 +121,10 @@ def train_step(
     }
     new = TrainState(trained, opt_state, state.step + 1, state.key)
     if on_nonfinite == "skip":
-      new = _select(jnp.isfinite(value) & jnp.isfinite(norm), new, state)
+      new = select(jnp.isfinite(value) & jnp.isfinite(norm), new, state)
     return new, metrics
 
-  if shardings is None:
-    return jax.jit(step, donate_argnums=0)
-  whole = meshes.replicated(jax.tree.leaves(shardings)[0].mesh)
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
+  return step
 
 
 def logits(logits_BxC: jax.Array) -> jax.Array:
@@ -116,11 +137,19 @@ def eval_step(
   loss: Loss,
   mesh: Mesh | None = None,
   predictions: Predictions = logits,
-) -> Callable[[Adapter, Base, Batch], tuple[jax.Array | None, Mean]]:
+) -> EvalStep:
   """Makes (trained, base, batch) -> (predictions of the logits, mean loss), jitted.
 
   On a mesh every process gets all of the predictions.
   """
+  step = one_eval_step(forward, loss, predictions)
+  return jax.jit(step, out_shardings=None if mesh is None else meshes.replicated(mesh))
+
+
+def one_eval_step(
+  forward: Forward, loss: Loss, predictions: Predictions = logits
+) -> EvalStep:
+  """The evaluation step as a pure function."""
 
   def step(trained: Adapter, base: Base, batch: Batch):
     logits_BxC = forward(base.params, base.adapter(trained), inputs(batch), None)
@@ -128,10 +157,10 @@ def eval_step(
     weight = jnp.sum(batch["weights"])
     return predictions(logits_BxC), Mean(jnp.sum(losses_B), weight)
 
-  return jax.jit(step, out_shardings=None if mesh is None else meshes.replicated(mesh))
+  return step
 
 
-def _select(flag: jax.Array, yes: TrainState, no: TrainState) -> TrainState:
+def select(flag: jax.Array, yes: TrainState, no: TrainState) -> TrainState:
   return jax.tree.map(lambda x, y: jax.lax.select(flag, x, y), yes, no)
 
 

@@ -24,7 +24,7 @@ def check(workdir: Path, config: Mapping[str, Any]) -> None:
     raise LoraxError(f"{workdir} is a file, and a workdir is a folder")
   if not file.exists():
     return
-  if differences := list(_differences(_read(file), _as_json(config))):
+  if differences := list(_differences(read_json(file), _as_json(config))):
     raise LoraxError(
       f"{workdir} holds a run of another config: {'; '.join(differences)}. Choose "
       "another --workdir, or delete that one"
@@ -60,7 +60,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 def result(workdir: Path) -> dict[str, Any] | None:
   """The result of a run that is finished, None of one that is not."""
   file = workdir / RESULT
-  return _read(file) if file.exists() else None
+  return read_json(file) if file.exists() else None
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -92,7 +92,8 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
   return json.loads(json.dumps(config))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+  """An object from a file. Damaged: LoraxError."""
   try:
     value = json.loads(file.read_text("utf-8"))
   except ValueError as error:

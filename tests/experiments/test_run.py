@@ -313,8 +313,10 @@ def test_a_file_of_the_users_own(tmp_path, monkeypatch):
     "  return config\n"
   )
   assert _parse("--config=mine.py").train.epochs == 5.0
-  assert run.default_workdir("mine.py") == Path("runs/mine")
-  assert run.default_workdir("glue_rte.py:large") == Path("runs/glue_rte-large")
+  assert configuration.default_workdir("mine.py") == Path("runs/mine")
+  assert configuration.default_workdir("glue_rte.py:large") == Path(
+    "runs/glue_rte-large"
+  )
   for text, message in (
     ("x = 1\n", "no function get_config"),
     ("def get_config(): return 1 / 0\n", "ZeroDivisionError"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.train import loop, optim
+from lorax_flax.train import ledger, optim
 from lorax_flax.train import state as states
 from lorax_flax.train.checkpoint import Checkpoints
 from lorax_flax.train.loop import fit
@@ -183,7 +183,7 @@ def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(tmp_path, 
 
 
 def test_many_skipped_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
-  monkeypatch.setattr(loop, "_MOST_SKIPPED", 4)
+  monkeypatch.setattr(ledger, "_MOST_SKIPPED", 4)
   # Three in a row, and then four.
   with pytest.raises(LoraxError, match=r"4 steps in a row .* nan at step 14: .*kept"):
     fit(SKIPPING, _poisoned({2, 3, 4, 11, 12, 13, 14}), tmp_path)

@@ -66,12 +66,14 @@ def params():
   }
 
 
-def job(config: TrainConfig = CONFIG, **changes) -> Job:
+def job(config: TrainConfig = CONFIG, rank: int = 2, **changes) -> Job:
   train, held_out = tokens(60, 1), tokens(37, 2)
   shape = pipeline.Shape(config.batch_size, (24,))
   lora = lx.adapt(
     apply_fn,
-    lx.LoraConfig(targets=["dense/kernel"], rank=2, tuned=["head/kernel"], dropout=0.1),
+    lx.LoraConfig(
+      targets=["dense/kernel"], rank=rank, tuned=["head/kernel"], dropout=0.1
+    ),
   )
   base = params()
 

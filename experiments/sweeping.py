@@ -1,0 +1,146 @@
+"""Runs a sweep: its units, here or in processes of their own, and its table."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from rich import console as rich_console
+
+from experiments import children, cli, outcomes, sweep_page, sweep_table, trials, unit
+from experiments.outcomes import Outcome
+from experiments.plan import Plan
+from experiments.trials import Unit
+from lorax_flax.errors import LoraxError
+from lorax_flax.train import processes, watch
+from lorax_flax.train import workdir as files
+
+_POLL = 0.1  # seconds
+
+
+def run(
+  plan: Plan, folder: Path, at_once: int, jobs: int, arguments: Sequence[str]
+) -> int:
+  """Runs all that is left to run; returns the exit code.
+
+  Args:
+    folder: of the sweep.
+    at_once: how many trials train together at most.
+    jobs: how many processes run at a time.
+    arguments: of this command, for those processes.
+
+  Raises:
+    LoraxError: the folder holds another sweep; several processes have joined.
+  """
+  if jax.process_count() > 1:
+    raise LoraxError(
+      "several processes train some trials together, and do not run a sweep: name "
+      "them, --trials=0,1,2"
+    )
+  print(f"Workdir: {folder}", flush=True)
+  files.check(folder, plan.to_json())
+  files.check_writable(folder)
+  files.claim(folder, plan.to_json())
+  ends: list[Outcome] = []
+  reasons: dict[str, str] = {}
+  code = 0
+  while True:
+    known = plan.next(folder, ends)
+    ends = outcomes.read(known, folder)
+    left = [u for u in trials.units(known, at_once) if not _over(u, folder)]
+    if not left:
+      break
+    done = sum(end.over for end in ends)
+    print(f"{len(known)} trials, {done} of them over; {len(left)} programs to run")
+    if len(left) == 1:
+      code = _here(left[0], folder)
+    else:
+      code, reasons = _elsewhere(left, folder, jobs, arguments)
+    ends = outcomes.read(known, folder)
+    if not all(end.over for end in ends):
+      break
+  write(plan, folder, ends)
+  show(ends, folder)
+  for name, reason in reasons.items():
+    print(f"{name} could not be run: {reason}", file=sys.stderr)
+  if code == 0 and not any(end.result is not None for end in ends):
+    return 1
+  return code
+
+
+def train(plan: Plan, folder: Path, numbers: Sequence[int]) -> int:
+  """Trains these trials together in this process; returns the exit code."""
+  files.check(folder, plan.to_json())
+  known = plan.make(plan.chosen(folder))
+  wanted = [trial for trial in known if trial.number in numbers]
+  if len(wanted) < len(set(numbers)):
+    raise LoraxError(f"--trials: there are trials 0 to {len(known) - 1}")
+  found = trials.units(wanted, len(wanted))
+  if len(found) > 1:
+    raise LoraxError(f"--trials: they can't train together: {found[1].why}")
+  return _here(found[0], folder)
+
+
+def _here(wanted: Unit, folder: Path) -> int:
+  try:
+    with watch.Watch(cli.explain):
+      unit.run(wanted, folder)
+  except processes.Preempted as told:
+    if processes.first():
+      print(told, flush=True)
+    return processes.PREEMPTED
+  return 0
+
+
+def _over(wanted: Unit, folder: Path) -> bool:
+  return all(end.over for end in outcomes.read(wanted.trials, folder))
+
+
+def _elsewhere(
+  units: Sequence[Unit], folder: Path, jobs: int, arguments: Sequence[str]
+) -> tuple[int, dict[str, str]]:
+  """Runs units in processes of their own.
+
+  Returns:
+    The exit code of all, and of each unit that could not be run the reason.
+  """
+  commands = {}
+  for wanted in units:
+    numbers = ",".join(str(trial.number) for trial in wanted.trials)
+    commands[_name(wanted)] = [
+      *(sys.executable, "-m", "experiments.sweep", *arguments),
+      *(f"--workdir={folder}", f"--trials={numbers}"),
+    ]
+  ended = children.run(commands, jobs)
+  codes = [code for code, _ in ended.values()]
+  reasons = {
+    name: said or f"exit code {code}"
+    for name, (code, said) in ended.items()
+    if code not in (0, processes.PREEMPTED)
+  }
+  told = processes.PREEMPTED in codes or len(ended) < len(units)
+  return processes.PREEMPTED if told else max(map(abs, codes)), reasons
+
+
+def _name(wanted: Unit) -> str:
+  first, last = wanted.trials[0], wanted.trials[-1]
+  return first.name if first is last else f"{first.name} to {last.number:03}"
+
+
+def write(plan: Plan, folder: Path, ends: Sequence[Outcome]) -> None:
+  """Writes results.csv and results.html."""
+  files.write_text(folder / "results.csv", sweep_table.to_csv(ends))
+  files.write_text(folder / "results.html", sweep_page.page(ends, plan.title))
+
+
+def show(ends: Sequence[Outcome], folder: Path) -> None:
+  """Prints the table, and where everything is."""
+  console = rich_console.Console(highlight=False, soft_wrap=True)
+  if not console.is_terminal:
+    console = rich_console.Console(highlight=False, soft_wrap=True, width=160)
+  console.print(sweep_table.to_rich(ends))
+  medians = sweep_table.medians_to_rich(ends)
+  if medians is not None:
+    console.print(medians)
+  for name in ("results.csv", "results.html"):
+    console.print(f"{folder / name}", markup=False)
