@@ -1,7 +1,6 @@
 """A step's costs as a table."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,8 +51,8 @@ def too_large(title: str, job: Any, error: TooLarge) -> rich_table.Table:
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
   """Shows that something is going on, on a terminal."""
-  console = rich_console.Console(stderr=True)
-  with console.status(what):
+  # On standard output: the compiler's noise is kept from the other one.
+  with rich_console.Console().status(what):
     yield
 
 
@@ -77,38 +76,41 @@ def _memory(c: Costs, topology: Topology) -> list[tuple[str, str, str]]:
 def _time(c: Costs, job: Any, topology: Topology) -> list[tuple[str, str, str]]:
   chip = topology.chip
   again = c.flops / c.useful - 1
-  rows_BxT = job.batch["input_ids"].shape
-  tokens = math.prod(rows_BxT)
-  found = [
+  rows, length = job.batch["input_ids"].shape
+  rate = rows * length / c.seconds / topology.size
+  return [
     (
-      "FLOPs",
+      "matmul FLOPs",
       f"{c.flops:.3g}",
-      f"{c.compute * 1e3:,.1f} ms at {chip.flops / 1e12:,.0f} TFLOP/s;"
+      f"{time(c.compute)} at {chip.flops / 1e12:,.0f} TFLOP/s;"
       f" {again:.0%} more than needed",
     ),
     (
       "HBM traffic",
       size(c.hbm),
-      f"{c.memory * 1e3:,.1f} ms at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",
+      f"{time(c.memory)} at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",
     ),
-  ]
-  for kind in sorted(c.sent, key=lambda k: -c.sent[k]):
-    found.append((kind, size(c.sent[kind]), f"sent, in {c.runs[kind]:,} runs"))
-  found += [
+    *(
+      (kind, size(c.sent[kind]), f"sent, in {c.runs[kind]:,} runs")
+      for kind in sorted(c.sent, key=lambda k: -c.sent[k])
+    ),
     (
       "interconnect",
       size(sum(c.sent.values())),
-      f"{c.network * 1e3:,.1f} ms at {chip.link / 1e9:,.0f} GB/s a link and direction",
+      f"{time(c.network)} at {chip.link / 1e9:,.0f} GB/s a link",
     ),
-    ("step, at the least", f"{c.seconds * 1e3:,.1f} ms", f"bound by {c.bound}"),
+    ("step, at the least", time(c.seconds), f"bound by {c.bound}"),
     ("utilisation (MFU)", f"{c.utilization:.1%}", "of the peak, at the most"),
-    (
-      "tokens/s",
-      f"{tokens / c.seconds / topology.size:,.0f}",
-      f"{rows_BxT[0]} × {rows_BxT[1]} a step, over {topology.size:,} chips",
-    ),
+    ("tokens/s", f"{rate:,.0f}", f"{rows} × {length} a step, {topology.size:,} chips"),
   ]
-  return found
+
+
+def time(seconds: float) -> str:
+  """Seconds in a unit that suits them."""
+  for unit, name in ((1.0, "s"), (1e-3, "ms")):
+    if seconds >= unit:
+      return f"{seconds / unit:,.2f} {name}"
+  return f"{seconds / 1e-6:,.1f} µs"
 
 
 def size(count: float) -> str:

@@ -186,7 +186,7 @@ def table(title: str, tried: Sequence[Tried], topology: Topology) -> rich_table.
     made.add_row(
       *cells,
       f"{found.rate:,.0f}",
-      f"{c.seconds * 1e3:,.1f} ms",
+      report.time(c.seconds),
       c.bound,
       f"{c.utilization:.0%}",
       used,

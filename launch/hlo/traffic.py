@@ -47,13 +47,13 @@ def _moved(parsed: Program, inside: Computation, instruction: Instruction) -> fl
     return 0.0  # Room, with nothing in it yet.
   if instruction.op == "fusion":
     fused = parsed.computations[parsed.called(instruction)[0]]
-    return _of_fusion(fused)
+    return _of_fusion(parsed, fused)
   if instruction.op == "dynamic-update-slice":
     update = _array_bytes(inside.instructions[instruction.operands[1]])
     return 2 * update if _hbm(instruction) else update
   if instruction.op in _READS_A_PART:
     source = inside.instructions[instruction.operands[0]]
-    part = sum(a.padded for a in instruction.arrays)
+    part = _padded(instruction)
     return part * _hbm(source) + _array_bytes(instruction)
   if instruction.op == "copy-start":
     # To a cache or from one: (to, from, flag).
@@ -73,13 +73,9 @@ def _array_bytes(instruction: Instruction) -> float:
   return sum(a.padded for a in instruction.arrays if a.in_hbm)
 
 
-def _of_fusion(fused: Computation) -> float:
-  users: dict[str, list[Instruction]] = {}
-  for instruction in fused.instructions.values():
-    for name in instruction.operands:
-      users.setdefault(name, []).append(instruction)
+def _of_fusion(parsed: Program, fused: Computation) -> float:
   reads = sum(
-    _read(fused, users, parameter)
+    _read(parsed, fused, parameter.name)
     for parameter in fused.parameters.values()
     if _hbm(parameter)
   )
@@ -89,24 +85,30 @@ def _of_fusion(fused: Computation) -> float:
   return reads + sum(_written(fused, result) for result in results)
 
 
-def _read(fused: Computation, users, parameter: Instruction) -> float:
-  """Bytes of a parameter that its users read."""
-  whole = sum(a.padded for a in parameter.arrays)
-  total, names = 0.0, [parameter.name]
-  while names:
-    name = names.pop()
-    for user in users.get(name, ()):
-      if user.op in _SAME or user.op == "tuple":
-        if user.op in _SAME:
-          names.append(user.name)
+def _read(parsed: Program, fused: Computation, name: str) -> float:
+  """Bytes that are read of an instruction's result, by what takes it."""
+  whole = _padded(fused.instructions[name])
+  if fused.instructions[name].root:
+    return whole
+  total = 0.0
+  for user in fused.instructions.values():
+    for place, operand in enumerate(user.operands):
+      if operand != name or user.op == "tuple":
         continue
-      if user.op in _READS_A_PART and user.operands[0] == name:
-        total += sum(a.padded for a in user.arrays)
-      elif user.op == "dynamic-update-slice" and user.operands[0] == name:
-        continue  # In place.
-      else:
-        return whole
+      if user.op in _SAME:
+        total += _read(parsed, fused, user.name)
+      elif user.op in _READS_A_PART and place == 0:
+        total += _padded(user)
+      elif user.op == "fusion":
+        inner = parsed.computations[parsed.called(user)[0]]
+        total += _read(parsed, inner, inner.parameters[place].name)
+      elif user.op != "dynamic-update-slice" or place:  # Which is done in place.
+        total += whole
   return min(whole, total)
+
+
+def _padded(instruction: Instruction) -> float:
+  return sum(a.padded for a in instruction.arrays)
 
 
 def _written(fused: Computation, result: Instruction) -> float:
@@ -120,5 +122,5 @@ def _written(fused: Computation, result: Instruction) -> float:
     return 0.0
   if source.op == "dynamic-update-slice":
     update = fused.instructions[source.operands[1]]
-    return sum(a.padded for a in update.arrays)
-  return sum(a.padded for a in result.arrays)
+    return _padded(update)
+  return _padded(result)
