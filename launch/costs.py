@@ -9,11 +9,16 @@ from typing import Any
 
 import jax
 
-from launch import hlo, needed
+from launch import hlo
 from launch.topology import Topology, quiet
 from lorax_flax.errors import LoraxError
+from lorax_flax.methods import Tuned
 
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# What the compiler says of a program that is too large, in each of its ways.
+_USED = (
+  re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+  re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
+)
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
@@ -102,38 +107,59 @@ class TooLarge(LoraxError):
 
   Attributes:
     used, available: bytes.
+    compiled: whether the compiler says so; else the arguments alone are too large.
   """
 
-  def __init__(self, used: float, available: float):
+  def __init__(self, used: float, available: float, compiled: bool = True):
+    what = "the step needs" if compiled else "what the step takes needs"
     super().__init__(
-      f"the step needs {used / 2**30:,.2f} GiB of each chip's memory, of which the"
-      f" compiler has {available / 2**30:,.2f} GiB"
+      f"{what} at least {used / 2**30:,.2f} GiB of each chip's memory, and there are"
+      f" {available / 2**30:,.2f} GiB"
     )
-    self.used, self.available = used, available
+    self.used, self.available, self.compiled = used, available, compiled
 
 
-def measure(job: Any, topology: Topology, useful: float) -> Costs:
-  """Compiles a step and reads its costs.
+def measure(job: Any, topology: Topology, useful: float) -> tuple[Costs, str]:
+  """Compiles a step and reads its costs; also the program's text.
 
   Args:
     job: with `step`, `state`, `base` and `batch` as ShapeDtypeStructs that say how they
       lie, and `mesh`.
-    useful: FLOPs of the step on all chips, as `useful_flops` finds them.
+    useful: FLOPs of the step on all chips, as `shapes.useful_flops` finds them.
 
   Raises:
     TooLarge: it does not fit.
+    LoraxError: the compiler refuses it for another reason.
   """
+  text, memory = _compiled(job, topology)
+  return read(job, topology, useful, text, memory), text
+
+
+def _compiled(job: Any, topology: Topology) -> tuple[str, Any]:
+  """The program's text, and how it lays out memory."""
+  least = arguments(job).total
+  if least > topology.chip.hbm:
+    raise TooLarge(least, topology.chip.hbm, compiled=False)
   with jax.set_mesh(job.mesh):
     lowered = job.step.lower(job.state, job.base, job.batch)
     try:
       with quiet():
         compiled = lowered.compile()
     except Exception as error:  # JAX's kinds of errors differ between its versions.
-      if found := _USED.search(str(error)):
-        used = float(found[1]) * _UNITS[found[2]]
-        raise TooLarge(used, float(found[3]) * _UNITS[found[4]]) from error
-      raise
-  memory, text = compiled.memory_analysis(), compiled.as_text()
+      if too_large := _too_large(str(error)):
+        raise too_large from error
+      line = str(error).splitlines()[0][:500]
+      raise LoraxError(f"the compiler gave up: {line}") from error
+  return compiled.as_text(), compiled.memory_analysis()
+
+
+def read(job: Any, topology: Topology, useful: float, text: str, memory: Any) -> Costs:
+  """The costs of a compiled step; see `measure`.
+
+  Args:
+    text: of the program.
+    memory: as `memory_analysis()` of the compiled step gives it.
+  """
   parts = arguments(job)
   sent: dict[str, float] = defaultdict(float)
   runs: Counter[str] = Counter()
@@ -162,18 +188,21 @@ def measure(job: Any, topology: Topology, useful: float) -> Costs:
   )
 
 
-def useful_flops(job: Any) -> int:
-  """Matmul FLOPs of a step on all chips; of one that recomputes nothing, the least."""
-  with jax.set_mesh(job.mesh):
-    traced = job.step.trace(job.state, job.base, job.batch)
-  return needed.matmul_flops(traced.jaxpr)
+def _too_large(message: str) -> TooLarge | None:
+  for pattern in _USED:
+    if found := pattern.search(message):
+      used = float(found[1]) * _UNITS[found[2]]
+      return TooLarge(used, float(found[3]) * _UNITS[found[4]])
+  return None
 
 
 def arguments(job: Any) -> Arguments:
   """Bytes on each chip of a step's arguments; nothing is compiled."""
   small = (job.state.step, job.state.key, job.batch)
+  # What a weight that trains in full started from lies in the base's own buffer.
+  rest = {p: d for p, d in job.base.rest.items() if not isinstance(d, Tuned)}
   return Arguments(
-    weights=_size(job.base),
+    weights=_size((job.base.params, rest)),
     adapter=_size(job.state.trained),
     optimizer=_size(job.state.opt_state),
     batch=_size(small),

@@ -15,6 +15,7 @@ exit code is 1 where the step does not fit.
 """
 
 import sys
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -29,22 +30,35 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v5p:4x4x8,
 SUGGEST = flags.DEFINE_bool(
   "suggest", False, "Try meshes, model.remat and batch sizes, and rank them."
 )
+HLO = flags.DEFINE_string("hlo", None, "A file to write the program's text to.")
 MINUTES = flags.DEFINE_float(
   "minutes", 30.0, "With --suggest: start no other compilation after that.", 0.0
 )
 
 
-def run(wanted: settings.Settings, topology: topologies.Topology, title: str) -> int:
-  """Prints the costs of a run's step; returns the exit code."""
-  # Here, since --help and mistakes in flags need not wait for them.
-  from launch import costs, plain, report
+def run(
+  wanted: settings.Settings,
+  topology: topologies.Topology,
+  title: str,
+  text_to: str | None = None,
+) -> None:
+  """Prints the costs of a run's step.
 
-  job = plain.job(wanted, topology, print)
+  Args:
+    text_to: a file to write the compiled program's text to.
+
+  Raises:
+    LoraxError: it does not fit.
+  """
+  # Here, since --help and mistakes in flags need not wait for them.
+  from launch import costs, report, shapes
+
+  job = shapes.job(wanted, topology, print)
   report.show("")
   with report.working("compiling"):
-    useful = plain.useful_flops(wanted, topology)
+    useful = shapes.useful_flops(wanted, topology)
     try:
-      found = costs.measure(job, topology, useful)
+      found, text = costs.measure(job, topology, useful)
     except costs.TooLarge as error:
       report.show(report.too_large(title, job, error))
       raise LoraxError(
@@ -52,10 +66,11 @@ def run(wanted: settings.Settings, topology: topologies.Topology, title: str) ->
         " smaller batch or train.accumulation need less; --suggest tries them"
       ) from error
   report.show(report.table(title, found, job, topology))
-  return 0
+  if text_to is not None:
+    Path(text_to).write_text(text, "utf-8")
 
 
-def main() -> int:
+def main() -> None:
   known = ", ".join(f"{name}.py" for name in configuration.names())
   if CONFIG.value is None:
     raise LoraxError(f"which config? --config=NAME; there are {known}")
@@ -66,12 +81,12 @@ def main() -> int:
   topology = topologies.describe(TOPOLOGY.value)
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
   title = f"{spec} on {topology.name}"
-  if not SUGGEST.value:
-    return run(wanted, topology, title)
-  from launch import suggest
+  if SUGGEST.value:
+    from launch import suggest
 
-  suggest.run(wanted, topology, title, minutes=MINUTES.value)
-  return 0
+    suggest.run(wanted, topology, title, minutes=MINUTES.value)
+    return
+  run(wanted, topology, title, HLO.value)
 
 
 if __name__ == "__main__":

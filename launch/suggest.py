@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich import table as rich_table
 
 from experiments.settings import Settings
-from launch import costs, plain, report
+from launch import costs, report, shapes
 from launch.topology import Topology
 from lorax_flax.errors import LoraxError
 from lorax_flax.train.mesh import AXES, MeshConfig
@@ -60,7 +60,6 @@ class Tried:
   Attributes:
     costs: None where it does not fit.
     used: bytes of a chip's memory.
-    tokens: in a batch, padding included.
     rate: tokens per second and chip, at the most; 0 where it does not fit.
     compiled: whether that is the compiler's word, and not the arguments' size alone.
   """
@@ -76,7 +75,7 @@ def run(wanted: Settings, topology: Topology, title: str, *, minutes: float) -> 
   """Tries options for so long, and prints them, the fastest first."""
   until = time.monotonic() + 60 * minutes
   tried: list[Tried] = []
-  left = 0
+  left, useful = 0, shapes.useful_flops(wanted, topology)
   first = [
     Option(mesh, wanted.model.remat, wanted.train.batch_size)
     for mesh in meshes(topology.size)
@@ -91,7 +90,7 @@ def run(wanted: Settings, topology: Topology, title: str, *, minutes: float) -> 
       if any(option.needs_more_than(t.option) for t in tried if not t.costs):
         continue
       with report.working(what):
-        found = _try(option, wanted, topology)
+        found = _try(option, wanted, topology, useful)
       if found is None:
         continue
       tried.append(found)
@@ -131,27 +130,30 @@ def _around(wanted: Settings, tried: Sequence[Tried]) -> Iterator[Option]:
           yield option
 
 
-def _try(option: Option, wanted: Settings, topology: Topology) -> Tried | None:
-  """What an option costs; None where the batch can't be spread over its mesh."""
+def _try(
+  option: Option, wanted: Settings, topology: Topology, useful: float
+) -> Tried | None:
+  """What an option costs; None where the batch can't be spread over its mesh.
+
+  Args:
+    useful: FLOPs of the wanted batch; another one needs more in proportion.
+  """
   settings = option.of(wanted)
   rows = option.mesh[0] * option.mesh[1]
   if option.batch % (rows * settings.train.accumulation):
     return None
-  job = plain.job(settings, topology, _nothing)
-  least = costs.arguments(job).total
-  if least > topology.chip.hbm:
-    return Tried(option, None, least, compiled=False)
+  job = shapes.job(settings, topology, _nothing)
+  needed = useful * option.batch / wanted.train.batch_size
   try:
-    useful = plain.useful_flops(settings, topology)
-    found = costs.measure(job, topology, useful)
+    found, _ = costs.measure(job, topology, needed)
   except costs.TooLarge as error:
-    return Tried(option, None, error.used)
+    return Tried(option, None, error.used, compiled=error.compiled)
   tokens = math.prod(job.batch["input_ids"].shape)
   return Tried(option, found, found.peak, tokens / found.seconds / topology.size)
 
 
 def _nothing(line: str) -> None:
-  """Said of the run itself already."""
+  """Lines of every option would be too many."""
 
 
 def describe(option: Option) -> str:
@@ -168,16 +170,14 @@ def _outcome(found: Tried) -> str:
 
 def table(title: str, tried: Sequence[Tried], topology: Topology) -> rich_table.Table:
   """The options, those that fit first, the fastest first."""
-  made = rich_table.Table(
-    title=f"{title}: at the most, by the roofline", title_justify="left"
-  )
-  for name in (*AXES, "remat", "batch"):
-    made.add_column(name, justify="right")
-  for name in ("tokens/s a chip", "step", "bound", "MFU", "peak HBM", "fits"):
+  made = rich_table.Table(title=f"{title}: per chip, at the most", title_justify="left")
+  made.add_column(" × ".join(AXES))
+  columns = ("remat", "batch", "tokens/s", "step", "bound", "MFU", "peak HBM", "of it")
+  for name in columns:
     made.add_column(name, justify="right")
   for found in sorted(tried, key=lambda t: (not t.costs, -t.rate, t.used)):
     option, c = found.option, found.costs
-    cells = (*map(str, option.mesh), option.remat, str(option.batch))
+    cells = (" × ".join(map(str, option.mesh)), option.remat, str(option.batch))
     least = "" if found.compiled else "> "
     used = f"{least}{report.size(found.used)}"
     if c is None:

@@ -50,7 +50,7 @@ CHIPS = {
   "v5p": Chip(95 * GIB, 459e12, 2.765e12, 100e9, dims=3, wraps=4, most=6144),
   "v6e": Chip(32 * GIB, 918e12, 1.638e12, 100e9, dims=2, wraps=16, most=256),
 }
-# Chips that one host has: a smaller slice lies on a part of a host.
+# Chips of a host, along each axis; a smaller slice lies on a part of one.
 _HOST = (2, 2, 1)
 
 
@@ -144,8 +144,8 @@ def describe(name: str) -> Topology:
     # A chip's two cores as one device, as training on it has them.
     options["chip_config_name"] = "megacore"
   whole = (*shape, 1)[:3]
-  if any(n % host for n, host in zip(whole, _HOST, strict=True)):
-    options["chips_per_host_bounds"] = whole  # On a part of a host.
+  if math.prod(whole) < math.prod(_HOST):
+    options["chips_per_host_bounds"] = whole
   try:
     with quiet():
       found = topologies.get_topology_desc(

@@ -1,8 +1,6 @@
 """Counting in programs that a TPU's compiler made, with no TPU: against formulas."""
 
 import functools
-import os
-import re
 
 import jax
 import jax.numpy as jnp
@@ -98,12 +96,13 @@ def test_a_scan_reads_of_stacked_weights_each_layer_once():
     return lax.scan(lambda x, w: (x @ w, None), x, w)[0]
 
   text = compiled(run, ((rows, width),), ((layers, width, width),))
-  moved = layers * 2 * (2 * rows * width + width * width)
-  # A layer's weights may be brought to a cache first, but never all of them.
-  assert moved <= hlo.hbm_bytes(text) <= 1.3 * moved
+  activations, weights = 2 * rows * width, layers * 2 * width * width
+  # Activations may stay in a cache from layer to layer.
+  assert 2 * activations + weights <= hlo.hbm_bytes(text)
+  assert hlo.hbm_bytes(text) <= 1.01 * (2 * (layers + 1) * activations + weights)
 
 
-def test_what_a_collective_sends_is_the_same_fused_or_not():
+def test_a_kernel_that_goes_round_sends_what_gathering_it_would():
   mesh = _mesh("v5e:2x2", 1, 4, 1)
   layers, rows, width = 4, 1024, 2048
 
@@ -111,18 +110,40 @@ def test_what_a_collective_sends_is_the_same_fused_or_not():
     y = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
     return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, P("fsdp")))
 
-  text = compiled(
-    run,
-    ((rows, width), "fsdp"),
-    ((layers, width, width), None, "fsdp"),
-    mesh=mesh,
-  )
+  stacked = ((layers, width, width), None, "fsdp")
+  text = compiled(run, ((rows, width), "fsdp"), stacked, mesh=mesh)
   found = hlo.collectives(text)
-  # Each layer's kernel is gathered once, from the four that hold its parts.
-  sent = sum(c.sent for c in found if c.kind == "all-gather")
-  assert sent == layers * 2 * width * width * 3 / 4
-  assert {c.members for c in found} == {(0, 1, 2, 3)}
-  assert "AsyncCollectiveStart" in text  # Else this would test little.
+  assert sum(c.sent for c in found) == layers * 2 * width * width * 3 / 4
+  assert hlo.matmul_flops(text) == 2 * layers * rows // 4 * width * width
+
+
+def test_a_collective_counts_where_it_starts_not_where_it_goes_on():
+  gather = (
+    "bf16[8,8]{1,0} all-gather(%p), channel_id=5, replica_groups=[1,2]<=[2],"
+    ' backend_config={"async_collective_fusion_config":{}}'
+  )
+  done = f"""%done (p: bf16[4,8]) -> bf16[8,8] {{
+  %p = bf16[4,8]{{1,0}} parameter(0)
+  ROOT %g3 = {gather}
+}}
+"""
+  start = f"""%start (p: bf16[4,8]) -> bf16[8,8] {{
+  %p = bf16[4,8]{{1,0}} parameter(0)
+  %g1 = {gather}
+  ROOT %s = (u32[]) custom-call(%g1), custom_call_target="AsyncCollectiveStart"
+}}
+"""
+  entry = """ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %f1 = (u32[]) fusion(%p), kind=kCustom, calls=%start
+  ROOT %f2 = bf16[8,8]{1,0} fusion(%p), kind=kCustom, calls=%done
+}
+"""
+  (found,) = hlo.collectives(start + done + entry)
+  assert (found.kind, found.times, found.sent) == ("all-gather", 1, 64)
+  lost = entry.replace("calls=%start", "calls=%done")
+  with pytest.raises(ValueError, match="never start: channels \\['5'\\]"):
+    hlo.collectives(done + lost)
 
 
 @pytest.mark.parametrize(
@@ -190,5 +211,3 @@ def test_the_traced_count_is_what_the_compiler_does_where_it_recomputes_nothing(
 def test_text_that_is_no_program_is_refused():
   with pytest.raises(ValueError, match="not that of a compiled program"):
     hlo.matmul_flops("nothing")
-  assert not re.search("ENTRY", "nothing")
-  assert os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"

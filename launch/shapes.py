@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+
+import jax
 
 from experiments.abstract import Abstract, abstract
-
 from experiments.settings import Settings
-from launch import costs
+from launch import needed
 from launch.topology import Topology
 
 
@@ -19,7 +19,11 @@ def job(wanted: Settings, topology: Topology, say: Callable[[str], None]) -> Abs
 def useful_flops(wanted: Settings, topology: Topology) -> int:
   """Matmul FLOPs of a step on all chips, were nothing computed twice."""
   model = dataclasses.replace(wanted.model, remat="none")
-  silent: Callable[[Any], None] = lambda line: None
-  return costs.useful_flops(
-    job(dataclasses.replace(wanted, model=model), topology, silent)
-  )
+  once = job(dataclasses.replace(wanted, model=model), topology, _nothing)
+  with jax.set_mesh(once.mesh):
+    traced = once.step.trace(once.state, once.base, once.batch)
+  return needed.matmul_flops(traced.jaxpr)
+
+
+def _nothing(line: str) -> None:
+  """It has been said of the step itself."""
