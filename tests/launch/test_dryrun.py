@@ -152,9 +152,8 @@ def test_the_compilers_fusions_of_collectives_hide_none():
   job = common.job(
     shape, "query_value", dtype="bfloat16", scan=True, abstract=True, mesh=mesh
   )
-  with jax.set_mesh(mesh), topologies.quiet():
-    lowered = job.step.lower(job.state, job.base, job.batch)
-    found = []
+  lowered, found = job.lower(), []
+  with topologies.quiet():
     for fused in ("true", "false"):
       options = {"xla_tpu_enable_async_collective_fusion": fused}
       found.append(lowered.compile(compiler_options=options).as_text())
