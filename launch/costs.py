@@ -45,7 +45,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Costs:
-  """Of one step, per chip.
+  """Of one step, per chip. Of a chip without rates, memory and collectives alone.
 
   Attributes:
     arguments: bytes by part, as they are.
@@ -132,7 +132,10 @@ def measure(job: Any, topology: Topology, useful: float) -> tuple[Costs, str]:
     LoraxError: the compiler refuses it for another reason.
   """
   text, memory = _compiled(job, topology)
-  return read(job, topology, useful, text, memory), text
+  found = read(job, topology, useful, text, memory)
+  if found.peak > topology.chip.hbm:  # A TPU's compiler has said so before.
+    raise TooLarge(found.peak, topology.chip.hbm)
+  return found, text
 
 
 def _compiled(job: Any, topology: Topology) -> tuple[str, Any]:
@@ -160,7 +163,7 @@ def read(job: Any, topology: Topology, useful: float, text: str, memory: Any) ->
     text: of the program.
     memory: as `memory_analysis()` of the compiled step gives it.
   """
-  parts = arguments(job)
+  parts, chip = arguments(job), topology.chip
   sent: dict[str, float] = defaultdict(float)
   runs: Counter[str] = Counter()
   network = 0.0
@@ -168,9 +171,10 @@ def read(job: Any, topology: Topology, useful: float, text: str, memory: Any) ->
   for c in hlo.collectives(text):
     sent[c.kind] += c.sent
     runs[c.kind] += c.times
-    links = topology.links([devices[i] for i in c.members])
-    network += c.sent / (links * topology.chip.link)
-  flops, moved = hlo.matmul_flops(text), hlo.hbm_bytes(text)
+    if chip.timed:
+      network += c.sent / (topology.links([devices[i] for i in c.members]) * chip.link)
+  flops = hlo.matmul_flops(text) if chip.timed else 0
+  moved = hlo.hbm_bytes(text) if chip.timed else 0.0
   return Costs(
     arguments=parts,
     padding=max(0.0, memory.argument_size_in_bytes - parts.total),
@@ -182,8 +186,8 @@ def read(job: Any, topology: Topology, useful: float, text: str, memory: Any) ->
     hbm=moved,
     sent=sent,
     runs=runs,
-    compute=flops / topology.chip.flops,
-    memory=moved / topology.chip.hbm_bandwidth,
+    compute=flops / chip.flops if chip.timed else 0.0,
+    memory=moved / chip.hbm_bandwidth if chip.timed else 0.0,
     network=network,
   )
 

@@ -10,8 +10,9 @@ own compiler: memory is what it lays out, and FLOPs, memory traffic and collecti
 read from the program. The time is a roofline: the longest of what these take at the
 chip's peak rates, all at once. No step is faster than that, and most are slower.
 
-Slices: v4, v5e, v5p, v6e, with the chips along each axis: v5e:16x16, v5p:4x4x8. The
-exit code is 1 where the step does not fit.
+Slices: v4, v5e, v5p, v6e, with the chips along each axis: v5e:16x16, v5p:4x4x8. GPUs,
+for memory and collectives alone: h100:8, h100:4x8 (hosts × GPUs), by JAX's plugin for
+CUDA, which needs no GPU. The exit code is 1 where the step does not fit.
 """
 
 import sys

@@ -21,7 +21,8 @@ def table(title: str, costs: Costs, job: Any, topology: Topology) -> rich_table.
   made.add_column("per chip")
   made.add_column("", justify="right")
   made.add_column("")
-  for row in (*_memory(costs, topology), None, *_time(costs, job, topology)):
+  times = _time(costs, job, topology) if topology.chip.timed else []
+  for row in (*_memory(costs, topology), None, *_collectives(costs), *times):
     if row is None:
       made.add_section()
     else:
@@ -73,12 +74,24 @@ def _memory(c: Costs, topology: Topology) -> list[tuple[str, str, str]]:
   ]
 
 
+def _collectives(c: Costs) -> list[tuple[str, str, str]]:
+  return [
+    (kind, size(c.sent[kind]), f"sent, in {c.runs[kind]:,} runs")
+    for kind in sorted(c.sent, key=lambda k: -c.sent[k])
+  ]
+
+
 def _time(c: Costs, job: Any, topology: Topology) -> list[tuple[str, str, str]]:
   chip = topology.chip
   again = c.flops / c.useful - 1
   rows, length = job.batch["input_ids"].shape
   rate = rows * length / c.seconds / topology.size
   return [
+    (
+      "interconnect",
+      size(sum(c.sent.values())),
+      f"{time(c.network)} at {chip.link / 1e9:,.0f} GB/s a link",
+    ),
     (
       "matmul FLOPs",
       f"{c.flops:.3g}",
@@ -89,15 +102,6 @@ def _time(c: Costs, job: Any, topology: Topology) -> list[tuple[str, str, str]]:
       "HBM traffic",
       size(c.hbm),
       f"{time(c.memory)} at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",
-    ),
-    *(
-      (kind, size(c.sent[kind]), f"sent, in {c.runs[kind]:,} runs")
-      for kind in sorted(c.sent, key=lambda k: -c.sent[k])
-    ),
-    (
-      "interconnect",
-      size(sum(c.sent.values())),
-      f"{time(c.network)} at {chip.link / 1e9:,.0f} GB/s a link",
     ),
     ("step, at the least", time(c.seconds), f"bound by {c.bound}"),
     ("utilisation (MFU)", f"{c.utilization:.1%}", "of the peak, at the most"),

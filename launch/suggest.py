@@ -72,7 +72,13 @@ class Tried:
 
 
 def run(wanted: Settings, topology: Topology, title: str, *, minutes: float) -> None:
-  """Tries options for so long, and prints them, the fastest first."""
+  """Tries options for so long, and prints them, the fastest first.
+
+  Raises:
+    LoraxError: no option suits the batch, or there are no rates to rank them by.
+  """
+  if not topology.chip.timed:
+    raise LoraxError(f"--suggest ranks by time, which is not reckoned of {title}")
   until = time.monotonic() + 60 * minutes
   tried: list[Tried] = []
   left, useful = 0, shapes.useful_flops(wanted, topology)

@@ -1,4 +1,4 @@
-"""TPU slices that are described only: their chips' figures, and how these are wired.
+"""Slices that are described only: their chips' figures, and how these are wired.
 
 Figures are the vendor's, per chip: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}
 (peak bfloat16 FLOP/s, HBM size and bandwidth, bandwidth between chips), and the number
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launch import gpus
 from lorax_flax.errors import LoraxError, unknown
 
 GIB = 2.0**30
@@ -29,7 +30,7 @@ class Chip:
     flops: bfloat16 FLOP/s at its peak.
     hbm_bandwidth: bytes/s.
     link: bytes/s that one link carries in one direction.
-    dims: of the torus that links make.
+    dims: of the torus that links make; of GPUs, hosts and GPUs of each.
     wraps: chips along an axis at which its ends are joined: a multiple of it (and on a
       3-D torus, of every axis).
     most: chips of the largest slice.
@@ -43,12 +44,20 @@ class Chip:
   wraps: int
   most: int
 
+  @property
+  def timed(self) -> bool:
+    """Whether there are rates to reckon times from."""
+    return self.flops > 0
+
 
 CHIPS = {
   "v4": Chip(32 * GIB, 275e12, 1.2e12, 50e9, dims=3, wraps=4, most=4096),
   "v5e": Chip(16 * GIB, 197e12, 0.819e12, 50e9, dims=2, wraps=16, most=256),
   "v5p": Chip(95 * GIB, 459e12, 2.765e12, 100e9, dims=3, wraps=4, most=6144),
   "v6e": Chip(32 * GIB, 918e12, 1.638e12, 100e9, dims=2, wraps=16, most=256),
+  # For memory alone: without a GPU its compiler tries no kernels out, so that the
+  # program is not the one that would run.
+  "h100": Chip(gpus.MEMORY["h100"], 0, 0, 0, dims=2, wraps=0, most=4096),
 }
 # Chips of a host, along each axis; a smaller slice lies on a part of one.
 _HOST = (2, 2, 1)
@@ -102,31 +111,26 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     LoraxError: no such generation, or no such slice of it.
   """
   kind, colon, text = name.partition(":")
-  if kind in ("cuda", "gpu", "rocm"):
-    raise LoraxError(_NO_GPU)
   if kind not in CHIPS:
-    raise LoraxError(unknown("TPU generation", kind, CHIPS))
+    raise LoraxError(unknown("kind of chip", kind, CHIPS))
   chip = CHIPS[kind]
-  example = f"{kind}:{'x'.join(['4'] * chip.dims)}"
-  if not colon or not re.fullmatch(r"\d+(x\d+)*", text):
+  example = f"{kind}:{'x'.join(['4'] * chip.dims)}" if chip.timed else f"{kind}:2x8"
+  if not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
     raise LoraxError(f"topology {name!r}: write it like {example}")
   shape = tuple(map(int, text.split("x")))
-  if len(shape) != chip.dims or min(shape) < 1:
-    raise LoraxError(
-      f"topology {name!r}: a {kind}'s network has {chip.dims} axes, as in {example}"
-    )
+  if not chip.timed:
+    shape = (1, *shape)[-2:] if len(shape) < 3 else shape
+  if len(shape) != chip.dims:
+    what = f"a {kind}'s network has {chip.dims} axes"
+    if not chip.timed:
+      what = "GPUs are so many of one host, or hosts × GPUs of each"
+    raise LoraxError(f"topology {name!r}: {what}, as in {example}")
   if math.prod(shape) > chip.most:
     raise LoraxError(
       f"topology {name!r} has {math.prod(shape)} chips, and a {kind} slice at most"
       f" {chip.most}"
     )
   return kind, shape
-
-
-_NO_GPU = (
-  "GPU topologies are not described by name: a topology is that of a TPU slice, as in"
-  " v5e:4x4"
-)
 
 
 def describe(name: str) -> Topology:
@@ -136,7 +140,11 @@ def describe(name: str) -> Topology:
     LoraxError: no such slice; libtpu is not installed.
   """
   kind, shape = parse(name)
-  prepare()
+  chip = CHIPS[kind]
+  prepare(chip)
+  if not chip.timed:
+    with quiet():
+      return Topology(name, chip, shape, gpus.devices(kind, *shape))
   from jax.experimental import topologies
 
   options: dict[str, Any] = {}
@@ -155,11 +163,11 @@ def describe(name: str) -> Topology:
     raise LoraxError(
       f"topology {name!r}: {str(error).splitlines()[0][:300]}"
     ) from error
-  return Topology(name, CHIPS[kind], shape, found.devices)
+  return Topology(name, chip, shape, found.devices)
 
 
-def prepare() -> None:
-  """Sets up JAX to compile for TPUs that are not there, before it looks for devices.
+def prepare(chip: Chip) -> None:
+  """Sets up JAX to compile for what is not there, before it looks for devices.
 
   Raises:
     LoraxError: libtpu is not installed.
@@ -168,6 +176,9 @@ def prepare() -> None:
 
   import jax
 
+  jax.config.update("jax_platforms", "cpu")
+  if not chip.timed:
+    return
   if importlib.util.find_spec("libtpu") is None:
     raise LoraxError(
       "compiling for TPUs needs libtpu, which is not installed:"
@@ -176,7 +187,6 @@ def prepare() -> None:
   # Two processes may compile at once; nothing asks the cloud what this machine is.
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  jax.config.update("jax_platforms", "cpu")
 
 
 @contextlib.contextmanager

@@ -43,9 +43,10 @@ def test_a_slice_has_one_device_a_chip_and_any_mesh(name, kind, chips):
     ("v5e:16", "has 2 axes, as in v5e:4x4"),
     ("v5p:4x4", "has 3 axes, as in v5p:4x4x4"),
     ("v5e:4x", "write it like"),
-    ("v5e:0x4", "has 2 axes"),
+    ("v5e:0x4", "write it like"),
     ("v5e:32x32", "has 1024 chips, and a v5e slice at most 256"),
-    ("cuda:8", "GPU"),
+    ("h100:2x2x8", "hosts × GPUs of each, as in h100:2x8"),
+    ("cuda:8", "unknown kind of chip 'cuda'"),
   ],
 )
 def test_a_slice_that_is_none_is_refused(name, said):
@@ -63,6 +64,14 @@ def test_without_libtpu_the_message_says_what_to_install(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(LoraxError, match=r"pip install 'lorax-flax\[tpu\]'"):
     topologies.describe("v5e:4x4")
+
+
+def test_gpus_need_the_plugin_alone_which_is_named():
+  if importlib.util.find_spec("jax_cuda12_plugin"):
+    assert topologies.describe("h100:2x8").size == 16
+  else:
+    with pytest.raises(LoraxError, match="jax-cuda12-plugin jax-cuda12-pjrt"):
+      topologies.describe("h100:2x8")
 
 
 def _slice(kind, *shape):
