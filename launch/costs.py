@@ -58,7 +58,8 @@ class Costs:
     hbm: bytes to and from memory.
     sent: bytes that the chip sends, by kind of collective.
     runs: how many collectives of each kind run.
-    compute, memory, network: seconds that flops, hbm and sent take at the peak rates.
+    compute, memory, network: seconds that flops, hbm and sent take at the peak rates;
+      collectives one after another.
   """
 
   arguments: Arguments
@@ -88,7 +89,7 @@ class Costs:
 
   @property
   def seconds(self) -> float:
-    """Of a step, at the least: all three at once, each at its peak rate."""
+    """Of a step, by the roofline: all three at once, each at its peak rate."""
     return max(self.compute, self.memory, self.network)
 
   @property

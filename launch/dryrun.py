@@ -7,8 +7,9 @@
 Needs libtpu (pip install 'lorax-flax[tpu]') and no TPU; neither weights nor examples
 are read. The step is the one that experiments.run trains with, compiled by the TPU's
 own compiler: memory is what it lays out, and FLOPs, memory traffic and collectives are
-read from the program. The time is a roofline: the longest of what these take at the
-chip's peak rates, all at once. No step is faster than that, and most are slower.
+read from the program. The time is a roofline: the longest of what the products, the
+traffic and the collectives, one after another, take at the chip's peak rates. Few steps
+come near it; it is there to compare ways to run by, and names what bounds them.
 
 Slices: v4, v5e, v5p, v6e, with the chips along each axis: v5e:16x16, v5p:4x4x8. GPUs,
 for memory and collectives alone: h100:8, h100:4x8 (hosts × GPUs), by JAX's plugin for

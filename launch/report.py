@@ -103,8 +103,8 @@ def _time(c: Costs, job: Any, topology: Topology) -> list[tuple[str, str, str]]:
       size(c.hbm),
       f"{time(c.memory)} at {chip.hbm_bandwidth / 1e9:,.0f} GB/s",
     ),
-    ("step, at the least", time(c.seconds), f"bound by {c.bound}"),
-    ("utilisation (MFU)", f"{c.utilization:.1%}", "of the peak, at the most"),
+    ("step, by the roofline", time(c.seconds), f"bound by {c.bound}"),
+    ("utilisation (MFU)", f"{c.utilization:.1%}", "of the peak"),
     ("tokens/s", f"{rate:,.0f}", f"{rows} × {length} a step, {topology.size:,} chips"),
   ]
 

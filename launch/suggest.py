@@ -60,7 +60,7 @@ class Tried:
   Attributes:
     costs: None where it does not fit.
     used: bytes of a chip's memory.
-    rate: tokens per second and chip, at the most; 0 where it does not fit.
+    rate: tokens per second and chip, by the roofline; 0 where it does not fit.
     compiled: whether that is the compiler's word, and not the arguments' size alone.
   """
 
@@ -176,7 +176,9 @@ def _outcome(found: Tried) -> str:
 
 def table(title: str, tried: Sequence[Tried], topology: Topology) -> rich_table.Table:
   """The options, those that fit first, the fastest first."""
-  made = rich_table.Table(title=f"{title}: per chip, at the most", title_justify="left")
+  made = rich_table.Table(
+    title=f"{title}: per chip, by the roofline", title_justify="left"
+  )
   made.add_column(" × ".join(AXES))
   columns = ("remat", "batch", "tokens/s", "step", "bound", "MFU", "peak HBM", "of it")
   for name in columns:
