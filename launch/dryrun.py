@@ -83,6 +83,8 @@ def main() -> None:
   topology = topologies.describe(TOPOLOGY.value)
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
   title = f"{spec} on {topology.name}"
+  if HLO.value and not Path(HLO.value).parent.is_dir():
+    raise LoraxError(f"--hlo={HLO.value}: there is no folder {Path(HLO.value).parent}")
   if SUGGEST.value:
     from launch import suggest
 
