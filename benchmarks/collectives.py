@@ -14,8 +14,9 @@ from collections import Counter
 
 import jax
 
-from benchmarks import common, hlo
+from benchmarks import common
 from benchmarks.common import Shape
+from launch import hlo
 from lorax_flax.train import mesh as meshes
 
 # Twelve heads come out even on four devices, not on eight.

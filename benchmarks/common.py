@@ -59,10 +59,12 @@ class Job:
   plan: lx.Plan
   mesh: jax.sharding.Mesh | None = None
 
+  def lower(self) -> Any:
+    with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
+      return self.step.lower(self.state, self.base, self.batch)
+
   def compile(self) -> Any:
-    around = jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
-    with around:
-      return self.step.lower(self.state, self.base, self.batch).compile()
+    return self.lower().compile()
 
 
 def module(shape: Shape, *, dtype: str = "float32", scan: bool = False):

@@ -10,8 +10,9 @@ The figures come from the compiled program, loops multiplied out.
 
 import argparse
 
-from benchmarks import common, hlo
+from benchmarks import common
 from benchmarks.common import Shape
+from launch import hlo
 
 
 def floor(shape: Shape, plan, *, strict: bool) -> int:

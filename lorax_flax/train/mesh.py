@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax_flax.adapt.paths import PyTree, flatten, map_with_path
@@ -105,10 +106,17 @@ class MeshConfig:
 
 
 def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh over all devices of all processes, or over these."""
+  """The mesh over all devices of all processes, or over these.
+
+  An axis of the mesh may be a part of one of the network's: jax.make_mesh allows that
+  on some TPUs alone.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = config.sizes(len(devices))
-  return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+  arranged = mesh_utils.create_device_mesh(
+    sizes, devices, allow_split_physical_axes=True
+  )
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def describe(mesh: Mesh) -> str:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import common, flops, hlo, memory
+from benchmarks import common, flops, memory
+from launch import hlo
 
 # Wide enough that the deltas are small beside the kernels, as they are in use.
 SMALL = common.Shape(

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import hlo
 from experiments import abstract, configuration, job, settings
+from launch import hlo
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.safetensors import Reader
 from lorax_flax.train import mesh as meshes

@@ -1,0 +1,29 @@
+"""A run's step for a slice, as shapes."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from experiments.abstract import Abstract, abstract
+from experiments.settings import Settings
+from launch import needed
+from launch.topology import Topology
+
+
+def job(wanted: Settings, topology: Topology, say: Callable[[str], None]) -> Abstract:
+  """The step that training runs on such a slice; see `experiments.abstract`."""
+  return abstract(wanted, topology.devices, say)
+
+
+def useful_flops(wanted: Settings, topology: Topology) -> int:
+  """Matmul FLOPs of a step on all chips, were nothing computed twice."""
+  model = dataclasses.replace(wanted.model, remat="none")
+  once = job(dataclasses.replace(wanted, model=model), topology, _nothing)
+  with jax.set_mesh(once.mesh):
+    traced = once.step.trace(once.state, once.base, once.batch)
+  return needed.matmul_flops(traced.jaxpr)
+
+
+def _nothing(line: str) -> None:
+  """It has been said of the step itself."""
