@@ -23,6 +23,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from launch import arguments
+
 _POLL = 0.05  # seconds
 
 
@@ -161,7 +163,7 @@ def _free_port() -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-  own, _, command = _split(argv)
+  own, command = arguments.split(argv)
   about, _, rest = (__doc__ or "").partition("\n")
   parser = argparse.ArgumentParser(
     prog="python -m launch.local",
@@ -180,13 +182,6 @@ def main(argv: Sequence[str]) -> int:
   if not command:
     parser.error("what shall run? Give Python's arguments after --")
   return run(command, found.processes, found.devices, found.grace)
-
-
-def _split(argv: Sequence[str]) -> tuple[Sequence[str], str, Sequence[str]]:
-  if "--" not in argv:
-    return argv, "", ()
-  at = list(argv).index("--")
-  return argv[:at], "--", argv[at + 1 :]
 
 
 def _positive(text: str) -> int:
