@@ -38,7 +38,9 @@ DISTRIBUTED = flags.DEFINE_bool(
   "Join the other processes that the cluster (Slurm, a TPU pod, …) has started.",
 )
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where all is written; runs/CONFIG where it isn't given."
+  "workdir",
+  None,
+  "Where all is written, a folder or gs://BUCKET/FOLDER; runs/CONFIG without it.",
 )
 
 
@@ -116,9 +118,9 @@ def main() -> int:
     logging.set_verbosity(logging.WARNING)
     _quiet_writers()
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
-  workdir = Path(WORKDIR.value) if WORKDIR.value else default_workdir(spec)
-  workdir = workdir.expanduser()
-  from lorax_flax.train import processes, watch
+  from lorax_flax.train import bucket, processes, watch
+
+  workdir = bucket.folder(WORKDIR.value or default_workdir(spec))
 
   processes.join(DISTRIBUTED.value)
   if processes.first():

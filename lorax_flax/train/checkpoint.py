@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.train import bucket
 from lorax_flax.train.state import TrainState
 
 
@@ -68,7 +69,7 @@ class Checkpoints:
     self._folder = folder
     self._policy = _BestAndLast()
     self._manager = ocp.CheckpointManager(
-      folder.absolute(),
+      folder if bucket.holds(folder) else folder.absolute(),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self._policy,
         cleanup_tmp_directories=True,
@@ -130,15 +131,32 @@ class Checkpoints:
       yield
     except (OSError, ValueError) as error:
       code = _refusal(error)
-      if code is None:
+      if code is not None:
+        why = os.strerror(code)
+      elif bucket.holds(self._folder):
+        why = str(error).partition("\n")[0]
+      else:
         raise
-      # Orbax would ask the other processes, who may be waiting for this one.
-      names = [entry.name for entry in self._folder.iterdir()]
-      kept = max((int(name) for name in names if name.isdecimal()), default=None)
+      kept = self._kept()
       raise LoraxError(
-        f"can't write a checkpoint to {self._folder}: {os.strerror(code)}. "
+        f"can't write a checkpoint to {self._folder}: {why}. "
         + (f"The checkpoint of step {kept} is kept" if kept else "There is none yet")
       ) from error
+
+  def _kept(self) -> int | None:
+    """The newest complete checkpoint.
+
+    Orbax would ask the other processes, who may be waiting for this one.
+    """
+    with bucket.reaching(self._folder):
+      steps = [entry for entry in self._folder.iterdir() if entry.name.isdecimal()]
+      if bucket.holds(self._folder):  # There its name does not say that it is complete.
+        steps = [entry for entry in steps if (entry / _COMMITTED).exists()]
+    return max((int(entry.name) for entry in steps), default=None)
+
+
+# The object with which Orbax completes a checkpoint in a bucket.
+_COMMITTED = "commit_success.txt"
 
 
 def _meet(*, key: str, timeout_ms: int) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Adapter
-from lorax_flax.train import curves, processes, workdir
+from lorax_flax.train import bucket, curves, processes, workdir
 from lorax_flax.train import mesh as meshes
 from lorax_flax.train import program as programs
 from lorax_flax.train import state as states
@@ -127,8 +127,11 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
     best, last = run.best_and_last()
     if best["step"] != plan.total:
       state, _ = checkpoints.restore(best["step"], state)
-    paths = job.export(meshes.gather(base.adapter(state.trained)), folder)
-    result = _result(job, plan, run, state, best, last) | dict(paths)
+    adapter = meshes.gather(base.adapter(state.trained))
+    with bucket.staging(folder) as here:
+      paths = job.export(adapter, here)
+    lie = {n: str(folder / Path(p).relative_to(here)) for n, p in paths.items()}
+    result = _result(job, plan, run, state, best, last) | lie
     if processes.first():
       curves.draw(folder / workdir.CURVES, record.lines, job.title)
       workdir.write_json(folder / workdir.RESULT, result)
@@ -375,5 +378,6 @@ class _Run:
         tokens=self.tokens,
         skipped=self.skipped,
       )
+      self._record.flush()
       self._checkpoints.save(number, state, progress)
     self._saved_at = self._total_seconds()
