@@ -13,8 +13,10 @@ stop (exit code 143), on the same or on other devices.
 Several devices: --config.mesh.data, .fsdp and .tensor say how many along each axis,
 and one of them -1, what is left. JAX_NUM_CPU_DEVICES=8 in the environment makes a CPU
 eight devices. Several processes, which share DIR: `python -m launch.local` starts them
-here; on a cluster, --distributed. JAX_COMPILATION_CACHE_DIR (a folder, or gs://…) keeps
-compiled programs for the next start.
+here, and launch.gcloud, .slurm, .xpk and .sky on clusters (--distributed joins them).
+
+--config.compilation_cache=FOLDER keeps compiled programs for the next start. It and the
+workdir may lie in a bucket, gs://BUCKET/FOLDER (with the extra gcs).
 """
 
 import re
@@ -47,7 +49,7 @@ WORKDIR = flags.DEFINE_string(
 def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
   """Trains as `wanted` says, or goes on with that; returns what result.json holds."""
   # Here, since --help and mistakes in flags need not wait for them.
-  from experiments import job
+  from experiments import compile_cache, job
   from lorax_flax.train import loop, processes
   from lorax_flax.train import workdir as files
 
@@ -60,6 +62,7 @@ def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
     return result or {}
   if processes.first():
     files.check_writable(workdir)
+  compile_cache.use(wanted.compilation_cache)
   prepared = job.prepare(wanted, say)
   if processes.first():
     files.claim(workdir, wanted.to_json())

@@ -1,16 +1,20 @@
 """Runs whose workdir is in a bucket, and nowhere else."""
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import safetensors.numpy
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.train import bucket as buckets_in_use
+from lorax_flax.train import bucket as places
 from lorax_flax.train.loop import fit
 from tests.train import buckets, tiny, toy
 
@@ -24,16 +28,21 @@ def bucket():
     yield made
 
 
-def _start(bucket, *arguments, **options):
+def _start(bucket, *arguments, **environment):
   return subprocess.Popen(
     [sys.executable, *arguments],
     cwd=tiny.ROOT,
-    env=os.environ | tiny.QUICK_TO_COMPILE | bucket.environment,
+    env=os.environ | bucket.environment | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    **options,
   )
+
+
+def _run(bucket, *arguments, **environment):
+  process = _start(bucket, *arguments, **environment)
+  said, _ = process.communicate(timeout=300)
+  return process.returncode, said
 
 
 def _result(text):
@@ -43,9 +52,9 @@ def _result(text):
 def test_a_run_killed_and_taken_up_in_a_bucket_is_one_on_a_disk_bit_for_bit(
   bucket, tmp_path
 ):
-  fit(toy.CONFIG, toy.job(), tmp_path)
-  first = _start(bucket, "-m", "tests.train.toy", f"gs://{buckets.NAME}/a run")
-  until = time.monotonic() + 60
+  command = ("-m", "tests.train.toy", "gs://bucket/a run")
+  first = _start(bucket, *command)
+  until = time.monotonic() + 120
   complete = "a run/checkpoints/10/commit_success.txt"
   while complete not in bucket.names("a run/") and time.monotonic() < until:
     time.sleep(0.02)
@@ -55,18 +64,87 @@ def test_a_run_killed_and_taken_up_in_a_bucket_is_one_on_a_disk_bit_for_bit(
   assert "a run/result.json" not in bucket.names()
   assert bucket.read("a run/metrics.jsonl").count(b"\n") > 0
 
-  second = _start(bucket, "-m", "tests.train.toy", f"gs://{buckets.NAME}/a run")
-  said, _ = second.communicate(timeout=120)
-  assert second.returncode == 0, said
+  code, said = _run(bucket, *command)
+  assert code == 0, said
   assert "going on after step" in said
+  fit(toy.CONFIG, toy.job(), tmp_path)
   for name in ("metrics.jsonl", "adapter.json"):
     assert bucket.read(f"a run/{name}") == (tmp_path / name).read_bytes(), name
   result = bucket.read("a run/result.json")
   assert _result(result) == _result((tmp_path / "result.json").read_bytes())
-  assert json.loads(result)["adapter"] == f"gs://{buckets.NAME}/a run/adapter.json"
+  assert json.loads(result)["adapter"] == "gs://bucket/a run/adapter.json"
   names = bucket.names("a run/")
   assert bucket.read("a run/curves.png").startswith(b"\x89PNG")
   assert sum("tensorboard/events" in name for name in names) == 2
   assert {n.split("/")[2] for n in names if "/checkpoints/" in n} == {
     p.name for p in (tmp_path / "checkpoints").iterdir()
   }
+
+
+def test_processes_share_a_bucket_and_one_goes_on_with_what_they_compiled_there(
+  bucket, tmp_path
+):
+  config = tiny.write(tmp_path, num_hidden_layers=1)
+  flags = (
+    *(f"--config={config}", "--workdir=gs://bucket/shared"),
+    "--config.compilation_cache=gs://bucket/compiled",
+  )
+  code, said = _run(
+    bucket,
+    *("-m", "launch.local", "--processes=2", "--grace=60", "--"),
+    *("-m", "tests.train.saboteur", *flags),
+    **tiny.QUICK_TO_COMPILE,
+    SABOTAGE="1 term 4",
+  )
+  assert code == 143, said
+  told = re.search(r"told to stop: saved at step (\d+)", said)
+  assert told, said
+  assert any(name.startswith("compiled/jit") for name in bucket.names())
+
+  code, said = _run(bucket, "-m", "experiments.run", *flags, **tiny.QUICK_TO_COMPILE)
+  assert code == 0, said
+  assert f"going on after step {told[1]} of 12" in said
+  assert "gs://bucket/shared/adapter/\n" in said
+  assert "Traceback" not in said
+  assert "Warning" not in said
+  result = json.loads(bucket.read("shared/result.json"))
+  assert result["adapter"] == "gs://bucket/shared/adapter"
+  assert result["examples_evaluated"] == 21
+  tensors = safetensors.numpy.load(
+    bucket.read("shared/adapter/adapter_model.safetensors")
+  )
+  assert result["trained_parameters"] == sum(x.size for x in tensors.values())
+
+  # And it is there for whoever gives the command again; another config is refused.
+  code, said = _run(bucket, "-m", "experiments.run", *flags, "--config.lora.rank=4")
+  assert code == 1
+  assert "gs://bucket/shared holds a run of another config: lora.rank is 2" in said
+
+
+def test_a_bucket_that_takes_nothing_is_one_error_before_anything_is_loaded(bucket):
+  bucket.broken.set()
+  try:
+    code, said = _run(
+      bucket,
+      "-m",
+      "experiments.run",
+      "--config=quickstart.py",
+      "--workdir=gs://bucket/no",
+    )
+  finally:
+    bucket.broken.clear()
+  assert code == 1
+  assert said.splitlines()[-1].startswith("error: can't reach gs://bucket/no")
+  assert "Traceback" not in said
+
+
+def test_a_folder_is_local_unless_it_says_otherwise(monkeypatch):
+  assert places.folder("~/run") == Path.home() / "run"
+  assert str(places.folder("gs://bucket/a/b") / "c") == "gs://bucket/a/b/c"
+  assert places.holds(places.folder("gs://bucket/a"))
+  assert not places.holds(places.folder("gs/bucket"))
+  with pytest.raises(LoraxError, match="s3://b/c: of buckets, gs://BUCKET/FOLDER is"):
+    places.folder("s3://b/c")
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(LoraxError, match=r"pip install 'lorax-flax\[gcs\]'"):
+    places.folder("gs://bucket/a")
