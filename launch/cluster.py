@@ -25,6 +25,11 @@ from lorax_flax.errors import LoraxError
 
 # Files that a client reads, which it is told to take from here.
 FOLDER = Path("runs") / "launch"
+# What a run needs of the project.
+_SENT = (
+  *("setup.cfg", "pyproject.toml", "README.md"),
+  *("lorax_flax", "experiments", "launch"),
+)
 # The command that asks the cluster who its other processes are, and how.
 _DISTRIBUTED = ("-m", "experiments.run")
 
@@ -91,17 +96,19 @@ class Options:
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Engine(Generic[OptionsT]):
   """A way to run a command on a cluster.
 
   Attributes:
+    name: of the launcher, `launch.NAME`.
     client: the program that does it, on the PATH.
     install: how to get the client.
     options: the options' class.
     render: from Python's arguments and options to calls; a pure function.
   """
 
+  name: str
   client: str
   install: str
   options: type[OptionsT]
@@ -191,11 +198,15 @@ def submit(engine: Engine[OptionsT], command: Sequence[str], options: OptionsT) 
   return 0
 
 
-def project() -> Path:
-  """The folder that holds the project, to be copied to where it shall run.
+def packed(name: str, send: Sequence[str]) -> tuple[str, list[Call]]:
+  """The project's code as an archive, and the calls that pack it.
+
+  Args:
+    name: of the job.
+    send: files and folders that are packed as well, by their paths from here.
 
   Raises:
-    LoraxError: it is installed, not checked out.
+    LoraxError: the code is not here, or nothing of a name in `send`.
   """
   root = Path(__file__).resolve().parents[1]
   if not (root / "setup.cfg").is_file():
@@ -203,7 +214,27 @@ def project() -> Path:
       "the code that is to be sent is installed here, and not checked out: install it "
       "with pip install -e"
     )
-  return root
+  for path in send:
+    if Path(path).is_absolute() or not Path(path).exists():
+      raise LoraxError(f"--send={path}: a file or folder below this one is wanted")
+  archive = f"{FOLDER}/{name}.tar.gz"
+  pack = ["tar", "-czf", archive, "--exclude=__pycache__", *send]
+  return archive, [
+    Call(("mkdir", "-p", str(FOLDER))),
+    Call((*pack, "-C", str(root), *_SENT)),
+  ]
+
+
+def laid_out(name: str, send: Sequence[str]) -> tuple[str, list[Call]]:
+  """The project's code in a folder that holds nothing else, as `packed` has it."""
+  archive, calls = packed(name, send)
+  folder = f"{FOLDER}/{name}"
+  calls += [
+    Call(("rm", "-rf", folder)),
+    Call(("mkdir", folder)),
+    Call(("tar", "-xzf", archive, "-C", folder)),
+  ]
+  return folder, calls
 
 
 def main(engine: Engine[Any], about: str | None, argv: Sequence[str]) -> int:
@@ -234,7 +265,7 @@ def main(engine: Engine[Any], about: str | None, argv: Sequence[str]) -> int:
 
 def _parser(engine: Engine[Any], about: str) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog=f"python -m {engine.render.__module__}",
+    prog=f"python -m launch.{engine.name}",
     description=about,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     usage="%(prog)s --name=NAME [FLAGS] -- PYTHON'S ARGUMENTS",

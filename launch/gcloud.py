@@ -30,11 +30,6 @@ _RUNTIMES = {
   "v5p": "v2-alpha-tpuv5",
   "v6e": "v2-alpha-tpuv6e",
 }
-# What a run needs of the project.
-_SENT = (
-  *("setup.cfg", "pyproject.toml", "README.md"),
-  *("lorax_flax", "experiments", "launch"),
-)
 _ARCHIVE = "lorax_flax.tar.gz"
 _REMOTE = "lorax_flax"
 
@@ -49,7 +44,9 @@ class Options(cluster.Options):
   create: bool = option(False, "make the TPU VMs first")
   spot: bool = option(False, "with --create: cheaper, and may be taken away")
   runtime: str | None = option(None, "the VM's software; follows from the accelerator")
-  send: tuple[str, ...] = option((), "a file or folder here that is sent as well")
+  send: tuple[str, ...] = option(
+    (), "a file or folder here that is sent as well, such as a config of yours"
+  )
   setup: str = option(cluster.install("tpu,gcs"), "what installs the code on a worker")
 
   def __post_init__(self):
@@ -67,17 +64,14 @@ def render(command: Sequence[str], options: Options) -> list[Call]:
     f"mkdir -p {_REMOTE} && cd {_REMOTE} && tar -xzf ../{_ARCHIVE} && "
     f"{{ {options.setup}; }} && exec {line}"
   )
-  archive = str(cluster.FOLDER / _ARCHIVE)
-  pack = ["tar", "-czf", archive, "--exclude=__pycache__", *options.send]
-  pack += ["-C", str(cluster.project()), *_SENT]
+  archive, pack = cluster.packed(options.name, options.send)
   where = [f"--zone={options.zone}", "--quiet"]
   if options.project is not None:
     where.append(f"--project={options.project}")
   everywhere = [*where, "--worker=all", *options.extra]
   return [
     *_create(options, where),
-    Call(("mkdir", "-p", str(cluster.FOLDER))),
-    Call(tuple(pack)),
+    *pack,
     _tpu_vm("scp", archive, f"{options.name}:{_ARCHIVE}", *everywhere),
     _tpu_vm("ssh", options.name, f"--command={remote}", *everywhere),
   ]
@@ -108,6 +102,7 @@ def _tpu_vm(verb: str, *arguments: str) -> Call:
 
 
 ENGINE = cluster.Engine(
+  name="gcloud",
   client="gcloud",
   install="install the Google Cloud CLI (its package is google-cloud-cli)",
   options=Options,

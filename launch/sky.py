@@ -4,7 +4,7 @@
     -- -m experiments.run --config=quickstart.py --workdir=gs://bucket/run
   python -m launch.sky --name=run --accelerators=H100:8 --nodes=4 --managed --spot -- …
 
-SkyPilot copies the project's folder to the machines, installs it once, and runs what
+SkyPilot copies the code to the machines, installs it once, and runs what
 follows `--` with Python on each. The task it is given stays in runs/launch/NAME.yaml.
 A training run joins the others by itself; with several machines, or --managed, its
 workdir has to be in a bucket.
@@ -54,6 +54,9 @@ class Options(cluster.Options):
   managed: bool = option(False, "as a managed job (`sky jobs launch`)")
   max_restarts: int = option(0, "with --managed: after how many errors to try again")
   down: bool = option(False, "end the machines with the job; a managed job's always do")
+  send: tuple[str, ...] = option(
+    (), "a file or folder here that is sent as well, such as a config of yours"
+  )
   extras: str | None = option(None, "of the project to install; by the accelerators")
 
   def __post_init__(self):
@@ -65,23 +68,33 @@ class Options(cluster.Options):
 
 
 def render(command: Sequence[str], options: Options) -> list[Call]:
-  """One call of sky, and the task that it reads."""
-  file = str(cluster.FOLDER / f"{options.name}.yaml")
+  """The calls: lay out the code, and hand it to sky with a task that says all."""
+  file = f"{cluster.FOLDER}/{options.name}.yaml"
+  folder, calls = cluster.laid_out(options.name, options.send)
   if options.managed:
     call = ["sky", "jobs", "launch", "--name", options.name]
   else:
     call = ["sky", "launch", "--cluster", options.name]
     call += ["--down"] if options.down else []
   return [
+    *calls,
     Call(
       (*call, "--yes", "--detach-run", *options.extra, file),
-      files={file: _dump(task(command, options))},
-    )
+      files={
+        file: _dump(task(command, options, folder)),
+        # Without it SkyPilot leaves out what git ignores, which all of `runs` may be.
+        f"{folder}/.skyignore": "# nothing\n",
+      },
+    ),
   ]
 
 
-def task(command: Sequence[str], options: Options) -> dict[str, Any]:
-  """SkyPilot's task."""
+def task(command: Sequence[str], options: Options, folder: str) -> dict[str, Any]:
+  """SkyPilot's task.
+
+  Args:
+    folder: with the code, to be copied.
+  """
   tpu = (options.accelerators or "").startswith("tpu-")
   if tpu and options.nodes > 1:
     raise LoraxError("--nodes: SkyPilot's TPU slices do not form one run; use xpk")
@@ -104,7 +117,7 @@ def task(command: Sequence[str], options: Options) -> dict[str, Any]:
     "name": options.name,
     "resources": {k: v for k, v in resources.items() if v is not None},
     "num_nodes": options.nodes,
-    "workdir": str(cluster.project()),
+    "workdir": folder,
     "envs": dict(setting.split("=", 1) for setting in options.env),
     "setup": cluster.install(extras) + "\n",
     "run": ("" if tpu else _JOIN) + "exec " + line + "\n",
@@ -136,6 +149,7 @@ def _dump(value: Any) -> str:
 
 
 ENGINE = cluster.Engine(
+  name="sky",
   client="sky",
   install="pip install 'skypilot[gcp]', or with the clouds that you use",
   options=Options,

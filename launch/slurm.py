@@ -86,6 +86,7 @@ exit "$code"
 
 
 ENGINE = cluster.Engine(
+  name="slurm",
   client="sbatch",
   install="it is on a Slurm cluster's login nodes; give this command there",
   options=Options,

@@ -3,7 +3,7 @@
   python -m launch.xpk --name=run --cluster=pods --zone=us-east5-a --tpu-type=v6e-16
     --max-restarts=10 -- -m experiments.run --config=quickstart.py --workdir=gs://bucket/run
 
-xpk copies the folder with the project into an image, on top of --base-image, and each
+xpk copies the code into an image, on top of --base-image, and each
 worker installs it when it starts; --image names one that has it installed already. A
 training run joins the others by itself, and its workdir has to be in a bucket.
 
@@ -37,23 +37,30 @@ class Options(cluster.Options):
   priority: str | None = option(None, "very-low, low, medium, high or very-high")
   grace: int = option(120, "seconds from SIGTERM to the end, to save in")
   base_image: str | None = option(None, f"that the code is put on; {_BASE} without it")
+  send: tuple[str, ...] = option(
+    (), "a file or folder here that is sent as well, such as a config of yours"
+  )
   image: str | None = option(None, "that has the code installed")
 
   def __post_init__(self):
     super().__post_init__()
     if self.image is not None and self.base_image is not None:
       raise LoraxError("give --image or --base-image, not both")
+    if self.image is not None and self.send:
+      raise LoraxError("--send means nothing with --image")
 
 
 def render(command: Sequence[str], options: Options) -> list[Call]:
-  """One call of xpk."""
+  """The calls: lay out the code for the image, and hand it to xpk."""
   # xpk's shell passes SIGTERM on to what it has started, which is to become the run.
   line = "exec " + cluster.python("python", command, options.env, cluster=True)
+  calls: list[Call] = []
   if options.image is not None:
     image = [f"--docker-image={options.image}"]
   else:
     base = options.base_image or _BASE
-    image = [f"--base-docker-image={base}", f"--script-dir={cluster.project()}"]
+    folder, calls = cluster.laid_out(options.name, options.send)
+    image = [f"--base-docker-image={base}", f"--script-dir={folder}"]
     line = f"python -m pip install -q -e '.[tpu,gcs]' && {line}"
   given = {
     "zone": options.zone,
@@ -61,6 +68,7 @@ def render(command: Sequence[str], options: Options) -> list[Call]:
     "priority": options.priority,
   }
   return [
+    *calls,
     Call(
       (
         *("xpk", "workload", "create", f"--cluster={options.cluster}"),
@@ -73,11 +81,12 @@ def render(command: Sequence[str], options: Options) -> list[Call]:
         *options.extra,
         f"--command={line}",
       )
-    )
+    ),
   ]
 
 
 ENGINE = cluster.Engine(
+  name="xpk",
   client="xpk",
   install="pip install xpk",
   options=Options,
