@@ -119,8 +119,9 @@ def _wait(children: Sequence[subprocess.Popen[str]], grace: float) -> int:
     codes = [child.poll() for child in children]
     ended = [(n, code) for n, code in enumerate(codes) if code]
     if failed is None and ended:
-      # Of several at once, one that a signal ended is the cause and not the effect.
-      failed = min(ended, key=lambda pair: (pair[1] > 0, pair[0]))
+      # Of several at once, one that a signal ended is the cause and not the effect; and
+      # one that ends for another's sake does so with a large code.
+      failed = min(ended, key=lambda pair: (pair[1] > 0, pair[1], pair[0]))
       until = time.monotonic() + grace
       left = codes.count(None)
       rest = f"; the other {left} have {grace:g} s to end" if left else ""

@@ -26,10 +26,8 @@ import yaml
 from launch import cluster
 from launch.cluster import Call, option
 from lorax_flax.errors import LoraxError
+from lorax_flax.train.processes import PREEMPTED
 
-# What a run that was told to stop, and saved, exits with; see
-# `lorax_flax.train.processes`, which JAX is needed to import.
-_PREEMPTED = 143
 _PORT = 8476
 # JAX does not know SkyPilot, whose variables say the same under other names. On a TPU
 # slice JAX has to number the processes itself, as their chips lie.
@@ -108,7 +106,7 @@ def task(command: Sequence[str], options: Options, folder: str) -> dict[str, Any
     "use_spot": options.spot or None,
     "job_recovery": {
       "max_restarts_on_errors": options.max_restarts,
-      "recover_on_exit_codes": [_PREEMPTED],
+      "recover_on_exit_codes": [PREEMPTED],
     }
     if options.managed
     else None,

@@ -19,10 +19,7 @@ from dataclasses import dataclass
 
 from launch import cluster
 from launch.cluster import Call, option
-
-# What a run that was told to stop, and saved, exits with; see
-# `lorax_flax.train.processes`, which JAX is needed to import.
-_PREEMPTED = 143
+from lorax_flax.train.processes import PREEMPTED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +74,7 @@ def _script(line: str, max_restarts: int) -> str:
   return f"""#!/bin/bash
 srun --kill-on-bad-exit=0 {line}
 code=$?
-if [ "$code" -eq {_PREEMPTED} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]
+if [ "$code" -eq {PREEMPTED} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_restarts} ]
 then
   scontrol requeue "$SLURM_JOB_ID" && exit 0
 fi

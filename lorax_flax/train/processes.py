@@ -14,6 +14,9 @@ from lorax_flax.errors import LoraxError
 # What a process that was told to stop, and saved, exits with: what a shell reports of
 # one that SIGTERM ended.
 PREEMPTED = 143
+# What one exits with that ends because another is gone. GKE, through xpk, starts a job
+# again after codes from 127 on, and not after a mistake of the user's, which is 1.
+LOST = 144
 
 # Where `launch.local`, or a person, says what a cluster's own variables would.
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"

@@ -126,7 +126,8 @@ class Watch:
     self._end(
       f"error: process {number} of {jax.process_count()} is gone: this one, process "
       f"{jax.process_index()}, ends too. The same command goes on from the last "
-      "checkpoint"
+      "checkpoint",
+      processes.LOST,
     )
 
   def _tell(self, message: bytes) -> None:
@@ -134,11 +135,11 @@ class Watch:
       with contextlib.suppress(OSError):  # It may be gone as well.
         peer.sendall(message)
 
-  def _end(self, message: str) -> None:
+  def _end(self, message: str, code: int = 1) -> None:
     self._ending.acquire()  # Kept: whoever is first has the word.
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _listen() -> tuple[socket.socket, bytes]:
