@@ -23,6 +23,7 @@ from typing import Self
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from lorax_flax.train import processes
@@ -144,8 +145,9 @@ class Watch:
 
 def _listen() -> tuple[socket.socket, bytes]:
   """A socket to connect to; and its address, with a new secret, as JSON."""
-  given = os.environ.get(processes.COORDINATOR)
-  host = given.rpartition(":")[0] if given else socket.gethostname()
+  # As the cluster calls it: other machines may not know it by its own name.
+  address = distributed.global_state.coordinator_address
+  host = address.rpartition(":")[0] if address else socket.gethostname()
   # Where the others reach this machine through another name, any address will do.
   local = host in ("127.0.0.1", "localhost")
   listener = socket.create_server((host if local else "", 0))
