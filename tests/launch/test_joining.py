@@ -114,7 +114,10 @@ def _tpu_vms():
 def _gke_pods():
   """The environment of each of a job's two pods, as GKE sets it."""
   hosts = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1", "TPU_SKIP_MDS_QUERY": "1"}
-  yield [hosts | {"TPU_WORKER_ID": str(i)} for i in (0, 1)]
+  with _tpu_vms() as machines:
+    yield [
+      machine | hosts | {"TPU_WORKER_ID": str(i)} for i, machine in enumerate(machines)
+    ]
 
 
 @pytest.mark.parametrize("cluster", [_tpu_vms, _gke_pods])
