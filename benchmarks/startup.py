@@ -1,7 +1,7 @@
 """Time from the command to the first step, with and without compiled programs kept.
 
   python -m benchmarks.startup
-  python -m benchmarks.startup --rounds=5 --config=glue_rte.py --config.data.glue_dir=DIR
+  python -m benchmarks.startup --rounds=5 --config=glue_sst2.py --config.model.scan=True
 
 Each start is a fresh process of `experiments.run` (the quick start's, unless told
 otherwise), which is ended after its first step. "none" keeps no programs, "cold" finds
