@@ -105,6 +105,17 @@ class Settings:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   compilation_cache: str | None = None
 
+  def __post_init__(self):
+    for name, value in (
+      ("model.path", self.model.path),
+      ("init_adapter", self.init_adapter),
+    ):
+      if value is not None and value.startswith("gs://"):
+        raise LoraxError(
+          f"{name} is {value}: models and adapters are not read from buckets; copy it "
+          "to a folder"
+        )
+
   def to_json(self) -> dict[str, Any]:
     """For config.json: all but what a run may go on without, or with another one."""
     values = dataclasses.asdict(self)

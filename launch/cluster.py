@@ -144,6 +144,11 @@ def python(
   return shlex.join([*words, interpreter, *command])
 
 
+def flags(given: Mapping[str, Any]) -> list[str]:
+  """Flags of a client, but for those that are None."""
+  return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+
 def install(extras: str) -> str:
   """A line of shell that installs the code of the folder it is in, once.
 

@@ -65,9 +65,8 @@ def render(command: Sequence[str], options: Options) -> list[Call]:
     f"{{ {options.setup}; }} && exec {line}"
   )
   archive, pack = cluster.packed(options.name, options.send)
-  where = [f"--zone={options.zone}", "--quiet"]
-  if options.project is not None:
-    where.append(f"--project={options.project}")
+  where = cluster.flags({"zone": options.zone, "project": options.project})
+  where.append("--quiet")
   everywhere = [*where, "--worker=all", *options.extra]
   return [
     *_create(options, where),

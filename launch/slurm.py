@@ -58,7 +58,7 @@ def render(command: Sequence[str], options: Options) -> list[Call]:
       (
         *("sbatch", f"--job-name={options.name}", f"--nodes={options.nodes}"),
         f"--ntasks-per-node={tasks}",
-        *(f"--{name}={value}" for name, value in given.items() if value is not None),
+        *cluster.flags(given),
         # The lines of a job that was queued again follow those before.
         *("--requeue", "--open-mode=append", f"--signal=TERM@{options.warn}"),
         *options.extra,

@@ -74,7 +74,7 @@ def render(command: Sequence[str], options: Options) -> list[Call]:
         *("xpk", "workload", "create", f"--cluster={options.cluster}"),
         *(f"--workload={options.name}", f"--tpu-type={options.tpu_type}"),
         f"--num-slices={options.num_slices}",
-        *(f"--{name}={value}" for name, value in given.items() if value is not None),
+        *cluster.flags(given),
         *image,
         f"--max-restarts={options.max_restarts}",
         f"--termination-grace-period-seconds={options.grace}",

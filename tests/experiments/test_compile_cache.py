@@ -76,6 +76,15 @@ def test_a_place_that_can_not_be_written_is_an_error(tmp_path):
   assert jax.config.jax_compilation_cache_dir == before
 
 
+def test_models_and_adapters_in_buckets_are_refused_by_name():
+  for section, name in (("model", "path"), (None, "init_adapter")):
+    config = configuration.load("quickstart.py")
+    with config.unlocked():
+      (config[section] if section else config)[name] = "gs://bucket/x"
+    with pytest.raises(LoraxError, match=f"{name} is gs://bucket/x: models and adapt"):
+      settings.convert(config)
+
+
 def test_a_run_may_go_on_with_another_place_for_its_programs():
   config = configuration.load("quickstart.py")
   with config.unlocked():
