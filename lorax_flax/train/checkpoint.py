@@ -68,15 +68,16 @@ class Checkpoints:
   def __init__(self, folder: Path):
     self._folder = folder
     self._policy = _BestAndLast()
-    self._manager = ocp.CheckpointManager(
-      folder if bucket.holds(folder) else folder.absolute(),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
-        async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
-      ),
-    )
+    with bucket.reaching(folder):
+      self._manager = ocp.CheckpointManager(
+        folder if bucket.holds(folder) else folder.absolute(),
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=self._policy,
+          cleanup_tmp_directories=True,
+          enable_async_checkpointing=True,
+          async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
+        ),
+      )
 
   def latest(self) -> int | None:
     """The step of the newest complete checkpoint, None where there is none."""
@@ -106,12 +107,13 @@ class Checkpoints:
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
-      ),
-    )
+    with bucket.reaching(self._folder):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
+        ),
+      )
     return restored.state, Progress(**restored.progress)
 
   def wait(self) -> None:
@@ -129,12 +131,12 @@ class Checkpoints:
     """Says why a checkpoint can't be written, and what there is all the same."""
     try:
       yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Of a bucket there are others than OSError.
       code = _refusal(error)
       if code is not None:
         why = os.strerror(code)
       elif bucket.holds(self._folder):
-        why = str(error).partition("\n")[0]
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
       else:
         raise
       kept = self._kept()

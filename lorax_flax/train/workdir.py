@@ -64,7 +64,8 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 def result(workdir: Path) -> dict[str, Any] | None:
   """The result of a run that is finished, None of one that is not."""
   file = workdir / RESULT
-  return _read(file) if file.exists() else None
+  with bucket.reaching(file):
+    return _read(file) if file.exists() else None
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -45,6 +45,9 @@ class Bucket(ThreadingHTTPServer):
       "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
     }
 
+  def handle_error(self, request, client_address) -> None:
+    """Nothing: a client was killed."""
+
   def names(self, prefix: str = "") -> list[str]:
     with self.lock:
       return sorted(name for name in self.objects if name.startswith(prefix))

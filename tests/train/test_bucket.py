@@ -116,6 +116,25 @@ def test_processes_share_a_bucket_for_workdir_and_programs_and_one_goes_on(
   assert result["trained_parameters"] == sum(x.size for x in tensors.values())
 
 
+def test_a_bucket_that_takes_nothing_any_more_is_one_error_and_keeps_what_it_has(
+  bucket,
+):
+  process = _start(bucket, "-m", "tests.train.toy", "gs://bucket/lost")
+  complete = "lost/checkpoints/5/commit_success.txt"
+  try:
+    while complete not in bucket.names("lost/") and process.poll() is None:
+      time.sleep(0.01)
+    bucket.broken.set()
+    said, _ = process.communicate(timeout=120)
+  finally:
+    bucket.broken.clear()
+  assert process.returncode == 1
+  assert "LoraxError: can't " in said.splitlines()[-1]
+  assert "gs://bucket/lost" in said.splitlines()[-1]
+  kept = re.compile(r"lost/checkpoints/\d+/commit_success.txt")
+  assert any(map(kept.fullmatch, bucket.names("lost/")))
+
+
 def test_a_bucket_that_takes_nothing_is_one_error_before_anything_is_loaded(bucket):
   bucket.broken.set()
   try:
