@@ -1,5 +1,6 @@
 """Several processes that train together: joining, agreeing, and stopping."""
 
+import itertools
 import os
 import signal
 import threading
@@ -97,6 +98,10 @@ def first_says(value: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
+# Of this process, whether it is to stop; all processes ask alike.
+_QUESTIONS = itertools.count(1)
+
+
 class StopRequest:
   """Whether SIGTERM has asked this run to stop; while entered, it does not kill."""
 
@@ -121,6 +126,10 @@ class StopRequest:
 
   def reached(self, step: int) -> bool:
     """Whether to stop after this step; the same answer in every process."""
+    del step
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
+      # JAX says yes to the question whose number follows the last that had been asked
+      # when the signal came. Numbered by the steps, a run that goes on after step 100
+      # would wait for number 1 where it came before the first question.
+      return multihost_utils.reached_preemption_sync_point(next(_QUESTIONS))
     return self._asked
