@@ -327,3 +327,24 @@ def test_help_shows_the_docstring_and_every_flag(name, capsys):
   assert "-m experiments.run --config=quickstart.py" in said
   for flag in ("--print", "--env", "--extra"):
     assert flag in said
+
+
+def test_code_is_installed_once(clients, monkeypatch):
+  clients.recorder("python3")
+  line = cluster.install("tpu,gcs")
+  subprocess.run(["bash", "-c", f"{line} && touch installed"], check=True)
+  pip, venv, install = clients.calls()
+  assert pip[1:4] == ["-m", "pip", "install"]
+  assert venv[1:4] == ["-m", "uv", "venv"]
+  assert install[1:5] == ["-m", "uv", "pip", "install"]
+  assert ".[tpu,gcs]" in install
+  assert Path("installed").exists()
+  _venv(Path())
+  subprocess.run(["bash", "-c", line], check=True)
+  assert clients.calls() == []
+  shutil.rmtree(".venv")
+  clients.recorder("python3", code=3)
+  assert (
+    subprocess.run(["bash", "-c", f"{line} && echo on"], check=False).returncode == 3
+  )
+  assert len(clients.calls()) == 1

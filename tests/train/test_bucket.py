@@ -24,10 +24,6 @@ from tests.train import buckets, tiny, toy
 _VARIES = {"train_seconds", "seconds", "tokens_per_second", "adapter"}
 
 
-# One bucket for all of them.
-pytestmark = pytest.mark.xdist_group("bucket")
-
-
 @pytest.fixture(scope="module")
 def bucket():
   """Found by this process and by those it starts."""
