@@ -136,7 +136,7 @@ class Checkpoints:
       if code is not None:
         why = os.strerror(code)
       elif bucket.holds(self._folder):
-        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
       else:
         raise
       kept = self._kept()
