@@ -13,8 +13,10 @@ stop (exit code 143), on the same or on other devices.
 Several devices: --config.mesh.data, .fsdp and .tensor say how many along each axis,
 and one of them -1, what is left. JAX_NUM_CPU_DEVICES=8 in the environment makes a CPU
 eight devices. Several processes, which share DIR: `python -m launch.local` starts them
-here; on a cluster, --distributed. JAX_COMPILATION_CACHE_DIR (a folder, or gs://…) keeps
-compiled programs for the next start.
+here, and launch.gcloud, .slurm, .xpk and .sky on clusters (--distributed joins them).
+
+--config.compilation_cache=FOLDER keeps compiled programs for the next start. It and the
+workdir may lie in a bucket, gs://BUCKET/FOLDER (with the extra gcs).
 """
 
 import sys
@@ -37,14 +39,16 @@ DISTRIBUTED = flags.DEFINE_bool(
   "Join the other processes that the cluster (Slurm, a TPU pod, …) has started.",
 )
 WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where all is written; runs/CONFIG where it isn't given."
+  "workdir",
+  None,
+  "Where all is written, a folder or gs://BUCKET/FOLDER; runs/CONFIG without it.",
 )
 
 
 def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
   """Trains as `wanted` says, or goes on with that; returns what result.json holds."""
   # Here, since --help and mistakes in flags need not wait for them.
-  from experiments import job
+  from experiments import compile_cache, job
   from lorax_flax.train import loop, processes
   from lorax_flax.train import workdir as files
 
@@ -57,6 +61,7 @@ def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
     return result or {}
   if processes.first():
     files.check_writable(workdir)
+  compile_cache.use(wanted.compilation_cache)
   prepared = job.prepare(wanted, say)
   if processes.first():
     files.claim(workdir, wanted.to_json())
@@ -95,11 +100,9 @@ def main() -> int:
     logging.set_verbosity(logging.WARNING)
     cli.quiet_writers()
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
-  workdir = (
-    Path(WORKDIR.value) if WORKDIR.value else configuration.default_workdir(spec)
-  )
-  workdir = workdir.expanduser()
-  from lorax_flax.train import processes, watch
+  from lorax_flax.train import bucket, processes, watch
+
+  workdir = bucket.folder(WORKDIR.value or configuration.default_workdir(spec))
 
   processes.join(DISTRIBUTED.value)
   if processes.first():

@@ -91,7 +91,11 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Settings:
-  """One run."""
+  """One run.
+
+  Attributes:
+    compilation_cache: a folder, or gs://…, that keeps compiled programs.
+  """
 
   model: ModelSettings
   data: DataSettings
@@ -99,16 +103,29 @@ class Settings:
   train: TrainConfig
   init_adapter: str | None = None
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  compilation_cache: str | None = None
+
+  def __post_init__(self):
+    for name, value in (
+      ("model.path", self.model.path),
+      ("init_adapter", self.init_adapter),
+    ):
+      if value is not None and value.startswith("gs://"):
+        raise LoraxError(
+          f"{name} is {value}: models and adapters are not read from buckets; copy it "
+          "to a folder"
+        )
 
   def to_json(self) -> dict[str, Any]:
-    """For config.json: all but the mesh, since a run may go on with another one."""
+    """For config.json: all but what a run may go on without, or with another one."""
     values = dataclasses.asdict(self)
-    del values["mesh"]
+    for name in ("mesh", "compilation_cache"):
+      del values[name]
     return values
 
 
 _SECTIONS = {"model", "data", "train", "mesh"}
-_TOP = ("seed", "init_adapter", "lora", *sorted(_SECTIONS))
+_TOP = ("seed", "init_adapter", "compilation_cache", "lora", *sorted(_SECTIONS))
 
 
 def convert(config: ConfigDict, overridden: Collection[str] = ()) -> Settings:
@@ -140,6 +157,7 @@ def convert(config: ConfigDict, overridden: Collection[str] = ()) -> Settings:
     train=_build(TrainConfig, "train", train),
     mesh=_build(MeshConfig, "mesh", values.get("mesh", {})),
     init_adapter=values.get("init_adapter"),
+    compilation_cache=values.get("compilation_cache"),
   )
 
 

@@ -23,6 +23,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from launch import arguments
+
 _POLL = 0.05  # seconds
 
 
@@ -117,8 +119,9 @@ def _wait(children: Sequence[subprocess.Popen[str]], grace: float) -> int:
     codes = [child.poll() for child in children]
     ended = [(n, code) for n, code in enumerate(codes) if code]
     if failed is None and ended:
-      # Of several at once, one that a signal ended is the cause and not the effect.
-      failed = min(ended, key=lambda pair: (pair[1] > 0, pair[0]))
+      # Of several at once, one that a signal ended is the cause and not the effect; and
+      # one that ends for another's sake does so with a large code.
+      failed = min(ended, key=lambda pair: (pair[1] > 0, pair[1], pair[0]))
       until = time.monotonic() + grace
       left = codes.count(None)
       rest = f"; the other {left} have {grace:g} s to end" if left else ""
@@ -161,7 +164,7 @@ def _free_port() -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-  own, _, command = _split(argv)
+  own, command = arguments.split(argv)
   about, _, rest = (__doc__ or "").partition("\n")
   parser = argparse.ArgumentParser(
     prog="python -m launch.local",
@@ -180,13 +183,6 @@ def main(argv: Sequence[str]) -> int:
   if not command:
     parser.error("what shall run? Give Python's arguments after --")
   return run(command, found.processes, found.devices, found.grace)
-
-
-def _split(argv: Sequence[str]) -> tuple[Sequence[str], str, Sequence[str]]:
-  if "--" not in argv:
-    return argv, "", ()
-  at = list(argv).index("--")
-  return argv[:at], "--", argv[at + 1 :]
 
 
 def _positive(text: str) -> int:

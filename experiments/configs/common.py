@@ -16,6 +16,8 @@ def base() -> ConfigDict:
   config.seed = 0
   # A PEFT folder whose LoRA weights training starts from.
   config.init_adapter = config_dict.placeholder(str)
+  # A folder, or gs://…, that keeps compiled programs for the next start.
+  config.compilation_cache = config_dict.placeholder(str)
 
   config.model = ConfigDict()
   config.model.path = "minilm"  # a folder, a hub name or an alias

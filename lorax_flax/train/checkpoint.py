@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.train import bucket
 
 PyTree = Any
 
@@ -85,15 +86,16 @@ class Checkpoints:
     """`progress`: makes it from a checkpoint's JSON."""
     self._folder, self._progress = folder, progress
     self._policy = _BestAndLast()
-    self._manager = ocp.CheckpointManager(
-      folder.absolute(),
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
-        async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
-      ),
-    )
+    with bucket.reaching(folder):
+      self._manager = ocp.CheckpointManager(
+        folder if bucket.holds(folder) else folder.absolute(),
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=self._policy,
+          cleanup_tmp_directories=True,
+          enable_async_checkpointing=True,
+          async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
+        ),
+      )
 
   def latest(self) -> int | None:
     """The step of the newest complete checkpoint, None where there is none."""
@@ -125,12 +127,13 @@ class Checkpoints:
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
-      ),
-    )
+    with bucket.reaching(self._folder):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
+        ),
+      )
     return restored.state, self._progress(**restored.progress)
 
   def wait(self) -> None:
@@ -148,17 +151,34 @@ class Checkpoints:
     """Says why a checkpoint can't be written, and what there is all the same."""
     try:
       yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Of a bucket there are others than OSError.
       code = _refusal(error)
-      if code is None:
+      if code is not None:
+        why = os.strerror(code)
+      elif bucket.holds(self._folder):
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+      else:
         raise
-      # Orbax would ask the other processes, who may be waiting for this one.
-      names = [entry.name for entry in self._folder.iterdir()]
-      kept = max((int(name) for name in names if name.isdecimal()), default=None)
+      kept = self._kept()
       raise LoraxError(
-        f"can't write a checkpoint to {self._folder}: {os.strerror(code)}. "
+        f"can't write a checkpoint to {self._folder}: {why}. "
         + (f"The checkpoint of step {kept} is kept" if kept else "There is none yet")
       ) from error
+
+  def _kept(self) -> int | None:
+    """The newest complete checkpoint.
+
+    Orbax would ask the other processes, who may be waiting for this one.
+    """
+    with bucket.reaching(self._folder):
+      steps = [entry for entry in self._folder.iterdir() if entry.name.isdecimal()]
+      if bucket.holds(self._folder):  # There its name does not say that it is complete.
+        steps = [entry for entry in steps if (entry / _COMMITTED).exists()]
+    return max((int(entry.name) for entry in steps), default=None)
+
+
+# The object with which Orbax completes a checkpoint in a bucket.
+_COMMITTED = "commit_success.txt"
 
 
 def _meet(*, key: str, timeout_ms: int) -> None:

@@ -1,12 +1,14 @@
 """curves.png: loss, learning rate and the evaluation's metrics over the steps."""
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from lorax_flax.train import workdir as files
 
 
 def draw(file: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -40,6 +42,6 @@ def draw(file: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
       axes.plot(x, y, marker=marker, label=name)
     if shown:
       axes.legend(frameon=False)
-  part = file.with_name(f".{file.name}.part")
-  figure.savefig(part, dpi=120, format="png")
-  os.replace(part, file)
+  picture = io.BytesIO()
+  figure.savefig(picture, dpi=120, format="png")
+  files.write_bytes(file, picture.getvalue())

@@ -207,5 +207,7 @@ class Drive:
     with self.clock.on("save"):
       position, seconds = self._work.batches.get_state(), self.clock.seconds()
       each = [ledger.progress(position, seconds) for ledger in self._ledgers]
+      for ledger in self._ledgers:
+        ledger.record.flush()
       self._checkpoints.save(number, state, self._work.progress(each))
     self._saved_at = self._total_seconds()

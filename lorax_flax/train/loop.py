@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from lorax_flax.methods import Adapter
-from lorax_flax.train import curves, processes, workdir
+from lorax_flax.train import bucket, curves, processes, workdir
 from lorax_flax.train import mesh as meshes
 from lorax_flax.train import program as programs
 from lorax_flax.train import state as states
@@ -161,8 +161,10 @@ def finish(
     adapter: the best evaluation's, whole on this host.
     seconds: of the run, by what they were spent on.
   """
-  paths = job.export(adapter, folder)
-  result = ledger.result(trained_parameters, seconds) | dict(paths)
+  with bucket.staging(folder) as here:
+    paths = job.export(adapter, here)
+  lie = {n: str(folder / Path(p).relative_to(here)) for n, p in paths.items()}
+  result = ledger.result(trained_parameters, seconds) | lie
   if processes.first():
     curves.draw(folder / workdir.CURVES, ledger.record.lines, job.title)
     workdir.write_json(folder / workdir.RESULT, result)

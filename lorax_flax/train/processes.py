@@ -1,5 +1,6 @@
 """Several processes that train together: joining, agreeing, and stopping."""
 
+import itertools
 import os
 import signal
 import threading
@@ -14,6 +15,9 @@ from lorax_flax.errors import LoraxError
 # What a process that was told to stop, and saved, exits with: what a shell reports of
 # one that SIGTERM ended.
 PREEMPTED = 143
+# What one exits with that ends because another is gone. GKE, through xpk, starts a job
+# again after codes from 127 on, and not after a mistake of the user's, which is 1.
+LOST = 144
 
 # Where `launch.local`, or a person, says what a cluster's own variables would.
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
@@ -94,6 +98,10 @@ def first_says(value: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
+# Of this process, whether it is to stop; all processes ask alike.
+_QUESTIONS = itertools.count(1)
+
+
 class StopRequest:
   """Whether SIGTERM has asked this run to stop; while entered, it does not kill."""
 
@@ -118,6 +126,10 @@ class StopRequest:
 
   def reached(self, step: int) -> bool:
     """Whether to stop after this step; the same answer in every process."""
+    del step
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
+      # JAX says yes to the question whose number follows the last that had been asked
+      # when the signal came. Numbered by the steps, a run that goes on after step 100
+      # would wait for number 1 where it came before the first question.
+      return multihost_utils.reached_preemption_sync_point(next(_QUESTIONS))
     return self._asked

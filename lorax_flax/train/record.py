@@ -1,5 +1,6 @@
 """What a run writes down as it goes: metrics.jsonl and TensorBoard's events."""
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from lorax_flax.train import bucket
 from lorax_flax.train import workdir as files
 
 
@@ -18,12 +20,17 @@ class Record:
 
   metrics.jsonl holds nothing that depends on the clock: a run that was killed and went
   on has the very file of one that was not. Speeds go to TensorBoard alone.
+
+  In a bucket, where nothing can be appended to, both are complete after each `flush`.
   """
 
   def __init__(self, workdir: Path, step: int):
     """Goes on after `step`: later lines, of a process that was killed, are dropped."""
+    self.lines: list[dict[str, Any]] = _lines_until(workdir / files.METRICS, step)
+    self._mirror = bucket.Mirror(workdir) if bucket.holds(workdir) else None
+    if self._mirror is not None:
+      workdir = self._mirror.folder
     self._file = workdir / files.METRICS
-    self.lines: list[dict[str, Any]] = _lines_until(self._file, step)
     files.write_text(self._file, "".join(map(_dump, self.lines)))
     self._folder = workdir / files.TENSORBOARD
     with files.naming(self._file):
@@ -51,6 +58,11 @@ class Record:
         self._event(step, summary=summary.scalar(name, value))
       self._events.flush()
 
+  def flush(self) -> None:
+    """Until all lines would survive the end of this machine, as a checkpoint does."""
+    if self._mirror is not None:
+      self._mirror.send()
+
   def _event(self, step: int, **what: Any) -> None:
     self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
@@ -59,6 +71,9 @@ class Record:
       self._out.close()
     with files.naming(self._folder):
       self._events.close()
+    if self._mirror is not None:
+      with contextlib.closing(self._mirror):
+        self.flush()
 
 
 class SilentRecord:
@@ -72,6 +87,9 @@ class SilentRecord:
   def speed(self, step: int, values: Mapping[str, float]) -> None:
     """Nothing."""
 
+  def flush(self) -> None:
+    """Nothing."""
+
   def close(self) -> None:
     """Nothing."""
 
@@ -83,9 +101,11 @@ def _dump(line: Mapping[str, Any]) -> str:
 def _lines_until(file: Path, step: int) -> list[dict[str, Any]]:
   """The lines up to a step; the last one may have been cut off by a kill."""
   lines: list[dict[str, Any]] = []
-  if not file.exists():
-    return lines
-  for text in file.read_text("utf-8").splitlines():
+  with bucket.reaching(file):
+    if not file.exists():
+      return lines
+    content = file.read_text("utf-8")
+  for text in content.splitlines():
     try:
       line = json.loads(text)
     except ValueError:

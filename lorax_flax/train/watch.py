@@ -23,6 +23,7 @@ from typing import Self
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from lorax_flax.train import processes
@@ -126,7 +127,8 @@ class Watch:
     self._end(
       f"error: process {number} of {jax.process_count()} is gone: this one, process "
       f"{jax.process_index()}, ends too. The same command goes on from the last "
-      "checkpoint"
+      "checkpoint",
+      processes.LOST,
     )
 
   def _tell(self, message: bytes) -> None:
@@ -134,17 +136,18 @@ class Watch:
       with contextlib.suppress(OSError):  # It may be gone as well.
         peer.sendall(message)
 
-  def _end(self, message: str) -> None:
+  def _end(self, message: str, code: int = 1) -> None:
     self._ending.acquire()  # Kept: whoever is first has the word.
     print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _listen() -> tuple[socket.socket, bytes]:
   """A socket to connect to; and its address, with a new secret, as JSON."""
-  given = os.environ.get(processes.COORDINATOR)
-  host = given.rpartition(":")[0] if given else socket.gethostname()
+  # As the cluster calls it: other machines may not know it by its own name.
+  address = distributed.global_state.coordinator_address
+  host = address.rpartition(":")[0] if address else socket.gethostname()
   # Where the others reach this machine through another name, any address will do.
   local = host in ("127.0.0.1", "localhost")
   listener = socket.create_server((host if local else "", 0))

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and its files."""
+"""A run's folder, on a disk or in a bucket: whose it is, and its files."""
 
 import contextlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.train import bucket
 
 CONFIG = "config.json"
 RESULT = "result.json"
@@ -20,10 +21,11 @@ TENSORBOARD = "tensorboard"
 def check(workdir: Path, config: Mapping[str, Any]) -> None:
   """Raises LoraxError where `claim` would; before the work, so that none is lost."""
   file = workdir / CONFIG
-  if workdir.exists() and not workdir.is_dir():
-    raise LoraxError(f"{workdir} is a file, and a workdir is a folder")
-  if not file.exists():
-    return
+  with bucket.reaching(workdir):
+    if workdir.exists() and not workdir.is_dir():
+      raise LoraxError(f"{workdir} is a file, and a workdir is a folder")
+    if not file.exists():
+      return
   if differences := list(_differences(read_json(file), _as_json(config))):
     raise LoraxError(
       f"{workdir} holds a run of another config: {'; '.join(differences)}. Choose "
@@ -36,11 +38,13 @@ def check_writable(workdir: Path) -> None:
 
   Raises:
     OSError: it can't be written to.
+    LoraxError: nor can the bucket.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  probe = workdir / ".probe"
-  write_text(probe, "")
-  probe.unlink()
+  with bucket.reaching(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / ".probe"
+    write_text(probe, "")
+    probe.unlink()
 
 
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -60,7 +64,8 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 def result(workdir: Path) -> dict[str, Any] | None:
   """The result of a run that is finished, None of one that is not."""
   file = workdir / RESULT
-  return read_json(file) if file.exists() else None
+  with bucket.reaching(file):
+    return read_json(file) if file.exists() else None
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -70,9 +75,18 @@ def write_json(file: Path, value: Any) -> None:
 
 def write_text(file: Path, text: str) -> None:
   """Writes a text, all of it or nothing."""
+  write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+  """Writes a file, all of it or nothing."""
+  if bucket.holds(file):
+    with bucket.reaching(file):
+      file.write_bytes(content)
+    return
   part = file.with_name(f".{file.name}.part")
   with naming(part):
-    part.write_text(text, "utf-8")
+    part.write_bytes(content)
     os.replace(part, file)
 
 

@@ -70,11 +70,12 @@ def test_when_one_fails_the_others_are_ended_and_its_code_is_the_launchers():
   assert "process 2 has not ended, and is killed" in err
 
 
-def test_one_that_a_signal_ended_is_named_before_those_that_failed_of_it():
-  class Ended:
-    def __init__(self, code):
-      self.poll = lambda: code
+class Ended:
+  def __init__(self, code):
+    self.poll = lambda: code
 
+
+def test_one_that_a_signal_ended_is_named_before_those_that_failed_of_it():
   said = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(local, "_say", said.append)
@@ -116,3 +117,9 @@ def test_a_mistake_in_the_arguments_is_named(arguments, message, capsys):
     local.main(arguments)
   assert error.value.code == 2
   assert message in capsys.readouterr().err
+
+
+def test_of_several_at_once_a_mistake_is_named_before_those_that_lost_it():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(local, "_say", lambda line: None)
+    assert local._wait([Ended(144), Ended(1), Ended(144)], grace=1) == 1

@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from jax.experimental import multihost_utils
 
 from experiments import cli, configuration, run, settings
+from lorax_flax.train import processes
 from tests.train import tiny
 
 # One worker runs them all: what they share is made once.
@@ -34,11 +37,11 @@ def _here(config, workdir):
   return workdir
 
 
-def _launch(config, workdir, processes, *flags, sabotage="-1 none 0"):
+def _launch(config, workdir, count, *flags, sabotage="-1 none 0"):
   """Several processes with two devices each: the exit code, and all lines."""
   done = subprocess.run(
     [
-      *(sys.executable, "-m", "launch.local", f"--processes={processes}"),
+      *(sys.executable, "-m", "launch.local", f"--processes={count}"),
       *("--devices=2", "--grace=30", "--", "-m", "tests.train.saboteur"),
       *(f"--config={config}", f"--workdir={workdir}", *flags),
     ],
@@ -153,3 +156,22 @@ def test_a_folder_that_can_not_be_written_is_said_before_anything_is_loaded(
     with pytest.raises(OSError, match="run") as error:
       _here(config, folder)
     assert cli.explain(error.value) == f"{message}{folder}"
+
+
+def test_a_run_that_goes_on_hears_of_a_signal_that_came_before_its_first_step(
+  monkeypatch,
+):
+  # JAX's rule: the answer is yes at the question after the last that anyone has asked.
+  asked = []
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+    multihost_utils,
+    "reached_preemption_sync_point",
+    lambda number: asked.append(number) or False,
+  )
+  stop = processes.StopRequest()
+  for step in (101, 102):
+    stop.reached(step)
+  first = asked[0]
+  assert asked == [first, first + 1]
+  assert first < 101

@@ -14,7 +14,7 @@ import numpy as np
 import lorax_flax as lx
 from lorax_flax.data import pipeline
 from lorax_flax.data.tokens import Tokens, ragged
-from lorax_flax.train import losses, mesh, workdir
+from lorax_flax.train import bucket, losses, mesh, workdir
 from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.loop import Job, fit
 
@@ -114,6 +114,6 @@ def export(adapter, folder: Path) -> dict[str, str]:
 
 if __name__ == "__main__":
   jax.config.update("jax_num_cpu_devices", 1)
-  run = Path(sys.argv[1])
+  run = bucket.folder(sys.argv[1])
   workdir.claim(run, {"toy": 1})
   fit(CONFIG, job(), run)
