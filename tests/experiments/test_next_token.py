@@ -32,6 +32,8 @@ from tests.experiments.token_ids import (
 )
 from tests.train.stopping import Stopped, Stopping
 
+pytestmark = pytest.mark.xdist_group("next_token")  # Runs that several tests look at.
+
 # Of each family: the config that is shrunk, and what PEFT adapts.
 FAMILIES = {
   "llama": ("llama3_8b_instruct.py", {"target_modules": "all-linear"}),
