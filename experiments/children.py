@@ -1,15 +1,18 @@
 """Commands in processes of their own, some at a time; each line says whose it is."""
 
+import ctypes
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
 _POLL = 0.05  # seconds
+_PARENT_DEATH_SIGNAL = 1  # Linux's number of that request
 
 
 @dataclass
@@ -61,8 +64,20 @@ def _start(command: Sequence[str]) -> Child:
       text=True,
       errors="replace",
       start_new_session=True,  # A terminal's ^C comes once, from us.
+      preexec_fn=_ends_with_us(),
     )
   )
+
+
+def _ends_with_us() -> Callable[[], object] | None:
+  """Makes a process get SIGTERM when this one is killed; only Linux can.
+
+  Given again, the command would otherwise train what is training still.
+  """
+  if sys.platform != "linux":
+    return None
+  prctl = ctypes.CDLL(None).prctl
+  return lambda: prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _copy(name: str, child: Child) -> None:

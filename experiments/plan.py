@@ -69,6 +69,11 @@ class Plan:
       files.write_text(folder / _TRIALS, json.dumps(chosen, indent=1) + "\n")
     return self.make(chosen)
 
+  def batches(self, known: Sequence[Trial]) -> list[Sequence[Trial]]:
+    """Trials that were chosen at the same time, and may train together."""
+    size = len(known) if self.space is None else self.space.at_once
+    return [known[i : i + size] for i in range(0, len(known), size)]
+
   def chosen(self, folder: Path) -> Sequence[Mapping[str, Any]]:
     """What the trials set that there are so far."""
     file = folder / _TRIALS

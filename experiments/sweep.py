@@ -25,6 +25,7 @@ adapter/, … A trial that diverges does not stop the others. The same command g
 with a sweep that was interrupted. --config.NAME=VALUE is for all trials.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,11 +92,16 @@ def main() -> int:
   from lorax_flax.train import processes
 
   cli.quiet_writers()
-  processes.join(DISTRIBUTED.value)
   usual = configuration.default_workdir(spec)
   folder = Path(WORKDIR.value or f"{usual}-sweep").expanduser()
   if TRIALS.value is not None:
+    processes.join(DISTRIBUTED.value)
     return sweeping.train(wanted, folder, _numbers(TRIALS.value))
+  if DISTRIBUTED.value or processes.COORDINATOR in os.environ:
+    raise LoraxError(
+      "several processes train some trials together, and do not run a sweep: name "
+      "the trials, --trials=0,1,2"
+    )
   return sweeping.run(wanted, folder, AT_ONCE.value, JOBS.value, sys.argv[1:])
 
 

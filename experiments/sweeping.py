@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from rich import console as rich_console
 
 from experiments import children, cli, outcomes, sweep_page, sweep_table, trials, unit
@@ -14,8 +13,6 @@ from experiments.trials import Unit
 from lorax_flax.errors import LoraxError
 from lorax_flax.train import processes, watch
 from lorax_flax.train import workdir as files
-
-_POLL = 0.1  # seconds
 
 
 def run(
@@ -30,13 +27,8 @@ def run(
     arguments: of this command, for those processes.
 
   Raises:
-    LoraxError: the folder holds another sweep; several processes have joined.
+    LoraxError: the folder holds another sweep.
   """
-  if jax.process_count() > 1:
-    raise LoraxError(
-      "several processes train some trials together, and do not run a sweep: name "
-      "them, --trials=0,1,2"
-    )
   print(f"Workdir: {folder}", flush=True)
   files.check(folder, plan.to_json())
   files.check_writable(folder)
@@ -47,12 +39,15 @@ def run(
   while True:
     known = plan.next(folder, ends)
     ends = outcomes.read(known, folder)
-    left = [u for u in trials.units(known, at_once) if not _over(u, folder)]
+    units = [u for batch in plan.batches(known) for u in trials.units(batch, at_once)]
+    left = [wanted for wanted in units if not _over(wanted, folder)]
     if not left:
       break
     done = sum(end.over for end in ends)
     print(f"{len(known)} trials, {done} of them over; {len(left)} programs to run")
-    if len(left) == 1:
+    # A search may need other processes later, for which this one must leave the
+    # devices alone.
+    if len(left) == 1 and plan.space is None:
       code = _here(left[0], folder)
     else:
       code, reasons = _elsewhere(left, folder, jobs, arguments)

@@ -11,6 +11,7 @@ A config's file lists them in a function beside `get_config` (big_vision's conve
 import copy
 import dataclasses
 import json
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,9 @@ class Unit:
 
   @property
   def name(self) -> str:
-    """Of the folder with what they have in common."""
-    return f"together-{self.trials[0].number:03}"
+    """Of the folder with what they have in common; other trials have another."""
+    numbers = ",".join(str(trial.number) for trial in self.trials)
+    return f"together-{self.trials[0].number:03}-{zlib.crc32(numbers.encode()):08x}"
 
 
 def listed(spec: str) -> list[dict[str, Any]] | None:

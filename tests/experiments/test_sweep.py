@@ -82,6 +82,25 @@ def _tensors(folder):
   return safetensors.numpy.load_file(folder / "adapter/adapter_model.safetensors")
 
 
+def _in_this_process(monkeypatch, wanted, folder):
+  """What has a process of its own is done here; returns the list of its commands."""
+  commands = []
+
+  def here(found, most):
+    ended = {}
+    for name, command in found.items():
+      commands.append(command)
+      numbers = command[-1].removeprefix("--trials=").split(",")
+      try:
+        ended[name] = sweeping.train(wanted, folder, [*map(int, numbers)]), ""
+      except LoraxError as error:
+        ended[name] = 1, str(error)
+    return ended
+
+  monkeypatch.setattr(sweeping.children, "run", here)
+  return commands
+
+
 @pytest.mark.parametrize("number", [3, 4])
 def test_each_trial_equals_its_own_separate_run(config, swept, tmp_path, number):
   found = _plan(config).listed()
@@ -166,38 +185,39 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_table(config, swept, tmp_pa
     assert (tmp_path / name).read_text() == (swept / name).read_text()
 
 
+def test_a_search_trains_the_trials_that_it_chooses_batch_by_batch(
+  config, tmp_path, monkeypatch
+):
+  text = """
+def search(space):
+  space.log_uniform("train.learning_rate", 1e-3, 1e-1)
+  space.trials(3, at_once=2)
+"""
+  wanted, folder = _plan(config, text, tmp_path), tmp_path / "search"
+  ran = _in_this_process(monkeypatch, wanted, folder)
+  assert sweeping.run(wanted, folder, 8, 1, []) == 0
+  assert [command[-1] for command in ran] == ["--trials=0,1", "--trials=2"]
+  rows = _rows(folder)
+  assert [row["status"] for row in rows] == ["done"] * 3
+  assert len({row["train.learning_rate"] for row in rows}) == 3
+  # Taken up again, it has nothing left to choose.
+  assert sweeping.run(wanted, folder, 8, 1, []) == 0
+  assert len(ran) == 2
+
+
 def test_what_can_not_train_together_runs_in_processes_of_its_own(
   config, tmp_path, monkeypatch, capfd
 ):
   text = _sweep(
     {"lora.exclude": "nothing"}, {"data.max_length": 30}, {"train.steps": 1}
   )
-  wanted, commands = _plan(config, text, tmp_path), {}
-
-  def here(found, most):
-    """Their own processes' work, done in this one."""
-    commands.update(found)
-    ended = {}
-    for name, command in found.items():
-      numbers = command[-1].partition("=")[2]
-      try:
-        ended[name] = sweeping.train(
-          wanted, run_folder, [*map(int, numbers.split(","))]
-        )
-      except LoraxError as error:
-        ended[name] = 1, str(error)
-      else:
-        ended[name] = ended[name], ""
-    return ended
-
-  run_folder = tmp_path / "sweep"
-  monkeypatch.setattr(sweeping.children, "run", here)
-  assert sweeping.run(wanted, run_folder, 8, 2, ["--config=C"]) == 1
-  assert [command[3:] for command in commands.values()] == [
-    ["--config=C", f"--workdir={run_folder}", f"--trials={numbers}"]
-    for numbers in "012"
+  wanted, folder = _plan(config, text, tmp_path), tmp_path / "sweep"
+  commands = _in_this_process(monkeypatch, wanted, folder)
+  assert sweeping.run(wanted, folder, 8, 2, ["--config=C"]) == 1
+  assert [command[3:] for command in commands] == [
+    ["--config=C", f"--workdir={folder}", f"--trials={numbers}"] for numbers in "012"
   ]
-  assert [row["status"] for row in _rows(run_folder)] == ["not run", "not run", "done"]
+  assert [row["status"] for row in _rows(folder)] == ["not run", "not run", "done"]
   assert "trial-001 could not be run: data.max_length is 30" in capfd.readouterr().err
 
 

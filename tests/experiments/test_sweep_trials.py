@@ -1,7 +1,10 @@
 """What a sweep makes of a config, before anything trains: trials, groups, searches."""
 
 import json
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +20,7 @@ from experiments import (
 )
 from experiments.outcomes import Outcome
 from lorax_flax.errors import LoraxError
+from tests.train import tiny
 
 _BASE = """
 from experiments.configs import common
@@ -199,3 +203,21 @@ def test_commands_run_some_at_a_time_and_say_whose_line_it_is(capfd):
   assert capfd.readouterr().out.split() == [
     *("[c0]", "out", "[c0]", "why", "[c3]", "out", "[c3]", "why")
   ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of that")
+def test_commands_end_with_the_process_that_started_them(tmp_path):
+  file = tmp_path / "pid"
+  inner = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); "
+  command = [sys.executable, "-c", inner + "time.sleep(60)"]
+  outer = f"from experiments import children; children.run({{'a': {command!r}}}, 1)"
+  parent = subprocess.Popen([sys.executable, "-c", outer], cwd=tiny.ROOT)
+  until = time.monotonic() + 30
+  while not (file.exists() and file.read_text()) and time.monotonic() < until:
+    time.sleep(0.02)
+  parent.kill()
+  parent.wait()
+  child = Path(f"/proc/{file.read_text()}")
+  while child.exists() and " Z " not in (child / "stat").read_text():
+    assert time.monotonic() < until
+    time.sleep(0.02)
