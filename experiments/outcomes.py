@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.trials import Trial
+from lorax_flax.train import bucket
 from lorax_flax.train import workdir as files
 from lorax_flax.train.ledger import Diverged
 from lorax_flax.train.metrics import METRICS
@@ -60,9 +61,9 @@ def read(trials: Sequence[Trial], folder: Path) -> list[Outcome]:
 
 def _read(trial: Trial, folder: Path) -> Outcome:
   failed = folder / FAILED
-  return Outcome(
-    trial, files.result(folder), files.read_json(failed) if failed.exists() else None
-  )
+  with bucket.reaching(failed):
+    why = files.read_json(failed) if failed.exists() else None
+  return Outcome(trial, files.result(folder), why)
 
 
 def write_failed(folder: Path, error: Diverged) -> None:

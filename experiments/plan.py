@@ -12,6 +12,7 @@ from experiments import search, settings, trials
 from experiments.outcomes import Outcome
 from experiments.trials import Trial
 from lorax_flax.errors import LoraxError
+from lorax_flax.train import bucket
 from lorax_flax.train import workdir as files
 
 _TRIALS = "trials.json"
@@ -79,7 +80,8 @@ class Plan:
     file = folder / _TRIALS
     if self.space is None:
       return self.changes
-    return json.loads(file.read_text("utf-8")) if file.exists() else []
+    with bucket.reaching(file):
+      return json.loads(file.read_text("utf-8")) if file.exists() else []
 
   def _ask(self, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     assert self.space is not None

@@ -23,12 +23,16 @@ another, --jobs=N at a time. DIR then holds results.csv, results.html, and of ea
 a folder as experiments.run leaves it: trial-000/ with result.json, metrics.jsonl,
 adapter/, … A trial that diverges does not stop the others. The same command goes on
 with a sweep that was interrupted. --config.NAME=VALUE is for all trials.
+
+  python -m experiments.sweep --config=… --workdir=gs://BUCKET/DIR
+    --launch="gcloud --name=pod --zone=us-west4-a --accelerator=v5litepod-16 --create"
+
+hands each program to a pod slice of its own; --table then makes the table.
 """
 
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -63,6 +67,17 @@ JOBS = flags.DEFINE_integer(
   "How many processes run at a time, of trials that do not train together.",
   lower_bound=1,
 )
+LAUNCH = flags.DEFINE_string(
+  "launch",
+  None,
+  "Hand each program to a launcher, one a job (a pod slice), and wait for none: "
+  '"slurm --nodes=2", or gcloud, xpk or sky, with the flags that '
+  "`python -m launch.slurm --help` lists; --name is the start of the jobs' names. DIR "
+  "has to be where those machines see it. --table shows later what is over.",
+)
+TABLE = flags.DEFINE_bool(
+  "table", False, "Make the table of what is over in DIR, and run nothing."
+)
 TRIALS = flags.DEFINE_list(
   "trials",
   None,
@@ -88,12 +103,12 @@ def main() -> int:
     _list(wanted.listed(), AT_ONCE.value)
     return 0
   large_pages.restart()
-  from experiments import sweeping
-  from lorax_flax.train import processes
+  from experiments import launching, sweeping
+  from lorax_flax.train import bucket, processes
 
   cli.quiet_writers()
   usual = configuration.default_workdir(spec)
-  folder = Path(WORKDIR.value or f"{usual}-sweep").expanduser()
+  folder = bucket.folder(WORKDIR.value or f"{usual}-sweep")
   if TRIALS.value is not None:
     processes.join(DISTRIBUTED.value)
     return sweeping.train(wanted, folder, _numbers(TRIALS.value))
@@ -102,6 +117,10 @@ def main() -> int:
       "several processes train some trials together, and do not run a sweep: name "
       "the trials, --trials=0,1,2"
     )
+  if TABLE.value:
+    return sweeping.table(wanted, folder)
+  if LAUNCH.value is not None:
+    return launching.run(wanted, folder, AT_ONCE.value, LAUNCH.value, sys.argv[1:])
   return sweeping.run(wanted, folder, AT_ONCE.value, JOBS.value, sys.argv[1:])
 
 

@@ -9,7 +9,7 @@ from rich import console as rich_console
 from experiments import children, cli, outcomes, sweep_page, sweep_table, trials, unit
 from experiments.outcomes import Outcome
 from experiments.plan import Plan
-from experiments.trials import Unit
+from experiments.trials import Trial, Unit
 from lorax_flax.errors import LoraxError
 from lorax_flax.train import processes, watch
 from lorax_flax.train import workdir as files
@@ -29,18 +29,14 @@ def run(
   Raises:
     LoraxError: the folder holds another sweep.
   """
-  print(f"Workdir: {folder}", flush=True)
-  files.check(folder, plan.to_json())
-  files.check_writable(folder)
-  files.claim(folder, plan.to_json())
+  claim(plan, folder)
   ends: list[Outcome] = []
   reasons: dict[str, str] = {}
   code = 0
   while True:
     known = plan.next(folder, ends)
     ends = outcomes.read(known, folder)
-    units = [u for batch in plan.batches(known) for u in trials.units(batch, at_once)]
-    left = [wanted for wanted in units if not _over(wanted, folder)]
+    left = left_of(plan, known, folder, at_once)
     if not left:
       break
     done = sum(end.over for end in ends)
@@ -61,6 +57,41 @@ def run(
   if code == 0 and not any(end.result is not None for end in ends):
     return 1
   return code
+
+
+def claim(plan: Plan, folder: Path) -> None:
+  """Takes the folder for this sweep, or goes on with it.
+
+  Raises:
+    LoraxError: it holds another one.
+  """
+  print(f"Workdir: {folder}", flush=True)
+  files.check(folder, plan.to_json())
+  files.check_writable(folder)
+  files.claim(folder, plan.to_json())
+
+
+def left_of(
+  plan: Plan, known: Sequence[Trial], folder: Path, at_once: int
+) -> list[Unit]:
+  """The units of which a trial is not over."""
+  units = [u for batch in plan.batches(known) for u in trials.units(batch, at_once)]
+  return [wanted for wanted in units if not _over(wanted, folder)]
+
+
+def table(plan: Plan, folder: Path) -> int:
+  """Makes the table of what is over; returns the exit code.
+
+  Raises:
+    LoraxError: the folder holds another sweep, or none.
+  """
+  files.check(folder, plan.to_json())
+  ends = outcomes.read(plan.make(plan.chosen(folder)), folder)
+  if not any(end.over for end in ends):
+    raise LoraxError(f"no trial in {folder} is over yet")
+  write(plan, folder, ends)
+  show(ends, folder)
+  return 0
 
 
 def train(plan: Plan, folder: Path, numbers: Sequence[int]) -> int:
@@ -99,13 +130,10 @@ def _elsewhere(
   Returns:
     The exit code of all, and of each unit that could not be run the reason.
   """
-  commands = {}
-  for wanted in units:
-    numbers = ",".join(str(trial.number) for trial in wanted.trials)
-    commands[_name(wanted)] = [
-      *(sys.executable, "-m", "experiments.sweep", *arguments),
-      *(f"--workdir={folder}", f"--trials={numbers}"),
-    ]
+  commands = {
+    _name(wanted): [sys.executable, *command(wanted, folder, arguments)]
+    for wanted in units
+  }
   ended = children.run(commands, jobs)
   codes = [code for code, _ in ended.values()]
   reasons = {
@@ -115,6 +143,13 @@ def _elsewhere(
   }
   told = processes.PREEMPTED in codes or len(ended) < len(units)
   return processes.PREEMPTED if told else max(map(abs, codes)), reasons
+
+
+def command(wanted: Unit, folder: Path, arguments: Sequence[str]) -> list[str]:
+  """Python's arguments that train a unit, from those of the sweep's command."""
+  numbers = ",".join(str(trial.number) for trial in wanted.trials)
+  own = [f"--workdir={folder}", f"--trials={numbers}"]
+  return ["-m", "experiments.sweep", *arguments, *own]
 
 
 def _name(wanted: Unit) -> str:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments import job, outcomes
+from experiments import compile_cache, job, outcomes
 from experiments.trials import Unit
 from lorax_flax.train import loop, processes, together
 from lorax_flax.train import workdir as files
@@ -27,6 +27,7 @@ def run(unit: Unit, folder: Path) -> None:
     files.check(own, trial.settings.to_json())
     if processes.first():
       files.check_writable(own)
+  compile_cache.use(unit.trials[0].settings.compilation_cache)
   say = print if processes.first() else _nothing
   jobs, batches = job.prepare_several([t.settings for t in unit.trials], say)
   if processes.first():

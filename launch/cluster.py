@@ -30,8 +30,8 @@ _SENT = (
   *("setup.cfg", "pyproject.toml", "README.md"),
   *("lorax_flax", "experiments", "launch"),
 )
-# The command that asks the cluster who its other processes are, and how.
-_DISTRIBUTED = ("-m", "experiments.run")
+# The commands that ask the cluster who their other processes are, and how.
+_DISTRIBUTED = (("-m", "experiments.run"), ("-m", "experiments.sweep"))
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def python(
   command = list(command)
   if (
     cluster
-    and tuple(command[:2]) == _DISTRIBUTED
+    and tuple(command[:2]) in _DISTRIBUTED
     and not any(re.match(r"--?(no)?distributed\b", a) for a in command)
   ):
     command.append("--distributed")
@@ -256,9 +256,7 @@ def main(engine: Engine[Any], about: str | None, argv: Sequence[str]) -> int:
   if not command:
     parser.error("what shall run? Give Python's arguments after --")
   try:
-    options = engine.options(
-      **{n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
-    )
+    options = _options(engine, found)
     if shown:
       print(script(engine.render(command, options)), end="")
       return 0
@@ -266,6 +264,22 @@ def main(engine: Engine[Any], about: str | None, argv: Sequence[str]) -> int:
   except (LoraxError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+
+
+def read(engine: Engine[OptionsT], argv: Sequence[str]) -> OptionsT:
+  """A launcher's options from its flags, as on its command line.
+
+  Raises:
+    LoraxError: a value that can't be.
+  """
+  found = vars(_parser(engine, "").parse_args(argv))
+  del found["print"]
+  return _options(engine, found)
+
+
+def _options(engine: Engine[OptionsT], found: Mapping[str, Any]) -> OptionsT:
+  given: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in found.items()}
+  return engine.options(**given)
 
 
 def _parser(engine: Engine[Any], about: str) -> argparse.ArgumentParser:

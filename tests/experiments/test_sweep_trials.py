@@ -11,14 +11,17 @@ import pytest
 from experiments import (
   children,
   configuration,
+  launching,
   outcomes,
   plan,
   search,
   sweep_page,
   sweep_table,
+  sweeping,
   trials,
 )
 from experiments.outcomes import Outcome
+from launch import cluster
 from lorax_flax.errors import LoraxError
 from tests.train import tiny
 
@@ -221,3 +224,56 @@ def test_commands_end_with_the_process_that_started_them(tmp_path):
   while child.exists() and " Z " not in (child / "stat").read_text():
     assert time.monotonic() < until
     time.sleep(0.02)
+
+
+def test_each_program_is_handed_to_a_job_of_its_own(tmp_path, monkeypatch):
+  found = _plan(
+    tmp_path, _sweep({"seed": 0}, {"train.steps": 7}, {"seed": 1}, {"train.steps": 9})
+  )
+  folder = tmp_path / "sweep"
+  done = folder / "trial-003" / "result.json"
+  done.parent.mkdir(parents=True)
+  done.write_text('{"accuracy": 0.5, "primary_metric": "accuracy"}')
+  scripts = []
+  monkeypatch.setattr(
+    launching.cluster,
+    "submit",
+    lambda engine, command, options: scripts.append(
+      cluster.script(engine.render(command, options))
+    ),
+  )
+  text = "slurm --name=try --nodes=2 --python=python3 --extra='--qos=a b'"
+  arguments = ["--config=C", f"--launch={text}"]
+  assert launching.run(found, folder, 8, text, arguments) == 0
+  for script, number, numbers in zip(
+    scripts, ("000", "001"), ("0,2", "1"), strict=True
+  ):
+    assert f"--job-name=try-{number} --nodes=2" in script
+    assert "'--qos=a b'" in script
+    assert (
+      "python3 -m experiments.sweep --config=C "
+      f"--workdir={folder} --trials={numbers} --distributed\n" in script
+    )
+  assert sweeping.table(found, folder) == 0
+  assert (folder / "results.csv").read_text().count("not run") == 3
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [("slrum --nodes=2", "did you mean 'slurm'"), ("slurm --nodes=0", "at least 1")],
+)
+def test_a_mistake_in_launch_is_named(tmp_path, text, message):
+  found = _plan(tmp_path, _sweep({"seed": 0}))
+  with pytest.raises(LoraxError, match=message):
+    launching.run(found, tmp_path / "sweep", 8, text, [])
+
+
+def test_a_search_is_not_launched(tmp_path):
+  with pytest.raises(LoraxError, match="does not wait"):
+    launching.run(_plan(tmp_path, SEARCH), tmp_path / "sweep", 8, "slurm", [])
+
+
+def test_there_is_no_table_of_nothing(tmp_path):
+  found = _plan(tmp_path, _sweep({"seed": 0}))
+  with pytest.raises(LoraxError, match=r"no trial in .* is over yet"):
+    sweeping.table(found, tmp_path / "sweep")

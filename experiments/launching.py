@@ -1,0 +1,55 @@
+"""Hands a sweep's programs to a launcher: a job, or a pod slice, for each."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from experiments import outcomes, sweeping
+from experiments.plan import Plan
+from launch import cluster
+from launch.engines import ENGINES
+from lorax_flax.errors import LoraxError, unknown
+
+
+def run(
+  plan: Plan, folder: Path, at_once: int, text: str, arguments: Sequence[str]
+) -> int:
+  """Submits a job for each unit that is not over; returns the first bad exit code.
+
+  Args:
+    folder: of the sweep, which the machines see too.
+    at_once: how many trials train together at most.
+    text: the launcher's name and its flags, "slurm --nodes=2".
+    arguments: of this command, for the jobs.
+
+  Raises:
+    LoraxError: no such launcher, or a flag of it that can't be; a search, which would
+      have to wait for its trials.
+  """
+  name, *own = shlex.split(text) or [""]
+  if name not in ENGINES:
+    raise LoraxError(unknown("launcher", name, ENGINES))
+  if plan.space is not None:
+    raise LoraxError(
+      "a search chooses its trials by how others ended, and a launcher does not wait "
+      "for them: run it where the devices are"
+    )
+  engine = ENGINES[name]
+  stem = next((a.partition("=")[2] for a in own if a.startswith("--name=")), "sweep")
+  own = [a for a in own if not a.startswith("--name=")]
+  options = cluster.read(engine, [f"--name={stem}", *own])
+  arguments = [a for a in arguments if not re.match("--?launch=", a)]
+  sweeping.claim(plan, folder)
+  known = plan.next(folder, [])
+  done = sum(end.over for end in outcomes.read(known, folder))
+  left = sweeping.left_of(plan, known, folder, at_once)
+  print(f"{len(known)} trials, {done} of them over; {len(left)} jobs")
+  for wanted in left:
+    job = f"{stem}-{wanted.trials[0].number:03}"
+    command = sweeping.command(wanted, folder, arguments)
+    print(f"{job}: {', '.join(trial.name for trial in wanted.trials)}", flush=True)
+    if code := cluster.submit(engine, command, replace(options, name=job)):
+      return code
+  return 0
