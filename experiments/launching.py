@@ -11,18 +11,27 @@ from experiments.plan import Plan
 from launch import cluster
 from launch.engines import ENGINES
 from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.train import bucket
+from lorax_flax.train import workdir as files
+
+_SUBMITTED = "submitted.json"
 
 
 def run(
   plan: Plan, folder: Path, at_once: int, text: str, arguments: Sequence[str]
 ) -> int:
-  """Submits a job for each unit that is not over; returns the first bad exit code.
+  """Submits a job for each unit that is neither over nor submitted already.
+
+  Which have been is kept in the folder: two jobs must not write the same trial.
 
   Args:
     folder: of the sweep, which the machines see too.
     at_once: how many trials train together at most.
     text: the launcher's name and its flags, "slurm --nodes=2".
     arguments: of this command, for the jobs.
+
+  Returns:
+    The first bad exit code.
 
   Raises:
     LoraxError: no such launcher, or a flag of it that can't be; a search, which would
@@ -46,10 +55,19 @@ def run(
   done = sum(end.over for end in outcomes.read(known, folder))
   left = sweeping.left_of(plan, known, folder, at_once)
   print(f"{len(known)} trials, {done} of them over; {len(left)} jobs")
+  file = folder / _SUBMITTED
+  with bucket.reaching(file):
+    submitted = files.read_json(file)["trials"] if file.exists() else []
   for wanted in left:
+    names = [trial.name for trial in wanted.trials]
+    if not set(submitted).isdisjoint(names):
+      print(f"{wanted} is submitted already. To do it again, delete {file}")
+      continue
     job = f"{stem}-{wanted.trials[0].number:03}"
     command = sweeping.command(wanted, folder, arguments)
-    print(f"{job}: {', '.join(trial.name for trial in wanted.trials)}", flush=True)
+    print(f"{job}: {wanted}", flush=True)
     if code := cluster.submit(engine, command, replace(options, name=job)):
       return code
+    submitted += names
+    files.write_json(file, {"trials": submitted})
   return 0

@@ -131,7 +131,7 @@ def _elsewhere(
     The exit code of all, and of each unit that could not be run the reason.
   """
   commands = {
-    _name(wanted): [sys.executable, *command(wanted, folder, arguments)]
+    str(wanted): [sys.executable, *command(wanted, folder, arguments)]
     for wanted in units
   }
   ended = children.run(commands, jobs)
@@ -150,11 +150,6 @@ def command(wanted: Unit, folder: Path, arguments: Sequence[str]) -> list[str]:
   numbers = ",".join(str(trial.number) for trial in wanted.trials)
   own = [f"--workdir={folder}", f"--trials={numbers}"]
   return ["-m", "experiments.sweep", *arguments, *own]
-
-
-def _name(wanted: Unit) -> str:
-  first, last = wanted.trials[0], wanted.trials[-1]
-  return first.name if first is last else f"{first.name} to {last.number:03}"
 
 
 def write(plan: Plan, folder: Path, ends: Sequence[Outcome]) -> None:

@@ -73,6 +73,10 @@ class Unit:
     numbers = ",".join(str(trial.number) for trial in self.trials)
     return f"together-{self.trials[0].number:03}-{zlib.crc32(numbers.encode()):08x}"
 
+  def __str__(self) -> str:
+    first, last = self.trials[0], self.trials[-1]
+    return first.name if first is last else f"{first.name} to {last.number:03}"
+
 
 def listed(spec: str) -> list[dict[str, Any]] | None:
   """The changes that the `sweep(add)` of a config's file lists; None: it has none.

@@ -234,16 +234,19 @@ def test_each_program_is_handed_to_a_job_of_its_own(tmp_path, monkeypatch):
   done = folder / "trial-003" / "result.json"
   done.parent.mkdir(parents=True)
   done.write_text('{"accuracy": 0.5, "primary_metric": "accuracy"}')
-  scripts = []
-  monkeypatch.setattr(
-    launching.cluster,
-    "submit",
-    lambda engine, command, options: scripts.append(
-      cluster.script(engine.render(command, options))
-    ),
-  )
+  scripts, code = [], 3
+
+  def submit(engine, command, options):
+    scripts.append(cluster.script(engine.render(command, options)))
+    return code
+
+  monkeypatch.setattr(launching.cluster, "submit", submit)
   text = "slurm --name=try --nodes=2 --python=python3 --extra='--qos=a b'"
   arguments = ["--config=C", f"--launch={text}"]
+  # What a cluster does not take is submitted again, and what it does is not.
+  assert launching.run(found, folder, 8, text, arguments) == 3
+  scripts, code = [], 0
+  assert launching.run(found, folder, 8, text, arguments) == 0
   assert launching.run(found, folder, 8, text, arguments) == 0
   for script, number, numbers in zip(
     scripts, ("000", "001"), ("0,2", "1"), strict=True
