@@ -8,7 +8,7 @@ so the padding stays zero and the trial is what it is alone.
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Adapter, LowRank
-from lorax_flax.methods.lowrank import axes_of
 from lorax_flax.train import mesh as meshes
-from lorax_flax.train import processes, workdir
+from lorax_flax.train import processes, stacked, workdir
 from lorax_flax.train import program as programs
 from lorax_flax.train import state as states
-from lorax_flax.train import step as steps
 from lorax_flax.train.checkpoint import Checkpoints, Progress, ProgressOfSeveral
 from lorax_flax.train.config import Durations, TrainConfig, durations
 from lorax_flax.train.display import Display
@@ -34,14 +31,13 @@ from lorax_flax.train.drive import Drive, Work
 from lorax_flax.train.ledger import Diverged, Ledger
 from lorax_flax.train.loop import Job, closing, finish
 from lorax_flax.train.record import Record, SilentRecord
+from lorax_flax.train.stacked import Bases, States
 from lorax_flax.train.state import Base, TrainState
 
 PyTree = Any
 
 # The fields of a TrainConfig in which trials that train together may differ.
-MAY_DIFFER = ("learning_rate", "weight_decay", "grad_clip", "seed")
-# Of them, the numbers that a step computes with.
-_NUMBERS = MAY_DIFFER[:-1]
+MAY_DIFFER = (*stacked.NUMBERS, "seed")
 
 
 @dataclass(frozen=True)
@@ -61,51 +57,6 @@ class Trial:
   config: TrainConfig
   job: Job
   folder: Path
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class States:
-  """The state of N trials: every leaf has a leading axis N.
-
-  Attributes:
-    each: of each trial.
-    best: what was trained at each trial's best evaluation.
-    alive: bool (N,), False from the step on that was not finite.
-  """
-
-  each: TrainState
-  best: Adapter
-  alive: jax.Array
-
-  @property
-  def trained(self) -> Adapter:
-    return self.each.trained
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Bases:
-  """What the steps of N trials read.
-
-  Attributes:
-    base: what is the same in all, once; `rest` without the leaves of `own`.
-    own: untrained leaves that each trial has its own of (the scale), (N, …).
-    numbers: fields of a TrainConfig, (N,) each.
-  """
-
-  base: Base
-  own: Adapter
-  numbers: dict[str, jax.Array]
-
-  def of(self, own: Adapter) -> Base:
-    """The base as the one trial sees it whose own leaves these are."""
-
-    def either(x, y):
-      return y if x is None else x  # Both are None where it is trained.
-
-    rest = jax.tree.map(either, own, self.base.rest, is_leaf=lambda x: x is None)
-    return Base(self.base.params, rest)
 
 
 def fit(
@@ -171,8 +122,8 @@ def fit(
       evaluation=first.evaluation,
       metrics=first.metrics,
       mesh=first.mesh,
-      lies=_stacked(meshes.batch(first.mesh)),
-      apart=lambda tree: [_one(tree, i) for i in range(len(trials))],
+      lies=stacked.sharding(meshes.batch(first.mesh)),
+      apart=lambda tree: [stacked.one(tree, i) for i in range(len(trials))],
       diverged=diverged,
       evaluated=_keep,
       progress=ProgressOfSeveral,
@@ -188,7 +139,7 @@ def fit(
       if ledger.failed is not None:
         results.append(Diverged(ledger.failed["step"], ledger.failed["reason"]))
         continue
-      adapter = _trimmed(_one(best, i), trial.job.adapter)
+      adapter = stacked.trimmed(stacked.one(best, i), trial.job.adapter)
       trained = sum(x.size for x in jax.tree.leaves(adapter))
       rest = partition(trial.job.adapter, trainable_mask(trial.job.adapter))[1]
       results.append(
@@ -248,64 +199,30 @@ def make(trials: Sequence[Trial], plan: Durations, width: int | None) -> Program
   """Makes the steps; the arguments are those of `fit`."""
   ranks = _ranks([trial.job.adapter for trial in trials])
   job, config = trials[0].job, trials[0].config
-
   n = len(trials)
   width = width or (1 if jax.default_backend() == "cpu" else n)
-
-  def each(function, *trees):
-    """The function on each trial's part, `width` of them at once."""
-    if width >= n:
-      return jax.vmap(function)(*trees)
-    return jax.lax.map(lambda parts: function(*parts), trees, batch_size=width)
-
-  def step(state: States, bases: Bases, batch: steps.Batch):
-    def one(state, alive, own, numbers, batch):
-      optimizer, rate = programs.optimizer_of(config, plan, numbers)
-      base = bases.of(own)
-      step = steps.one_step(
-        job.forward, job.loss, optimizer, rate, config.accumulation, "skip"
-      )
-      new, metrics = step(state, base, batch)
-      new = steps.select(alive, new, state)
-      if config.on_nonfinite == "stop":
-        for mean in metrics.values():
-          alive &= jnp.isfinite(mean.total)
-      return new, alive, metrics
-
-    new, alive, metrics = each(
-      one, state.each, state.alive, bases.own, bases.numbers, batch
-    )
-    return States(new, state.best, alive), metrics
-
-  evaluate = steps.one_eval_step(
-    job.forward, job.eval_loss or job.loss, job.predictions
+  step = stacked.train_step(job.forward, job.loss, config, plan, width)
+  eval_step = stacked.eval_step(
+    job.forward, job.eval_loss or job.loss, job.predictions, width
   )
-
-  def eval_step(trained: Adapter, bases: Bases, batch: steps.Batch):
-    def one(trained, own):
-      base = bases.of(own)
-      return evaluate(trained, base, batch)
-
-    return each(one, trained, bases.own)
-
   numbers = {
     name: jnp.array([getattr(t.config, name) for t in trials], jnp.float32)
-    for name in _NUMBERS
+    for name in stacked.NUMBERS
   }
   optimizer, _ = programs.optimizer_of(config, plan)
   lies = meshes.of_adapter(job.mesh, job.axes, job.adapter)
 
   def start(trial: Trial) -> tuple[TrainState, Base]:
-    adapter = meshes.place(_padded(trial.job.adapter, ranks), lies)
+    adapter = meshes.place(stacked.padded(trial.job.adapter, ranks), lies)
     return programs.create(trial.job.params, adapter, optimizer, trial.config.seed)
 
   pairs = [start(trial) for trial in trials]
   shardings = states.shardings(pairs[0][0], optimizer, lies, job.mesh)
-  shardings = jax.tree.map(_stacked, shardings)
+  shardings = jax.tree.map(stacked.sharding, shardings)
   state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s for s, _ in pairs))
-  own, shared = _own(pairs[0][1].rest)
-  stacked = [_own(base.rest)[0] for _, base in pairs]
-  own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacked)
+  _, shared = stacked.own_and_shared(pairs[0][1].rest)
+  each = [stacked.own_and_shared(base.rest)[0] for _, base in pairs]
+  own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
   whole = meshes.replicated(job.mesh)
   lying = States(shardings, shardings.trained, whole)  # type: ignore[arg-type]
   best = jax.tree.map(jnp.copy, state.trained)
@@ -317,15 +234,6 @@ def make(trials: Sequence[Trial], plan: Durations, width: int | None) -> Program
   )
 
 
-def _own(rest: Adapter) -> tuple[Adapter, Adapter]:
-  """Untrained leaves as (those of the trial, those of the base)."""
-  mask = {
-    path: jax.tree_util.tree_map_with_path(lambda p, _: p[-1].name == "scale", delta)
-    for path, delta in rest.items()
-  }
-  return partition(rest, mask)
-
-
 def _ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
   """Of each low-rank delta the largest rank that a trial gives it."""
   return {
@@ -333,50 +241,6 @@ def _ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
     for path, delta in adapters[0].items()
     if isinstance(delta, LowRank)
   }
-
-
-def _padded(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
-  """With factors of these ranks, zero beyond their own."""
-
-  def pad(path, delta):
-    if path not in ranks:
-      return delta
-    more = ranks[path] - delta.rank
-
-    def along(x, axis):
-      return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
-
-    a, b = along(delta.a, delta.a.ndim - 1), along(delta.b, _rank_axis(delta))
-    return dataclasses.replace(delta, a=a, b=b)
-
-  return {path: pad(path, delta) for path, delta in adapter.items()}
-
-
-def _trimmed(trained: Adapter, like: Adapter) -> Adapter:
-  """The factors of `trained` without their padding, as long as `like`'s."""
-  return jax.tree.map(
-    lambda mark, x, own: x[tuple(map(slice, own.shape))] if mark else None,
-    trainable_mask(like),
-    trained,
-    like,
-  )
-
-
-def _rank_axis(delta: LowRank) -> int:
-  """Of `b`."""
-  return len(axes_of(delta.roles, "stack"))
-
-
-def _one(tree: PyTree, i: int) -> PyTree:
-  """Trial i's part."""
-  return jax.tree.map(lambda x: x[i], tree)
-
-
-def _stacked(sharding: NamedSharding) -> NamedSharding:
-  """Of the same thing with a leading axis, which is not cut."""
-  mesh = sharding.mesh
-  assert isinstance(mesh, Mesh)
-  return NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
 
 
 @jax.jit

@@ -42,8 +42,10 @@ QUICK = "jax_disable_most_optimizations"
 @pytest.fixture(scope="module", autouse=True)
 def quick_to_compile():
   jax.config.update(QUICK, True)
+  jax.clear_caches()
   yield
   jax.config.update(QUICK, False)
+  jax.clear_caches()  # The other tests' programs are to be their own.
 
 
 @pytest.fixture(scope="module")

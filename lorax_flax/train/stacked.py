@@ -1,0 +1,204 @@
+"""The state of N trials in one tree, and the steps that all of them take at once."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lorax_flax.adapt.partition import partition, trainable_mask
+from lorax_flax.methods import Adapter, LowRank
+from lorax_flax.methods.lowrank import axes_of
+from lorax_flax.train import mesh as meshes
+from lorax_flax.train import program as programs
+from lorax_flax.train import step as steps
+from lorax_flax.train.config import Durations, TrainConfig
+from lorax_flax.train.losses import Loss
+from lorax_flax.train.state import Base, TrainState
+
+PyTree = Any
+
+# The fields of a TrainConfig that are numbers of the step, each trial's own.
+NUMBERS = ("learning_rate", "weight_decay", "grad_clip")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class States:
+  """The state of N trials: every leaf has a leading axis N.
+
+  Attributes:
+    each: of each trial.
+    best: what was trained at each trial's best evaluation.
+    alive: bool (N,), False from the step on that was not finite.
+  """
+
+  each: TrainState
+  best: Adapter
+  alive: jax.Array
+
+  @property
+  def trained(self) -> Adapter:
+    return self.each.trained
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bases:
+  """What the steps of N trials read.
+
+  Attributes:
+    base: what is the same in all, once; `rest` without the leaves of `own`.
+    own: untrained leaves that each trial has its own of (the scale), (N, …).
+    numbers: fields of a TrainConfig, (N,) each.
+  """
+
+  base: Base
+  own: Adapter
+  numbers: dict[str, jax.Array]
+
+  def of(self, own: Adapter) -> Base:
+    """The base as the one trial sees it whose own leaves these are."""
+
+    def either(x, y):
+      return y if x is None else x  # Both are None where it is trained.
+
+    rest = jax.tree.map(either, own, self.base.rest, is_leaf=lambda x: x is None)
+    return Base(self.base.params, rest)
+
+
+def train_step(
+  forward: steps.Forward, loss: Loss, config: TrainConfig, plan: Durations, width: int
+) -> Any:
+  """Makes (States, Bases, batch) -> (States, metrics), every leaf with an axis N.
+
+  Args:
+    config: of its fields, those that all trials have in common.
+    width: how many trials go through the model at once.
+  """
+
+  def one(bases, state, alive, own, numbers, batch):
+    optimizer, rate = programs.optimizer_of(config, plan, numbers)
+    step = steps.one_step(forward, loss, optimizer, rate, config.accumulation, "skip")
+    new, metrics = step(state, bases.of(own), batch)
+    new = steps.select(alive, new, state)
+    if config.on_nonfinite == "stop":
+      for mean in metrics.values():
+        alive &= jnp.isfinite(mean.total)
+    return new, alive, metrics
+
+  def step(state: States, bases: Bases, batch: steps.Batch):
+    new, alive, metrics = _each(
+      lambda *parts: one(bases, *parts),
+      (state.each, state.alive, bases.own, bases.numbers, batch),
+      width,
+    )
+    return States(new, state.best, alive), metrics
+
+  return step
+
+
+def eval_step(
+  forward: steps.Forward, loss: Loss, predictions: steps.Predictions, width: int
+) -> Any:
+  """Makes (trained, Bases, batch) -> (predictions, mean loss), with an axis N each.
+
+  The batch has none: it is the same for all.
+  """
+  evaluate = steps.one_eval_step(forward, loss, predictions)
+
+  def step(trained: Adapter, bases: Bases, batch: steps.Batch):
+    def one(trained, own):
+      return evaluate(trained, bases.of(own), batch)
+
+    return _each(one, (trained, bases.own), width)
+
+  return step
+
+
+def _each(function: Any, trees: tuple[PyTree, ...], width: int) -> PyTree:
+  """The function on each trial's part of the trees, `width` of them at once."""
+  if width >= len(jax.tree.leaves(trees)[0]):
+    return jax.vmap(function)(*trees)
+  return jax.lax.map(lambda parts: function(*parts), trees, batch_size=width)
+
+
+def abstract(
+  state: TrainState, base: Base, batch: Mapping[str, Any], n: int
+) -> tuple[States, Bases, dict[str, Any]]:
+  """What N trials' step takes, from what one's does, all as ShapeDtypeStructs."""
+
+  def stack(tree):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        (n, *x.shape), x.dtype, sharding=sharding(x.sharding)
+      ),
+      tree,
+    )
+
+  whole = meshes.replicated(jax.tree.leaves(base)[0].sharding.mesh)
+  own, shared = own_and_shared(base.rest)
+  number: Any = jax.ShapeDtypeStruct((n,), jnp.float32, sharding=whole)
+  alive = jax.ShapeDtypeStruct((n,), jnp.bool_, sharding=whole)
+  each = stack(state)
+  return (
+    States(each, each.trained, alive),  # type: ignore[arg-type]
+    Bases(Base(base.params, shared), stack(own), dict.fromkeys(NUMBERS, number)),
+    stack(dict(batch)),
+  )
+
+
+def own_and_shared(rest: Adapter) -> tuple[Adapter, Adapter]:
+  """Untrained leaves as (those of the trial, those of the base)."""
+  mask = {
+    path: jax.tree_util.tree_map_with_path(lambda p, _: p[-1].name == "scale", delta)
+    for path, delta in rest.items()
+  }
+  return partition(rest, mask)
+
+
+def padded(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
+  """With factors of these ranks, zero beyond their own."""
+
+  def pad(path, delta):
+    if path not in ranks:
+      return delta
+    more = ranks[path] - delta.rank
+
+    def along(x, axis):
+      return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+
+    a, b = along(delta.a, delta.a.ndim - 1), along(delta.b, _rank_axis(delta))
+    return dataclasses.replace(delta, a=a, b=b)
+
+  return {path: pad(path, delta) for path, delta in adapter.items()}
+
+
+def trimmed(trained: Adapter, like: Adapter) -> Adapter:
+  """The factors of `trained` without their padding, as long as `like`'s."""
+  return jax.tree.map(
+    lambda mark, x, own: x[tuple(map(slice, own.shape))] if mark else None,
+    trainable_mask(like),
+    trained,
+    like,
+  )
+
+
+def _rank_axis(delta: LowRank) -> int:
+  """Of `b`."""
+  return len(axes_of(delta.roles, "stack"))
+
+
+def one(tree: PyTree, i: int) -> PyTree:
+  """Trial i's part."""
+  return jax.tree.map(lambda x: x[i], tree)
+
+
+def sharding(of: NamedSharding) -> NamedSharding:
+  """Of the same thing with a leading axis, which is not cut."""
+  mesh = of.mesh
+  assert isinstance(mesh, Mesh)
+  return NamedSharding(mesh, PartitionSpec(None, *of.spec))
