@@ -1,6 +1,6 @@
 """What a chip gains by trials that train together: the dry run's roofline of the step.
 
-  python -m benchmarks.sweep_roofline [--topology=v5e:1x1] [--batch=8] [--trials=8]
+  python -m benchmarks.sweep_roofline [--topology=v5e:1x1] [--batch=1] [--trials=8]
 
 The quick start's step with small batches, of one trial and of several together, is
 compiled by the TPU's own compiler with no TPU (libtpu is needed). A roofline is the
@@ -44,7 +44,7 @@ def main() -> None:
   )
   parser.add_argument("--config", default="quickstart.py")
   parser.add_argument("--topology", default="v5e:1x1")
-  parser.add_argument("--batch", type=int, default=8, help="examples of each trial")
+  parser.add_argument("--batch", type=int, default=1, help="examples of each trial")
   parser.add_argument("--trials", type=int, default=8)
   found = parser.parse_args()
   slice_ = topology.describe(found.topology)
