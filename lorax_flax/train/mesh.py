@@ -135,13 +135,18 @@ def batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def rows(mesh: Mesh) -> int:
+  """How many parts a batch's rows are cut into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch(mesh: Mesh, name: str, size: int, parts: int = 1) -> None:
   """Raises LoraxError unless a batch, cut into parts, can be spread evenly."""
-  rows = mesh.shape["data"] * mesh.shape["fsdp"]
-  if size % (parts * rows):
+  apart = rows(mesh)
+  if size % (parts * apart):
     cut = f" in {parts} parts (train.accumulation)" if parts > 1 else ""
     raise LoraxError(
-      f"{name} is {size}, and{cut} can't be spread evenly over the {rows} devices of"
+      f"{name} is {size}, and{cut} can't be spread evenly over the {apart} devices of"
       " mesh.data × mesh.fsdp"
     )
 

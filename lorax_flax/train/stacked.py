@@ -1,7 +1,8 @@
 """The state of N trials in one tree, and the steps that all of them take at once."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,13 @@ from lorax_flax.train.losses import Loss
 from lorax_flax.train.state import Base, TrainState
 
 PyTree = Any
+
+# How many trials go through the model at once, by the tokens of one's batch.
+Width = Callable[[int], int]
+# Tokens on each chip up to which several trials at once are faster than one after
+# another, by the roofline of v5e (benchmarks/sweep_roofline.py): what is computed of
+# them lies in the chip's cache.
+ROOM = 1024
 
 # The fields of a TrainConfig that are numbers of the step, each trial's own.
 NUMBERS = ("learning_rate", "weight_decay", "grad_clip")
@@ -70,14 +78,18 @@ class Bases:
     return Base(self.base.params, rest)
 
 
+def within(room: int) -> Width:
+  """As many trials at once as have so many tokens together, and at least one."""
+  return lambda tokens: max(1, room // tokens)
+
+
 def train_step(
-  forward: steps.Forward, loss: Loss, config: TrainConfig, plan: Durations, width: int
+  forward: steps.Forward, loss: Loss, config: TrainConfig, plan: Durations, width: Width
 ) -> Any:
   """Makes (States, Bases, batch) -> (States, metrics), every leaf with an axis N.
 
   Args:
     config: of its fields, those that all trials have in common.
-    width: how many trials go through the model at once.
   """
 
   def one(bases, state, alive, own, numbers, batch):
@@ -94,7 +106,7 @@ def train_step(
     new, alive, metrics = _each(
       lambda *parts: one(bases, *parts),
       (state.each, state.alive, bases.own, bases.numbers, batch),
-      width,
+      width(math.prod(batch["attention_mask"].shape[1:])),
     )
     return States(new, state.best, alive), metrics
 
@@ -102,7 +114,7 @@ def train_step(
 
 
 def eval_step(
-  forward: steps.Forward, loss: Loss, predictions: steps.Predictions, width: int
+  forward: steps.Forward, loss: Loss, predictions: steps.Predictions, width: Width
 ) -> Any:
   """Makes (trained, Bases, batch) -> (predictions, mean loss), with an axis N each.
 
@@ -114,7 +126,8 @@ def eval_step(
     def one(trained, own):
       return evaluate(trained, bases.of(own), batch)
 
-    return _each(one, (trained, bases.own), width)
+    tokens = batch["attention_mask"].size
+    return _each(one, (trained, bases.own), width(tokens))
 
   return step
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.errors import LoraxError
@@ -69,7 +70,7 @@ def fit(
       each trial.
     folder: of what they have in common, the checkpoints.
     width: how many go through the model at once, the others after them in the same
-      program; None: all, and on a CPU one, whose caches hold no more.
+      program; None: as many as the devices' caches have room for, on a CPU one.
 
   Returns:
     For each what `loop.fit` returns, or raises where it diverges. Its folder holds what
@@ -200,10 +201,10 @@ def make(trials: Sequence[Trial], plan: Durations, width: int | None) -> Program
   ranks = _ranks([trial.job.adapter for trial in trials])
   job, config = trials[0].job, trials[0].config
   n = len(trials)
-  width = width or (1 if jax.default_backend() == "cpu" else n)
-  step = stacked.train_step(job.forward, job.loss, config, plan, width)
+  at_once = _width(job.mesh) if width is None else lambda tokens: width
+  step = stacked.train_step(job.forward, job.loss, config, plan, at_once)
   eval_step = stacked.eval_step(
-    job.forward, job.eval_loss or job.loss, job.predictions, width
+    job.forward, job.eval_loss or job.loss, job.predictions, at_once
   )
   numbers = {
     name: jnp.array([getattr(t.config, name) for t in trials], jnp.float32)
@@ -232,6 +233,12 @@ def make(trials: Sequence[Trial], plan: Durations, width: int | None) -> Program
     meshes.place(States(state, best, jnp.ones(n, bool)), lying),
     Bases(Base(job.params, shared), own, numbers),
   )
+
+
+def _width(mesh: Mesh) -> stacked.Width:
+  if jax.default_backend() == "cpu":
+    return stacked.within(0)
+  return stacked.within(stacked.ROOM * meshes.rows(mesh))
 
 
 def _ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
