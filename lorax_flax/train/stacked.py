@@ -27,7 +27,7 @@ Width = Callable[[int], int]
 # Tokens on each chip up to which several trials at once are faster than one after
 # another, by the roofline of v5e (benchmarks/sweep_roofline.py): what is computed of
 # them lies in the chip's cache.
-ROOM = 1024
+ROOM = 256
 
 # The fields of a TrainConfig that are numbers of the step, each trial's own.
 NUMBERS = ("learning_rate", "weight_decay", "grad_clip")
