@@ -1,18 +1,24 @@
 """Commands in processes of their own, some at a time; each line says whose it is."""
 
-import ctypes
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
 _POLL = 0.05  # seconds
-_PARENT_DEATH_SIGNAL = 1  # Linux's number of that request
+# Becomes the command that follows, which gets SIGTERM when the process that started it
+# is killed: given again, the sweep would otherwise train what is training still. Only
+# Linux can (prctl's request 1). Not between fork and exec: JAX has threads by then.
+_TIED = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 @dataclass
@@ -55,6 +61,8 @@ def run(commands: Mapping[str, Sequence[str]], most: int) -> dict[str, tuple[int
 
 
 def _start(command: Sequence[str]) -> Child:
+  if sys.platform == "linux":
+    command = [sys.executable, "-S", "-c", _TIED, *command]
   return Child(
     subprocess.Popen(
       command,
@@ -64,20 +72,8 @@ def _start(command: Sequence[str]) -> Child:
       text=True,
       errors="replace",
       start_new_session=True,  # A terminal's ^C comes once, from us.
-      preexec_fn=_ends_with_us(),
     )
   )
-
-
-def _ends_with_us() -> Callable[[], object] | None:
-  """Makes a process get SIGTERM when this one is killed; only Linux can.
-
-  Given again, the command would otherwise train what is training still.
-  """
-  if sys.platform != "linux":
-    return None
-  prctl = ctypes.CDLL(None).prctl
-  return lambda: prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _copy(name: str, child: Child) -> None:

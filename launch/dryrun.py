@@ -38,40 +38,6 @@ MINUTES = flags.DEFINE_float(
 )
 
 
-def run(
-  wanted: settings.Settings,
-  topology: topologies.Topology,
-  title: str,
-  text_to: str | None = None,
-) -> None:
-  """Prints the costs of a run's step.
-
-  Args:
-    text_to: a file to write the compiled program's text to.
-
-  Raises:
-    LoraxError: it does not fit.
-  """
-  # Here, since --help and mistakes in flags need not wait for them.
-  from launch import costs, report, shapes
-
-  job = shapes.job(wanted, topology, print)
-  report.show("")
-  with report.working("compiling"):
-    useful = shapes.useful_flops(wanted, topology)
-    try:
-      found, text = costs.measure(job, topology, useful)
-    except costs.TooLarge as error:
-      report.show(report.too_large(title, job, error))
-      raise LoraxError(
-        f"{error}. More of mesh.fsdp or mesh.tensor, --config.model.remat=full, a"
-        " smaller batch or train.accumulation need less; --suggest tries them"
-      ) from error
-  report.show(report.table(title, found, job, topology))
-  if text_to is not None:
-    Path(text_to).write_text(text, "utf-8")
-
-
 def main() -> None:
   known = ", ".join(f"{name}.py" for name in configuration.names())
   if CONFIG.value is None:
@@ -85,12 +51,13 @@ def main() -> None:
   title = f"{spec} on {topology.name}"
   if HLO.value and not Path(HLO.value).parent.is_dir():
     raise LoraxError(f"--hlo={HLO.value}: there is no folder {Path(HLO.value).parent}")
-  if SUGGEST.value:
-    from launch import suggest
+  # Here, since --help and mistakes in flags need not wait for them.
+  from launch import single, suggest
 
+  if SUGGEST.value:
     suggest.run(wanted, topology, title, minutes=MINUTES.value)
     return
-  run(wanted, topology, title, HLO.value)
+  single.run(wanted, topology, title, HLO.value)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import common
 from experiments import configuration, settings
 from experiments.abstract import abstract
-from launch import costs, dryrun, hlo, shapes, suggest
+from launch import costs, hlo, shapes, single, suggest
 from launch import topology as topologies
 from lorax_flax.errors import LoraxError
 from lorax_flax.train import mesh as meshes
@@ -199,14 +199,14 @@ def test_a_step_that_does_not_fit_says_so_with_both_figures(wanted, capsys):
   train = dataclasses.replace(wanted.train, batch_size=2**16, eval_batch_size=8)
   huge = dataclasses.replace(_with(wanted, 1, 4, 1, remat="none"), train=train)
   with pytest.raises(LoraxError, match=r"at least [\d.]+ GiB .* are 15\.\d+ GiB"):
-    dryrun.run(huge, _topology("v5e:2x2"), "huge")
+    single.run(huge, _topology("v5e:2x2"), "huge")
   assert "activations, padding" in capsys.readouterr().out
 
 
 def test_arguments_that_do_not_fit_need_no_compiler(wanted, capsys):
   table = dict(wanted.model.hf_config, vocab_size=2**20, hidden_size=2**15)
   with pytest.raises(LoraxError, match=r"what the step takes needs at least \d+"):
-    dryrun.run(_with(wanted, 1, 4, 1, hf_config=table), _topology("v5e:2x2"), "huge")
+    single.run(_with(wanted, 1, 4, 1, hf_config=table), _topology("v5e:2x2"), "huge")
   assert "weights" in capsys.readouterr().out
 
 
@@ -229,7 +229,7 @@ def test_what_the_compiler_says_of_too_much_is_understood(message, used, availab
 
 def test_a_batch_that_does_not_come_out_even_is_refused(wanted):
   with pytest.raises(LoraxError, match=r"train\.batch_size is 8, and can't be spread"):
-    dryrun.run(wanted, _topology("v5e:4x4"), "title")
+    single.run(wanted, _topology("v5e:4x4"), "title")
 
 
 # Suggestions
