@@ -86,10 +86,11 @@ def _quietly(main: Callable[[], int | None]) -> int | None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     # What we report ourselves (a download, its size) is meant for the user.
     logging.getLogger("lorax_flax").setLevel(logging.INFO)
+    _quiet_writers()
   return main()
 
 
-def quiet_writers() -> None:
+def _quiet_writers() -> None:
   """Silences Orbax's threads: their errors reach us, and are told once, by us."""
   absl_logging.get_absl_logger().addFilter(lambda line: "/orbax/" not in line.pathname)
   usual = sys.unraisablehook
@@ -100,6 +101,10 @@ def quiet_writers() -> None:
       usual(unraisable)
 
   sys.unraisablehook = hook
+
+
+def silent(line: str) -> None:
+  """Takes a line for the user, who has been told it, or is by another process."""
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:

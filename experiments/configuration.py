@@ -61,7 +61,7 @@ def load(spec: str) -> ConfigDict:
   """
   file, variant = find(spec)
   with running(file):
-    get_config = _functions(file).get("get_config")
+    get_config = runpy.run_path(str(file)).get("get_config")
     if get_config is None:
       raise LoraxError("it has no function get_config")
     config = get_config() if variant is None else get_config(variant)
@@ -80,7 +80,7 @@ def function(spec: str, name: str) -> Callable[..., Any] | None:
   """
   file, _ = find(spec)
   with running(file):
-    return _functions(file).get(name)
+    return runpy.run_path(str(file)).get(name)
 
 
 @contextlib.contextmanager
@@ -92,10 +92,6 @@ def running(file: Path) -> Iterator[None]:
     raise LoraxError(f"{file.name}: {error}") from error
   except Exception as error:
     raise LoraxError(f"{file}: {type(error).__name__}: {error}") from error
-
-
-def _functions(file: Path) -> dict[str, Any]:
-  return runpy.run_path(str(file))
 
 
 def define(
@@ -117,6 +113,18 @@ def define(
   )
   values["config"].parser = _Parser(sys_argv)
   return holder
+
+
+def given(config: flags.FlagHolder) -> ConfigDict:
+  """The value of --config.
+
+  Raises:
+    LoraxError: it was not given; it names those there are.
+  """
+  if config.value is None:
+    known = ", ".join(f"{name}.py" for name in names())
+    raise LoraxError(f"which config? --config=NAME; there are {known}")
+  return config.value
 
 
 class _Parser(flags.ArgumentParser):

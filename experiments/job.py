@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import adapted, classify, next_token, outcome, shape
+from experiments import adapted, classify, cli, next_token, outcome, shape
 from experiments.kind import Kind
 from experiments.settings import NEXT_TOKEN, Settings
 from experiments.start import start_from
@@ -74,20 +74,16 @@ def prepare_several(
     if each.train.seed != wanted[0].train.seed:
       loaded = loaded.reseeded(each.train.seed)
     own = dataclasses.replace(material, loaded=loaded)
-    jobs.append(start(each, own, _nothing if jobs else say))
+    jobs.append(start(each, own, cli.silent if jobs else say))
   shape = pipeline.Shape(wanted[0].train.batch_size, material.padded_to)
   seeds = [each.train.seed for each in wanted]
   return jobs, pipeline.together(material.train, shape, seeds=seeds)
 
 
-def _nothing(line: str) -> None:
-  """Has been said."""
-
-
 def gather(wanted: Settings, say: Callable[[str], None]) -> Material:
   """Loads the model and the examples."""
   kind = kind_of(wanted)
-  mesh = _mesh(wanted, say)
+  mesh = meshes.make(wanted.mesh)
   check_mesh(mesh, wanted, say)
   folder = resolve(wanted.model.path)
   shape.check(wanted, kind, registry.read_config(folder), str(folder))
@@ -166,10 +162,6 @@ def buckets(
   """The lengths that batches are padded to: none that the model does not take."""
   chosen = pipeline.choose_buckets(lengths_N, most)
   return tuple(sorted({min(length, model.max_length) for length in chosen}))
-
-
-def _mesh(wanted: Settings, say: Callable[[str], None]) -> Mesh:
-  return meshes.make(wanted.mesh)
 
 
 def check_mesh(mesh: Mesh, wanted: Settings, say: Callable[[str], None]) -> None:

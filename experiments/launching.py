@@ -46,9 +46,7 @@ def run(
       "for them: run it where the devices are"
     )
   engine = ENGINES[name]
-  stem = next((a.partition("=")[2] for a in own if a.startswith("--name=")), "sweep")
-  own = [a for a in own if not a.startswith("--name=")]
-  options = cluster.read(engine, [f"--name={stem}", *own])
+  options = cluster.read(engine, ["--name=sweep", *own])
   arguments = [a for a in arguments if not re.match("--?launch=", a)]
   sweeping.claim(plan, folder)
   known = plan.next(folder, [])
@@ -63,7 +61,7 @@ def run(
     if not set(submitted).isdisjoint(names):
       print(f"{wanted} is submitted already. To do it again, delete {file}")
       continue
-    job = f"{stem}-{wanted.trials[0].number:03}"
+    job = f"{options.name}-{wanted.trials[0].number:03}"
     command = sweeping.command(wanted, folder, arguments)
     print(f"{job}: {wanted}", flush=True)
     if code := cluster.submit(engine, command, replace(options, name=job)):

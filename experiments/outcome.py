@@ -19,26 +19,23 @@ def export(
 ) -> Callable[[Adapter, Path], dict[str, str]]:
   """Makes what `lorax_flax.train.loop.Job` asks for: adapter/, or the whole model/."""
 
-  def write(adapter: Adapter, workdir: Path) -> dict[str, str]:
-    if any(isinstance(delta, LowRank) for delta in adapter.values()):
-      target = workdir / "adapter"
-      if not processes.first():
-        return {"adapter": str(target)}
-      peft.write_adapter(
-        target,
-        adapter,
-        loaded.keymap,
-        wanted.lora,
-        base_name=wanted.model.path,
-        labels=kind.labels,
-        task_type=peft_config.TASK_TYPES[loaded.family.task],
-      )
-      return {"adapter": str(target)}
-    # Nothing in it is low-rank: as an adapter it would be the model all over.
-    target = workdir / "model"
+  def write_adapter(target: Path, adapter: Adapter) -> None:
+    if not processes.first():
+      return
+    peft.write_adapter(
+      target,
+      adapter,
+      loaded.keymap,
+      wanted.lora,
+      base_name=wanted.model.path,
+      labels=kind.labels,
+      task_type=peft_config.TASK_TYPES[loaded.family.task],
+    )
+
+  def write_model(target: Path, adapter: Adapter) -> None:
     merged = meshes.gather(lx.merge(loaded.params, adapter))
     if not processes.first():
-      return {"model": str(target)}
+      return
     hub_export.write_checkpoint(
       target,
       merged,
@@ -49,6 +46,12 @@ def export(
       tokenizer_from=loaded.folder,
       may_replace=lambda old: (old / "config.json").is_file(),
     )
-    return {"model": str(target)}
+
+  def write(adapter: Adapter, workdir: Path) -> dict[str, str]:
+    # With nothing low-rank in it, an adapter would be the model all over.
+    low_rank = any(isinstance(delta, LowRank) for delta in adapter.values())
+    name, put = ("adapter", write_adapter) if low_rank else ("model", write_model)
+    put(workdir / name, adapter)
+    return {name: str(workdir / name)}
 
   return write

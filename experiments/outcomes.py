@@ -37,8 +37,9 @@ class Outcome:
   @property
   def metrics(self) -> dict[str, float]:
     """Of the best evaluation."""
-    named = itertools.takewhile(lambda x: x[0] != "primary_metric", self._items())
-    return dict(named)
+    # They come before the rest in result.json.
+    named = (self.result or {}).items()
+    return dict(itertools.takewhile(lambda item: item[0] != "primary_metric", named))
 
   @property
   def primary(self) -> str | None:
@@ -49,9 +50,6 @@ class Outcome:
   def score(self) -> float | None:
     """Its value."""
     return None if self.result is None else self.result[self.result["primary_metric"]]
-
-  def _items(self):
-    return (self.result or {"primary_metric": ""}).items()
 
 
 def read(trials: Sequence[Trial], folder: Path) -> list[Outcome]:

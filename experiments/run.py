@@ -23,13 +23,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 from rich import console as rich_console
 from rich import table as rich_table
 
 from experiments import cli, configuration, large_pages, settings
-from lorax_flax.errors import LoraxError
 
 CONFIG = configuration.define(flags.FLAGS)
 flags.declare_key_flag("config")
@@ -48,29 +47,19 @@ WORKDIR = flags.DEFINE_string(
 def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
   """Trains as `wanted` says, or goes on with that; returns what result.json holds."""
   # Here, since --help and mistakes in flags need not wait for them.
-  from experiments import compile_cache, job
+  from experiments import claimed, job
   from lorax_flax.train import loop, processes
   from lorax_flax.train import workdir as files
 
-  say = print if processes.first() else _nothing
   files.check(workdir, wanted.to_json())
   result = files.result(workdir)
   # A workdir that only the first process sees is enough for what is not a checkpoint.
   if processes.first_says(result is not None):
-    say(f"{workdir} holds this run, finished; delete it to run again.")
+    if processes.first():
+      print(f"{workdir} holds this run, finished; delete it to run again.")
     return result or {}
-  if processes.first():
-    files.check_writable(workdir)
-  compile_cache.use(wanted.compilation_cache)
-  prepared = job.prepare(wanted, say)
-  if processes.first():
-    files.claim(workdir, wanted.to_json())
-  processes.meet("the workdir is claimed")
+  prepared = claimed.prepare({workdir: wanted}, lambda say: job.prepare(wanted, say))
   return loop.fit(wanted.train, prepared, workdir)
-
-
-def _nothing(line: str) -> None:
-  """The first process says it."""
 
 
 def show(result: dict[str, Any], workdir: Path) -> None:
@@ -91,14 +80,9 @@ def show(result: dict[str, Any], workdir: Path) -> None:
 
 
 def main() -> int:
-  if CONFIG.value is None:
-    known = ", ".join(f"{name}.py" for name in configuration.names())
-    raise LoraxError(f"which config? --config=NAME; there are {known}")
-  wanted = settings.convert(CONFIG.value, configuration.overridden(sys.argv))
+  config = configuration.given(CONFIG)
+  wanted = settings.convert(config, configuration.overridden(sys.argv))
   large_pages.restart()
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
-    cli.quiet_writers()
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
   from lorax_flax.train import bucket, processes, watch
 

@@ -92,13 +92,11 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 
 def main() -> int:
-  if CONFIG.value is None:
-    raise LoraxError(f"which config? --config=NAME; there are {_known()}")
+  config = configuration.given(CONFIG)
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
-  given = configuration.overridden(sys.argv)
   from experiments import plan
 
-  wanted = plan.of(spec, CONFIG.value, given)
+  wanted = plan.of(spec, config, configuration.overridden(sys.argv))
   if LIST.value:
     _list(wanted.listed(), AT_ONCE.value)
     return 0
@@ -106,7 +104,6 @@ def main() -> int:
   from experiments import launching, sweeping
   from lorax_flax.train import bucket, processes
 
-  cli.quiet_writers()
   usual = configuration.default_workdir(spec)
   folder = bucket.folder(WORKDIR.value or f"{usual}-sweep")
   if TRIALS.value is not None:
@@ -122,10 +119,6 @@ def main() -> int:
   if LAUNCH.value is not None:
     return launching.run(wanted, folder, AT_ONCE.value, LAUNCH.value, sys.argv[1:])
   return sweeping.run(wanted, folder, AT_ONCE.value, JOBS.value, sys.argv[1:])
-
-
-def _known() -> str:
-  return ", ".join(f"{name}.py" for name in configuration.names())
 
 
 def _numbers(texts: Sequence[str]) -> list[int]:

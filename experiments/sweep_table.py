@@ -3,7 +3,7 @@
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ def medians(outcomes: Sequence[Outcome]) -> list[Median]:
   """Over the seeds of each setting; a trial that failed has no score."""
   groups: dict[str, list[Outcome]] = {}
   for outcome in outcomes:
-    groups.setdefault(_setting(outcome), []).append(outcome)
+    groups.setdefault(_setting(_changes(outcome)), []).append(outcome)
   found = []
   for group in groups.values():
     scores = [outcome.score for outcome in group if outcome.score is not None]
@@ -61,9 +61,9 @@ def _changes(outcome: Outcome) -> dict[str, Any]:
   return {name: x for name, x in outcome.trial.fields.items() if name != _SEED}
 
 
-def _setting(outcome: Outcome) -> str:
+def _setting(changes: Mapping[str, Any]) -> str:
   """The same for all seeds of a setting."""
-  return repr(sorted(_changes(outcome).items()))
+  return repr(sorted(changes.items()))
 
 
 def best_median(outcomes: Sequence[Outcome]) -> Median | None:
@@ -86,12 +86,12 @@ def rows(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
   measured = list(dict.fromkeys(name for o in outcomes for name in o.metrics))
   primary = ends.primary(outcomes)
   measured.sort(key=lambda name: name != primary)
-  by_setting = {repr(sorted(m.changes.items())): m for m in medians(outcomes)}
+  by_setting = {_setting(m.changes): m for m in medians(outcomes)}
   header = ["trial", *named, "status", *measured]
   header += ["best_step", "trained_parameters", "median", "spread", "seeds", "reason"]
   lines = []
   for outcome in outcomes:
-    of_all, result = by_setting[_setting(outcome)], outcome.result or {}
+    of_all, result = by_setting[_setting(_changes(outcome))], outcome.result or {}
     lines.append(
       [
         outcome.trial.name,

@@ -1,8 +1,10 @@
 """Trains some trials of a sweep in this process: one alone, several together."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments import compile_cache, job, outcomes
+from experiments import claimed, job, outcomes
 from experiments.trials import Unit
 from lorax_flax.train import loop, processes, together
 from lorax_flax.train import workdir as files
@@ -25,32 +27,34 @@ def run(unit: Unit, folder: Path) -> None:
   folders = [folder / trial.name for trial in unit.trials]
   for own, trial in zip(folders, unit.trials, strict=True):
     files.check(own, trial.settings.to_json())
-    if processes.first():
-      files.check_writable(own)
-  compile_cache.use(unit.trials[0].settings.compilation_cache)
-  say = print if processes.first() else _nothing
-  jobs, batches = job.prepare_several([t.settings for t in unit.trials], say)
-  if processes.first():
-    for own, trial in zip(folders, unit.trials, strict=True):
-      files.claim(own, trial.settings.to_json())
-  processes.meet("the workdirs are claimed")
-  configs = [trial.settings.train for trial in unit.trials]
-  if len(jobs) == 1:
-    try:
-      loop.fit(configs[0], jobs[0], folders[0])
-    except Diverged as error:
-      results: list = [error]
-    else:
-      results = [None]
+  if len(folders) == 1:
+    results = [_alone(unit, folders[0])]
   else:
-    parts = zip([t.name for t in unit.trials], configs, jobs, folders, strict=True)
-    trials = [together.Trial(*part) for part in parts]
-    results = together.fit(trials, batches, folder / unit.name)
+    results = _together(unit, folders, folder / unit.name)
   if processes.first():
     for own, result in zip(folders, results, strict=True):
       if isinstance(result, Diverged):
         outcomes.write_failed(own, result)
 
 
-def _nothing(line: str) -> None:
-  """The first process says it."""
+def _alone(unit: Unit, folder: Path) -> Any:
+  wanted = unit.trials[0].settings
+  prepared = claimed.prepare({folder: wanted}, lambda say: job.prepare(wanted, say))
+  try:
+    return loop.fit(wanted.train, prepared, folder)
+  except Diverged as error:
+    return error
+
+
+def _together(unit: Unit, folders: Sequence[Path], shared: Path) -> list[Any]:
+  """`shared` is the folder of what the trials have in common."""
+  wanted = [trial.settings for trial in unit.trials]
+  jobs, batches = claimed.prepare(
+    dict(zip(folders, wanted, strict=True)),
+    lambda say: job.prepare_several(wanted, say),
+  )
+  trials = [
+    together.Trial(trial.name, trial.settings.train, own, folder)
+    for trial, own, folder in zip(unit.trials, jobs, folders, strict=True)
+  ]
+  return together.fit(trials, batches, shared)

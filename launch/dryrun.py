@@ -39,13 +39,11 @@ MINUTES = flags.DEFINE_float(
 
 
 def main() -> None:
-  known = ", ".join(f"{name}.py" for name in configuration.names())
-  if CONFIG.value is None:
-    raise LoraxError(f"which config? --config=NAME; there are {known}")
+  config = configuration.given(CONFIG)
   if TOPOLOGY.value is None:
     kinds = ", ".join(topologies.CHIPS)
     raise LoraxError(f"which slice? --topology=v5e:4x4, say; there are {kinds}")
-  wanted = settings.convert(CONFIG.value, configuration.overridden(sys.argv))
+  wanted = settings.convert(config, configuration.overridden(sys.argv))
   topology = topologies.describe(TOPOLOGY.value)
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
   title = f"{spec} on {topology.name}"

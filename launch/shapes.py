@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 
+from experiments import cli
 from experiments.abstract import Abstract, abstract
 from experiments.settings import Settings
 from launch import needed
@@ -19,11 +20,7 @@ def job(wanted: Settings, topology: Topology, say: Callable[[str], None]) -> Abs
 def useful_flops(wanted: Settings, topology: Topology) -> int:
   """Matmul FLOPs of a step on all chips, were nothing computed twice."""
   model = dataclasses.replace(wanted.model, remat="none")
-  once = job(dataclasses.replace(wanted, model=model), topology, _nothing)
+  once = job(dataclasses.replace(wanted, model=model), topology, cli.silent)
   with jax.set_mesh(once.mesh):
     traced = once.step.trace(once.state, once.base, once.batch)
   return needed.matmul_flops(traced.jaxpr)
-
-
-def _nothing(line: str) -> None:
-  """It has been said of the step itself."""

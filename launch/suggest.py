@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich import table as rich_table
 
+from experiments import cli
 from experiments.settings import Settings
 from launch import costs, report, shapes
 from launch.topology import Topology
@@ -148,7 +149,7 @@ def _try(
   rows = option.mesh[0] * option.mesh[1]
   if option.batch % (rows * settings.train.accumulation):
     return None
-  job = shapes.job(settings, topology, _nothing)
+  job = shapes.job(settings, topology, cli.silent)
   needed = useful * option.batch / wanted.train.batch_size
   try:
     found, _ = costs.measure(job, topology, needed)
@@ -156,10 +157,6 @@ def _try(
     return Tried(option, None, error.used, compiled=error.compiled)
   tokens = math.prod(job.batch["input_ids"].shape)
   return Tried(option, found, found.peak, tokens / found.seconds / topology.size)
-
-
-def _nothing(line: str) -> None:
-  """Lines of every option would be too many."""
 
 
 def describe(option: Option) -> str:
