@@ -19,8 +19,8 @@ from experiments import configuration, job, settings, shape
 from experiments.abstract import Abstract
 from experiments.adapted import adapt
 from launch import hlo, report, shapes, topology
-from lorax_flax.train import mesh as meshes
 from lorax_flax.train import stacked
+from lorax_flax.train import step as steps
 from lorax_flax.train.config import Durations
 
 _PLAN = Durations(total=1000, epoch=1000, warmup=100, save=None)
@@ -35,9 +35,7 @@ def together(one: Abstract, wanted: settings.Settings, n: int) -> Abstract:
     forward, kind.loss, wanted.train, _PLAN, stacked.within(stacked.ROOM)
   )
   lies = jax.tree.map(lambda x: x.sharding, state)
-  jitted = jax.jit(
-    step, donate_argnums=0, out_shardings=(lies, meshes.replicated(one.mesh))
-  )
+  jitted = steps.jitted(step, lies)
   return dataclasses.replace(one, step=jitted, state=state, base=base, batch=batch)
 
 

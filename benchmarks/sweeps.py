@@ -28,8 +28,7 @@ import jax
 from benchmarks import common
 from experiments import configuration, job, large_pages, plan
 from experiments.trials import Trial
-from lorax_flax.train import program as programs
-from lorax_flax.train import together
+from lorax_flax.train import loop, together
 from lorax_flax.train.config import durations
 
 _SPEC = "quickstart.py"
@@ -125,15 +124,7 @@ def one_step(wanted: list[Trial]) -> str:
   jobs, batches = job.prepare_several([t.settings for t in wanted], lambda line: None)
   first, config = jobs[0], wanted[0].settings.train
   steps = durations(config, first.steps_per_epoch)
-  alone = programs.make(
-    config,
-    steps,
-    forward=first.forward,
-    loss=first.loss,
-    adapter=first.adapter,
-    mesh=first.mesh,
-    axes=first.axes,
-  )
+  alone = loop.program_of(config, steps, first)
   batch = next(batches)
   pairs = zip(wanted, jobs, strict=True)
   trials = [together.Trial(t.name, t.settings.train, j, Path()) for t, j in pairs]

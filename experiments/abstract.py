@@ -45,14 +45,13 @@ class Abstract:
   model: registry.Outline
 
   def lower(self) -> Any:
-    """The step, traced and lowered for the mesh; `.compile()` goes on."""
+    """The step, traced and lowered for the mesh."""
     with jax.set_mesh(self.mesh):
       return self.step.lower(self.state, self.base, self.batch)
 
   def compile(self) -> Any:
     """The step, compiled for the mesh."""
-    with jax.set_mesh(self.mesh):
-      return self.step.lower(self.state, self.base, self.batch).compile()
+    return self.lower().compile()
 
 
 def abstract(

@@ -1,14 +1,14 @@
 """Commands in processes of their own, some at a time; each line says whose it is."""
 
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
+
+from launch import signals
 
 _POLL = 0.05  # seconds
 # Becomes the command that follows, which gets SIGTERM when the process that started it
@@ -44,7 +44,12 @@ def run(commands: Mapping[str, Sequence[str]], most: int) -> dict[str, tuple[int
   """
   waiting, children = list(commands), dict[str, Child]()
   readers = []
-  with _stopping(children, waiting):
+
+  def stop(number: int) -> None:
+    waiting.clear()
+    signals.pass_on(number, [child.process for child in children.values()])
+
+  with signals.heard(stop):
     while waiting or any(c.process.poll() is None for c in children.values()):
       alive = sum(c.process.poll() is None for c in children.values())
       if waiting and alive < most:
@@ -83,22 +88,3 @@ def _copy(name: str, child: Child) -> None:
     for line in out:
       child.said = line.strip() or child.said
       print(f"[{name}] {line.rstrip()}", flush=True)
-
-
-@contextmanager
-def _stopping(children: Mapping[str, Child], waiting: list[str]) -> Iterator[None]:
-  """While entered, SIGTERM and SIGINT are passed on and do not end this process."""
-
-  def pass_on(number, frame):
-    waiting.clear()
-    for child in list(children.values()):
-      if child.process.poll() is None:
-        child.process.send_signal(number)
-
-  numbers = (signal.SIGTERM, signal.SIGINT)
-  before = {number: signal.signal(number, pass_on) for number in numbers}
-  try:
-    yield
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)

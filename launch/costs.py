@@ -124,8 +124,7 @@ def measure(job: Any, topology: Topology, useful: float) -> tuple[Costs, str]:
   """Compiles a step and reads its costs; also the program's text.
 
   Args:
-    job: with `step`, `state`, `base` and `batch` as ShapeDtypeStructs that say how they
-      lie, and `mesh`.
+    job: an `experiments.abstract.Abstract`, or what is like it.
     useful: FLOPs of the step on all chips, as `shapes.useful_flops` finds them.
 
   Raises:
@@ -144,16 +143,15 @@ def _compiled(job: Any, topology: Topology) -> tuple[str, Any]:
   least = arguments(job).total
   if least > topology.chip.hbm:
     raise TooLarge(least, topology.chip.hbm, compiled=False)
-  with jax.set_mesh(job.mesh):
-    lowered = job.step.lower(job.state, job.base, job.batch)
-    try:
-      with quiet():
-        compiled = lowered.compile()
-    except Exception as error:  # JAX's kinds of errors differ between its versions.
-      if too_large := _too_large(str(error)):
-        raise too_large from error
-      line = str(error).splitlines()[0][:500]
-      raise LoraxError(f"the compiler gave up: {line}") from error
+  lowered = job.lower()
+  try:
+    with quiet():
+      compiled = lowered.compile()
+  except Exception as error:  # JAX's kinds of errors differ between its versions.
+    if too_large := _too_large(str(error)):
+      raise too_large from error
+    line = str(error).splitlines()[0][:500]
+    raise LoraxError(f"the compiler gave up: {line}") from error
   return compiled.as_text(), compiled.memory_analysis()
 
 

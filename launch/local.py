@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from launch import arguments
+from launch import arguments, signals
 
 _POLL = 0.05  # seconds
 
@@ -65,7 +65,7 @@ def run(
   children: list[subprocess.Popen[str]] = []
   readers = []
   # The handler reads the list as it grows: a signal that comes early is not lost.
-  with _forwarding(children):
+  with signals.heard(lambda number: signals.pass_on(number, children)):
     for number in range(processes):
       child = subprocess.Popen(
         [sys.executable, *command],
@@ -87,28 +87,6 @@ def run(
   for reader in readers:
     reader.join(timeout=5)
   return code
-
-
-class _forwarding:
-  """While entered, SIGTERM and SIGINT are passed on and do not end this process."""
-
-  def __init__(self, children: Sequence[subprocess.Popen[str]]):
-    self._children = children
-
-  def __enter__(self) -> None:
-    self._before = {
-      number: signal.signal(number, self._pass_on)
-      for number in (signal.SIGTERM, signal.SIGINT)
-    }
-
-  def __exit__(self, *error) -> None:
-    for number, before in self._before.items():
-      signal.signal(number, before)
-
-  def _pass_on(self, number, frame) -> None:
-    for child in self._children:
-      if child.poll() is None:
-        child.send_signal(number)
 
 
 def _wait(children: Sequence[subprocess.Popen[str]], grace: float) -> int:

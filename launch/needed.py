@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from lorax_flax.adapt import jaxpr as encoding
+
 
 def matmul_flops(jaxpr: Any) -> int:
   """2 × the products of every dot_general and convolution, loops multiplied out.
@@ -15,7 +17,7 @@ def matmul_flops(jaxpr: Any) -> int:
     ValueError: a while loop with products in it: how often it runs is not known.
   """
   total = 0
-  for equation in jaxpr.eqns:
+  for equation in encoding.open_jaxpr(jaxpr)[0].eqns:
     name = equation.primitive.name
     inner = sum(map(matmul_flops, _inner(equation.params)))
     if name == "dot_general":
@@ -23,7 +25,7 @@ def matmul_flops(jaxpr: Any) -> int:
     elif name == "conv_general_dilated":
       total += _convolution(equation)
     elif name == "scan":
-      total += inner * equation.params["length"]
+      total += inner * encoding.scan(equation).length
     elif name == "while" and inner:
       raise ValueError("a while loop with products in it has no known trip count")
     elif name == "cond":
@@ -36,8 +38,7 @@ def matmul_flops(jaxpr: Any) -> int:
 def _inner(params: Any) -> Iterator[Any]:
   for value in params.values():
     for part in value if isinstance(value, (tuple, list)) else (value,):
-      part = getattr(part, "jaxpr", part)
-      if hasattr(part, "eqns"):
+      if hasattr(encoding.open_jaxpr(part)[0], "eqns"):
         yield part
 
 

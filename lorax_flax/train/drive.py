@@ -171,18 +171,22 @@ class Drive:
     work, improved = self._work, [False] * len(self._ledgers)
     with self.clock.on("evaluate"):
       sharding = meshes.batch(work.mesh)
-      outputs = [  # Not waited for, one by one.
-        self._eval_step(state.trained, work.base, self._spread(batch, sharding))
-        for batches in work.evaluation.values()
-        for batch in batches
-      ]
-      each = [work.apart(output) for output in jax.device_get(outputs)]
+      outputs = {  # Not waited for, one by one.
+        split: [
+          self._eval_step(state.trained, work.base, self._spread(batch, sharding))
+          for batch in batches
+        ]
+        for split, batches in work.evaluation.items()
+      }
+      each = {
+        split: [work.apart(output) for output in found]
+        for split, found in jax.device_get(outputs).items()
+      }
       for i, ledger in enumerate(self._ledgers):
         if ledger.failed is not None:
           continue
-        own = iter([outputs[i] for outputs in each])
-        take = lambda *batch, own=own: next(own)
-        found = evaluate(take, None, None, work.evaluation, work.metrics)
+        own = {split: [parts[i] for parts in found] for split, found in each.items()}
+        found = evaluate(own, work.evaluation, work.metrics)
         improved[i] = ledger.evaluated(number, found)
         self._display.say(say_of(ledger, ledger.last_evaluation()))
     return work.evaluated(state, improved)

@@ -1,8 +1,8 @@
 """Evaluation: every example of every split once, metrics from all predictions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,8 @@ from lorax_flax.train import metrics
 from lorax_flax.train.metrics import Mean
 
 Batches = Sequence[Mapping[str, np.ndarray]]
+# What is kept of a batch's logits, and the mean loss.
+Output = tuple[np.ndarray | None, Mean]
 # logits_NxC and labels_N in the examples' order; None where a step keeps no logits.
 _Rows = tuple[np.ndarray | None, np.ndarray | None]
 
@@ -31,16 +33,15 @@ class Evaluation:
 
 
 def evaluate(
-  step: Callable[[Any, Any, Any], tuple[jax.Array | None, Mean]],
-  trained: Any,
-  base: Any,
+  outputs: Mapping[str, Sequence[Output]],
   splits: Mapping[str, Batches],
   names: Sequence[str],
 ) -> Evaluation:
   """Evaluates all splits.
 
   Args:
-    step: as `lorax_flax.train.step.eval_step` makes it.
+    outputs: by the split's name, what `lorax_flax.train.step.eval_step` gives of each
+      of its batches, on the host.
     splits: batches by the split's name; each has `labels`, `weights`, and `index`, the
       example's number in its split, -1 in rows that are no example.
     names: keys of `metrics.METRICS`.
@@ -51,7 +52,7 @@ def evaluate(
   found: dict[str, float] = {}
   whole = []
   for split, batches in splits.items():
-    part = _predict(step, trained, base, split, batches)
+    part = _predict(outputs[split], split, batches)
     whole.append(part)
     if len(splits) > 1:
       short = split.removeprefix("validation_")
@@ -72,10 +73,9 @@ class _Predicted(NamedTuple):
   examples: int
 
 
-def _predict(step, trained, base, split, batches) -> _Predicted:
-  outputs = [step(trained, base, batch) for batch in batches]  # Not waited for.
+def _predict(outputs: Sequence[Output], split: str, batches: Batches) -> _Predicted:
   rows, index, loss = [], [], Mean(0.0, 0.0)
-  for batch, (kept, mean) in zip(batches, jax.device_get(outputs), strict=True):
+  for batch, (kept, mean) in zip(batches, outputs, strict=True):
     real_B = batch["index"] >= 0
     both = (kept, None if kept is None else batch["labels"])
     rows.append(jax.tree.map(lambda x, real_B=real_B: x[real_B], both))

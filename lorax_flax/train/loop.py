@@ -17,7 +17,7 @@ from lorax_flax.train import program as programs
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 from lorax_flax.train.checkpoint import Checkpoints, Progress
-from lorax_flax.train.config import TrainConfig, durations
+from lorax_flax.train.config import Durations, TrainConfig, durations
 from lorax_flax.train.display import Display
 from lorax_flax.train.drive import Drive, Work
 from lorax_flax.train.evaluate import Batches
@@ -89,15 +89,7 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
     processes.Preempted: SIGTERM asked for it; the run is saved.
   """
   plan = durations(config, job.steps_per_epoch)
-  program = programs.make(
-    config,
-    plan,
-    forward=job.forward,
-    loss=job.loss,
-    adapter=job.adapter,
-    mesh=job.mesh,
-    axes=job.axes,
-  )
+  program = program_of(config, plan, job)
   state, base = program.start(job.params, job.adapter)
   progress = Progress(position=job.batches.get_state())
   with contextlib.ExitStack() as stack:
@@ -108,13 +100,8 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
     if done:
       state, progress = checkpoints.restore(done, state)
       job.batches.set_state(progress.position)
-    record = Record(folder, done) if processes.first() else SilentRecord()
-    stack.enter_context(closing(record))
-    display = stack.enter_context(
-      Display(plan.total, done, quiet=not processes.first())
-    )
-    if done:
-      display.say(f"going on after step {done} of {plan.total}")
+    record = stack.enter_context(recording(folder, done))
+    display = stack.enter_context(displaying(plan.total, done))
     work = Work(
       step=program.step,
       eval_step=steps.eval_step(
@@ -145,6 +132,19 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
     result = finish(job, ledger, adapter, trained, folder, drive.clock.seconds())
     processes.meet("the result is written")
   return result
+
+
+def program_of(config: TrainConfig, plan: Durations, job: Job) -> programs.Program:
+  """The step that trains a job, and how what it takes lies."""
+  return programs.make(
+    config,
+    plan,
+    forward=job.forward,
+    loss=job.loss,
+    adapter=job.adapter,
+    mesh=job.mesh,
+    axes=job.axes,
+  )
 
 
 def finish(
@@ -180,6 +180,23 @@ def _end(checkpoints: Checkpoints, ledger: Ledger, error: Diverged) -> None:
     error.reason,
     f". The checkpoint of step {kept} is kept" if kept else ". Nothing was saved yet",
   ) from error
+
+
+@contextlib.contextmanager
+def recording(folder: Path, done: int) -> Iterator[Record | SilentRecord]:
+  """A run's record, which the first process keeps; `done` steps were done before."""
+  record = Record(folder, done) if processes.first() else SilentRecord()
+  with closing(record):
+    yield record
+
+
+@contextlib.contextmanager
+def displaying(total: int, done: int) -> Iterator[Display]:
+  """What the first process shows; `done` of `total` steps were done before."""
+  with Display(total, done, quiet=not processes.first()) as display:
+    if done:
+      display.say(f"going on after step {done} of {total}")
+    yield display
 
 
 @contextlib.contextmanager

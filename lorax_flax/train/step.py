@@ -56,6 +56,11 @@ def train_step(
   The others, and what it returns, are those of `one_step`.
   """
   step = one_step(forward, loss, optimizer, rate, accumulation, on_nonfinite)
+  return jitted(step, shardings)
+
+
+def jitted(step: Any, shardings: PyTree | None) -> Any:
+  """A step (state, …) -> (state, metrics), jitted; arguments as in `train_step`."""
   if shardings is None:
     return jax.jit(step, donate_argnums=0)
   whole = meshes.replicated(jax.tree.leaves(shardings)[0].mesh)

@@ -25,13 +25,12 @@ from lorax_flax.train import mesh as meshes
 from lorax_flax.train import processes, stacked, workdir
 from lorax_flax.train import program as programs
 from lorax_flax.train import state as states
+from lorax_flax.train import step as steps
 from lorax_flax.train.checkpoint import Checkpoints, Progress, ProgressOfSeveral
 from lorax_flax.train.config import Durations, TrainConfig, durations
-from lorax_flax.train.display import Display
 from lorax_flax.train.drive import Drive, Work
 from lorax_flax.train.ledger import Diverged, Ledger
-from lorax_flax.train.loop import Job, closing, finish
-from lorax_flax.train.record import Record, SilentRecord
+from lorax_flax.train.loop import Job, closing, displaying, finish, recording
 from lorax_flax.train.stacked import Bases, States
 from lorax_flax.train.state import Base, TrainState
 
@@ -94,14 +93,10 @@ def fit(
     if done:
       state, progress = checkpoints.restore(done, state)
       batches.set_state(progress.runs[0].position)
-    display = stack.enter_context(
-      Display(plan.total, done, quiet=not processes.first())
-    )
-    if done:
-      display.say(f"going on after step {done} of {plan.total}")
+    display = stack.enter_context(displaying(plan.total, done))
     ledgers = [
       Ledger(
-        stack.enter_context(_recording(trial.folder, done)),
+        stack.enter_context(recording(trial.folder, done)),
         plan,
         trial.job.primary,
         trial.config.on_nonfinite,
@@ -155,13 +150,6 @@ def fit(
       )
     processes.meet("the results are written")
   return results
-
-
-@contextlib.contextmanager
-def _recording(folder: Path, done: int):
-  record = Record(folder, done) if processes.first() else SilentRecord()
-  with closing(record):
-    yield record
 
 
 def _check(trials: Sequence[Trial]) -> None:
@@ -221,17 +209,16 @@ def make(trials: Sequence[Trial], plan: Durations, width: int | None) -> Program
   shardings = states.shardings(pairs[0][0], optimizer, lies, job.mesh)
   shardings = jax.tree.map(stacked.sharding, shardings)
   state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s for s, _ in pairs))
-  _, shared = stacked.own_and_shared(pairs[0][1].rest)
-  each = [stacked.own_and_shared(base.rest)[0] for _, base in pairs]
-  own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+  rests = [stacked.own_and_shared(base.rest) for _, base in pairs]
+  own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(own for own, _ in rests))
   whole = meshes.replicated(job.mesh)
   lying = States(shardings, shardings.trained, whole)  # type: ignore[arg-type]
   best = jax.tree.map(jnp.copy, state.trained)
   return Program(
-    jax.jit(step, donate_argnums=0, out_shardings=(lying, whole)),
+    steps.jitted(step, lying),
     jax.jit(eval_step, out_shardings=whole),
     meshes.place(States(state, best, jnp.ones(n, bool)), lying),
-    Bases(Base(job.params, shared), own, numbers),
+    Bases(Base(job.params, rests[0][1]), own, numbers),
   )
 
 

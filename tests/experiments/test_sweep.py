@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -18,7 +17,10 @@ from lorax_flax.errors import LoraxError
 from tests.train import tiny
 
 # One worker runs them all: what they share is made once.
-pytestmark = pytest.mark.xdist_group("sweep")
+pytestmark = [
+  pytest.mark.xdist_group("sweep"),
+  pytest.mark.usefixtures("quick_to_compile"),
+]
 
 # Four of two rates and seeds, one of another rank and scale, and one that diverges.
 SWEEP = """
@@ -34,18 +36,6 @@ def sweep(add):
 
 def _sweep(*changes):
   return "\ndef sweep(add):\n" + "\n".join(f"  add(**{own!r})" for own in changes)
-
-
-QUICK = "jax_disable_most_optimizations"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-  jax.config.update(QUICK, True)
-  jax.clear_caches()
-  yield
-  jax.config.update(QUICK, False)
-  jax.clear_caches()  # The other tests' programs are to be their own.
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +157,7 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_table(config, swept, tmp_pa
       *(f"--config={config}", f"--workdir={tmp_path}"),
     ],
     cwd=tiny.ROOT,
-    env=os.environ | {QUICK.upper(): "1"},
+    env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     stdout=subprocess.DEVNULL,
   )
   metrics = tmp_path / "trial-000" / "metrics.jsonl"

@@ -17,7 +17,11 @@ def _evaluate(splits, names=("accuracy", "f1"), **options):
   )
   state, base = states.create(job.params, job.adapter, optimizer, jax.random.key(0))
   run = step.eval_step(job.forward, job.loss, **options)
-  return evaluate(run, state.trained, base, splits, names)
+  outputs = {
+    split: jax.device_get([run(state.trained, base, batch) for batch in batches])
+    for split, batches in splits.items()
+  }
+  return evaluate(outputs, splits, names)
 
 
 def _split(count, batch_size, seed=2):

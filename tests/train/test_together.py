@@ -1,7 +1,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,16 +12,7 @@ from tests.train import toy
 
 # Learning rate, seed, weight decay and rank of each trial.
 TRIALS = [(0.1, 0, 0.01, 2), (0.02, 1, 0.0, 2), (0.05, 0, 0.02, 5), (0.1, 1, 0.01, 3)]
-QUICK = "jax_disable_most_optimizations"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-  jax.config.update(QUICK, True)
-  jax.clear_caches()
-  yield
-  jax.config.update(QUICK, False)
-  jax.clear_caches()  # The other tests' programs are to be their own.
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def _config(number, **changes):
