@@ -22,10 +22,11 @@ from ml_collections import ConfigDict
 from experiments import configuration, settings
 from experiments.settings import Settings
 from lorax_flax.errors import LoraxError
+from lorax_flax.train import together
 
 # The fields that are data in one program, so that trials may differ in them.
 _DATA = {
-  "train": ("learning_rate", "weight_decay", "grad_clip", "seed"),
+  "train": together.MAY_DIFFER,
   "lora": ("rank", "alpha", "use_rslora"),
 }
 

@@ -57,10 +57,10 @@ def test_what_is_data_trains_together_and_the_rest_apart(tmp_path):
     tmp_path,
     {"train.learning_rate": 1e-3, "seed": 1},
     {"lora.targets": "query,value"},
-    {"train.weight_decay": 0.1, "lora.rank": 4, "lora.alpha": 2.0},
-    {"train.batch_size": 16, "train.grad_clip": 0.5},
+    {"train.weight_decay": 0.1, "train.grad_clip": 0.5, "lora.rank": 4},
+    {"train.batch_size": 16},
     {"train.steps": 7},
-    {"train.learning_rate": 3e-3, "lora.use_rslora": True},
+    {"train.learning_rate": 3e-3, "lora.alpha": 2.0, "lora.use_rslora": True},
   )
   assert numbers == [[0, 2, 5], [1], [3], [4]]
   assert [unit.why for unit in units] == [

@@ -10,19 +10,24 @@ from lorax_flax.train import loop, together
 from lorax_flax.train.ledger import Diverged
 from tests.train import toy
 
-# Learning rate, seed, weight decay and rank of each trial.
-TRIALS = [(0.1, 0, 0.01, 2), (0.02, 1, 0.0, 2), (0.05, 0, 0.02, 5), (0.1, 1, 0.01, 3)]
+FIELDS = ("learning_rate", "seed", "weight_decay", "grad_clip")
+# Of each trial, and its rank.
+TRIALS = [
+  (0.1, 0, 0.01, 1.0, 2),
+  (0.02, 1, 0.0, float("inf"), 2),
+  (0.05, 0, 0.02, 1e-3, 5),
+  (0.1, 1, 0.01, 0.05, 3),
+]
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def _config(number, **changes):
-  rate, seed, decay, _ = TRIALS[number]
-  own = {"learning_rate": rate, "seed": seed, "weight_decay": decay}
+  own = dict(zip(FIELDS, TRIALS[number][:-1], strict=True))
   return dataclasses.replace(toy.CONFIG, **own, **changes)
 
 
 def _job(number, **changes):
-  return toy.job(_config(number), rank=TRIALS[number][3], **changes)
+  return toy.job(_config(number), rank=TRIALS[number][-1], **changes)
 
 
 def _trials(folder, **changes):
