@@ -11,10 +11,11 @@ from jax.sharding import AbstractMesh, AxisType
 from experiments import abstract, classify, configuration, job, settings
 from lorax_flax.data.examples import Splits
 from lorax_flax.errors import LoraxError
+from lorax_flax.train import loop
 from lorax_flax.train import mesh as meshes
+from lorax_flax.train.config import durations
 from lorax_flax.train.mesh import AXES
 from tests.experiments import peers, token_ids
-from tests.train import mesh_worker
 
 
 def _mesh(*sizes):
@@ -138,7 +139,8 @@ def test_the_abstract_step_is_the_very_step_that_trains(kind, folder, monkeypatc
   monkeypatch.setattr(classify.data, "load", lambda *args, **kwargs: splits)
   wanted = _wanted(kind, folder)
   real = job.prepare(wanted, print)
-  program = mesh_worker.program_of(wanted.train, real)
+  plan = durations(wanted.train, real.steps_per_epoch)
+  program = loop.program_of(wanted.train, plan, real)
   state, base = program.start(real.params, real.adapter)
   spread = meshes.batch(real.mesh)
   batch = {n: meshes.place(x, spread) for n, x in next(real.batches).items()}

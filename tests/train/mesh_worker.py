@@ -8,10 +8,12 @@ longer than a case does.
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -20,9 +22,9 @@ from experiments import abstract, configuration, job, settings
 from launch import hlo
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.safetensors import Reader
+from lorax_flax.train import loop
 from lorax_flax.train import mesh as meshes
-from lorax_flax.train import program as programs
-from lorax_flax.train.config import TrainConfig, durations
+from lorax_flax.train.config import durations
 from lorax_flax.train.loop import Job
 
 PLAIN = {"model.dropout": 0.0, "model.head_dropout": 0.0, "lora.dropout": 0.0}
@@ -67,23 +69,9 @@ def prepare(
       section, _, field = name.partition(".")
       config[section][field] = value
   wanted = settings.convert(config)
-  job._mesh = lambda wanted, say: meshes.make(
-    wanted.mesh, jax.devices()[: int(np.prod(sizes))]
-  )
-  return wanted, job.prepare(wanted, lambda line: None)
-
-
-def program_of(config: TrainConfig, made: Job) -> programs.Program:
-  """The program that the loop makes of a job."""
-  return programs.make(
-    config,
-    durations(config, made.steps_per_epoch),
-    forward=made.forward,
-    loss=made.loss,
-    adapter=made.adapter,
-    mesh=made.mesh,
-    axes=made.axes,
-  )
+  devices = jax.devices()[: math.prod(sizes)]
+  with mock.patch.object(jax, "devices", return_value=devices):
+    return wanted, job.prepare(wanted, lambda line: None)
 
 
 @contextmanager
@@ -106,7 +94,8 @@ def watched() -> Iterator[dict[str, list[int]]]:
 def run(spec: str, changes: dict[str, Any], sizes: tuple[int, int, int]) -> dict:
   with watched() as reads:
     wanted, made = prepare(spec, changes, sizes)
-  program = program_of(wanted.train, made)
+  plan = durations(wanted.train, made.steps_per_epoch)
+  program = loop.program_of(wanted.train, plan, made)
   state, base = program.start(made.params, made.adapter)
   start = hashlib.sha256()
   for path, leaf in sorted(flatten(state.trained).items()):
