@@ -10,10 +10,11 @@ result.json, metrics.jsonl, curves.png, tensorboard/, config.json and checkpoint
 The same command goes on with a run that was killed, or that SIGTERM told to save and
 stop (exit code 143), on the same or on other devices.
 
-Several devices: --config.mesh.data, .fsdp and .tensor say how many along each axis,
-and one of them -1, what is left. JAX_NUM_CPU_DEVICES=8 in the environment makes a CPU
-eight devices. Several processes, which share DIR: `python -m launch.local` starts them
-here, and launch.gcloud, .slurm, .xpk and .sky on clusters (--distributed joins them).
+Several devices: --config.mesh.data, .fsdp, .tensor and (for mixtures) .expert say how
+many along each axis, and one of them -1, what is left. JAX_NUM_CPU_DEVICES=8 in the
+environment makes a CPU eight devices. Several processes, which share DIR: `python -m
+launch.local` starts them here, and launch.gcloud, .slurm, .xpk and .sky on clusters
+(--distributed joins them).
 
 --config.compilation_cache=FOLDER keeps compiled programs for the next start. It and the
 workdir may lie in a bucket, gs://BUCKET/FOLDER (with the extra gcs).

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import jax
 
-from experiments import cli
+from experiments import cli, shape
 from experiments.abstract import Abstract, abstract
+from experiments.job import kind_of
 from experiments.settings import Settings
 from launch import needed
 from launch.topology import Topology
@@ -15,6 +16,12 @@ from launch.topology import Topology
 def job(wanted: Settings, topology: Topology, say: Callable[[str], None]) -> Abstract:
   """The step that training runs on such a slice; see `experiments.abstract`."""
   return abstract(wanted, topology.devices, say)
+
+
+def experts(wanted: Settings) -> int:
+  """How many experts the model has side by side; 1 where it has none."""
+  model = shape.described(wanted, kind_of(wanted))
+  return getattr(model.config, "num_experts", None) or 1
 
 
 def useful_flops(wanted: Settings, topology: Topology) -> int:

@@ -26,11 +26,11 @@ class Option:
   """One way to run.
 
   Attributes:
-    mesh: chips along data, fsdp and tensor.
+    mesh: chips along each of its axes.
     remat, batch: model.remat and train.batch_size.
   """
 
-  mesh: tuple[int, int, int]
+  mesh: tuple[int, ...]
   remat: str
   batch: int
 
@@ -85,7 +85,7 @@ def run(wanted: Settings, topology: Topology, title: str, *, minutes: float) -> 
   left, useful = 0, shapes.useful_flops(wanted, topology)
   first = [
     Option(mesh, wanted.model.remat, wanted.train.batch_size)
-    for mesh in meshes(topology.size)
+    for mesh in meshes(topology.size, shapes.experts(wanted))
   ]
   for stage in (lambda: first, lambda: list(_around(wanted, tried))):
     options = stage()
@@ -111,14 +111,19 @@ def run(wanted: Settings, topology: Topology, title: str, *, minutes: float) -> 
     report.show(f"{left} others were not tried: --minutes={minutes:g} had passed")
 
 
-def meshes(chips: int) -> list[tuple[int, int, int]]:
-  """Every way to cut so many chips, those first that are likely to be good."""
+def meshes(chips: int, experts: int = 1) -> list[tuple[int, ...]]:
+  """Every way to cut so many chips, those first that are likely to be good.
+
+  Args:
+    experts: of the model, which their axis has to divide.
+  """
   found = [
-    (data, fsdp, chips // data // fsdp)
-    for data in _divisors(chips)
-    for fsdp in _divisors(chips // data)
+    (data, fsdp, chips // expert // data // fsdp, expert)
+    for expert in _divisors(math.gcd(chips, experts))
+    for data in _divisors(chips // expert)
+    for fsdp in _divisors(chips // expert // data)
   ]
-  return sorted(found, key=lambda sizes: (sizes[0], sizes[2]))
+  return sorted(found, key=lambda sizes: (sizes[0], sizes[2], sizes[3]))
 
 
 def _divisors(n: int) -> list[int]:
@@ -146,8 +151,8 @@ def _try(
     useful: FLOPs of the wanted batch; another one needs more in proportion.
   """
   settings = option.of(wanted)
-  rows = option.mesh[0] * option.mesh[1]
-  if option.batch % (rows * settings.train.accumulation):
+  data, fsdp, _, expert = option.mesh
+  if option.batch % (data * fsdp * expert * settings.train.accumulation):
     return None
   job = shapes.job(settings, topology, cli.silent)
   needed = useful * option.batch / wanted.train.batch_size

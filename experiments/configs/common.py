@@ -77,6 +77,7 @@ def base() -> ConfigDict:
   config.mesh.data = -1
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
+  config.mesh.expert = 1
   return config
 
 

@@ -2,7 +2,8 @@
 
 Sources: arXiv 2401.04088 (Mixtral), as transformers computes it. Every expert computes
 every token, and what was not chosen is weighted by zero: exact, and num_experts /
-num_experts_per_tok times the products that a dispatch of tokens would need.
+num_experts_per_tok times the products that a dispatch of tokens would need. On a mesh
+with an axis for them, a device computes its own experts alone.
 
 Shapes: N tokens of a batch, D hidden_size, E experts, C chosen experts, M features of
 an expert.
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_flax.models import ops
+from lorax_flax.models import layers, ops
 from lorax_flax.models.decoder_config import DecoderConfig
 from lorax_flax.models.layers import DType
 
@@ -38,7 +39,7 @@ class Router(nn.Module):
     """Weights, NxE float32, zero for experts that are not chosen."""
     c = self.config
     shape = x_NxD.shape[-1], self.experts
-    kernel_DxE = _param(self, c, "weight", ("embed", "expert"), shape)
+    kernel_DxE = _param(self, c, "weight", ("embed", "choices"), shape)
     logits_NxE = x_NxD @ kernel_DxE.astype(self.dtype)
     shares_NxE = jax.nn.softmax(logits_NxE.astype(jnp.float32))
     top_NxC, chosen_NxC = lax.top_k(shares_NxE, c.num_experts_per_tok)
@@ -64,12 +65,15 @@ class Experts(nn.Module):
     down_ExMxD = _param(self, c, "down_proj", axes, (e, m, d))
     # The expert is a batch axis of every product: that is how a LoRA finds a pair of
     # factors for each.
-    x_ExNxD = jnp.broadcast_to(x_NxD[None], (e, *x_NxD.shape))
-    made_ExNx2M = jnp.einsum("END,EDM->ENM", x_ExNxD, up_ExDx2M.astype(self.dtype))
-    y_ExNxM = ops.gated(c.hidden_act, *jnp.split(made_ExNx2M, 2, axis=-1))
-    y_ExNxD = jnp.einsum("ENM,EMD->END", y_ExNxM, down_ExMxD.astype(self.dtype))
+    apart = layers.experts_apart
+    x_ExNxD = apart(jnp.broadcast_to(x_NxD[None], (e, *x_NxD.shape)))
+    made_ExNx2M = apart(
+      jnp.einsum("END,EDM->ENM", x_ExNxD, up_ExDx2M.astype(self.dtype))
+    )
+    y_ExNxM = apart(ops.gated(c.hidden_act, *jnp.split(made_ExNx2M, 2, axis=-1)))
+    y_ExNxD = apart(jnp.einsum("ENM,EMD->END", y_ExNxM, down_ExMxD.astype(self.dtype)))
     y_NxD = jnp.einsum("END,NE->ND", y_ExNxD.astype(jnp.float32), weights_NxE)
-    return y_NxD.astype(self.dtype)
+    return layers.rows_apart(y_NxD.astype(self.dtype))
 
 
 class Mixture(nn.Module):

@@ -71,13 +71,12 @@ class Embed(nn.Embed):
     rows = self.along == "embed" and ids_BxT.ndim == 2 and _apart(mesh, ids_BxT)
     if rows and self.features % mesh.shape["fsdp"] == 0:
       # Each device looks up its own columns for the rows of all that share the table,
-      # which then change places. Left alone, the compiler copies all rows everywhere.
-      free = PartitionSpec.UNCONSTRAINED
-      ids_BxT = jax.lax.with_sharding_constraint(ids_BxT, PartitionSpec("data", free))
-      x_BxTxD = jax.lax.with_sharding_constraint(
-        super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp")
-      )
-      return rows_apart(x_BxTxD)
+      # which then change places, and only then are cut along what else there is. Left
+      # alone, the compiler copies all rows everywhere.
+      cut, free = jax.lax.with_sharding_constraint, PartitionSpec.UNCONSTRAINED
+      ids_BxT = cut(ids_BxT, PartitionSpec("data", free))
+      x_BxTxD = cut(super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp"))
+      return rows_apart(cut(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free)))
     return super().__call__(ids_BxT)
 
 
@@ -167,7 +166,7 @@ def dropout_rng(
 
 
 # The axes of a mesh along which a batch is cut, where the caller has set one.
-_ROWS = ("data", "fsdp")
+_ROWS = ("data", "fsdp", "expert")
 
 
 def rows_apart(x: Any) -> Any:
@@ -185,6 +184,24 @@ def rows_apart(x: Any) -> Any:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(_ROWS, *rest))
 
   return jax.tree.map(cut, x)
+
+
+def experts_apart(x_ExNxD: jax.Array) -> jax.Array:
+  """Tokens of each expert, put where on the mesh its weights are.
+
+  The batch is cut along the experts' axis too, and the compiler is to gather tokens
+  along it and not the experts, which are larger. Without such a mesh: x.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.shape.get("expert", 1) == 1:
+    return x_ExNxD
+  rows = tuple(name for name in _ROWS if name != "expert")
+  experts, tokens, _ = x_ExNxD.shape
+  apart = math.prod(mesh.shape[name] for name in rows)
+  if experts % mesh.shape["expert"] or tokens % apart:
+    return x_ExNxD
+  spec = PartitionSpec("expert", rows, PartitionSpec.UNCONSTRAINED)
+  return jax.lax.with_sharding_constraint(x_ExNxD, spec)
 
 
 def _apart(mesh: Any, x_Bx: jax.Array) -> bool:

@@ -22,14 +22,17 @@ from lorax_flax.methods import Adapter, LowRank, Rows
 # Logical names of each leaf's axes, by the leaf's slash path.
 Axes = Mapping[str, tuple[str | None, ...]]
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "expert")
+# Those that a batch's rows are cut along.
+_ROWS = ("data", "fsdp", "expert")
 
 # The axis of the mesh that each logical axis is cut along; None: it is never cut.
 RULES: dict[str, str | None] = {
   "buckets": None,
   "channels": None,
+  "choices": None,
   "embed": "fsdp",
-  "expert": None,
+  "expert": "expert",
   "head": None,
   "heads": "tensor",
   "height": None,
@@ -68,11 +71,14 @@ class MeshConfig:
     data: each part of the batch on devices of its own, weights copied.
     fsdp: parts of the batch too, and each weight cut: gathered where it is used.
     tensor: weights cut, and what is computed with them: nothing is gathered.
+    expert: parts of the batch too, and of a mixture the experts: each device computes
+      its own ones, of the tokens of all that share its other places.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  expert: int = 1
 
   def __post_init__(self):
     for name in AXES:
@@ -87,8 +93,8 @@ class MeshConfig:
     if len(open_ended) > 1:
       raise LoraxError(f"only one axis can be what is left, not {listing(open_ended)}")
 
-  def sizes(self, devices: int) -> tuple[int, int, int]:
-    """Of data, fsdp and tensor on so many devices.
+  def sizes(self, devices: int) -> tuple[int, ...]:
+    """Of each of AXES on so many devices.
 
     Raises:
       LoraxError: the devices do not come out even.
@@ -101,8 +107,7 @@ class MeshConfig:
         f"the mesh {given} does not fit {devices} devices: the product of its axes must"
         " be their number (-1 takes what is left)"
       )
-    data, fsdp, tensor = (devices // known if n == -1 else n for n in wanted)
-    return data, fsdp, tensor
+    return tuple(devices // known if n == -1 else n for n in wanted)
 
 
 def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -131,13 +136,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-  """Of what has a row for each example: rows are cut along data and fsdp."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  """Of what has a row for each example: rows are cut along all axes but tensor."""
+  return NamedSharding(mesh, PartitionSpec(_ROWS))
 
 
 def rows(mesh: Mesh) -> int:
   """How many parts a batch's rows are cut into."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return math.prod(mesh.shape[name] for name in _ROWS)
 
 
 def check_batch(mesh: Mesh, name: str, size: int, parts: int = 1) -> None:
@@ -147,7 +152,7 @@ def check_batch(mesh: Mesh, name: str, size: int, parts: int = 1) -> None:
     cut = f" in {parts} parts (train.accumulation)" if parts > 1 else ""
     raise LoraxError(
       f"{name} is {size}, and{cut} can't be spread evenly over the {apart} devices of"
-      " mesh.data × mesh.fsdp"
+      " mesh.data × mesh.fsdp × mesh.expert"
     )
 
 
@@ -169,8 +174,17 @@ def of_params(mesh: Mesh, axes: Axes, params: PyTree) -> PyTree:
     params: arrays or ShapeDtypeStructs.
 
   Raises:
-    LoraxError: a leaf without axis names, or a name that `RULES` does not have.
+    LoraxError: a leaf without axis names, or a name that `RULES` does not have; an
+      axis of the mesh that is there for weights of which this model has none.
   """
+  wanted = {
+    RULES.get(str(name)) for path in flatten(params) for name in _names(axes, path)
+  }
+  if mesh.shape["expert"] > 1 and "expert" not in wanted:
+    raise LoraxError(
+      f"mesh.expert is {mesh.shape['expert']}, and the model has no experts: mesh.data"
+      " and mesh.fsdp are for any model"
+    )
 
   def sharding(path, leaf):
     return _sharding(mesh, path, _names(axes, path), leaf.shape)

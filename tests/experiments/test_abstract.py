@@ -20,6 +20,7 @@ from tests.experiments import peers, token_ids
 
 def _mesh(*sizes):
   """Devices that are not there."""
+  sizes += (1,) * (len(AXES) - len(sizes))
   return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

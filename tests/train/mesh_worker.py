@@ -1,9 +1,9 @@
 """The first steps of one job on many meshes of eight virtual devices.
 
-`python -m tests.train.mesh_worker CONFIG DEEP DECODER` prints JSON: for each case what
-`test_meshes.py` looks at. DEEP is a model of several layers, for the cases that scan
-them, and DECODER one that predicts tokens. All in one process, since starting one takes
-longer than a case does.
+`python -m tests.train.mesh_worker CONFIG DEEP DECODER MIXTURE` prints JSON: for each
+case what `test_meshes.py` looks at. DEEP is a model of several layers, for the cases
+that scan them; DECODER and MIXTURE predict tokens. All in one process, since starting
+one takes longer than a case does.
 """
 
 import hashlib
@@ -40,29 +40,36 @@ DECODER = {
   "lora.tuned": (),
   "lora.dropout": 0.0,
 }
+MIXTURE = DECODER | {"model.path": "MIXTURE", "lora.targets": "all-linear"}
 # data, fsdp, tensor: every way to cut eight devices, and what is on fewer.
 MESHES = (
   *((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)),
   *((4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)),
   *((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)),
 )
+# And expert.
+OF_EXPERTS = (
+  *((1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 1, 1, 2), (1, 1, 1, 4)),
+  *((2, 1, 1, 4), (1, 2, 1, 4), (1, 1, 2, 4), (1, 2, 2, 2)),
+)
 CASES = {
   "plain": (PLAIN, MESHES),
   "scanned": (SCANNED, ((1, 1, 1), (8, 1, 1), (1, 1, 8), (2, 2, 2))),
   "dropped": (DROPPED, ((1, 1, 1), (2, 2, 2))),
   "full": (FULL, ((8, 1, 1),)),
+  "mixture": (MIXTURE, OF_EXPERTS),
   "decoder": (DECODER, tuple(m for m in MESHES if max(m) != 4 and m != (2, 1, 2))),
 }
 STEPS = 3
 
 
 def prepare(
-  spec: str, changes: dict[str, Any], sizes: tuple[int, int, int]
+  spec: str, changes: dict[str, Any], sizes: tuple[int, ...]
 ) -> tuple[settings.Settings, Job]:
   config = configuration.load(spec)
-  values: dict[str, Any] = dict(
-    zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), sizes, strict=True)
-  )
+  values: dict[str, Any] = {
+    f"mesh.{name}": n for name, n in zip(meshes.AXES, sizes, strict=False)
+  }
   values |= {"train.schedule": "constant", "train.weight_decay": 0.01}
   with config.unlocked():
     for name, value in (changes | values).items():
@@ -91,7 +98,7 @@ def watched() -> Iterator[dict[str, list[int]]]:
     Reader.read = read
 
 
-def run(spec: str, changes: dict[str, Any], sizes: tuple[int, int, int]) -> dict:
+def run(spec: str, changes: dict[str, Any], sizes: tuple[int, ...]) -> dict:
   with watched() as reads:
     wanted, made = prepare(spec, changes, sizes)
   plan = durations(wanted.train, made.steps_per_epoch)
@@ -105,7 +112,7 @@ def run(spec: str, changes: dict[str, Any], sizes: tuple[int, int, int]) -> dict
   for _ in range(STEPS):
     batch = {n: meshes.place(x, rows) for n, x in next(made.batches).items()}
     if compiled is None:
-      if sizes == (2, 2, 2):
+      if sizes.count(2) == 3:
         shapes = abstract.abstract(wanted, made.mesh, lambda line: None)
         same = _same((state, base, batch), (shapes.state, shapes.base, shapes.batch))
       with jax.set_mesh(made.mesh):
@@ -145,9 +152,10 @@ def _same(arrays: Any, shapes: Any) -> bool:
 
 def main() -> None:
   jax.config.update("jax_num_cpu_devices", 8)
-  config, deep, decoder = sys.argv[1:]
+  config, deep, decoder, MIXTURE["model.path"] = sys.argv[1:]
   SCANNED["model.path"] = deep
   DECODER["model.path"] = DECODER["data.path"] = decoder
+  MIXTURE["data.path"] = decoder
   found = {
     f"{name} {'×'.join(map(str, sizes))}": run(config, changes, sizes)
     for name, (changes, all_sizes) in CASES.items()

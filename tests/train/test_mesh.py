@@ -10,7 +10,7 @@ from lorax_flax.models import registry
 from lorax_flax.train import mesh as meshes
 from lorax_flax.train.mesh import MeshConfig
 
-EIGHT = AbstractMesh((2, 2, 2), meshes.AXES, (AxisType.Auto,) * 3)
+EIGHT = AbstractMesh((2, 2, 2, 1), meshes.AXES, (AxisType.Auto,) * 4)
 AXES = {
   "up": ("embed", "mlp"),
   "down": ("layers", "mlp", "embed"),
@@ -31,10 +31,11 @@ def _specs(tree):
 @pytest.mark.parametrize(
   ("config", "devices", "sizes"),
   [
-    (MeshConfig(), 8, (8, 1, 1)),
-    (MeshConfig(data=1, fsdp=-1, tensor=2), 8, (1, 4, 2)),
-    (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2)),
-    (MeshConfig(fsdp=4, tensor=2), 8, (1, 4, 2)),
+    (MeshConfig(), 8, (8, 1, 1, 1)),
+    (MeshConfig(data=1, fsdp=-1, tensor=2), 8, (1, 4, 2, 1)),
+    (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2, 1)),
+    (MeshConfig(fsdp=4, tensor=2), 8, (1, 4, 2, 1)),
+    (MeshConfig(expert=4, tensor=2), 8, (1, 1, 2, 4)),
   ],
 )
 def test_one_axis_takes_what_is_left(config, devices, sizes):
@@ -44,7 +45,7 @@ def test_one_axis_takes_what_is_left(config, devices, sizes):
 @pytest.mark.parametrize(
   ("fields", "devices", "message"),
   [
-    ({"fsdp": 3}, 8, "data -1 × fsdp 3 × tensor 1 does not fit 8 devices"),
+    ({"fsdp": 3}, 8, "data -1 × fsdp 3 × tensor 1 × expert 1 does not fit 8"),
     ({"data": 2}, 8, "does not fit 8 devices"),
     ({"data": 16}, 8, "does not fit 8 devices"),
     ({"fsdp": -1}, 8, "only one axis can be what is left, not mesh.data, mesh.fsdp"),
@@ -154,6 +155,23 @@ def test_every_family_names_only_axes_that_the_table_has(name):
   module = family.build(config, jnp.float32, True, "none")
   axes = meshes.names_by_path(family.logical_axes(module))
   assert meshes.of_params(EIGHT, axes, family.shapes(module))
+
+
+def test_an_axis_for_experts_is_for_models_that_have_some():
+  mesh = AbstractMesh((1, 1, 2, 4), meshes.AXES, (AxisType.Auto,) * 4)
+  params = {"up": _shape(8, 4, 6), "odd": _shape(6, 4, 6)}
+  axes = dict.fromkeys(params, ("expert", "embed", "mlp"))
+  assert _specs(meshes.of_params(mesh, axes, params)) == {
+    "up": ("expert", None, "tensor"),
+    "odd": (None, None, "tensor"),
+  }
+  assert meshes.kept_whole(mesh, axes, params) == [
+    "not cut along mesh.expert, since expert of 6 can't be cut into 4: odd"
+  ]
+  with pytest.raises(
+    LoraxError, match=r"mesh.expert is 4, and the model has no experts"
+  ):
+    meshes.of_params(mesh, {"up": ("embed", "mlp")}, {"up": _shape(4, 6)})
 
 
 def test_a_batch_that_can_not_be_spread_is_an_error():

@@ -52,6 +52,11 @@ LLAMA = {
   "rope_theta": 10000.0,
   "tie_word_embeddings": False,
 }
+MIXTRAL = LLAMA | {
+  "model_type": "mixtral",
+  "num_local_experts": 4,
+  "num_experts_per_tok": 2,
+}
 
 
 def model(folder: Path, config: dict, seed: int = 0) -> None:
