@@ -178,7 +178,28 @@ def next_token() -> ConfigDict:
 def llama3(
   path: str, *, layers: int, hidden: int, heads: int, mlp: int, learning_rate: float
 ) -> ConfigDict:
-  """Llama 3 on token ids: rank 16 on every linear layer but the head.
+  """Llama 3 on token ids, by the recipe of `instruct`."""
+  shape = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": hidden,
+    "intermediate_size": mlp,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+  }
+  return instruct(path, shape, learning_rate)
+
+
+def instruct(
+  path: str, hf_config: Mapping[str, Any], learning_rate: float
+) -> ConfigDict:
+  """A language model on token ids: rank 16 on every linear layer but the head.
 
   All linear layers, alpha 32 with 1/rank scaling and small batches are what "LoRA
   Without Regret" recommends. The learning rate, that stays as it is after the warm-up,
@@ -187,22 +208,7 @@ def llama3(
   """
   config = next_token()
   config.model.path = path
-  config.model.hf_config = ConfigDict(
-    {
-      "model_type": "llama",
-      "vocab_size": 128256,
-      "hidden_size": hidden,
-      "intermediate_size": mlp,
-      "num_hidden_layers": layers,
-      "num_attention_heads": heads,
-      "num_key_value_heads": 8,
-      "max_position_embeddings": 8192,
-      "rms_norm_eps": 1e-5,
-      "rope_theta": 500000.0,
-      "tie_word_embeddings": False,
-      "torch_dtype": "bfloat16",
-    }
-  )
+  config.model.hf_config = ConfigDict(hf_config)
   config.data.max_length = 2048
   config.lora.targets = "all-linear"
   config.lora.rank = 16

@@ -46,11 +46,19 @@ def _llama(layers, hidden, mlp, kv):
 
 _D, _L = 12288, 96
 GPT3 = _L * (12 * _D**2 + 13 * _D) + (50257 + 2048) * _D + 2 * _D
+# Of Mixtral's 32 layers: eight experts' two kernels, and attention's four.
+_EXPERTS = 32 * 8 * 3 * 4096 * 14336
+_ATTENTION = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024)
+_REST = 32 * (4096 * 8 + 2 * 4096) + 2 * 32000 * 4096 + 4096  # routers, norms, tables
+_FACTORS = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024))
+_FACTORS += 32 * 8 * 16 * ((4096 + 2 * 14336) + (14336 + 4096))
+MIXTRAL = _EXPERTS + _ATTENTION + _REST, _FACTORS
 # Of each config: a mesh, its parameters, and those that are trained.
 LARGE = {
-  "llama3_8b_instruct.py": ((1, 16, 1), _llama(32, 4096, 14336, 1024)),
-  "llama3_70b_instruct.py": ((1, 16, 16), _llama(80, 8192, 28672, 1024)),
-  "gpt3_175b.py": ((1, 128, 2), (GPT3, _L * 4 * 4 * _D)),
+  "llama3_8b_instruct.py": ((1, 16, 1, 1), _llama(32, 4096, 14336, 1024)),
+  "llama3_70b_instruct.py": ((1, 16, 16, 1), _llama(80, 8192, 28672, 1024)),
+  "mixtral_8x7b_instruct.py": ((1, 2, 1, 8), MIXTRAL),
+  "gpt3_175b.py": ((1, 128, 2, 1), (GPT3, _L * 4 * 4 * _D)),
 }
 
 
@@ -67,16 +75,20 @@ def test_large_models_have_the_sizes_that_are_known(spec):
   assert f"{trained:,} are trained" in configuration.names()[spec[:-3]].read_text()
   assert {x.dtype.name for x in jax.tree.leaves(made.base.params)} == {"bfloat16"}
   assert {x.dtype.name for x in jax.tree.leaves(made.state.trained)} == {"float32"}
-  # Cut over all chips, but for a table that does not come out even.
-  assert _bytes_on_each(made.base.params) < 1.05 * 2 * whole / math.prod(mesh)
+  # Cut over all chips, but for a table that does not come out even; where there is an
+  # axis for experts, what is no expert is not cut along it.
+  on_all = _EXPERTS if mesh[-1] > 1 else whole
+  cut = on_all / math.prod(mesh) + (whole - on_all) / math.prod(mesh[:-1])
+  assert _bytes_on_each(made.base.params) < 1.05 * 2 * cut
   ids = made.batch["input_ids"]
   assert ids.shape == (wanted.train.batch_size, wanted.data.max_length)
-  assert ids.sharding.shard_shape(ids.shape)[0] == ids.shape[0] // mesh[1]
+  assert ids.sharding.shard_shape(ids.shape)[0] == ids.shape[0] // (mesh[1] * mesh[3])
 
 
 def test_the_totals_are_those_that_the_models_publish():
   assert LARGE["llama3_8b_instruct.py"][1][0] == 8_030_261_248
   assert LARGE["llama3_70b_instruct.py"][1][0] == 70_553_706_496
+  assert LARGE["mixtral_8x7b_instruct.py"][1][0] == 46_702_792_704
 
 
 @pytest.mark.parametrize("spec", LARGE)

@@ -52,7 +52,10 @@ SCORES = {
   "stsb": ("91.5 ± 0.2", "92.6 ± 0.2", "92.3", "93.0 ± 0.2"),
 }
 VARIANTS = ("", ":large", ":large_dagger", ":xxlarge")
-TOKENS = ("llama3_8b_instruct", "llama3_70b_instruct", "gpt3_175b")
+TOKENS = (
+  *("llama3_8b_instruct", "llama3_70b_instruct", "mixtral_8x7b_instruct"),
+  "gpt3_175b",
+)
 SPECS = [
   *("quickstart.py", "quickstart.py:full"),
   *(f"glue_{task}.py{v}" for task in BASE for v in VARIANTS),
