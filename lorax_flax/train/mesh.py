@@ -125,8 +125,8 @@ def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
 
 
 def describe(mesh: Mesh) -> str:
-  """The mesh in a line."""
-  axes = " × ".join(f"{name} {n}" for name, n in mesh.shape.items())
+  """The mesh in a line, of its axes those that cut anything."""
+  axes = " × ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
   return f"{mesh.size} devices: {axes}, in {jax.process_count()} processes"
 
 
