@@ -179,17 +179,20 @@ def _outcome(found: Tried) -> str:
 def table(title: str, tried: Sequence[Tried], topology: Topology) -> rich_table.Table:
   """The options, those that fit first, the fastest first."""
   made = rich_table.Table(
-    title=f"{title}: per chip, by the roofline", title_justify="left"
+    title=f"{title}: per chip, by the roofline",
+    title_justify="left",
+    caption=f"mesh: {' × '.join(AXES)}; GiB: the peak of HBM",
+    caption_justify="left",
   )
-  made.add_column(" × ".join(AXES))
-  columns = ("remat", "batch", "tokens/s", "step", "bound", "MFU", "peak HBM", "of it")
+  made.add_column("mesh", no_wrap=True)
+  columns = ("remat", "batch", "tokens/s", "step", "bound", "MFU", "GiB", "of it")
   for name in columns:
     made.add_column(name, justify="right")
   for found in sorted(tried, key=lambda t: (not t.costs, -t.rate, t.used)):
     option, c = found.option, found.costs
-    cells = (" × ".join(map(str, option.mesh)), option.remat, str(option.batch))
+    cells = ("×".join(map(str, option.mesh)), option.remat, str(option.batch))
     least = "" if found.compiled else "> "
-    used = f"{least}{report.size(found.used)}"
+    used = f"{least}{found.used / 2**30:.2f}"
     if c is None:
       made.add_row(*cells, "", "", "", "", used, "no")
       continue
