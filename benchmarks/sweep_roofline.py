@@ -15,7 +15,7 @@ import dataclasses
 import jax
 
 from benchmarks import common
-from experiments import configuration, job, settings, shape
+from experiments import cli, configuration, job, settings, shape
 from experiments.abstract import Abstract
 from experiments.adapted import adapt
 from launch import hlo, report, shapes, topology
@@ -73,7 +73,7 @@ def measure(
   fields = configuration.load(config)
   fields.train.batch_size = batch
   wanted = settings.convert(fields)
-  one = shapes.job(wanted, slice_, lambda line: None)
+  one = shapes.job(wanted, slice_, cli.silent)
   step = one if n == 1 else together(one, wanted, n)
   with topology.quiet():
     compiled = step.compile()

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from benchmarks import common
-from experiments import configuration, job, large_pages, plan
+from experiments import cli, configuration, job, large_pages, plan
 from experiments.trials import Trial
 from lorax_flax.train import loop, together
 from lorax_flax.train.config import durations
@@ -121,7 +121,7 @@ def _result(folder: Path) -> dict[str, Any]:
 
 def one_step(wanted: list[Trial]) -> str:
   """The second table."""
-  jobs, batches = job.prepare_several([t.settings for t in wanted], lambda line: None)
+  jobs, batches = job.prepare_several([t.settings for t in wanted], cli.silent)
   first, config = jobs[0], wanted[0].settings.train
   steps = durations(config, first.steps_per_epoch)
   alone = loop.program_of(config, steps, first)

@@ -13,7 +13,8 @@ from experiments.settings import Settings
 from launch import costs, report, shapes
 from launch.topology import Topology
 from lorax_flax.errors import LoraxError
-from lorax_flax.train.mesh import AXES, MeshConfig
+from lorax_flax.models import spread
+from lorax_flax.train.mesh import AXES, MeshConfig, spell
 
 # What is recomputed, from the most memory to the least.
 _REMAT = ("none", "dots", "full")
@@ -34,11 +35,16 @@ class Option:
   remat: str
   batch: int
 
+  @property
+  def sizes(self) -> dict[str, int]:
+    """Of the mesh's axes, by name."""
+    return dict(zip(AXES, self.mesh, strict=True))
+
   def of(self, wanted: Settings) -> Settings:
     """The settings with this option."""
     return dataclasses.replace(
       wanted,
-      mesh=MeshConfig(*self.mesh),
+      mesh=MeshConfig(**self.sizes),
       model=dataclasses.replace(wanted.model, remat=self.remat),
       train=dataclasses.replace(
         wanted.train, batch_size=self.batch, eval_batch_size=self.batch
@@ -151,8 +157,7 @@ def _try(
     useful: FLOPs of the wanted batch; another one needs more in proportion.
   """
   settings = option.of(wanted)
-  data, fsdp, _, expert = option.mesh
-  if option.batch % (data * fsdp * expert * settings.train.accumulation):
+  if option.batch % (spread.ways(option.sizes) * settings.train.accumulation):
     return None
   job = shapes.job(settings, topology, cli.silent)
   needed = useful * option.batch / wanted.train.batch_size
@@ -165,8 +170,8 @@ def _try(
 
 
 def describe(option: Option) -> str:
-  axes = " × ".join(f"{a} {n}" for a, n in zip(AXES, option.mesh, strict=True) if n > 1)
-  return f"{axes or 'one chip'}, remat {option.remat}, batch {option.batch}"
+  mesh = spell(option.sizes) or "one chip"
+  return f"{mesh}, remat {option.remat}, batch {option.batch}"
 
 
 def _outcome(found: Tried) -> str:

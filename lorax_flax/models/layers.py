@@ -1,6 +1,5 @@
 """What every family's modules are made of; kernels are (in, out), their axes named."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.models import ops
+from lorax_flax.models import ops, spread
 
 DType = Any
 
@@ -68,7 +67,8 @@ class Embed(nn.Embed):
   def __call__(self, ids_BxT: jax.Array) -> jax.Array:
     """BxTxD."""
     mesh = jax.sharding.get_abstract_mesh()
-    rows = self.along == "embed" and ids_BxT.ndim == 2 and _apart(mesh, ids_BxT)
+    rows = self.along == "embed" and ids_BxT.ndim == 2
+    rows = rows and spread.rows_come_out(mesh, ids_BxT)
     if rows and self.features % mesh.shape["fsdp"] == 0:
       # Each device looks up its own columns for the rows of all that share the table,
       # which then change places, and only then are cut along what else there is. Left
@@ -76,7 +76,8 @@ class Embed(nn.Embed):
       cut, free = jax.lax.with_sharding_constraint, PartitionSpec.UNCONSTRAINED
       ids_BxT = cut(ids_BxT, PartitionSpec("data", free))
       x_BxTxD = cut(super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp"))
-      return rows_apart(cut(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free)))
+      x_BxTxD = cut(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free))
+      return spread.rows_apart(x_BxTxD)
     return super().__call__(ids_BxT)
 
 
@@ -165,53 +166,6 @@ def dropout_rng(
   return None if deterministic or rate == 0.0 else module.make_rng("dropout")
 
 
-# The axes of a mesh along which a batch is cut, where the caller has set one.
-_ROWS = ("data", "fsdp", "expert")
-
-
-def rows_apart(x: Any) -> Any:
-  """Activations, a tree of arrays (B, …), with their rows cut along the mesh.
-
-  Said between layers, since weights that are cut along the same axis would otherwise
-  tempt the compiler to gather the activations in their place. Without a mesh: x.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-
-  def cut(x):
-    if not _apart(mesh, x):
-      return x
-    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(_ROWS, *rest))
-
-  return jax.tree.map(cut, x)
-
-
-def experts_apart(x_ExNxD: jax.Array) -> jax.Array:
-  """Tokens of each expert, put where on the mesh its weights are.
-
-  The batch is cut along the experts' axis too, and the compiler is to gather tokens
-  along it and not the experts, which are larger. Without such a mesh: x.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.shape.get("expert", 1) == 1:
-    return x_ExNxD
-  rows = tuple(name for name in _ROWS if name != "expert")
-  experts, tokens, _ = x_ExNxD.shape
-  apart = math.prod(mesh.shape[name] for name in rows)
-  if experts % mesh.shape["expert"] or tokens % apart:
-    return x_ExNxD
-  spec = PartitionSpec("expert", rows, PartitionSpec.UNCONSTRAINED)
-  return jax.lax.with_sharding_constraint(x_ExNxD, spec)
-
-
-def _apart(mesh: Any, x_Bx: jax.Array) -> bool:
-  """Whether there is a mesh that the rows of x can be cut along."""
-  if not set(_ROWS) <= set(mesh.axis_names):
-    return False
-  apart = math.prod(mesh.shape[name] for name in _ROWS)
-  return apart > 1 and x_Bx.ndim > 0 and x_Bx.shape[0] % apart == 0
-
-
 def stack(
   layer: Any,
   args: Sequence[Any],
@@ -237,7 +191,7 @@ def stack(
     each: arrays (count, …) of which each layer takes its own row.
   """
   each = dict(each or {})
-  x = rows_apart(x)
+  x = spread.rows_apart(x)
   if remat != "none":
     policy = REMAT_POLICIES[remat]
     layer = nn.remat(layer, policy=policy, prevent_cse=not scan)
@@ -245,12 +199,12 @@ def stack(
     for i in range(count):
       own = {name: rows[i] for name, rows in each.items()}
       x, _ = layer(*args, name=f"layer_{i}")(x, *shared, **own)
-      x = rows_apart(x)
+      x = spread.rows_apart(x)
     return x
 
   def body(module, x, own, *shared):
     x, out = module(x, *shared, **own)
-    return rows_apart(x), out
+    return spread.rows_apart(x), out
 
   run = nn.scan(
     body,

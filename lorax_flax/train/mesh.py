@@ -18,13 +18,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lorax_flax.adapt.paths import PyTree, flatten, map_with_path
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, LowRank, Rows
+from lorax_flax.models import spread
 
 # Logical names of each leaf's axes, by the leaf's slash path.
 Axes = Mapping[str, tuple[str | None, ...]]
 
 AXES = ("data", "fsdp", "tensor", "expert")
-# Those that a batch's rows are cut along.
-_ROWS = ("data", "fsdp", "expert")
 
 # The axis of the mesh that each logical axis is cut along; None: it is never cut.
 RULES: dict[str, str | None] = {
@@ -125,9 +124,14 @@ def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
 
 
 def describe(mesh: Mesh) -> str:
-  """The mesh in a line, of its axes those that cut anything."""
-  axes = " × ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1)
+  """The mesh in a line."""
+  axes = spell(mesh.shape)
   return f"{mesh.size} devices: {axes}, in {jax.process_count()} processes"
+
+
+def spell(sizes: Mapping[str, int]) -> str:
+  """Of a mesh's axes those that cut anything."""
+  return " × ".join(f"{name} {n}" for name, n in sizes.items() if n > 1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -137,17 +141,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch(mesh: Mesh) -> NamedSharding:
   """Of what has a row for each example: rows are cut along all axes but tensor."""
-  return NamedSharding(mesh, PartitionSpec(_ROWS))
-
-
-def rows(mesh: Mesh) -> int:
-  """How many parts a batch's rows are cut into."""
-  return math.prod(mesh.shape[name] for name in _ROWS)
+  return NamedSharding(mesh, PartitionSpec(spread.ROWS))
 
 
 def check_batch(mesh: Mesh, name: str, size: int, parts: int = 1) -> None:
   """Raises LoraxError unless a batch, cut into parts, can be spread evenly."""
-  apart = rows(mesh)
+  apart = spread.ways(mesh.shape)
   if size % (parts * apart):
     cut = f" in {parts} parts (train.accumulation)" if parts > 1 else ""
     raise LoraxError(
@@ -177,10 +176,8 @@ def of_params(mesh: Mesh, axes: Axes, params: PyTree) -> PyTree:
     LoraxError: a leaf without axis names, or a name that `RULES` does not have; an
       axis of the mesh that is there for weights of which this model has none.
   """
-  wanted = {
-    RULES.get(str(name)) for path in flatten(params) for name in _names(axes, path)
-  }
-  if mesh.shape["expert"] > 1 and "expert" not in wanted:
+  has_experts = any("expert" in _names(axes, path) for path in flatten(params))
+  if mesh.shape["expert"] > 1 and not has_experts:
     raise LoraxError(
       f"mesh.expert is {mesh.shape['expert']}, and the model has no experts: mesh.data"
       " and mesh.fsdp are for any model"

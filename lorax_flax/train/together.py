@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Adapter, LowRank
+from lorax_flax.models import spread
 from lorax_flax.train import mesh as meshes
 from lorax_flax.train import processes, stacked, workdir
 from lorax_flax.train import program as programs
@@ -225,7 +226,7 @@ def make(trials: Sequence[Trial], plan: Durations, width: int | None) -> Program
 def _width(mesh: Mesh) -> stacked.Width:
   if jax.default_backend() == "cpu":
     return stacked.within(0)
-  return stacked.within(stacked.ROOM * meshes.rows(mesh))
+  return stacked.within(stacked.ROOM * spread.ways(mesh.shape))
 
 
 def _ranks(adapters: Sequence[Adapter]) -> dict[str, int]:

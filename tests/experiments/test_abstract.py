@@ -20,7 +20,6 @@ from tests.experiments import peers, token_ids
 
 def _mesh(*sizes):
   """Devices that are not there."""
-  sizes += (1,) * (len(AXES) - len(sizes))
   return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -194,4 +193,4 @@ def test_a_folder_with_config_json_alone_is_enough(folder, tmp_path):
 )
 def test_what_does_not_fit_is_an_error(folder, changes, message):
   with pytest.raises(LoraxError, match=message):
-    abstract.abstract(_wanted("gpt2", folder, **changes), _mesh(1, 4, 1), print)
+    abstract.abstract(_wanted("gpt2", folder, **changes), _mesh(1, 4, 1, 1), print)

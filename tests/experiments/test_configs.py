@@ -53,7 +53,9 @@ SCORES = {
 }
 VARIANTS = ("", ":large", ":large_dagger", ":xxlarge")
 TOKENS = (
-  *("llama3_8b_instruct", "llama3_70b_instruct", "mixtral_8x7b_instruct"),
+  "llama3_8b_instruct",
+  "llama3_70b_instruct",
+  "mixtral_8x7b_instruct",
   "gpt3_175b",
 )
 SPECS = [

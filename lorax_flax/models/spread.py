@@ -1,0 +1,62 @@
+"""Where activations lie on a mesh, said where the compiler would choose worse."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+# The axes of a mesh along which the rows of a batch are cut, where there is a mesh.
+ROWS = ("data", "fsdp", "expert")
+
+
+def ways(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
+  """Into how many parts these axes cut.
+
+  Args:
+    sizes: of a mesh's axes, by name.
+  """
+  return math.prod(sizes[name] for name in axes)
+
+
+def rows_come_out(mesh: Any, x_Bx: jax.Array) -> bool:
+  """Whether there is a mesh that the rows of x can be cut along."""
+  if not set(ROWS) <= set(mesh.axis_names):
+    return False
+  apart = ways(mesh.shape)
+  return apart > 1 and x_Bx.ndim > 0 and x_Bx.shape[0] % apart == 0
+
+
+def rows_apart(x: Any) -> Any:
+  """Activations, a tree of arrays (B, …), with their rows cut along the mesh.
+
+  Said between layers, since weights that are cut along the same axis would otherwise
+  tempt the compiler to gather the activations in their place. Without a mesh: x.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+
+  def cut(x):
+    if not rows_come_out(mesh, x):
+      return x
+    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *rest))
+
+  return jax.tree.map(cut, x)
+
+
+def experts_apart(x_ExNxD: jax.Array) -> jax.Array:
+  """Tokens of each expert, put where on the mesh its weights are.
+
+  The batch is cut along the experts' axis too, and the compiler is to gather tokens
+  along it and not the experts, which are larger. Without such a mesh: x.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.shape.get("expert", 1) == 1:
+    return x_ExNxD
+  rows = tuple(name for name in ROWS if name != "expert")
+  experts, tokens, _ = x_ExNxD.shape
+  if experts % mesh.shape["expert"] or tokens % ways(mesh.shape, rows):
+    return x_ExNxD
+  spec = PartitionSpec("expert", rows, PartitionSpec.UNCONSTRAINED)
+  return jax.lax.with_sharding_constraint(x_ExNxD, spec)
