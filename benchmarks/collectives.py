@@ -16,8 +16,8 @@ import jax
 
 from benchmarks import common
 from benchmarks.common import Shape
-from launch import hlo
-from lorax_flax.train import mesh as meshes
+from launch.dryrun import hlo
+from lorax_flax.sharding import mesh as meshes
 
 # Twelve heads come out even on four devices, not on eight.
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2))

@@ -12,10 +12,10 @@ import optax
 
 import lorax_flax as lx
 from lorax_flax.adapt.partition import partition, trainable_mask
-from lorax_flax.models import bert
-from lorax_flax.models.config import EncoderConfig
+from lorax_flax.models.bert import model as bert
+from lorax_flax.models.bert.config import EncoderConfig
+from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import losses, optim
-from lorax_flax.train import mesh as meshes
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 

@@ -12,7 +12,7 @@ import argparse
 
 from benchmarks import common
 from benchmarks.common import Shape
-from launch import hlo
+from launch.dryrun import hlo
 
 
 def floor(shape: Shape, plan, *, strict: bool) -> int:

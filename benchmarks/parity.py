@@ -28,8 +28,8 @@ import optax
 import lorax_flax as lx
 from benchmarks import common
 from benchmarks.peers import PEERS, Peer
-from lorax_flax.hub import export
-from lorax_flax.hub import peft as hub_peft
+from lorax_flax.hub.checkpoints import export
+from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.models import registry
 
 STEPS, RATE = 3, 1e-3

@@ -25,8 +25,8 @@ def measure(layers: int, scan: bool, topology: str | None) -> tuple[float, float
   """Seconds of tracing, and of compiling, in this process."""
   mesh = None
   if topology is not None:
-    from launch import topology as topologies
-    from lorax_flax.train import mesh as meshes
+    from launch.dryrun import topology as topologies
+    from lorax_flax.sharding import mesh as meshes
 
     slice_ = topologies.describe(topology)
     mesh = meshes.make(meshes.MeshConfig(data=1, fsdp=slice_.size), slice_.devices)

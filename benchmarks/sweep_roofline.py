@@ -15,10 +15,14 @@ import dataclasses
 import jax
 
 from benchmarks import common
-from experiments import cli, configuration, job, settings, shape
-from experiments.abstract import Abstract
-from experiments.adapted import adapt
-from launch import hlo, report, shapes, topology
+from experiments.cli import command as cli
+from experiments.cli import config_flag
+from launch.dryrun import hlo, report, topology
+from launch.dryrun import step as shapes
+from lorax_flax.jobs import build as job
+from lorax_flax.jobs import settings, shape
+from lorax_flax.jobs.abstract import Abstract
+from lorax_flax.jobs.adapted import adapt
 from lorax_flax.train import stacked
 from lorax_flax.train import step as steps
 from lorax_flax.train.config import Durations
@@ -70,7 +74,7 @@ def measure(
 ) -> tuple[float, float, float]:
   """Of a step of n trials with so many examples each: seconds of the products and of
   the memory traffic, and bytes of memory."""
-  fields = configuration.load(config)
+  fields = config_flag.load(config)
   fields.train.batch_size = batch
   wanted = settings.convert(fields)
   one = shapes.job(wanted, slice_, cli.silent)

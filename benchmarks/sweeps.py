@@ -26,9 +26,13 @@ from typing import Any
 import jax
 
 from benchmarks import common
-from experiments import cli, configuration, job, large_pages, plan
-from experiments.trials import Trial
-from lorax_flax.train import loop, together
+from experiments.cli import command as cli
+from experiments.cli import config_flag, large_pages
+from experiments.sweeps import plan
+from experiments.sweeps.trials import Trial
+from lorax_flax.jobs import build as job
+from lorax_flax.train import loop
+from lorax_flax.train import trials as together
 from lorax_flax.train.config import durations
 
 _SPEC = "quickstart.py"
@@ -47,7 +51,7 @@ def sweep(add):
 
 def _chosen(count: int, steps: int) -> list[Trial]:
   """The first trials of the quick start's sweep, cut short."""
-  config = configuration.load(_SPEC)
+  config = config_flag.load(_SPEC)
   config.train.steps = steps
   wanted = plan.of(_SPEC, config, ["train.steps"])
   if not 1 < count <= len(wanted.changes):

@@ -10,8 +10,8 @@ starts its turn with a step that isn't timed. The time to the first step counts 
 process's start, imports and compilation included; the two start one after the other.
 
 Both sides get large pages for large arrays, as the training command gives them to
-itself (experiments/large_pages.py); --pages=plain leaves that out. The table also says
-how fast each side multiplies matrices on this machine: where both reach what the
+itself (experiments/cli/large_pages.py); --pages=plain leaves that out. The table also
+says how fast each side multiplies matrices on this machine: where both reach what the
 processor can, the two steps, which do the same products, cannot be far apart.
 """
 

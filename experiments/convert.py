@@ -17,11 +17,15 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from experiments.cli import command as cli
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.hub import adapters, folders, loralib, orbax_adapter, peft, vllm
-from lorax_flax.hub.keymap import KeyMap, path_to_modules
-from lorax_flax.hub.orbax_adapter import Saved
+from lorax_flax.files import folders
+from lorax_flax.hub.adapters import any as adapters
+from lorax_flax.hub.adapters import loralib, vllm
+from lorax_flax.hub.adapters import native as orbax_adapter
+from lorax_flax.hub.adapters.native import Saved
+from lorax_flax.hub.checkpoints.keymap import KeyMap, path_to_modules
+from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.methods import Delta, Rows, Tuned
 from lorax_flax.models import registry

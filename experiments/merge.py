@@ -10,9 +10,11 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, merged
+from experiments.cli import command as cli
+from experiments.inference import merged
 from lorax_flax.errors import LoraxError
-from lorax_flax.hub import export, folders
+from lorax_flax.files import folders
+from lorax_flax.hub.checkpoints import export
 
 FLAGS = flags.FlagValues()
 BASE = flags.DEFINE_string(

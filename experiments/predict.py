@@ -29,7 +29,9 @@ from absl import flags
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, inference, lines, merged
+from experiments.cli import command as cli
+from experiments.inference import lines, merged
+from experiments.inference import logits as inference
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry

@@ -29,9 +29,11 @@ from ml_collections import config_flags
 from rich import console as rich_console
 from rich import table as rich_table
 
-from experiments import cli, configuration, large_pages, settings
+from experiments.cli import command as cli
+from experiments.cli import config_flag, large_pages
+from lorax_flax.jobs import settings
 
-CONFIG = configuration.define(flags.FLAGS)
+CONFIG = config_flag.define(flags.FLAGS)
 flags.declare_key_flag("config")
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
@@ -48,9 +50,11 @@ WORKDIR = flags.DEFINE_string(
 def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
   """Trains as `wanted` says, or goes on with that; returns what result.json holds."""
   # Here, since --help and mistakes in flags need not wait for them.
-  from experiments import claimed, job
-  from lorax_flax.train import loop, processes
-  from lorax_flax.train import workdir as files
+  from lorax_flax.distributed import processes
+  from lorax_flax.files import workdir as files
+  from lorax_flax.jobs import build as job
+  from lorax_flax.jobs import claim
+  from lorax_flax.train import loop
 
   files.check(workdir, wanted.to_json())
   result = files.result(workdir)
@@ -59,7 +63,7 @@ def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
     if processes.first():
       print(f"{workdir} holds this run, finished; delete it to run again.")
     return result or {}
-  prepared = claimed.prepare({workdir: wanted}, lambda say: job.prepare(wanted, say))
+  prepared = claim.prepare({workdir: wanted}, lambda say: job.prepare(wanted, say))
   return loop.fit(wanted.train, prepared, workdir)
 
 
@@ -81,19 +85,20 @@ def show(result: dict[str, Any], workdir: Path) -> None:
 
 
 def main() -> int:
-  config = configuration.given(CONFIG)
-  wanted = settings.convert(config, configuration.overridden(sys.argv))
+  config = config_flag.given(CONFIG)
+  wanted = settings.convert(config, config_flag.overridden(sys.argv))
   large_pages.restart()
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
-  from lorax_flax.train import bucket, processes, watch
+  from lorax_flax.distributed import processes, watchdog
+  from lorax_flax.files import bucket
 
-  workdir = bucket.folder(WORKDIR.value or configuration.default_workdir(spec))
+  workdir = bucket.folder(WORKDIR.value or config_flag.default_workdir(spec))
 
   processes.join(DISTRIBUTED.value)
   if processes.first():
     print(f"Workdir: {workdir}", flush=True)
   try:
-    with watch.Watch(cli.explain):
+    with watchdog.Watch(cli.explain):
       result = run(wanted, workdir)
   except processes.Preempted as told:
     if processes.first():
@@ -105,4 +110,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main, flags.FLAGS, configuration.help_text)
+  cli.run(main, flags.FLAGS, config_flag.help_text)

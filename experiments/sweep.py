@@ -11,7 +11,7 @@ The config's file lists them in a function beside get_config:
       for seed in range(3):
         add(**{"train.learning_rate": rate, "seed": seed})
 
-or gives bounds, within which Optuna chooses (see experiments/search.py):
+or gives bounds, within which Optuna chooses (see experiments/sweeps/search.py):
 
   def search(space):
     space.log_uniform("train.learning_rate", 1e-4, 1e-2)
@@ -39,11 +39,13 @@ from ml_collections import config_flags
 from rich import console as rich_console
 from rich import table as rich_table
 
-from experiments import cli, configuration, large_pages, trials
-from experiments.trials import Trial, Unit
+from experiments.cli import command as cli
+from experiments.cli import config_flag, large_pages
+from experiments.sweeps import trials
+from experiments.sweeps.trials import Trial, Unit
 from lorax_flax.errors import LoraxError, listing
 
-CONFIG = configuration.define(flags.FLAGS)
+CONFIG = config_flag.define(flags.FLAGS)
 flags.declare_key_flag("config")
 WORKDIR = flags.DEFINE_string(
   "workdir",
@@ -92,33 +94,35 @@ DISTRIBUTED = flags.DEFINE_bool(
 
 
 def main() -> int:
-  config = configuration.given(CONFIG)
+  config = config_flag.given(CONFIG)
   spec = config_flags.get_config_filename(flags.FLAGS["config"])
-  from experiments import plan
+  from experiments.sweeps import plan
 
-  wanted = plan.of(spec, config, configuration.overridden(sys.argv))
+  wanted = plan.of(spec, config, config_flag.overridden(sys.argv))
   if LIST.value:
     _list(wanted.listed(), AT_ONCE.value)
     return 0
   large_pages.restart()
-  from experiments import launching, sweeping
-  from lorax_flax.train import bucket, processes
+  from experiments.sweeps import runner
+  from launch import sweep
+  from lorax_flax.distributed import processes
+  from lorax_flax.files import bucket
 
-  usual = configuration.default_workdir(spec)
+  usual = config_flag.default_workdir(spec)
   folder = bucket.folder(WORKDIR.value or f"{usual}-sweep")
   if TRIALS.value is not None:
     processes.join(DISTRIBUTED.value)
-    return sweeping.train(wanted, folder, _numbers(TRIALS.value))
+    return runner.train(wanted, folder, _numbers(TRIALS.value))
   if DISTRIBUTED.value or processes.COORDINATOR in os.environ:
     raise LoraxError(
       "several processes train some trials together, and do not run a sweep: name "
       "the trials, --trials=0,1,2"
     )
   if TABLE.value:
-    return sweeping.table(wanted, folder)
+    return runner.table(wanted, folder)
   if LAUNCH.value is not None:
-    return launching.run(wanted, folder, AT_ONCE.value, LAUNCH.value, sys.argv[1:])
-  return sweeping.run(wanted, folder, AT_ONCE.value, JOBS.value, sys.argv[1:])
+    return sweep.run(wanted, folder, AT_ONCE.value, LAUNCH.value, sys.argv[1:])
+  return runner.run(wanted, folder, AT_ONCE.value, JOBS.value, sys.argv[1:])
 
 
 def _numbers(texts: Sequence[str]) -> list[int]:
@@ -148,4 +152,4 @@ def _count(n: int, noun: str) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main, flags.FLAGS, configuration.help_text)
+  cli.run(main, flags.FLAGS, config_flag.help_text)

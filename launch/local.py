@@ -4,7 +4,7 @@
 
 What follows `--` is given to Python, in each process. The processes find one another
 through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as
-`lorax_flax.train.processes.join` reads them. Their lines are printed with the number
+`lorax_flax.distributed.processes.join` reads them. Lines are printed with the number
 of the process before them. SIGTERM and SIGINT go to all of them. When one fails, the
 others get some seconds to end by themselves, and are killed then.
 
@@ -23,7 +23,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
-from launch import arguments, signals
+from launch import arguments
+from lorax_flax.distributed import signals
 
 _POLL = 0.05  # seconds
 

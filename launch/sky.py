@@ -25,8 +25,8 @@ import yaml
 
 from launch import cluster
 from launch.cluster import Call, option
+from lorax_flax.distributed.processes import PREEMPTED
 from lorax_flax.errors import LoraxError
-from lorax_flax.train.processes import PREEMPTED
 
 _PORT = 8476
 # JAX does not know SkyPilot, whose variables say the same under other names. On a TPU

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from launch import cluster
 from launch.cluster import Call, option
-from lorax_flax.train.processes import PREEMPTED
+from lorax_flax.distributed.processes import PREEMPTED
 
 
 @dataclass(frozen=True, kw_only=True)

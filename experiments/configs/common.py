@@ -39,7 +39,7 @@ def base() -> ConfigDict:
   config.data.tfds_dir = config_dict.placeholder(str)  # where TFDS keeps data
 
   config.lora = ConfigDict()
-  # A regular expression, "all-linear", or names: see `experiments.settings.patterns`.
+  # A regular expression, "all-linear", or names: `lorax_flax.jobs.settings.patterns`.
   config.lora.targets = FieldReference("all-linear", field_type=object)
   config.lora.exclude = FieldReference((), field_type=object)
   config.lora.tuned = FieldReference(("classifier",), field_type=object)

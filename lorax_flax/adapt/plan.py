@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.adapt import discover as disc
 from lorax_flax.adapt import targets as tg
 from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.interpret import roles as disc
+from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.paths import path_key
 from lorax_flax.adapt.ranks import settle
-from lorax_flax.adapt.view_rules import Unsupported
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, LoRA, LowRank, dora, lora_bias
+from lorax_flax.methods import full as tuned_method
 from lorax_flax.methods import lora as lora_method
-from lorax_flax.methods import rows as rows_method
-from lorax_flax.methods import tuned as tuned_method
+from lorax_flax.methods import token_rows as rows_method
 
 # What each method makes of LoRA's start beside the kernel w.
 METHODS: dict[str, Callable[[Any, LoRA], LowRank]] = {

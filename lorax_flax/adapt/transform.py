@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.adapt import jaxpr as jx
 from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.interpret import encoding as jx
+from lorax_flax.adapt.interpret.interpreter import Run
+from lorax_flax.adapt.interpret.view import Dim, View, is_view
 from lorax_flax.adapt.paths import PyTree, flatten
 from lorax_flax.adapt.plan import Plan, make_plan, start
-from lorax_flax.adapt.run import Run
-from lorax_flax.adapt.view import Dim, View, is_view
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.methods import Adapter, Followed, Tuned
 

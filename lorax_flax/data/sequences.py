@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax_flax import strict_json
 from lorax_flax.data.tokens import Batch, Column, Tokens, integers, ragged
 from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.files import strict_json
 
 # Of a label that is none: padding, or a prompt that is not learnt (transformers' too).
 IGNORED = -100

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from lorax_flax.data.examples import Example
 from lorax_flax.data.tokens import Tokens, ragged
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.hub import gguf_header, gguf_tokenizer
+from lorax_flax.hub.files import gguf_header, gguf_tokenizer
 
 # Texts go to the tokenizer's threads so many at a time.
 _CHUNK = 2048

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorax_flax.errors import LoraxError, listing, nearest
-from lorax_flax.hub import assets, gguf_header
+from lorax_flax.hub import assets
+from lorax_flax.hub.files import gguf_header
 
 # Short names: of an asset in a registry wheel, or of a model on the hub.
 ALIASES: Mapping[str, str] = {

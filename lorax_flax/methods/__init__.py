@@ -6,11 +6,11 @@ a product with the kernel (`parts`), and of the kernel itself (`merged`).
 """
 
 from lorax_flax.methods.dora import DoRA
+from lorax_flax.methods.full import Tuned
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.lora_bias import BiasLoRA
-from lorax_flax.methods.lowrank import LowRank, Parts
-from lorax_flax.methods.rows import Rows
-from lorax_flax.methods.tuned import Tuned
+from lorax_flax.methods.low_rank import LowRank, Parts
+from lorax_flax.methods.token_rows import Rows
 
 # What changes a weight as it is used, and what takes its place.
 Followed = LowRank | Rows

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.lowrank import LowRank, axes_of, dense, sizes_of
+from lorax_flax.methods.low_rank import LowRank, axes_of, dense, sizes_of
 
 __all__ = ["LoRA", "axes_of", "dense", "init"]
 

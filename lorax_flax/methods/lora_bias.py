@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.methods.lora import LoRA
-from lorax_flax.methods.lowrank import LowRank, Parts, axes_of, sizes_of
+from lorax_flax.methods.low_rank import LowRank, Parts, axes_of, sizes_of
 
 
 @jax.tree_util.register_dataclass

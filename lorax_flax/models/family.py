@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from lorax_flax.hub.keymap import KeyMap
+from lorax_flax.hub.checkpoints.keymap import KeyMap
 
 Task = Literal[
   "sequence-classification", "causal-lm", "seq2seq-lm", "image-classification"

@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.hub import gpt2_keys
-from lorax_flax.models import fields, layers, ops
+from lorax_flax.models import gpt2_keys, layers, ops
+from lorax_flax.models import hf_config as fields
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layers import DType
 from lorax_flax.models.model import Model, check_length

@@ -11,7 +11,8 @@ from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.models import ops, spread
+from lorax_flax.models import ops
+from lorax_flax.sharding import activations as spread
 
 DType = Any
 

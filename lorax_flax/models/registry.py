@@ -11,31 +11,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax import strict_json
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.hub import gguf, gguf_header, peft, peft_config, safetensors
-from lorax_flax.hub import load as hub_load
-from lorax_flax.hub.keymap import KeyMap
+from lorax_flax.files import strict_json
+from lorax_flax.hub.checkpoints import load as hub_load
+from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.hub.files import gguf, gguf_header, safetensors
+from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import Adapter
-from lorax_flax.models import (
-  bert,
-  deberta,
-  distilbert,
-  gpt2,
-  layers,
-  relatives,
-  t5,
-  vit,
-)
+from lorax_flax.models import distilbert, gpt2, layers, vit
+from lorax_flax.models.bert import model as bert
+from lorax_flax.models.deberta import model as deberta
 from lorax_flax.models.family import Family
+from lorax_flax.models.llama import variants
+from lorax_flax.models.t5 import model as t5
 
 FAMILIES: dict[str, Family] = {
   **bert.FAMILIES,
   **deberta.FAMILIES,
   **distilbert.FAMILIES,
   **gpt2.FAMILIES,
-  **relatives.FAMILIES,
+  **variants.FAMILIES,
   **t5.FAMILIES,
   **vit.FAMILIES,
 }

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.hub import vit_keys
-from lorax_flax.models import fields, layers, ops
+from lorax_flax.models import hf_config as fields
+from lorax_flax.models import layers, ops, vit_keys
 from lorax_flax.models.family import Family
 from lorax_flax.models.layers import DType
 from lorax_flax.models.model import Model

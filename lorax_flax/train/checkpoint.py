@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.train import bucket
+from lorax_flax.files import bucket
 
 PyTree = Any
 

@@ -8,15 +8,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from lorax_flax.train import mesh as meshes
-from lorax_flax.train import processes
+from lorax_flax.distributed import processes
+from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train.checkpoint import Checkpoints, Progress
-from lorax_flax.train.compiled import Compiled
+from lorax_flax.train.compile_by_shape import Compiled
 from lorax_flax.train.config import Durations, TrainConfig
-from lorax_flax.train.display import Display
 from lorax_flax.train.evaluate import Batches, evaluate
-from lorax_flax.train.ledger import Diverged, Ledger, running, say_of
-from lorax_flax.train.stopwatch import Stopwatch
+from lorax_flax.train.logs.history import Diverged, Ledger, running, say_of
+from lorax_flax.train.logs.progress_bar import Display
+from lorax_flax.train.logs.timer import Stopwatch
 
 PyTree = Any
 

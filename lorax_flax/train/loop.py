@@ -10,20 +10,22 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lorax_flax.distributed import processes
+from lorax_flax.files import bucket, workdir
 from lorax_flax.methods import Adapter
-from lorax_flax.train import bucket, curves, processes, workdir
-from lorax_flax.train import mesh as meshes
+from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import program as programs
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 from lorax_flax.train.checkpoint import Checkpoints, Progress
 from lorax_flax.train.config import Durations, TrainConfig, durations
-from lorax_flax.train.display import Display
 from lorax_flax.train.drive import Drive, Work
 from lorax_flax.train.evaluate import Batches
-from lorax_flax.train.ledger import Diverged, Ledger
+from lorax_flax.train.logs import curves
+from lorax_flax.train.logs.history import Diverged, Ledger
+from lorax_flax.train.logs.progress_bar import Display
+from lorax_flax.train.logs.writer import Record, SilentRecord
 from lorax_flax.train.losses import Loss
-from lorax_flax.train.record import Record, SilentRecord
 
 PyTree = Any
 
@@ -48,7 +50,7 @@ class Job:
       with the adapter whole on its host; the first one writes.
     title: of the curves.
     mesh: the devices.
-    axes: names of the axes of every leaf of `params`; see `lorax_flax.train.mesh`.
+    axes: names of the axes of every leaf of `params`; see `lorax_flax.sharding.mesh`.
     eval_loss: of one example each in evaluations, where it is another than `loss`.
     predictions: what metrics look at of an evaluation's logits.
   """

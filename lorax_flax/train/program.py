@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lorax_flax.adapt.partition import partition, trainable_mask
 from lorax_flax.methods import Adapter
-from lorax_flax.train import mesh as meshes
+from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import optim
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps

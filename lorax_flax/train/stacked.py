@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax_flax.adapt.partition import partition, trainable_mask
 from lorax_flax.methods import Adapter, LowRank
-from lorax_flax.methods.lowrank import axes_of
-from lorax_flax.train import mesh as meshes
+from lorax_flax.methods.low_rank import axes_of
+from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import program as programs
 from lorax_flax.train import step as steps
 from lorax_flax.train.config import Durations, TrainConfig

@@ -9,7 +9,7 @@ import optax
 
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.methods import Adapter
-from lorax_flax.train import mesh as meshes
+from lorax_flax.sharding import mesh as meshes
 
 PyTree = Any
 

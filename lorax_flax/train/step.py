@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from lorax_flax.methods import Adapter
-from lorax_flax.train import mesh as meshes
+from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train.losses import Loss
 from lorax_flax.train.metrics import Mean
 from lorax_flax.train.optim import Schedule

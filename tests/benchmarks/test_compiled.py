@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import common, flops, memory
-from launch import hlo
+from launch.dryrun import hlo
 
 # Wide enough that the deltas are small beside the kernels, as they are in use.
 SMALL = common.Shape(

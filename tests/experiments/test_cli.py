@@ -6,7 +6,7 @@ import sys
 import pytest
 from absl import flags
 
-from experiments import cli
+from experiments.cli import command as cli
 from lorax_flax.errors import LoraxError
 from tests.experiments import peers
 

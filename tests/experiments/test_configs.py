@@ -3,8 +3,9 @@ import re
 
 import pytest
 
-from experiments import configuration, settings
+from experiments.cli import config_flag
 from lorax_flax.data import tasks
+from lorax_flax.jobs import settings
 
 # The LoRA paper's table 9: batch, epochs, learning rate × 1e-4, and length for large.
 BASE = {
@@ -66,16 +67,16 @@ SPECS = [
 
 
 def _settings(spec):
-  return settings.convert(configuration.load(spec))
+  return settings.convert(config_flag.load(spec))
 
 
 def _docstring(name):
-  text = configuration.names()[name].read_text("utf-8")
+  text = config_flag.names()[name].read_text("utf-8")
   return ast.get_docstring(ast.parse(text))
 
 
 def test_every_config_is_in_these_tests():
-  assert {spec.partition(".")[0] for spec in SPECS} == set(configuration.names())
+  assert {spec.partition(".")[0] for spec in SPECS} == set(config_flag.names())
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -86,7 +87,7 @@ def test_every_config_and_variant_validates(spec):
     assert found.data.task == spec.partition(".")[0].removeprefix("glue_")
 
 
-@pytest.mark.parametrize("name", sorted(configuration.names()))
+@pytest.mark.parametrize("name", sorted(config_flag.names()))
 def test_a_docstring_says_result_hardware_source_and_command(name):
   text = _docstring(name)
   assert "Hardware:" in text

@@ -15,8 +15,11 @@ import lorax_flax as lx
 from experiments.convert import convert, table
 from experiments.merge import merge
 from lorax_flax.errors import LoraxError
-from lorax_flax.hub import adapters, loralib, orbax_adapter, torch_file
-from lorax_flax.hub import peft as hub_peft
+from lorax_flax.hub.adapters import any as adapters
+from lorax_flax.hub.adapters import loralib
+from lorax_flax.hub.adapters import native as orbax_adapter
+from lorax_flax.hub.files import torch_file
+from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.models import registry
 from tests.experiments import peers
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments import large_pages
+from experiments.cli import large_pages
 
 SCRIPT = """
 import os, sys

@@ -16,8 +16,9 @@ import safetensors.numpy
 import torch
 import transformers
 
-from experiments import job, run
+from experiments import run
 from lorax_flax.errors import LoraxError
+from lorax_flax.jobs import build as job
 from lorax_flax.train import loop
 from tests.experiments import peers
 from tests.experiments.token_ids import (

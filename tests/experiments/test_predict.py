@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments.predict import predict
 from lorax_flax.errors import LoraxError
-from lorax_flax.hub import peft as hub_peft
+from lorax_flax.hub.peft import folder as hub_peft
 from tests.experiments import peers
 
 TEXTS = [

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import transformers
 
-from experiments import inference, lines
+from experiments.inference import lines
+from experiments.inference import logits as inference
 from experiments.merge import merge
 from experiments.predict import predict
 from lorax_flax.errors import LoraxError

@@ -12,12 +12,17 @@ import safetensors.numpy
 import transformers
 from absl import flags
 
-from experiments import classify, configuration, job, merged, run, settings
+from experiments import run
+from experiments.cli import config_flag
+from experiments.inference import merged
 from lorax_flax import hub
 from lorax_flax.data.examples import Splits
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.errors import LoraxError
+from lorax_flax.jobs import build as job
+from lorax_flax.jobs import settings
 from lorax_flax.models import registry
+from lorax_flax.tasks import classification
 from tests.experiments import peers
 
 GLUE = peers.ROOT.parent / "shared" / "data" / "glue"
@@ -51,7 +56,7 @@ def _splits(classes=2):
 def headlines():
   """A small task in the place of the quick start's."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(classify.data, "load", lambda *args, **kwargs: _splits())
+    patch.setattr(classification.data, "load", lambda *args, **kwargs: _splits())
     yield
 
 
@@ -72,7 +77,7 @@ def trained(tmp_path_factory, base, headlines):
 
 
 def _settings(spec, base, **changes):
-  config = configuration.load(spec)
+  config = config_flag.load(spec)
   values = SHRUNK | {"model.path": str(base)} | changes
   with config.unlocked():
     for name, value in values.items():
@@ -95,9 +100,9 @@ def _logits(whole, examples):
 def _parse(*arguments):
   """What the command makes of its arguments."""
   values, argv = flags.FlagValues(), ["run", *arguments]
-  holder = configuration.define(values, argv)
+  holder = config_flag.define(values, argv)
   values(argv)
-  return settings.convert(holder.value, configuration.overridden(argv))
+  return settings.convert(holder.value, config_flag.overridden(argv))
 
 
 def test_the_quick_start_shrunk_writes_all_that_it_says(trained):
@@ -175,11 +180,11 @@ def test_starting_from_an_adapter_takes_its_factors_and_a_fitting_head(
       assert not np.array_equal(value, getattr(fresh.adapter[path], name)), path
 
   # Three classes instead of two: the factors are taken, the head is not.
-  monkeypatch.setattr(classify.data, "load", lambda *args, **kwargs: _splits(3))
+  monkeypatch.setattr(classification.data, "load", lambda *args, **kwargs: _splits(3))
   three = dataclasses.replace(
-    classify.tasks.get("headlines"), labels=("none", "one", "more")
+    classification.tasks.get("headlines"), labels=("none", "one", "more")
   )
-  monkeypatch.setattr(classify.tasks, "get", lambda name: three)
+  monkeypatch.setattr(classification.tasks, "get", lambda name: three)
   said.clear()
   other = job.prepare(
     _settings("quickstart.py", base, init_adapter=source), said.append
@@ -313,10 +318,8 @@ def test_a_file_of_the_users_own(tmp_path, monkeypatch):
     "  return config\n"
   )
   assert _parse("--config=mine.py").train.epochs == 5.0
-  assert configuration.default_workdir("mine.py") == Path("runs/mine")
-  assert configuration.default_workdir("glue_rte.py:large") == Path(
-    "runs/glue_rte-large"
-  )
+  assert config_flag.default_workdir("mine.py") == Path("runs/mine")
+  assert config_flag.default_workdir("glue_rte.py:large") == Path("runs/glue_rte-large")
   for text, message in (
     ("x = 1\n", "no function get_config"),
     ("def get_config(): return 1 / 0\n", "ZeroDivisionError"),

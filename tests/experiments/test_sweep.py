@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import configuration, plan, run, sweeping, trials
+from experiments import run
+from experiments.cli import config_flag
+from experiments.sweeps import plan, runner, trials
 from lorax_flax.errors import LoraxError
 from tests.train import tiny
 
@@ -51,13 +53,13 @@ def _plan(config, text=None, folder=None):
     base = config.read_text().removesuffix(SWEEP)
     config = folder / "config.py"
     config.write_text(base + text)
-  return plan.of(str(config), configuration.load(str(config)), [])
+  return plan.of(str(config), config_flag.load(str(config)), [])
 
 
 @pytest.fixture(scope="module")
 def swept(config, tmp_path_factory):
   folder = tmp_path_factory.mktemp("swept")
-  assert sweeping.run(_plan(config), folder, 8, 1, []) == 0
+  assert runner.run(_plan(config), folder, 8, 1, []) == 0
   return folder
 
 
@@ -84,12 +86,12 @@ def _in_this_process(monkeypatch, wanted, folder):
       commands.append(command)
       numbers = command[-1].removeprefix("--trials=").split(",")
       try:
-        ended[name] = sweeping.train(wanted, folder, [*map(int, numbers)]), ""
+        ended[name] = runner.train(wanted, folder, [*map(int, numbers)]), ""
       except LoraxError as error:
         ended[name] = 1, str(error)
     return ended
 
-  monkeypatch.setattr(sweeping.children, "run", here)
+  monkeypatch.setattr(runner.children, "run", here)
   return commands
 
 
@@ -145,7 +147,7 @@ def test_the_table_has_each_trial_and_medians_over_seeds(swept):
 
 def test_a_finished_sweep_is_not_run_again(config, swept, capfd):
   before = {p: p.stat().st_mtime_ns for p in swept.glob("trial-*/*")}
-  assert sweeping.run(_plan(config), swept, 8, 1, []) == 0
+  assert runner.run(_plan(config), swept, 8, 1, []) == 0
   assert {p: p.stat().st_mtime_ns for p in swept.glob("trial-*/*")} == before
   assert "Medians over seeds" in capfd.readouterr().out
 
@@ -169,7 +171,7 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_table(config, swept, tmp_pa
     time.sleep(0.01)
   assert process.wait() == -signal.SIGKILL
   assert not (tmp_path / "results.csv").exists()
-  assert sweeping.run(_plan(config), tmp_path, 8, 1, []) == 0
+  assert runner.run(_plan(config), tmp_path, 8, 1, []) == 0
   assert (tmp_path / "results.csv").read_text() == (swept / "results.csv").read_text()
   assert (tmp_path / "results.html").read_text() == (swept / "results.html").read_text()
   for i in range(5):
@@ -187,13 +189,13 @@ def search(space):
 """
   wanted, folder = _plan(config, text, tmp_path), tmp_path / "search"
   ran = _in_this_process(monkeypatch, wanted, folder)
-  assert sweeping.run(wanted, folder, 8, 1, []) == 0
+  assert runner.run(wanted, folder, 8, 1, []) == 0
   assert [command[-1] for command in ran] == ["--trials=0,1", "--trials=2"]
   rows = _rows(folder)
   assert [row["status"] for row in rows] == ["done"] * 3
   assert len({row["train.learning_rate"] for row in rows}) == 3
   # Taken up again, it has nothing left to choose.
-  assert sweeping.run(wanted, folder, 8, 1, []) == 0
+  assert runner.run(wanted, folder, 8, 1, []) == 0
   assert len(ran) == 2
 
 
@@ -205,7 +207,7 @@ def test_what_can_not_train_together_runs_in_processes_of_its_own(
   )
   wanted, folder = _plan(config, text, tmp_path), tmp_path / "sweep"
   commands = _in_this_process(monkeypatch, wanted, folder)
-  assert sweeping.run(wanted, folder, 8, 2, ["--config=C"]) == 1
+  assert runner.run(wanted, folder, 8, 2, ["--config=C"]) == 1
   assert [command[3:] for command in commands] == [
     ["--config=C", f"--workdir={folder}", f"--trials={numbers}"] for numbers in "012"
   ]
@@ -233,4 +235,4 @@ def test_another_sweep_in_the_same_folder_is_an_error(config, swept, tmp_path):
   with pytest.raises(
     LoraxError, match=r"learning_rate is 0\.005 there and 0\.004 here"
   ):
-    sweeping.run(other, swept, 8, 1, [])
+    runner.run(other, swept, 8, 1, [])

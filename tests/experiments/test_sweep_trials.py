@@ -8,20 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import (
-  children,
-  configuration,
-  launching,
-  outcomes,
-  plan,
-  search,
-  sweep_page,
-  sweep_table,
-  sweeping,
-  trials,
-)
-from experiments.outcomes import Outcome
-from launch import cluster
+from experiments.cli import config_flag
+from experiments.sweeps import children, outcomes, plan, runner, search, trials
+from experiments.sweeps import page as sweep_page
+from experiments.sweeps import table as sweep_table
+from experiments.sweeps.outcomes import Outcome
+from launch import cluster, sweep
 from lorax_flax.errors import LoraxError
 from tests.train import tiny
 
@@ -40,7 +32,7 @@ def get_config():
 def _plan(folder, text, *overridden):
   file = folder / "config.py"
   file.write_text(_BASE + text)
-  return plan.of(str(file), configuration.load(str(file)), overridden)
+  return plan.of(str(file), config_flag.load(str(file)), overridden)
 
 
 def _sweep(*changes):
@@ -240,14 +232,14 @@ def test_each_program_is_handed_to_a_job_of_its_own(tmp_path, monkeypatch):
     scripts.append(cluster.script(engine.render(command, options)))
     return code
 
-  monkeypatch.setattr(launching.cluster, "submit", submit)
+  monkeypatch.setattr(sweep.cluster, "submit", submit)
   text = "slurm --name=try --nodes=2 --python=python3 --extra='--qos=a b'"
   arguments = ["--config=C", f"--launch={text}"]
   # What a cluster does not take is submitted again, and what it does is not.
-  assert launching.run(found, folder, 8, text, arguments) == 3
+  assert sweep.run(found, folder, 8, text, arguments) == 3
   scripts, code = [], 0
-  assert launching.run(found, folder, 8, text, arguments) == 0
-  assert launching.run(found, folder, 8, text, arguments) == 0
+  assert sweep.run(found, folder, 8, text, arguments) == 0
+  assert sweep.run(found, folder, 8, text, arguments) == 0
   for script, number, numbers in zip(
     scripts, ("000", "001"), ("0,2", "1"), strict=True
   ):
@@ -257,7 +249,7 @@ def test_each_program_is_handed_to_a_job_of_its_own(tmp_path, monkeypatch):
       "python3 -m experiments.sweep --config=C "
       f"--workdir={folder} --trials={numbers} --distributed\n" in script
     )
-  assert sweeping.table(found, folder) == 0
+  assert runner.table(found, folder) == 0
   assert (folder / "results.csv").read_text().count("not run") == 3
 
 
@@ -268,15 +260,15 @@ def test_each_program_is_handed_to_a_job_of_its_own(tmp_path, monkeypatch):
 def test_a_mistake_in_launch_is_named(tmp_path, text, message):
   found = _plan(tmp_path, _sweep({"seed": 0}))
   with pytest.raises(LoraxError, match=message):
-    launching.run(found, tmp_path / "sweep", 8, text, [])
+    sweep.run(found, tmp_path / "sweep", 8, text, [])
 
 
 def test_a_search_is_not_launched(tmp_path):
   with pytest.raises(LoraxError, match="does not wait"):
-    launching.run(_plan(tmp_path, SEARCH), tmp_path / "sweep", 8, "slurm", [])
+    sweep.run(_plan(tmp_path, SEARCH), tmp_path / "sweep", 8, "slurm", [])
 
 
 def test_there_is_no_table_of_nothing(tmp_path):
   found = _plan(tmp_path, _sweep({"seed": 0}))
   with pytest.raises(LoraxError, match=r"no trial in .* is over yet"):
-    sweeping.table(found, tmp_path / "sweep")
+    runner.table(found, tmp_path / "sweep")

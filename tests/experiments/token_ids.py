@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from experiments import configuration, settings
+from experiments.cli import config_flag
+from lorax_flax.jobs import settings
 
 STEPS, BATCH, RATE, CLIP, DECAY, SMOOTHING = 8, 4, 0.02, 0.5, 0.1, 0.1
 VOCAB, LONGEST = 24, 16
@@ -31,7 +32,7 @@ def write(folder, train, held_out):
 
 
 def shrunk(spec, base, data, **changes):
-  config = configuration.load(spec)
+  config = config_flag.load(spec)
   values = {
     "model.path": str(base),
     "model.hf_config": {},

@@ -16,8 +16,8 @@ import torch
 import lorax_flax as lx
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
-from lorax_flax.hub import peft as hub_peft
-from lorax_flax.hub import safetensors
+from lorax_flax.hub.files import safetensors
+from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.models import registry
 from tests.experiments import peers as tuned
 from tests.models import peers

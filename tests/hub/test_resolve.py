@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.hub import assets, folders
+from lorax_flax.files import folders
+from lorax_flax.hub import assets
 from lorax_flax.hub.resolve import resolve
 
 

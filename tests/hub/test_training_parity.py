@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks import parity
 from benchmarks.peers import PEERS
-from lorax_flax.hub import peft as hub_peft
+from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.models import registry
-from tests.hub import peft_peers as peers
+from tests.hub.peft import peers
 
 # The base, PEFT's config, and whether layers are scanned here.
 CASES = {

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_flax.hub.keymap import full_key
+from lorax_flax.hub.checkpoints.keymap import full_key
 
 
 def params(model, keymap):

@@ -8,7 +8,7 @@ import os
 import jax
 from jax._src.clusters import cloud_tpu_cluster
 
-from lorax_flax.train import processes
+from lorax_flax.distributed import processes
 
 if __name__ == "__main__":
   # What JAX finds out from the machine's chips. GKE says itself that its pods have no

@@ -12,12 +12,14 @@ import jax
 import pytest
 
 from benchmarks import common
-from experiments import configuration, settings
-from experiments.abstract import abstract
-from launch import costs, hlo, shapes, single, suggest
-from launch import topology as topologies
+from experiments.cli import config_flag
+from launch.dryrun import costs, hlo, single, suggest
+from launch.dryrun import step as shapes
+from launch.dryrun import topology as topologies
 from lorax_flax.errors import LoraxError
-from lorax_flax.train import mesh as meshes
+from lorax_flax.jobs import settings
+from lorax_flax.jobs.abstract import abstract
+from lorax_flax.sharding import mesh as meshes
 
 pytest.importorskip("libtpu")
 
@@ -58,7 +60,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wanted(config):
-  return settings.convert(configuration.load(str(config)))
+  return settings.convert(config_flag.load(str(config)))
 
 
 @functools.cache

@@ -9,10 +9,10 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from launch import hlo, needed
-from launch import topology as topologies
-from launch.hlo import program
-from lorax_flax.train import mesh as meshes
+from launch.dryrun import hlo, jaxpr_flops
+from launch.dryrun import topology as topologies
+from launch.dryrun.hlo import program
+from lorax_flax.sharding import mesh as meshes
 
 pytest.importorskip("libtpu")
 
@@ -203,7 +203,7 @@ def test_the_traced_count_is_what_the_compiler_does_where_it_recomputes_nothing(
   traced = jax.jit(jax.grad(loss)).trace(*(jnp.zeros(s, jnp.bfloat16) for s in (w, x)))
   # Forward; the gradients of weights, and of every input but the first.
   want = 2 * 128 * 256 * 256 * (4 + 4 + (4 if scan else 3))
-  assert needed.matmul_flops(traced.jaxpr) == want
+  assert jaxpr_flops.matmul_flops(traced.jaxpr) == want
   text = compiled(jax.grad(loss), (w,), (x,))
   assert hlo.matmul_flops(text) == pytest.approx(want, rel=0.35)
 

@@ -46,7 +46,7 @@ def test_a_slurm_job_that_is_told_to_stop_is_queued_again_and_ends(tmp_path):
   done = subprocess.run(
     [
       *(sys.executable, "-m", "launch.slurm", "--name=run", "--nodes=2", "--"),
-      *("-m", "tests.train.saboteur", "--distributed", f"--config={config}"),
+      *("-m", "tests.distributed.saboteur", "--distributed", f"--config={config}"),
       f"--workdir={tmp_path / 'run'}",
     ],
     cwd=tiny.ROOT,

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import topology as topologies
+from launch.dryrun import topology as topologies
 from lorax_flax.errors import LoraxError
-from lorax_flax.train import mesh as meshes
+from lorax_flax.sharding import mesh as meshes
 
 
 @pytest.mark.parametrize(

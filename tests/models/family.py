@@ -10,10 +10,10 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 import lorax_flax as lx
-from lorax_flax.hub import export
-from lorax_flax.hub import keymap as km
+from lorax_flax.hub.checkpoints import export
+from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.models import registry
-from lorax_flax.train import mesh
+from lorax_flax.sharding import mesh
 from tests.adapt import checks
 
 TOLERANCE = 1e-4

@@ -11,7 +11,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 import lorax_flax as lx
-from lorax_flax.hub import export
+from lorax_flax.hub.checkpoints import export
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry
 from tests.models import peers

@@ -13,9 +13,11 @@ import transformers
 from transformers.models.deberta_v2 import modeling_deberta_v2 as peer
 
 import lorax_flax as lx
-from lorax_flax.hub import keymap as km
-from lorax_flax.hub import peft as hub_peft
-from lorax_flax.models import deberta, deberta_attention, registry
+from lorax_flax.hub.checkpoints import keymap as km
+from lorax_flax.hub.peft import folder as hub_peft
+from lorax_flax.models import registry
+from lorax_flax.models.deberta import attention
+from lorax_flax.models.deberta import model as deberta
 from tests.models import family, peers
 
 SIZES = {**peers.SIZES, "num_hidden_layers": 2}
@@ -243,10 +245,10 @@ def test_rows_of_the_table_are_transformers(length, buckets, furthest):
   x = torch.zeros(1, length, 1)
   want = peer.build_relative_position(x, x, buckets, furthest)[0] + config.span
   want = want.clamp(0, 2 * config.span - 1).numpy()
-  rows = deberta_attention.rows(config, length)
+  rows = attention.rows(config, length)
   i = np.arange(length)
   np.testing.assert_array_equal(rows[i[:, None] - i + length], want)
-  used = deberta_attention.used(config, length)
+  used = attention.used(config, length)
   assert (used[0], used[-1]) == (want.min(), want.max())
 
 

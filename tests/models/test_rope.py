@@ -8,7 +8,8 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from lorax_flax.models import ops, rope_fields
+from lorax_flax.models import ops
+from lorax_flax.models.llama import hf_rope
 
 KINDS = {
   "default": {},
@@ -60,7 +61,7 @@ def test_every_scaling_equals_transformers(kind, length):
   rope = {"rope_type": kind.split()[0], "rope_theta": 500.0, **KINDS[kind]}
   fields = {"head_dim": 10, "max_position_embeddings": 128}
   config = transformers.LlamaConfig(**fields, rope_parameters=rope)
-  read = rope_fields.read(
+  read = hf_rope.read(
     rope, config.to_dict(), max_position_embeddings=128, theta=10000.0
   )
   positions = jnp.arange(length, dtype=jnp.int32)[None, :]
@@ -73,7 +74,7 @@ def test_a_scaling_changes_the_angles():
   positions = jnp.arange(300, dtype=jnp.int32)[None, :]
   found = []
   for kind, rope in KINDS.items():
-    read = rope_fields.read(
+    read = hf_rope.read(
       {"rope_type": kind.split()[0], **rope},
       {},
       max_position_embeddings=128,
@@ -90,7 +91,7 @@ def test_a_part_of_the_features_may_turn():
   config = transformers.Phi3Config(
     hidden_size=30, num_attention_heads=3, rope_parameters=rope
   )
-  read = rope_fields.read(rope, {}, max_position_embeddings=4096, theta=10000.0)
+  read = hf_rope.read(rope, {}, max_position_embeddings=4096, theta=10000.0)
   positions = jnp.asarray([[0, 3, 9]], jnp.int32)
   want = theirs(Phi3RotaryEmbedding, config, positions)
   check(read, 10, want, positions, 10)
@@ -108,7 +109,5 @@ def test_the_old_form_of_a_config_reads_as_the_new_one():
   }
   new = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 77.0}}
   options = {"max_position_embeddings": 9, "theta": 10000.0}
-  one, other = (
-    rope_fields.read(rope_fields.given(c), c, **options) for c in (old, new)
-  )
+  one, other = (hf_rope.read(hf_rope.given(c), c, **options) for c in (old, new))
   assert one == other == ops.Rope("linear", 77.0, 1, 9, factor=2.0)

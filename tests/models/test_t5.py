@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import lorax_flax as lx
-from lorax_flax.models import ops, registry, t5_positions
+from lorax_flax.models import ops, registry
+from lorax_flax.models.t5 import positions
 from tests.models import family
 
 SIZES = {
@@ -88,7 +89,7 @@ def test_buckets_are_those_of_transformers(count, farthest, both_ways):
   want = T5Attention._relative_position_bucket(
     torch.tensor(ahead), both_ways, count, farthest
   )
-  got = t5_positions.buckets(ahead, both_ways=both_ways, count=count, farthest=farthest)
+  got = positions.buckets(ahead, both_ways=both_ways, count=count, farthest=farthest)
   np.testing.assert_array_equal(got, want)
   assert set(got) <= set(range(count))
 

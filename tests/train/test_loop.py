@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.train import ledger, optim
+from lorax_flax.train import optim
 from lorax_flax.train import state as states
 from lorax_flax.train.checkpoint import Checkpoints
+from lorax_flax.train.logs import history as ledger
 from lorax_flax.train.loop import fit
 from tests.train import toy
 from tests.train.stopping import Stopped, Stopping

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import lorax_flax as lx
-from lorax_flax.hub import peft as hub_peft
+from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.methods import LoRA
 from lorax_flax.models import registry
 from lorax_flax.train import losses, optim, step

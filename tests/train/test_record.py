@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from lorax_flax.train import curves
-from lorax_flax.train.record import Record
+from lorax_flax.train.logs import curves
+from lorax_flax.train.logs.writer import Record
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

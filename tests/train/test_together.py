@@ -6,8 +6,9 @@ import pytest
 
 from lorax_flax.data import pipeline
 from lorax_flax.errors import LoraxError
-from lorax_flax.train import loop, together
-from lorax_flax.train.ledger import Diverged
+from lorax_flax.train import loop
+from lorax_flax.train import trials as together
+from lorax_flax.train.logs.history import Diverged
 from tests.train import toy
 
 FIELDS = ("learning_rate", "seed", "weight_decay", "grad_clip")

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
-from lorax_flax.hub import export
+from lorax_flax.hub.checkpoints import export
 from lorax_flax.models import registry
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,9 @@ import numpy as np
 import lorax_flax as lx
 from lorax_flax.data import pipeline
 from lorax_flax.data.tokens import Tokens, ragged
-from lorax_flax.train import bucket, losses, mesh, workdir
+from lorax_flax.files import bucket, workdir
+from lorax_flax.sharding import mesh
+from lorax_flax.train import losses
 from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.loop import Job, fit
 

@@ -1,0 +1,76 @@
+"""A base with an adapter merged into it: what `merge` writes and `predict` runs."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lorax_flax as lx
+from lorax_flax.errors import LoraxError, listing
+from lorax_flax.hub.adapters import any as adapters
+from lorax_flax.hub.resolve import resolve
+from lorax_flax.methods import Tuned
+from lorax_flax.models import registry
+
+
+@dataclass(frozen=True)
+class Merged:
+  """A model, whole.
+
+  Attributes:
+    loaded: the model; its params are the merged ones.
+    labels: names of the outputs, LABEL_0, … where nobody named them; None where they
+      are a vocabulary.
+    folder: of the base, with its tokenizer.
+  """
+
+  loaded: registry.Loaded
+  labels: tuple[str, ...] | None
+  folder: Path
+
+  @property
+  def regression(self) -> bool:
+    """Whether the one output is a number."""
+    return self.labels is not None and len(self.labels) == 1
+
+
+def load(base: str, adapter: str | None) -> Merged:
+  """Loads a base by folder, alias or hub name, and merges an adapter into it.
+
+  Raises:
+    LoraxError: besides what the readers raise, weights that neither of the two has.
+  """
+  folder = resolve(base)
+  has_labels = registry.of(registry.read_config(folder)).has_labels
+  outputs = adapters.num_labels(adapter) if adapter and has_labels else None
+  loaded = registry.load(folder, num_labels=outputs, new_head=outputs is not None)
+  brought: set[str] = set()
+  own = None
+  if adapter:
+    saved = adapters.read(adapter, loaded.params, loaded.keymap)
+    deltas, own = saved.adapter, saved.labels
+    brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
+    loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
+  if absent := set(loaded.new_paths) - brought:
+    hint = f"nor does the adapter {adapter}" if adapter else "and no adapter is given"
+    raise LoraxError(
+      f"the base {base} has no {listing(absent, most=4)}, {hint}: its outputs would be "
+      "random numbers. Give an adapter trained on this base with its head (--adapter), "
+      "or a base that has one"
+    )
+  return Merged(loaded, _labels(loaded, adapter, own) if has_labels else None, folder)
+
+
+def _labels(
+  loaded: registry.Loaded, adapter: str | None, own: Sequence[str] | None
+) -> tuple[str, ...]:
+  count = loaded.config.num_labels
+  names = loaded.hf_config.get("id2label") or {}
+  # An adapter's head has outputs of its own: the base's names are not theirs.
+  if own is None and not adapter:
+    own = [str(names.get(str(i), f"LABEL_{i}")) for i in range(count)]
+  if own is None:
+    own = [f"LABEL_{i}" for i in range(count)]
+  if len(own) != count:
+    raise LoraxError(f"{adapter} names {len(own)} labels, and its head has {count}")
+  return tuple(own)

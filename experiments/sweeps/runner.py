@@ -1,0 +1,174 @@
+"""Runs a sweep: its units, here or in processes of their own, and its table."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import console as rich_console
+
+from experiments.cli import command as cli
+from experiments.sweeps import children, outcomes, trials, unit
+from experiments.sweeps import page as sweep_page
+from experiments.sweeps import table as sweep_table
+from experiments.sweeps.outcomes import Outcome
+from experiments.sweeps.plan import Plan
+from experiments.sweeps.trials import Trial, Unit
+from lorax_flax.distributed import processes, watchdog
+from lorax_flax.errors import LoraxError
+from lorax_flax.files import workdir as files
+
+
+def run(
+  plan: Plan, folder: Path, at_once: int, jobs: int, arguments: Sequence[str]
+) -> int:
+  """Runs all that is left to run; returns the exit code.
+
+  Args:
+    folder: of the sweep.
+    at_once: how many trials train together at most.
+    jobs: how many processes run at a time.
+    arguments: of this command, for those processes.
+
+  Raises:
+    LoraxError: the folder holds another sweep.
+  """
+  claim(plan, folder)
+  ends: list[Outcome] = []
+  reasons: dict[str, str] = {}
+  code = 0
+  while True:
+    known = plan.next(folder, ends)
+    ends = outcomes.read(known, folder)
+    left = left_of(plan, known, folder, at_once)
+    if not left:
+      break
+    done = sum(end.over for end in ends)
+    print(f"{len(known)} trials, {done} of them over; {len(left)} programs to run")
+    # A search may need other processes later, for which this one must leave the
+    # devices alone.
+    if len(left) == 1 and plan.space is None:
+      code = _here(left[0], folder)
+    else:
+      code, reasons = _elsewhere(left, folder, jobs, arguments)
+    ends = outcomes.read(known, folder)
+    if not all(end.over for end in ends):
+      break
+  write(plan, folder, ends)
+  show(ends, folder)
+  for name, reason in reasons.items():
+    print(f"{name} could not be run: {reason}", file=sys.stderr)
+  if code == 0 and not any(end.result is not None for end in ends):
+    return 1
+  return code
+
+
+def claim(plan: Plan, folder: Path) -> None:
+  """Takes the folder for this sweep, or goes on with it.
+
+  Raises:
+    LoraxError: it holds another one.
+  """
+  print(f"Workdir: {folder}", flush=True)
+  files.check(folder, plan.to_json())
+  files.check_writable(folder)
+  files.claim(folder, plan.to_json())
+
+
+def left_of(
+  plan: Plan, known: Sequence[Trial], folder: Path, at_once: int
+) -> list[Unit]:
+  """The units of which a trial is not over."""
+  units = [u for batch in plan.batches(known) for u in trials.units(batch, at_once)]
+  return [wanted for wanted in units if not _over(wanted, folder)]
+
+
+def table(plan: Plan, folder: Path) -> int:
+  """Makes the table of what is over; returns the exit code.
+
+  Raises:
+    LoraxError: the folder holds another sweep, or none.
+  """
+  files.check(folder, plan.to_json())
+  ends = outcomes.read(plan.make(plan.chosen(folder)), folder)
+  if not any(end.over for end in ends):
+    raise LoraxError(f"no trial in {folder} is over yet")
+  write(plan, folder, ends)
+  show(ends, folder)
+  return 0
+
+
+def train(plan: Plan, folder: Path, numbers: Sequence[int]) -> int:
+  """Trains these trials together in this process; returns the exit code."""
+  files.check(folder, plan.to_json())
+  known = plan.make(plan.chosen(folder))
+  wanted = [trial for trial in known if trial.number in numbers]
+  if len(wanted) < len(set(numbers)):
+    raise LoraxError(f"--trials: there are trials 0 to {len(known) - 1}")
+  found = trials.units(wanted, len(wanted))
+  if len(found) > 1:
+    raise LoraxError(f"--trials: they can't train together: {found[1].why}")
+  return _here(found[0], folder)
+
+
+def _here(wanted: Unit, folder: Path) -> int:
+  try:
+    with watchdog.Watch(cli.explain):
+      unit.run(wanted, folder)
+  except processes.Preempted as told:
+    if processes.first():
+      print(told, flush=True)
+    return processes.PREEMPTED
+  return 0
+
+
+def _over(wanted: Unit, folder: Path) -> bool:
+  return all(end.over for end in outcomes.read(wanted.trials, folder))
+
+
+def _elsewhere(
+  units: Sequence[Unit], folder: Path, jobs: int, arguments: Sequence[str]
+) -> tuple[int, dict[str, str]]:
+  """Runs units in processes of their own.
+
+  Returns:
+    The exit code of all, and of each unit that could not be run the reason.
+  """
+  commands = {
+    str(wanted): [sys.executable, *command(wanted, folder, arguments)]
+    for wanted in units
+  }
+  ended = children.run(commands, jobs)
+  codes = [code for code, _ in ended.values()]
+  reasons = {
+    name: said or f"exit code {code}"
+    for name, (code, said) in ended.items()
+    if code not in (0, processes.PREEMPTED)
+  }
+  told = processes.PREEMPTED in codes or len(ended) < len(units)
+  return processes.PREEMPTED if told else max(map(abs, codes)), reasons
+
+
+def command(wanted: Unit, folder: Path, arguments: Sequence[str]) -> list[str]:
+  """Python's arguments that train a unit, from those of the sweep's command."""
+  numbers = ",".join(str(trial.number) for trial in wanted.trials)
+  own = [f"--workdir={folder}", f"--trials={numbers}"]
+  return ["-m", "experiments.sweep", *arguments, *own]
+
+
+def write(plan: Plan, folder: Path, ends: Sequence[Outcome]) -> None:
+  """Writes results.csv and results.html."""
+  files.write_text(folder / "results.csv", sweep_table.to_csv(ends))
+  files.write_text(folder / "results.html", sweep_page.page(ends, plan.title))
+
+
+def show(ends: Sequence[Outcome], folder: Path) -> None:
+  """Prints the table, and where everything is."""
+  console = rich_console.Console(highlight=False, soft_wrap=True)
+  if not console.is_terminal:
+    console = rich_console.Console(highlight=False, soft_wrap=True, width=160)
+  console.print(sweep_table.to_rich(ends))
+  medians = sweep_table.medians_to_rich(ends)
+  if medians is not None:
+    console.print(medians)
+  for name in ("results.csv", "results.html"):
+    console.print(f"{folder / name}", markup=False)

@@ -1,0 +1,165 @@
+"""The table of a sweep: a line for each trial, and medians over its seeds."""
+
+import csv
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import table as rich_table
+
+from experiments.sweeps import outcomes as ends
+from experiments.sweeps.outcomes import Outcome
+from experiments.sweeps.trials import show
+
+# What differs within a group over which a median is taken.
+_SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Median:
+  """The same settings under several seeds.
+
+  Attributes:
+    changes: what they have in common.
+    median, spread: of their scores; the spread is the standard deviation of a sample,
+      0 of one score.
+    done, count: trials that are done, and all.
+  """
+
+  changes: dict[str, Any]
+  median: float | None
+  spread: float | None
+  done: int
+  count: int
+
+
+def fields(outcomes: Sequence[Outcome]) -> list[str]:
+  """The fields that trials differ in, in the order in which they are first set."""
+  return list(outcomes[0].trial.fields)
+
+
+def medians(outcomes: Sequence[Outcome]) -> list[Median]:
+  """Over the seeds of each setting; a trial that failed has no score."""
+  groups: dict[str, list[Outcome]] = {}
+  for outcome in outcomes:
+    groups.setdefault(_setting(_changes(outcome)), []).append(outcome)
+  found = []
+  for group in groups.values():
+    scores = [outcome.score for outcome in group if outcome.score is not None]
+    median = statistics.median(scores) if scores else None
+    spread = None
+    if scores:
+      spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    found.append(Median(_changes(group[0]), median, spread, len(scores), len(group)))
+  return found
+
+
+def _changes(outcome: Outcome) -> dict[str, Any]:
+  """What trials differ in, but for the seed."""
+  return {name: x for name, x in outcome.trial.fields.items() if name != _SEED}
+
+
+def _setting(changes: Mapping[str, Any]) -> str:
+  """The same for all seeds of a setting."""
+  return repr(sorted(changes.items()))
+
+
+def best_median(outcomes: Sequence[Outcome]) -> Median | None:
+  """The setting with the best median; None where no trial is done."""
+  return ends.leader(
+    medians(outcomes), lambda median: median.median, ends.primary(outcomes)
+  )
+
+
+def status(outcome: Outcome) -> str:
+  """How it ended, in words."""
+  if outcome.failed is not None:
+    return f"failed at step {outcome.failed['step']}"
+  return "done" if outcome.result is not None else "not run"
+
+
+def rows(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
+  """Header and lines. Nothing in them depends on the clock."""
+  named = fields(outcomes)
+  measured = list(dict.fromkeys(name for o in outcomes for name in o.metrics))
+  primary = ends.primary(outcomes)
+  measured.sort(key=lambda name: name != primary)
+  by_setting = {_setting(m.changes): m for m in medians(outcomes)}
+  header = ["trial", *named, "status", *measured]
+  header += ["best_step", "trained_parameters", "median", "spread", "seeds", "reason"]
+  lines = []
+  for outcome in outcomes:
+    of_all, result = by_setting[_setting(_changes(outcome))], outcome.result or {}
+    lines.append(
+      [
+        outcome.trial.name,
+        *(outcome.trial.fields[name] for name in named),
+        status(outcome),
+        *(outcome.metrics.get(name, "") for name in measured),
+        result.get("best_step", ""),
+        result.get("trained_parameters", ""),
+        "" if of_all.median is None else of_all.median,
+        "" if of_all.spread is None else of_all.spread,
+        f"{of_all.done} of {of_all.count}",
+        (outcome.failed or {}).get("reason", ""),
+      ]
+    )
+  return header, lines
+
+
+def to_csv(outcomes: Sequence[Outcome]) -> str:
+  """All of it, numbers in full."""
+  header, lines = rows(outcomes)
+  out = io.StringIO()
+  writer = csv.writer(out, lineterminator="\n")
+  writer.writerows([header, *lines])
+  return out.getvalue()
+
+
+def to_rich(outcomes: Sequence[Outcome]) -> rich_table.Table:
+  """For a terminal; the best trial is marked."""
+  named = fields(outcomes)
+  primary = ends.primary(outcomes)
+  table = rich_table.Table(title="Trials", title_justify="left")
+  for name in ("trial", *map(_short, named), primary, "best step", ""):
+    left = name in ("trial", "")
+    table.add_column(name, justify="left" if left else "right", no_wrap=True)
+  best = ends.best(outcomes)
+  for outcome in outcomes:
+    score, result = outcome.score, outcome.result or {}
+    table.add_row(
+      outcome.trial.name,
+      *(show(outcome.trial.fields[name]) for name in named),
+      "" if score is None else f"{score:.4f}",
+      str(result.get("best_step", "")),
+      "best" if outcome is best else "" if result else status(outcome),
+    )
+  return table
+
+
+def medians_to_rich(outcomes: Sequence[Outcome]) -> rich_table.Table | None:
+  """The medians for a terminal; None where no setting has several seeds."""
+  found = medians(outcomes)
+  if all(median.count == 1 for median in found):
+    return None
+  named = [name for name in fields(outcomes) if name != _SEED]
+  table = rich_table.Table(title="Medians over seeds", title_justify="left")
+  for name in (*map(_short, named), "median", "±", "seeds", ""):
+    table.add_column(name, justify="right" if name else "left", no_wrap=True)
+  best = best_median(outcomes)
+  for median in found:
+    table.add_row(
+      *(show(median.changes[name]) for name in named),
+      "" if median.median is None else f"{median.median:.4f}",
+      "" if median.spread is None else f"{median.spread:.4f}",
+      f"{median.done} of {median.count}",
+      "best" if median == best else "",
+    )
+  return table
+
+
+def _short(name: str) -> str:
+  """A field's name without its section, for a narrow terminal."""
+  return name.rpartition(".")[2]

@@ -1,0 +1,126 @@
+"""Bytes that a compiled program moves between a device and its main memory."""
+
+from launch.dryrun.hlo import loops, program
+from launch.dryrun.hlo.program import Computation, Instruction, Program
+
+# What moves nothing: it names memory, or its two ends are counted elsewhere.
+_STILL = frozenset(
+  {
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while"),
+    *("conditional", "call", "after-all", "partition-id", "replica-id", "iota"),
+    *("copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done"),
+    *("async-start", "async-update", "async-done", "opt-barrier", "domain"),
+    *("add-dependency", "send-done", "recv-done"),
+  }
+)
+_READS_A_PART = frozenset({"dynamic-slice", "slice", "gather"})
+_SAME = frozenset({"bitcast", "reshape", "transpose", "copy"})
+
+
+def hbm_bytes(text: str) -> float:
+  """Bytes read from and written to main memory, loops multiplied out.
+
+  Each instruction reads its operands and writes its results once; what lies in a cache
+  (a memory space other than 0) moves nothing. A fusion that takes a slice of an operand
+  reads that slice, and one that updates a part of an array writes that part.
+
+  Args:
+    text: of `compiled.as_text()`.
+
+  Raises:
+    ValueError: a loop with no known trip count.
+  """
+  parsed = program.parse(text)
+  total = 0.0
+  for name, times in loops.count(parsed).control.items():
+    computation = parsed.computations[name]
+    total += times * sum(
+      _moved(parsed, computation, i) for i in computation.instructions.values()
+    )
+  return total
+
+
+def _moved(parsed: Program, inside: Computation, instruction: Instruction) -> float:
+  if instruction.op in _STILL:
+    return 0.0
+  if instruction.op == "custom-call" and not instruction.operands:
+    return 0.0  # Room, with nothing in it yet.
+  if instruction.op == "fusion":
+    fused = parsed.computations[parsed.called(instruction)[0]]
+    return _of_fusion(parsed, fused)
+  if instruction.op == "dynamic-update-slice":
+    update = _array_bytes(inside.instructions[instruction.operands[1]])
+    return 2 * update if _hbm(instruction) else update
+  if instruction.op in _READS_A_PART:
+    source = inside.instructions[instruction.operands[0]]
+    part = _padded(instruction)
+    return part * _hbm(source) + _array_bytes(instruction)
+  if instruction.op == "copy-start":
+    # To a cache or from one: (to, from, flag).
+    return sum(a.padded for a in instruction.arrays[:2] if a.in_hbm)
+  reads = sum(_array_bytes(inside.instructions[name]) for name in instruction.operands)
+  if instruction.op.endswith("-start"):
+    arrays = [a for a in instruction.arrays if a.dtype != "u32"]
+    return reads + sum(a.padded for a in arrays[len(arrays) // 2 :] if a.in_hbm)
+  return reads + _array_bytes(instruction)
+
+
+def _hbm(instruction: Instruction) -> bool:
+  return any(a.in_hbm for a in instruction.arrays)
+
+
+def _array_bytes(instruction: Instruction) -> float:
+  return sum(a.padded for a in instruction.arrays if a.in_hbm)
+
+
+def _of_fusion(parsed: Program, fused: Computation) -> float:
+  reads = sum(
+    _read(parsed, fused, parameter.name)
+    for parameter in fused.parameters.values()
+    if _hbm(parameter)
+  )
+  results = [fused.root]
+  if fused.root.op == "tuple":
+    results = [fused.instructions[name] for name in fused.root.operands]
+  return reads + sum(_written(fused, result) for result in results)
+
+
+def _read(parsed: Program, fused: Computation, name: str) -> float:
+  """Bytes that are read of an instruction's result, by what takes it."""
+  whole = _padded(fused.instructions[name])
+  if fused.instructions[name].root:
+    return whole
+  total = 0.0
+  for user in fused.instructions.values():
+    for place, operand in enumerate(user.operands):
+      if operand != name or user.op == "tuple":
+        continue
+      if user.op in _SAME:
+        total += _read(parsed, fused, user.name)
+      elif user.op in _READS_A_PART and place == 0:
+        total += _padded(user)
+      elif user.op == "fusion":
+        inner = parsed.computations[parsed.called(user)[0]]
+        total += _read(parsed, inner, inner.parameters[place].name)
+      elif user.op != "dynamic-update-slice" or place:  # Which is done in place.
+        total += whole
+  return min(whole, total)
+
+
+def _padded(instruction: Instruction) -> float:
+  return sum(a.padded for a in instruction.arrays)
+
+
+def _written(fused: Computation, result: Instruction) -> float:
+  """Bytes of a result that are new."""
+  if not _hbm(result):
+    return 0.0
+  source = result
+  while source.op in _SAME:
+    source = fused.instructions[source.operands[0]]
+  if source.op == "parameter":
+    return 0.0
+  if source.op == "dynamic-update-slice":
+    update = fused.instructions[source.operands[1]]
+    return _padded(update)
+  return _padded(result)

@@ -1,0 +1,57 @@
+"""Matmul FLOPs that a traced function needs, before any compiler has its way."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from lorax_flax.adapt.interpret import encoding
+
+
+def matmul_flops(jaxpr: Any) -> int:
+  """2 × the products of every dot_general and convolution, loops multiplied out.
+
+  Args:
+    jaxpr: of `jitted.trace(…)`.
+
+  Raises:
+    ValueError: a while loop with products in it: how often it runs is not known.
+  """
+  total = 0
+  for equation in encoding.open_jaxpr(jaxpr)[0].eqns:
+    name = equation.primitive.name
+    inner = sum(map(matmul_flops, _inner(equation.params)))
+    if name == "dot_general":
+      total += _dot(equation)
+    elif name == "conv_general_dilated":
+      total += _convolution(equation)
+    elif name == "scan":
+      total += inner * encoding.scan(equation).length
+    elif name == "while" and inner:
+      raise ValueError("a while loop with products in it has no known trip count")
+    elif name == "cond":
+      total += max(map(matmul_flops, _inner(equation.params)), default=0)
+    else:
+      total += inner
+  return total
+
+
+def _inner(params: Any) -> Iterator[Any]:
+  for value in params.values():
+    for part in value if isinstance(value, (tuple, list)) else (value,):
+      if hasattr(encoding.open_jaxpr(part)[0], "eqns"):
+        yield part
+
+
+def _dot(equation: Any) -> int:
+  (contracted, _), _ = equation.params["dimension_numbers"]
+  left = equation.invars[0].aval.shape
+  made = math.prod(equation.outvars[0].aval.shape)
+  return 2 * made * math.prod(left[i] for i in contracted)
+
+
+def _convolution(equation: Any) -> int:
+  """Padding counts as input: an upper bound, exact for patches that do not overlap."""
+  numbers = equation.params["dimension_numbers"]
+  kernel = equation.invars[1].aval.shape
+  made = math.prod(equation.outvars[0].aval.shape)
+  return 2 * made * math.prod(kernel) // kernel[numbers.rhs_spec[0]]

@@ -1,0 +1,139 @@
+"""Follows the adapted weights through a traced function, equation by equation."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_flax.adapt.interpret import (
+  call_rules,
+  custom_derivatives,
+  layout_rules,
+  product_rules,
+)
+from lorax_flax.adapt.interpret import encoding as jx
+from lorax_flax.adapt.interpret.layout_rules import Unsupported
+from lorax_flax.adapt.interpret.view import View, is_view
+from lorax_flax.adapt.paths import path_key
+from lorax_flax.errors import LoraxError
+
+log = logging.getLogger(__name__)
+
+CALLS = {**call_rules.CALLS, **custom_derivatives.CALLS}
+
+
+def _on_values(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+  """The equation's results on the weights as they are; shapes where they are shapes."""
+  if any(is_view(x) and x.is_abstract for x in operands):
+    return [jx.struct(v.aval) for v in eqn.outvars]
+  return jx.bind(eqn, [x.value if is_view(x) else x for x in operands])
+
+
+@dataclass
+class Run:
+  """One rewritten evaluation of a jaxpr: what it was given, what it has met.
+
+  Attributes:
+    dropout_key: LoRA's dropout acts only where there is one.
+    may_materialize: whether W + delta may be formed where a delta cannot follow.
+    inside: the rule that is being followed, for messages.
+    strict: where a delta cannot follow, raise `Unsupported` whatever is allowed.
+  """
+
+  dropout_key: jax.Array | None
+  may_materialize: bool
+  inside: str = ""
+  strict: bool = False
+  used: set[str] = field(default_factory=set)
+  sites: dict[str, int] = field(default_factory=dict)
+
+  def jaxpr(self, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]) -> list:
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, operands, strict=True))
+
+    def read(atom):
+      return atom.val if isinstance(atom, jx.Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+      results = self.equation(eqn, [read(a) for a in eqn.invars])
+      env.update(zip(eqn.outvars, results, strict=True))
+    return [read(a) for a in jaxpr.outvars]
+
+  def closed(self, jaxpr: Any, operands: Sequence[Any]) -> list:
+    return self.jaxpr(*jx.open_jaxpr(jaxpr), operands)
+
+  def equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
+    views = [x for x in operands if is_view(x)]
+    if not views:
+      return jx.bind(eqn, operands)
+    name = eqn.primitive.name
+    try:
+      if jx.inlined(eqn) is not None:
+        return call_rules.inline(self, eqn, operands)
+      if name in CALLS:
+        if any(v.is_abstract for v in views):
+          raise Unsupported("a change of the weight alone does not go in")
+        return CALLS[name](self, eqn, operands)
+      if name in layout_rules.RULES or product_rules.is_choice(eqn, operands):
+        rule = layout_rules.RULES.get(name, product_rules.choose)
+        with jx.scope(eqn):
+          return list(rule(eqn, operands, _on_values(eqn, operands)))
+      if name in product_rules.RULES:
+        product_rules.axes_of(eqn, operands)
+
+        def product(x):
+          return _on_values(eqn, [w if is_view(w) else x for w in operands])[0]
+
+        with jx.scope(eqn):
+          result = product_rules.RULES[name](eqn, operands, product, self.drop)
+        self.used |= views[0].paths()
+        return [result]
+    except Unsupported as e:
+      why = str(e)
+    else:
+      why = "it has no rule"
+    dense = [self.materialize(name, x, why) if is_view(x) else x for x in operands]
+    return jx.bind(eqn, dense)
+
+  def materialize(self, primitive: str, view: View, why: str = "it has no rule") -> Any:
+    """W + delta, where that was allowed; otherwise an error that names both."""
+    if self.strict:
+      raise Unsupported(f"at {primitive!r}, {why}")
+    if not self.may_materialize or view.bias is not None:
+      raise LoraxError(
+        f"{view.path!r} reaches {primitive!r}{self.inside}, where a delta cannot"
+        f" follow: {why}."
+        " Exclude it, or pass on_unsupported='materialize' to form W + delta there"
+      )
+    where = f"{primitive!r}{self.inside}"
+    log.warning("forming W + delta of %r for %s: %s", view.path, where, why)
+    self.used |= view.paths()
+    return view.dense()
+
+  def warn_dense(self, path: str, name: str, why: str):
+    log.warning("forming the dense gradient of %r in %s: %s", path, name, why)
+
+  def drop(self, view: View, x: jax.Array) -> jax.Array:
+    """LoRA's dropout of x, of its own for each use and place in the program."""
+    if self.dropout_key is None or view.dropout == 0.0:
+      return x
+    # Uses are told apart within one place of a stack: a loop over the layers of a
+    # stacked weight numbers its uses as a scan over it does.
+    index = view.index
+    static = not isinstance(index, jax.core.Tracer)
+    place = f"{view.path}#{int(index)}" if static else view.path
+    site = self.sites[place] = self.sites.get(place, -1) + 1
+    key = path_key(self.dropout_key, f"{view.path}:{site}")
+    keep = jax.random.bernoulli(
+      jax.random.fold_in(key, index), 1.0 - view.dropout, x.shape
+    )
+    return jnp.where(keep, x / (1.0 - view.dropout), jnp.zeros((), x.dtype)).astype(
+      x.dtype
+    )
+
+  def plain(self, primitive: str, values: Sequence[Any]) -> list[Any]:
+    why = "it hands the weight on as a result"
+    return [self.materialize(primitive, v, why) if is_view(v) else v for v in values]

@@ -1,0 +1,400 @@
+"""Primitives that rearrange a weight: what each does to the weight's delta.
+
+A rule maps (equation, operands, the equation's results on the values) to the results as
+views. The same rules run while the roles are being found, when the factors are None and
+every value is a ShapeDtypeStruct. A rule that cannot follow raises `Unsupported`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_flax.adapt.interpret import encoding as jx
+from lorax_flax.adapt.interpret.view import Dim, View, is_view
+
+NO_ROLE = Dim(frozenset(), None)
+
+
+class Unsupported(Exception):
+  """The rule cannot follow the weight here; the message says why."""
+
+
+def _transpose(eqn, operands, out):
+  (view,) = operands
+  perm = eqn.params["permutation"]
+  dims = [view.dims[i] for i in perm]
+  return [view.on_all(lambda t: t.transpose((*perm, len(perm))), out[0], dims)]
+
+
+def _same(eqn, operands, out):
+  """The weight as it was, in another dtype, place or name."""
+  return [replace(operands[0], value=out[0])]
+
+
+def _convert(eqn, operands, out):
+  if not jnp.issubdtype(out[0].dtype, jnp.floating):
+    raise Unsupported(f"cast to {out[0].dtype}")
+  return _same(eqn, operands, out)
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]):
+  """Splits a reshape into the least groups of axes whose products agree.
+
+  >>> reshape_groups((6, 4), (2, 3, 4))
+  [([0], [0, 1]), ([1], [2])]
+  """
+  groups, i, j = [], 0, 0
+  while i < len(old) or j < len(new):
+    left: list[int] = []
+    right: list[int] = []
+    p = q = 1
+    while p != q or not (left or right):
+      if (p <= q and i < len(old)) or j == len(new):
+        p, left, i = p * old[i], [*left, i], i + 1
+      else:
+        q, right, j = q * new[j], [*right, j], j + 1
+    groups.append((left, right))
+  return groups
+
+
+def _reshape(eqn, operands, out):
+  view, shape = operands[0], tuple(out[0].shape)
+  if eqn.params.get("dimensions") is not None:
+    raise Unsupported("a reshape that transposes")
+  groups = reshape_groups(view.shape, shape)
+  dims: list[Dim] = [NO_ROLE] * len(shape)
+  for left, right in groups:
+    roles = view.roles_of(left)
+    if len(roles) > 1:
+      raise Unsupported(
+        f"a reshape of {view.shape} to {shape} that merges {roles} axes"
+      )
+    labels = frozenset().union(*(view.dims[i].labels for i in left))
+    role = roles.pop() if roles else None
+    for j in right:
+      if shape[j] != 1 or len(right) == 1:
+        dims[j] = Dim(labels, role)
+
+  def on(t):
+    sizes = list(t.shape)
+    target = [1] * len(shape)
+    for left, right in groups:
+      if any(t.shape[i] != 1 for i in left):
+        for i in left:
+          sizes[i] = view.shape[i]
+        for j in right:
+          target[j] = shape[j]
+    return jnp.broadcast_to(t, sizes).reshape((*target, t.shape[-1]))
+
+  return [view.on_all(on, out[0], dims)]
+
+
+def _broadcast(eqn, operands, out):
+  view, shape = operands[0], tuple(out[0].shape)
+  where = eqn.params["broadcast_dimensions"]
+  dims = [NO_ROLE] * len(shape)
+  for i, j in enumerate(where):
+    if view.shape[i] == shape[j]:
+      dims[j] = view.dims[i]
+
+  def on(t):
+    target = [1] * len(shape)
+    for i, j in enumerate(where):
+      target[j] = t.shape[i]
+    return t.reshape((*target, t.shape[-1]))
+
+  return [view.on_all(on, out[0], dims)]
+
+
+def _squeeze(eqn, operands, out):
+  (view,) = operands
+  gone = {d % len(view.dims) for d in eqn.params["dimensions"]}
+  dims = [d for i, d in enumerate(view.dims) if i not in gone]
+  return [view.on_all(lambda t: t.squeeze(tuple(gone)), out[0], dims)]
+
+
+def _at(view: View, axis: int, start: Any) -> Any:
+  """The index of one place on a stack axis, so that dropout tells layers apart."""
+  if view.index is None or view.dims[axis].role not in ("stack", None):
+    return view.index
+  return view.index * view.shape[axis] + jnp.int32(start)
+
+
+def _slice_axes(view: View, starts, sizes, cut: Callable, out) -> View:
+  """A slice on some axes: of each factor, the axes that it carries.
+
+  Args:
+    cut: (factor, axis) to its slice on that axis.
+  """
+  axes = [i for i, n in enumerate(view.shape) if sizes[i] != n]
+  if view.bias is not None and any(view.dims[i].role == "in" for i in axes):
+    raise Unsupported("a part of its inputs, where it has a bias of its own")
+
+  def on(t):
+    for i in axes:
+      if t.shape[i] != 1:
+        t = cut(t, i)
+    return t
+
+  sliced = view.on_all(on, out, view.dims)
+  for i in axes:
+    if sizes[i] == 1:
+      sliced = replace(sliced, index=_at(view, i, starts[i]))
+  return sliced
+
+
+def _slice(eqn, operands, out):
+  (view,) = operands
+  p = eqn.params
+  steps = p["strides"] or (1,) * len(view.dims)
+  starts, stops = p["start_indices"], p["limit_indices"]
+
+  def cut(t, i):
+    return lax.slice_in_dim(t, starts[i], stops[i], steps[i], i)
+
+  return [_slice_axes(view, starts, out[0].shape, cut, out[0])]
+
+
+def _dynamic_slice(eqn, operands, out):
+  view, *starts = operands
+  if not is_view(view) or any(map(is_view, starts)):
+    raise Unsupported("a weight used as an index")
+  sizes = eqn.params["slice_sizes"]
+
+  def cut(t, i):
+    return lax.dynamic_slice_in_dim(t, starts[i], sizes[i], i)
+
+  return [_slice_axes(view, starts, sizes, cut, out[0])]
+
+
+def _split(eqn, operands, out):
+  (view,) = operands
+  axis, offset, parts = eqn.params["axis"], 0, []
+  for value, size in zip(out, eqn.params["sizes"], strict=True):
+
+    def cut(t, i, offset=offset, size=size):
+      return lax.slice_in_dim(t, offset, offset + size, axis=i)
+
+    starts = [offset if i == axis else 0 for i in range(len(view.dims))]
+    parts.append(_slice_axes(view, starts, value.shape, cut, value))
+    offset += size
+  return parts
+
+
+def _rev(eqn, operands, out):
+  (view,) = operands
+  axes = eqn.params["dimensions"]
+  return [view.on_all(lambda t: lax.rev(t, axes), out[0], view.dims)]
+
+
+def _scalar(eqn, operands, out):
+  """A product with, or a quotient by, a scalar."""
+  view, other = operands if is_view(operands[0]) else operands[::-1]
+  name = eqn.primitive.name
+  if is_view(other) or getattr(other, "ndim", 0) != 0:
+    raise Unsupported("elementwise with an array")
+  if name == "div" and not is_view(operands[0]):
+    raise Unsupported("a division by the weight")
+  if view.b is None:
+    return [replace(view, value=out[0])]
+  factor = jnp.asarray(other, jnp.float32)
+  b = view.b / factor if name == "div" else view.b * factor
+  return [replace(view, value=out[0], b=b)]
+
+
+def _neg(eqn, operands, out):
+  (view,) = operands
+  return [replace(view, value=out[0], b=None if view.b is None else -view.b)]
+
+
+def _concatenate(eqn, operands, out):
+  return _join(operands, eqn.params["dimension"], out)
+
+
+def _stack(eqn, operands, out):
+  axis = eqn.params["axis"]
+
+  def expanded(x):
+    shape = (*x.shape[:axis], 1, *x.shape[axis:])
+    value = jax.ShapeDtypeStruct(shape, x.dtype)
+    if not is_view(x):
+      return value
+    dims = (*x.dims[:axis], NO_ROLE, *x.dims[axis:])
+    return x.on_all(lambda t: jnp.expand_dims(t, axis), value, dims)
+
+  return _join([expanded(x) for x in operands], axis, out)
+
+
+def _join(operands, axis, out):
+  """Weights side by side: their ranks stand side by side as well."""
+  views = [v for v in operands if is_view(v)]
+  dims = []
+  for i in range(len(out[0].shape)):
+    met = {v.dims[i].role for v in views if v.dims[i].role is not None}
+    if len(met) > 1:
+      raise Unsupported(f"a concatenation of axes with the roles {sorted(met)}")
+    labels = frozenset().union(*(v.dims[i].labels for v in views))
+    dims.append(Dim(labels, met.pop() if met else None))
+  first = views[0]
+  if first.a is None:
+    return [replace(first, value=out[0], dims=tuple(dims))]
+  along_in = dims[axis].role == "in"
+  if along_in and any(v.gain is not None or v.bias is not None for v in views):
+    raise Unsupported("a join of the inputs of weights with a gain or a bias")
+  stacked = dims[axis].role in ("stack", None)
+  if dims[axis].role is None:
+    dims[axis] = Dim(frozenset(), "stack")
+  total = (
+    max(v.a.shape[-1] for v in views) if stacked else sum(v.a.shape[-1] for v in views)
+  )
+  a = _side_by_side([v.a for v in views], operands, axis, dims, total, stacked, "in")
+  b = _side_by_side([v.b for v in views], operands, axis, dims, total, stacked, "out")
+  gain = _ones_beside([v.gain for v in views], operands, axis, dims, 1.0)
+  bias = _ones_beside([v.bias for v in views], operands, axis, dims, 0.0)
+  return [replace(first.with_parts((out[0], a, b, gain, bias)), dims=tuple(dims))]
+
+
+def _ones_beside(given, operands, axis, dims, fill):
+  """The gain or the bias of a concatenation, `fill` where an operand has none."""
+  if all(t is None for t in given):
+    return None
+  remaining, parts = iter(given), []
+  shapes = [t.shape[:-1] for t in given if t is not None]
+  common = [max(shape[i] for shape in shapes) for i in range(len(shapes[0]))]
+  for operand in operands:
+    t = next(remaining) if is_view(operand) else None
+    shape = [operand.shape[axis] if i == axis else n for i, n in enumerate(common)]
+    t = jnp.full((1,) * (len(shape) + 1), fill) if t is None else t
+    parts.append(jnp.broadcast_to(t, (*shape, 1)))
+  return jnp.concatenate(parts, axis=axis)
+
+
+def _side_by_side(factors, operands, axis, dims, total, stacked, carrier):
+  """One factor of a concatenation, zero where an operand has no delta.
+
+  Along a stack axis the operands share the rank axis, padded to the largest; along an
+  axis that one factor carries, each operand has its own stretch of it.
+  """
+  remaining, offset, parts = iter(factors), 0, []
+  common = [max(f.shape[i] for f in factors) for i in range(factors[0].ndim - 1)]
+  along = stacked or dims[axis].role == carrier
+  for operand in operands:
+    size = operand.shape[axis] if along else 1
+    shape = [size if i == axis else n for i, n in enumerate(common)]
+    if not is_view(operand):
+      if along:
+        parts.append(jnp.zeros((*shape, total), factors[0].dtype))
+      continue
+    t = next(remaining)
+    rank = t.shape[-1]
+    t = jnp.broadcast_to(t, (*shape, rank))
+    before = 0 if stacked else offset
+    pad = [(0, 0)] * (t.ndim - 1)
+    if along:
+      parts.append(jnp.pad(t, [*pad, (before, total - before - rank)]))
+    else:
+      parts.append(t)
+    offset += rank
+  return jnp.concatenate(parts, axis=axis if along else -1)
+
+
+def _pad(eqn, operands, out):
+  """A weight among constants; the delta is zero there."""
+  view, filler = operands
+  if not is_view(view) or is_view(filler):
+    raise Unsupported("a weight used as padding")
+  config = eqn.params["padding_config"]
+  axes = [i for i, how in enumerate(config) if tuple(how) != (0, 0, 0)]
+  if any(view.dims[i].role == "in" for i in axes) and (
+    view.gain is not None or view.bias is not None
+  ):
+    raise Unsupported("padding of the inputs of a weight with a gain or a bias")
+  if view.a is None:
+    return [replace(view, value=out[0])]
+
+  def padded(t, fill, whole=()):
+    sizes = [view.shape[i] if i in whole else n for i, n in enumerate(t.shape)]
+    t = jnp.broadcast_to(t, sizes)
+    how = [c if t.shape[i] != 1 or i in whole else (0, 0, 0) for i, c in with_rank]
+    return lax.pad(t, jnp.asarray(fill, t.dtype), how)
+
+  with_rank = list(enumerate([*config, (0, 0, 0)]))
+  # Where neither factor carries an axis, one of them must, to end at its edges.
+  free = [i for i in axes if view.a.shape[i] == view.b.shape[i] == 1]
+  gain, bias = (
+    None if t is None else padded(t, fill, axes)
+    for t, fill in ((view.gain, 1.0), (view.bias, 0.0))
+  )
+  parts = (out[0], padded(view.a, 0.0, free), padded(view.b, 0.0), gain, bias)
+  return [view.with_parts(parts)]
+
+
+def _reduce_sum(eqn, operands, out):
+  """A sum over axes that one factor carries, or none; needs the roles."""
+  (view,) = operands
+  axes = [i for i in eqn.params["axes"] if view.shape[i] != 1]
+  if view.a is None and axes:
+    raise Unsupported("a sum over its axes")
+  if view.bias is not None or (view.gain is not None and axes):
+    raise Unsupported("a sum of a weight with a gain or a bias")
+  gone = tuple(eqn.params["axes"])
+  dims = [d for i, d in enumerate(view.dims) if i not in gone]
+  if view.a is None:
+    return [replace(view, value=out[0], dims=tuple(dims))]
+  if any(view.a.shape[i] != 1 and view.b.shape[i] != 1 for i in axes):
+    raise Unsupported("a sum over a stack axis")
+  free = [i for i in axes if view.a.shape[i] == view.b.shape[i] == 1]
+  times = math.prod(view.shape[i] for i in free)
+  a, b = view.a.sum(gone), view.b.sum(gone) * jnp.float32(times)
+  return [replace(view.with_parts((out[0], a, b, None, None)), dims=tuple(dims))]
+
+
+def _all_gather(eqn, operands, out):
+  """A weight gathered from its shards inside a shard_map."""
+  (view,) = operands
+  axis = eqn.params["all_gather_dimension"]
+  if not eqn.params["tiled"]:
+    raise Unsupported("an all_gather that adds an axis")
+
+  def on(t):
+    return jx.bind(eqn, [t])[0] if t.shape[axis] != 1 else t
+
+  return [view.on_all(on, out[0], view.dims)]
+
+
+def _vary(eqn, operands, out):
+  """Marks a value as varying over mesh axes; the factors then vary as well."""
+  (view,) = operands
+  return [view.on_all(lambda t: jx.bind(eqn, [t])[0], out[0], view.dims)]
+
+
+RULES: dict[str, Callable[[Any, list, list], list[View]]] = {
+  "all_gather": _all_gather,
+  "broadcast_in_dim": _broadcast,
+  "concatenate": _concatenate,
+  "convert_element_type": _convert,
+  "copy": _same,
+  "copy_p": _same,
+  "div": _scalar,
+  "dynamic_slice": _dynamic_slice,
+  "mul": _scalar,
+  "name": _same,
+  "neg": _neg,
+  "pad": _pad,
+  "pcast": _vary,
+  "pvary": _vary,
+  "reduce_sum": _reduce_sum,
+  "reshape": _reshape,
+  "rev": _rev,
+  "sharding_constraint": _same,
+  "slice": _slice,
+  "split": _split,
+  "squeeze": _squeeze,
+  "stack": _stack,
+  "transpose": _transpose,
+}

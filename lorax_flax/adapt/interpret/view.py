@@ -1,0 +1,115 @@
+"""A targeted weight on its way through the program: its value and its delta."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorax_flax.methods.low_rank import dense
+
+
+class Dim(NamedTuple):
+  """One axis of a view.
+
+  Attributes:
+    labels: the (path, axis) of the kernel axes that lie in this axis.
+    role: "in", "out" or "stack"; None of an axis that no kernel axis lies in; "?" while
+      the roles are being found.
+  """
+
+  labels: frozenset[tuple[str, int]]
+  role: str | None
+
+
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["value", "a", "b", "gain", "bias", "index"],
+  meta_fields=["path", "dims", "dropout"],
+)
+@dataclass(frozen=True)
+class View:
+  """gain * (W + sum_r a * b), unevaluated, and a bias for each product with it.
+
+  Attributes:
+    value: W as the program sees it here, cast, transposed or reshaped. It is a
+      ShapeDtypeStruct while the roles are being found, and of a change of W alone.
+    a, b: the delta's factors with W's axes and a last axis r; of size 1 on the axes
+      that a factor does not carry: "in" axes are a's, "out" axes b's, "stack" axes
+      both's. None while the roles are being found.
+    gain: as b, with a last axis of size 1; None for 1.
+    bias: as gain; None for 0.
+    index: () int32, the place in the program's repeated structure (which layer, which
+      iteration), on which LoRA's dropout depends.
+    path: the weight's path; of several joined weights, the first's.
+    dims: static, one for each axis of W.
+    dropout: the delta's rate, static.
+  """
+
+  value: Any
+  a: Any
+  b: Any
+  gain: Any
+  bias: Any
+  index: Any
+  path: str
+  dims: tuple[Dim, ...]
+  dropout: float
+
+  @classmethod
+  def shown(cls, shape, dtype, path: str, dims) -> "View":
+    """A weight without factors, for while the roles are being found."""
+    value = jax.ShapeDtypeStruct(shape, dtype)
+    return cls(value, None, None, None, None, None, path, tuple(dims), 0.0)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.value.shape)
+
+  @property
+  def dtype(self):
+    return self.value.dtype
+
+  @property
+  def is_abstract(self) -> bool:
+    return isinstance(self.value, jax.ShapeDtypeStruct)
+
+  @property
+  def parts(self) -> tuple[Any, ...]:
+    """The arrays that have the weight's axes."""
+    return self.value, self.a, self.b, self.gain, self.bias
+
+  def with_parts(self, parts) -> "View":
+    value, a, b, gain, bias = parts
+    return replace(self, value=value, a=a, b=b, gain=gain, bias=bias)
+
+  def paths(self) -> set[str]:
+    return {self.path} | {path for dim in self.dims for path, _ in dim.labels}
+
+  def roles_of(self, axes) -> set[str]:
+    """The roles met on these axes; axes without a role, or of size 1, do not count."""
+    return {
+      role
+      for i in axes
+      if (role := self.dims[i].role) is not None and self.shape[i] != 1
+    }
+
+  def on_all(self, fn: Callable, value: Any, dims) -> "View":
+    """Applies fn to the factors, gain and bias; takes `value` and `dims` as given."""
+    rest = (None if t is None else fn(t) for t in self.parts[1:])
+    return replace(self.with_parts((value, *rest)), dims=tuple(dims))
+
+  def dense(self) -> jax.Array:
+    """gain * (W + delta), formed."""
+    delta = dense(self.a, self.b, jnp.float32)
+    delta = jnp.broadcast_to(delta, self.shape)
+    whole = self.value.astype(jnp.float32) + delta
+    if self.gain is not None:
+      whole = whole * self.gain[..., 0]
+    return whole.astype(self.dtype)
+
+
+def is_view(x: Any) -> bool:
+  return isinstance(x, View)

@@ -1,0 +1,126 @@
+"""A run's folder, on a disk or in a bucket: whose it is, and its files."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorax_flax.errors import LoraxError
+from lorax_flax.files import bucket
+
+CONFIG = "config.json"
+RESULT = "result.json"
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+
+
+def check(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Raises LoraxError where `claim` would; before the work, so that none is lost."""
+  file = workdir / CONFIG
+  with bucket.reaching(workdir):
+    if workdir.exists() and not workdir.is_dir():
+      raise LoraxError(f"{workdir} is a file, and a workdir is a folder")
+    if not file.exists():
+      return
+  if differences := list(_differences(read_json(file), _as_json(config))):
+    raise LoraxError(
+      f"{workdir} holds a run of another config: {'; '.join(differences)}. Choose "
+      "another --workdir, or delete that one"
+    )
+
+
+def check_writable(workdir: Path) -> None:
+  """Makes the folder and writes into it; before the work, as `check`.
+
+  Raises:
+    OSError: it can't be written to.
+    LoraxError: nor can the bucket.
+  """
+  with bucket.reaching(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / ".probe"
+    write_text(probe, "")
+    probe.unlink()
+
+
+def claim(workdir: Path, config: Mapping[str, Any]) -> None:
+  """Makes the folder, or goes on with a run of the very same config.
+
+  Args:
+    config: nested dicts and JSON values; written to config.json.
+
+  Raises:
+    LoraxError: the folder holds a run of another config; it names what differs.
+  """
+  check(workdir, config)
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_json(workdir / CONFIG, _as_json(config))
+
+
+def result(workdir: Path) -> dict[str, Any] | None:
+  """The result of a run that is finished, None of one that is not."""
+  file = workdir / RESULT
+  with bucket.reaching(file):
+    return read_json(file) if file.exists() else None
+
+
+def write_json(file: Path, value: Any) -> None:
+  """Writes indented JSON, all of it or nothing."""
+  write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+  """Writes a text, all of it or nothing."""
+  write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+  """Writes a file, all of it or nothing."""
+  if bucket.holds(file):
+    with bucket.reaching(file):
+      file.write_bytes(content)
+    return
+  part = file.with_name(f".{file.name}.part")
+  with naming(part):
+    part.write_bytes(content)
+    os.replace(part, file)
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+  """The system says of a full disk not where it is: adds the file to such an error."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None or error.errno is None:
+      raise
+    raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+  """As reading it back gives it: tuples are lists, for one."""
+  return json.loads(json.dumps(config))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+  """An object from a file. Damaged: LoraxError."""
+  try:
+    value = json.loads(file.read_text("utf-8"))
+  except ValueError as error:
+    raise LoraxError(f"{file} is not JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise LoraxError(f"{file} holds no JSON object")
+  return value
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+  if isinstance(there, dict) and isinstance(here, dict):
+    for key in sorted(there.keys() | here.keys()):
+      path = f"{name}.{key}" if name else key
+      yield from _differences(there.get(key), here.get(key), path)
+  elif there != here:
+    yield f"{name} is {json.dumps(there)} there and {json.dumps(here)} here"

@@ -1,0 +1,260 @@
+"""Our own form of an adapter: its arrays by orbax, and a JSON of what is not an array.
+
+A folder holds adapter.json (the LoraConfig, what each delta is, and what PEFT's config
+says beside that) and arrays/, an orbax checkpoint of {path: {field: array}}. Leaves
+trained in full are kept as they are now; the base's own are not. The digests of orbax's
+files are kept too: it reports a damaged file in many ways, from threads of its own.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.paths import flatten
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.files import folders
+from lorax_flax.methods import Adapter, BiasLoRA, Delta, DoRA, LoRA, Rows, Tuned
+from lorax_flax.methods.low_rank import sizes_of
+
+FILE = "adapter.json"
+ARRAYS = "arrays"
+_FORMAT = 1
+_MOST_BYTES = 64 << 20  # of adapter.json: a line or two for each delta
+_METHODS: Mapping[str, Any] = {
+  m.__name__: m for m in (LoRA, BiasLoRA, DoRA, Rows, Tuned)
+}
+_HEADS = ("classifier/out_proj/kernel", "classifier/kernel", "score/kernel")
+
+
+@dataclass(frozen=True)
+class Saved:
+  """An adapter, and what its folder says of it.
+
+  Attributes:
+    adapter: the deltas, by path.
+    config: what they were made with.
+    task_type: PEFT's name of the task.
+    base_name, revision: of the base.
+    labels: names of the classes.
+    dtypes: of the tensors of the PEFT folder that it was read from, by key; None: of
+      another form.
+  """
+
+  adapter: Adapter
+  config: LoraConfig
+  task_type: str | None = None
+  base_name: str | None = None
+  revision: str | None = None
+  labels: tuple[str, ...] | None = None
+  dtypes: Mapping[str, str] | None = None
+
+
+def is_ours(folder: Path) -> bool:
+  """Whether a folder holds an adapter in this form."""
+  return (folder / FILE).is_file() and (folder / ARRAYS).is_dir()
+
+
+def write_adapter(folder: str | Path, saved: Saved) -> None:
+  """Writes a folder, whole or not at all; an older adapter of this form is replaced.
+
+  Raises:
+    LoraxError: a folder with other things, or one that can't be written.
+  """
+  arrays = {path: _arrays(delta) for path, delta in saved.adapter.items()}
+  about = {
+    "format": _FORMAT,
+    "config": dataclasses.asdict(saved.config),
+    "deltas": {path: _about(delta) for path, delta in saved.adapter.items()},
+    **{name: getattr(saved, name) for name in _SAID},
+  }
+  with folders.writing(Path(folder).expanduser(), is_ours) as scratch:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save((scratch / ARRAYS).absolute(), arrays)
+    about["files"] = _digests(scratch / ARRAYS)
+    text = json.dumps(about, indent=2, sort_keys=True)
+    (scratch / FILE).write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_adapter(folder: str | Path, params: Any) -> Saved:
+  """Reads a folder that `write_adapter` wrote.
+
+  Args:
+    params: the base's tree, in the same form (layers stacked or not).
+
+  Raises:
+    LoraxError: a damaged folder, or deltas of other leaves than the base's.
+  """
+  folder = Path(folder).expanduser()
+  about = _read(folder)
+  leaves = flatten(params)
+  try:
+    config = LoraConfig(**{k: _frozen(v) for k, v in about["config"].items()})
+    said = {name: _frozen(about[name]) for name in _SAID}
+    shells = {
+      path: _shell(path, each, leaves) for path, each in about["deltas"].items()
+    }
+    files = dict(about["files"])
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
+    raise _damaged(folder / FILE, error) from error
+  _check_files(folder / ARRAYS, files)
+  arrays = _restore(folder / ARRAYS, {p: _arrays(s) for p, s in shells.items()})
+  adapter = {p: dataclasses.replace(s, **arrays[p]) for p, s in shells.items()}
+  return Saved(adapter, config, **said)
+
+
+def num_labels(folder: str | Path) -> int | None:
+  """How many outputs the head has that a folder brings; None where it brings none."""
+  folder = Path(folder).expanduser()
+  about = _read(folder)
+  try:
+    deltas = about["deltas"]
+    heads = [deltas[path]["arrays"]["value"][0] for path in _HEADS if path in deltas]
+    return int(heads[0][-1]) if heads else None
+  except (KeyError, TypeError, IndexError, ValueError) as error:
+    raise _damaged(folder / FILE, error) from error
+
+
+_SAID = ("task_type", "base_name", "revision", "labels", "dtypes")
+
+
+def _damaged(file: Path, error: Exception) -> LoraxError:
+  if isinstance(error, LoraxError):
+    return LoraxError(f"{file}: {error}")
+  return LoraxError(f"{file} is damaged or of another version: {error!r}")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+  file = folder / FILE
+  try:
+    if file.stat().st_size > _MOST_BYTES:
+      raise LoraxError(f"it is {file.stat().st_size} bytes long")
+    about = json.loads(file.read_text(encoding="utf-8"))
+    if about["format"] != _FORMAT:
+      raise LoraxError(f"its format is {about['format']!r}; {_FORMAT} is read here")
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    raise _damaged(file, error) from error
+  return about
+
+
+def _arrays(delta: Delta) -> dict[str, Any]:
+  """What of a delta is stored as arrays: a Tuned's original is the base's."""
+  names = [f.name for f in dataclasses.fields(delta) if not f.metadata.get("static")]
+  return {name: getattr(delta, name) for name in names if name != "original"}
+
+
+def _about(delta: Delta) -> dict[str, Any]:
+  """What of a delta is no array, and the shapes and dtypes of what is."""
+  static = [f.name for f in dataclasses.fields(delta) if f.metadata.get("static")]
+  arrays = {n: (list(x.shape), x.dtype.name) for n, x in _arrays(delta).items()}
+  return {
+    "method": type(delta).__name__,
+    "static": {name: getattr(delta, name) for name in static},
+    "arrays": arrays,
+  }
+
+
+def _shell(path: str, about: Mapping[str, Any], leaves: Mapping[str, Any]) -> Delta:
+  """A delta with shapes for arrays, checked against the base's leaf."""
+  if path not in leaves:
+    raise LoraxError(unknown("weight of the base", path, leaves))
+  if about["method"] not in _METHODS:
+    raise LoraxError(unknown("method", str(about["method"]), _METHODS))
+  method = _METHODS[about["method"]]
+  arrays = {
+    name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+    for name, (shape, dtype) in about["arrays"].items()
+  }
+  static = {name: _frozen(value) for name, value in about["static"].items()}
+  more = {"original": leaves[path]} if method is Tuned else {}
+  delta = method(**arrays, **static, **more)
+  for name, shape in _shapes(delta, tuple(leaves[path].shape)).items():
+    got = arrays[name].shape
+    if got != shape:
+      raise LoraxError(
+        f"{name} of {path} has the shape {got}, and {shape} was expected"
+      )
+  return delta
+
+
+def _shapes(delta: Delta, leaf: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+  """The shapes of a delta's arrays, by the leaf's and the delta's own rank."""
+  if isinstance(delta, Tuned):
+    depth = leaf[:1] if delta.layers is None else (len(delta.layers),)
+    return {"value": (*depth, *leaf[1:])}
+  if isinstance(delta, Rows):
+    if len(leaf) != 2 or max(delta.indices) >= leaf[delta.axis]:
+      raise LoraxError(f"rows {delta.indices} are not those of a leaf {leaf}")
+    return dict.fromkeys(
+      ("rows", "old_rows"), (len(delta.indices), leaf[1 - delta.axis])
+    )
+  if len(delta.roles) != len(leaf):
+    raise LoraxError(f"roles {delta.roles} are not those of a leaf of shape {leaf}")
+  stack, ins, outs = (sizes_of(leaf, delta.roles, r) for r in ("stack", "in", "out"))
+  if delta.layers is not None:
+    if not stack or not all(type(i) is int and 0 <= i < stack[0] for i in delta.layers):
+      raise LoraxError(f"layers {delta.layers} are not those of a leaf {leaf}")
+    stack = (len(delta.layers), *stack[1:])
+  whole = {
+    "a": (*stack, *ins, delta.rank),
+    "b": (*stack, delta.rank, *outs),
+    "scale": stack if delta.scale.shape else (),
+  }
+  return whole | dict.fromkeys(_arrays(delta).keys() - whole.keys(), (*stack, *outs))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+  """SHA-256 of each file, by its name in the folder."""
+  found = {}
+  for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    with file.open("rb") as stream:
+      digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    found[file.relative_to(folder).as_posix()] = digest
+  return found
+
+
+def _check_files(folder: Path, wanted: Mapping[str, Any]) -> None:
+  found = _digests(folder)
+  bad = [n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)]
+  if bad:
+    raise LoraxError(
+      f"{folder} is damaged: not the files that {FILE} speaks of: {listing(bad, 4)}"
+    )
+
+
+def _restore(folder: Path, shapes: Mapping[str, Mapping[str, Any]]) -> Any:
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
+  )
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
+      if _sizes(stored) != _sizes(shapes):
+        raise LoraxError(f"its arrays are not those that {FILE} speaks of")
+      return checkpointer.restore(folder.absolute(), like)
+  except Exception as error:  # of orbax and tensorstore: of any kind
+    raise LoraxError(f"cannot read {folder}: {error}") from error
+
+
+def _sizes(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """The shape and dtype of each array, by path and field."""
+  return {
+    path: {name: (tuple(x.shape), jnp.dtype(x.dtype)) for name, x in arrays.items()}
+    for path, arrays in tree.items()
+  }
+
+
+def _frozen(value: Any) -> Any:
+  """JSON's value with tuples for lists."""
+  if isinstance(value, dict):
+    return {name: _frozen(each) for name, each in value.items()}
+  return tuple(map(_frozen, value)) if isinstance(value, list) else value

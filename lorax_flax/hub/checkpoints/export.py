@@ -1,0 +1,112 @@
+"""A model written as a Hugging Face checkpoint that transformers loads."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from lorax_flax.adapt.paths import flatten
+from lorax_flax.errors import LoraxError
+from lorax_flax.files import folders
+from lorax_flax.hub.checkpoints.keymap import KeyMap, file_key
+from lorax_flax.hub.files import gguf_header, gguf_tokenizer
+
+WEIGHTS_FILE = "model.safetensors"
+
+# Files of a base that its inputs are made with, or its outputs; copied as they are.
+_BESIDE = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.txt",
+  "vocab.json",
+  "merges.txt",
+  "spiece.model",
+  "tokenizer.model",
+  "chat_template.jinja",
+  "generation_config.json",
+  "preprocessor_config.json",
+)
+
+
+def write_checkpoint(
+  folder: str | Path,
+  params: Any,
+  keymap: KeyMap,
+  hf_config: Mapping[str, Any],
+  *,
+  architecture: str,
+  labels: Sequence[str] | None,
+  tokenizer_from: Path,
+  may_replace: Callable[[Path], bool],
+) -> None:
+  """Writes config.json, model.safetensors and the tokenizer; whole, or not at all.
+
+  Args:
+    folder: where it shall lie.
+    params: the model's tree; each leaf is stored in the dtype that it has.
+    keymap: of the model.
+    hf_config: of the base; what it says of the head is replaced.
+    architecture: transformers' name of the model, which says how the weights are read.
+    labels: names of the head's outputs; None where they are not classes.
+    tokenizer_from: a folder whose tokenizer's files are copied; of a GGUF file, they
+      are made.
+    may_replace: whether a folder that lies there, and isn't empty, may go.
+
+  Raises:
+    LoraxError: the place is taken or can't be written.
+  """
+  with folders.writing(Path(folder), may_replace) as scratch:
+    config = to_hf_config(hf_config, architecture, labels)
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (scratch / "config.json").write_text(f"{text}\n", encoding="utf-8")
+    try:
+      tensors = to_tensors(params, keymap)
+      save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+      raise LoraxError(f"cannot write {folder}: {error}") from error
+    for name in _BESIDE:
+      if (tokenizer_from / name).is_file():
+        shutil.copyfile(tokenizer_from / name, scratch / name)
+    file = gguf_header.find(tokenizer_from)
+    if file is not None and not (scratch / "tokenizer.json").is_file():
+      gguf_tokenizer.write(file, scratch)
+
+
+def to_hf_config(
+  hf_config: Mapping[str, Any], architecture: str, labels: Sequence[str] | None
+) -> dict[str, Any]:
+  """The base's config.json, made one of this architecture, with these outputs."""
+  config = dict(hf_config)
+  # Without the base's dtype, which transformers would cast to, it takes the weights'.
+  for name in ("_name_or_path", "dtype", "torch_dtype"):
+    config.pop(name, None)
+  config["architectures"] = [architecture]
+  if labels is None:
+    return config
+  for name in ("num_labels", "problem_type", "_num_labels"):
+    config.pop(name, None)
+  config |= {
+    "id2label": {str(i): name for i, name in enumerate(labels)},
+    "label2id": {name: i for i, name in enumerate(labels)},
+  }
+  if len(labels) == 1:
+    config["problem_type"] = "regression"
+  return config
+
+
+def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
+  """The checkpoint's tensors of a tree, under its keys."""
+  leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+  tensors = {}
+  for bare, site in keymap.sites.items():
+    leaf = leaves[site.path]
+    value = site.entry.to_stored(leaf[site.place(leaf.shape)])
+    tensors[file_key(keymap, bare)] = np.ascontiguousarray(value)
+  return tensors

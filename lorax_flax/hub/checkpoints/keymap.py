@@ -1,0 +1,278 @@
+"""A family's names in a Hugging Face checkpoint, as a table, and its two uses.
+
+A key map pairs our leaf paths ("encoder/layer_{i}/attention/query/kernel") with
+checkpoint keys ("encoder.layer.{i}.attention.self.query.weight"). It reads and
+writes checkpoints, and it translates the module names of PEFT into our paths.
+
+Names come in two forms. A *bare* key has no prefix ("encoder.layer.0. …"); it is how
+the table is written, and what any stored prefix is reduced to. A *full* key is what
+the family's model has in transformers and in PEFT ("bert.encoder.layer.0. …", but
+"classifier.weight"), and what we write, save where files keep other names.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.hub.checkpoints.entries import Entry, Kind, Site, kind, placeholders
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyMap:
+  """The table of one model: a family's rows, and how often this model repeats them.
+
+  Attributes:
+    family: for messages.
+    prefix: of the body's full keys, with its dot ("bert.").
+    entries: the rows.
+    counts: of each placeholder in the rows: {"i": 12} for twelve layers.
+    scan: our tree holds the layers stacked, under "layers", instead of "layer_{i}".
+    anchor: a bare key that every checkpoint has; it shows the stored prefix.
+    buffers: bare keys that hold no weights and are passed over.
+    other_heads: bare keys of other tasks' heads; passed over, and reported.
+    head_groups: first names of our paths that may be absent from a checkpoint, each
+      as a whole ("classifier", "pooler"); they are new then.
+    aliases: (old ending, new ending) of bare keys, for old checkpoints.
+    ties: bare keys that say again what another key says ("lm_head.weight" of a tied
+      head): key to that other key.
+    other_form: a map of the same leaves to keys that some files have in their place;
+      read, and not written.
+    on_disk: modules that transformers has renamed since: the row's module to the one
+      that checkpoints have, now as before.
+  """
+
+  family: str
+  prefix: str
+  entries: tuple[Entry, ...]
+  counts: Mapping[str, int]
+  scan: bool
+  anchor: str
+  buffers: tuple[str, ...] = ()
+  other_heads: tuple[str, ...] = ()
+  head_groups: tuple[str, ...] = ("classifier",)
+  aliases: tuple[tuple[str, str], ...] = ()
+  ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  on_disk: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  other_form: "KeyMap | None" = None
+
+  @functools.cached_property
+  def sites(self) -> dict[str, Site]:
+    """Every bare key of this model, layers written out."""
+    sites = {}
+    for entry in self.entries:
+      for values in self._numbers(entry):
+        sites[entry.key.format(**values)] = self._site(entry, values)
+    return sites
+
+  def _numbers(self, entry: Entry) -> Iterator[dict[str, int]]:
+    """Every value of a row's placeholders."""
+    names = placeholders(entry.key)
+    for numbers in itertools.product(*(range(self.counts[name]) for name in names)):
+      yield dict(zip(names, numbers, strict=True))
+
+  def _site(self, entry: Entry, values: Mapping[str, int]) -> Site:
+    path, index = entry.path, []
+    for name, number in values.items():
+      layer = f"layer_{{{name}}}"
+      # A placeholder that our path lacks is an axis of the leaf, as experts are.
+      if layer in path and not self.scan:
+        path = path.replace(layer, f"layer_{number}")
+      else:
+        path = path.replace(layer, "layers")
+        index.append(number)
+    return Site(path, tuple(index), entry)
+
+  @functools.cached_property
+  def keys(self) -> dict[str, list[str]]:
+    """Bare keys of each path of our tree: one, or several where they are stacked."""
+    keys: dict[str, list[str]] = {}
+    for key, site in self.sites.items():
+      keys.setdefault(site.path, []).append(key)
+    return keys
+
+  @functools.cached_property
+  def stored(self) -> dict[str, str]:
+    """The bare key in a file of each bare key that has another one there."""
+    found = {}
+    for entry in self.entries:
+      module, _, leaf = entry.key.rpartition(".")
+      if module in self.on_disk:
+        for values in self._numbers(entry):
+          key = f"{self.on_disk[module]}.{leaf}".format(**values)
+          found[entry.key.format(**values)] = key
+    return found
+
+  @functools.cached_property
+  def renamed(self) -> dict[str, str]:
+    """The inverse of `stored`."""
+    return {old: new for new, old in self.stored.items()}
+
+  @functools.cached_property
+  def leaves(self) -> dict[str, str]:
+    """The main bare key of each bare module: its weight, not its bias."""
+    return {module_of(key): key for key in self.sites if key.endswith(".weight")}
+
+
+def module_of(key: str) -> str:
+  """The module that a key's tensor belongs to: the key less its last name."""
+  return key.rpartition(".")[0]
+
+
+def full_key(keymap: KeyMap, bare: str) -> str:
+  """The key in transformers' model: the body's keys get the prefix."""
+  return _prefix(keymap, bare) + bare
+
+
+def file_key(keymap: KeyMap, bare: str) -> str:
+  """The key in a checkpoint that transformers writes."""
+  return _prefix(keymap, bare) + keymap.stored.get(bare, bare)
+
+
+def _prefix(keymap: KeyMap, bare: str) -> str:
+  return keymap.prefix if keymap.sites[bare].entry.part == "body" else ""
+
+
+def path_to_keys(keymap: KeyMap, path: str) -> list[str]:
+  """Full checkpoint keys of one of our leaf paths, one a layer where it is stacked.
+
+  "encoder/layer_0/attention/query/bias" gives
+  ["bert.encoder.layer.0.attention.self.query.bias"]. Unknown path: LoraxError.
+  """
+  if path not in keymap.keys:
+    raise LoraxError(unknown(f"{keymap.family} parameter", path, keymap.keys))
+  return [full_key(keymap, key) for key in keymap.keys[path]]
+
+
+def path_to_modules(keymap: KeyMap, path: str) -> list[str]:
+  """Full module names of one of our leaf paths, one a layer where it is stacked.
+
+  "encoder/layers/attention/query/kernel" gives
+  ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1. …", …].
+  Unknown path: LoraxError.
+  """
+  return [module_of(key) for key in path_to_keys(keymap, path)]
+
+
+def bare_key(keymap: KeyMap, key: str) -> str:
+  """A full or bare key without the family's prefix, old names made new."""
+  return _renew(keymap, key.removeprefix(keymap.prefix))
+
+
+def _renew(keymap: KeyMap, bare: str) -> str:
+  for old, new in keymap.aliases:
+    if bare.endswith(old):
+      return bare.removesuffix(old) + new
+  return keymap.renamed.get(bare, bare)
+
+
+def key_to_path(keymap: KeyMap, key: str) -> tuple[str, int | None]:
+  """Our path of a checkpoint key, full or bare, and its layer where stacked.
+
+  "bert.encoder.layer.3.attention.self.query.bias" gives
+  ("encoder/layer_3/attention/query/bias", None), or where layers are scanned
+  ("encoder/layers/attention/query/bias", 3). Unknown key: LoraxError.
+  """
+  bare = bare_key(keymap, key)
+  if bare not in keymap.sites:
+    options = [full_key(keymap, each) for each in keymap.sites]
+    raise LoraxError(unknown(f"{keymap.family} checkpoint key", key, options))
+  site = keymap.sites[bare]
+  return site.path, site.layer
+
+
+def module_to_path(keymap: KeyMap, name: str) -> tuple[str, int | None]:
+  """Our path of a module's weight, and its layer where stacked.
+
+  "bert.encoder.layer.3.attention.self.query", with the prefix or without it, gives
+  ("encoder/layer_3/attention/query/kernel", None), or where layers are scanned
+  ("encoder/layers/attention/query/kernel", 3). A module without a weight of its own
+  (or an unknown one): LoraxError; see `leaves_under` for containers.
+  """
+  bare = name.removeprefix(keymap.prefix)
+  if bare not in keymap.leaves:
+    raise LoraxError(unknown(f"{keymap.family} module", name, modules(keymap)))
+  return key_to_path(keymap, keymap.leaves[bare])
+
+
+def modules(keymap: KeyMap) -> dict[str, Kind]:
+  """Full names of all modules that own a weight, in the table's order, and kinds.
+
+  What PEFT's target_modules rules are matched against.
+  """
+  return {
+    module_of(full_key(keymap, key)): kind(keymap.sites[key].entry)
+    for key in keymap.leaves.values()
+  }
+
+
+def leaves_under(keymap: KeyMap, module: str) -> dict[str, tuple[str, int | None]]:
+  """Every leaf of a module, containers included: full key to (our path, layer).
+
+  "classifier" gives RoBERTa's classifier.dense.weight, classifier.dense.bias,
+  classifier.out_proj.weight, classifier.out_proj.bias. Nothing there: LoraxError.
+  """
+  inside = module.removeprefix(keymap.prefix) + "."
+  found = {
+    full_key(keymap, key): (site.path, site.layer)
+    for key, site in keymap.sites.items()
+    if key.startswith(inside)
+  }
+  if not found:
+    raise LoraxError(unknown(f"{keymap.family} module", module, modules(keymap)))
+  return found
+
+
+def bare_keys(keymap: KeyMap, stored: Iterable[str]) -> dict[str, str]:
+  """Bare keys of a checkpoint's stored keys: bare key to stored key.
+
+  Whatever precedes the anchor key is the body's prefix ("", "bert.", "model.bert.");
+  what precedes the family's own prefix in that ("model.") also precedes the heads.
+
+  Raises:
+    LoraxError: no anchor, two prefixes, or two stored keys for one bare key.
+  """
+  stored = list(stored)
+  inner = _stored_prefix(keymap, stored)
+  outer = inner.removesuffix(keymap.prefix)
+  bare: dict[str, str] = {}
+  for key in stored:
+    used = next((each for each in (inner, outer) if key.startswith(each)), "")
+    name = _renew(keymap, key.removeprefix(used))
+    if name in bare:
+      raise LoraxError(
+        f"checkpoint has the {keymap.family} weight {name!r} twice: "
+        f"as {bare[name]!r} and as {key!r}"
+      )
+    bare[name] = key
+  return bare
+
+
+def as_stored(keymap: KeyMap, stored: Iterable[str]) -> KeyMap:
+  """The key map, or its other form where a checkpoint has any of that one's keys."""
+  other = keymap.other_form
+  if other is None:
+    return keymap
+  own = other.sites.keys() - keymap.sites.keys()
+  return keymap if own.isdisjoint(bare_keys(keymap, stored)) else other
+
+
+def _stored_prefix(keymap: KeyMap, stored: Sequence[str]) -> str:
+  found = [
+    key.removesuffix(keymap.anchor)
+    for key in stored
+    if re.search(rf"(^|\.){re.escape(keymap.anchor)}$", key)
+  ]
+  if not found:
+    raise LoraxError(
+      f"no {keymap.family} checkpoint: missing key {keymap.anchor!r} (under any "
+      f"prefix). There are: {listing(stored) or 'none'}"
+    )
+  if len(found) > 1:
+    raise LoraxError(
+      f"checkpoint holds more than one {keymap.family} model, under the prefixes "
+      f"{listing(map(repr, found))}"
+    )
+  return found[0]

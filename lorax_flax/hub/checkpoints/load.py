@@ -1,0 +1,298 @@
+"""A checkpoint's tensors into a params tree: every key used, every leaf filled."""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from lorax_flax.adapt.paths import flatten, map_with_path, path_key
+from lorax_flax.errors import LoraxError, listing, nearest, unknown
+from lorax_flax.hub.checkpoints import keymap as km
+from lorax_flax.hub.checkpoints import shards
+from lorax_flax.hub.files import safetensors
+from lorax_flax.hub.files.safetensors import Reader
+
+_GROUP = 64 << 20  # bytes that are handed to a device at once
+_THREADS = 2  # that read; more wait for one another's new pages
+
+
+@dataclass(frozen=True)
+class Weights:
+  """What a checkpoint gave.
+
+  Attributes:
+    params: the tree, whole.
+    new_paths: leaves that the checkpoint does not have, freshly initialised.
+    passed_over: stored keys of other tasks' heads and of buffers.
+  """
+
+  params: Any
+  new_paths: tuple[str, ...]
+  passed_over: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+  """A checkpoint whose keys are a key map's.
+
+  Attributes:
+    reader: of its tensors.
+    keymap: of the model.
+    keys: stored keys by bare key.
+    absent: paths of heads that it lacks.
+  """
+
+  reader: Reader
+  keymap: km.KeyMap
+  keys: Mapping[str, str]
+  absent: frozenset[str]
+
+
+def find(
+  reader: Reader, keymap: km.KeyMap, untied: Mapping[str, str] | None = None
+) -> Found:
+  """Matches a checkpoint's keys, by its headers alone.
+
+  Args:
+    untied: bare keys that start as copies of others where the checkpoint lacks them.
+
+  Raises:
+    LoraxError: an unknown or missing key; only a head may be missing.
+  """
+  keymap = km.as_stored(keymap, reader)
+  keys = _untied(keymap, km.bare_keys(keymap, reader), reader)
+  keys = {k: keys[main] for k, main in (untied or {}).items() if main in keys} | keys
+  known = {*keymap.sites, *keymap.buffers, *keymap.other_heads}
+  for bare, key in keys.items():
+    if bare not in known:
+      raise LoraxError(unknown(f"{keymap.family} checkpoint key", key, known))
+  return Found(reader, keymap, keys, frozenset(_absent(keymap, keys)))
+
+
+def load(
+  found: Found,
+  shapes: Any,
+  *,
+  dtype: Any,
+  std: float,
+  seed: int,
+  new_head: bool,
+  shardings: Any = None,
+) -> Weights:
+  """Fills a tree from a checkpoint, some tensors at a time.
+
+  All shapes are looked at before the first number is read.
+
+  Args:
+    found: as `find` gives it.
+    shapes: the tree, of ShapeDtypeStructs.
+    dtype: that the leaves get; None leaves each the dtype that it is stored in.
+    std: of the normal that the kernels of a new head are drawn from; biases are zero.
+    seed: a new leaf is a function of (seed, path).
+    new_head: a head of another shape is replaced by a new one, not an error.
+    shardings: the tree, of shardings. Of each leaf only the parts that lie on this
+      process's devices are read, one after another.
+
+  Raises:
+    LoraxError: a mis-shaped key, or one that holds no floating-point numbers.
+  """
+  leaves = flatten(shapes)
+  absent = found.absent
+  if new_head:
+    absent |= _misfits(found, leaves)
+  for bare, key in found.keys.items():
+    site = found.keymap.sites.get(bare)
+    if site is not None and site.path not in absent:
+      _check(found, site, key, leaves[site.path].shape)
+
+  def read(path, leaf):
+    return lambda: _leaf(found, path, leaf.shape, dtype, shards.whole(leaf.shape))
+
+  def fill(path, leaf, sharding=None):
+    if path in absent:
+      new = _fresh(path, leaf.shape, dtype or jnp.float32, std, seed)
+      if sharding is None:
+        return new
+      return _in_shards(new, sharding)
+    if sharding is None:
+      return next(whole)
+    part = lambda block: _leaf(found, path, leaf.shape, dtype, block)
+    return shards.in_shards(leaf.shape, sharding, part)
+
+  wanted = {path: leaf for path, leaf in leaves.items() if path not in absent}
+  jobs = [read(*item) for item in wanted.items()] if shardings is None else []
+  whole = _on_device(_ahead(jobs))
+  sites = found.keymap.sites
+  used = {found.keys[bare] for bare in sites if bare in found.keys}
+  passed_over = tuple(key for key in found.reader if key not in used)
+  new = tuple(path for path in leaves if path in absent)
+  rest = () if shardings is None else (shardings,)
+  return Weights(map_with_path(fill, shapes, *rest), new, passed_over)
+
+
+def unstacked(shapes: Any, stacked: km.KeyMap, keymap: km.KeyMap) -> Any:
+  """The tree of a model's shapes by that of the same model with its layers stacked.
+
+  Args:
+    shapes: the stacked tree, of ShapeDtypeStructs.
+    stacked, keymap: of the two trees.
+  """
+  leaves, found = flatten(shapes), {}
+  if leaves.keys() != stacked.keys.keys():
+    raise AssertionError(f"{stacked.family}: the key map's leaves are not the model's")
+  for bare, site in keymap.sites.items():
+    whole = stacked.sites[bare]
+    leaf = leaves[whole.path]
+    # Axes of layers come first, and an axis of experts stays.
+    shape = leaf.shape[len(whole.index) - len(site.index) :]
+    found[tuple(site.path.split("/"))] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+  return traverse_util.unflatten_dict(found)
+
+
+def _ahead(jobs: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+  """Results in order; a few jobs at once, since reading and turning wait for memory."""
+  waiting: collections.deque[futures.Future[np.ndarray]] = collections.deque()
+  with futures.ThreadPoolExecutor(_THREADS) as pool:
+    for job in jobs:
+      waiting.append(pool.submit(job))
+      if len(waiting) > _THREADS:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+
+
+def _on_device(arrays: Iterable[np.ndarray]) -> Iterator[jax.Array]:
+  """The arrays, many handed over at once: each call costs as much as a small leaf."""
+  group: list[np.ndarray] = []
+  for array in arrays:
+    group.append(array)
+    if sum(each.nbytes for each in group) > _GROUP:
+      yield from jax.device_put(group)
+      group = []
+  yield from jax.device_put(group)
+
+
+def _untied(
+  keymap: km.KeyMap, stored: Mapping[str, str], reader: Reader
+) -> dict[str, str]:
+  """`stored` without the keys that repeat another's weight, or in its place."""
+  found = dict(stored)
+  for repeat, main in keymap.ties.items():
+    if repeat not in found:
+      continue
+    key = found.pop(repeat)
+    if main not in found:
+      found[main] = key
+    elif not reader.same(key, found[main]):
+      raise LoraxError(
+        f"config.json ties {key!r} to {found[main]!r}, and the checkpoint has two "
+        "different weights there"
+      )
+  return found
+
+
+def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
+  """Paths of heads that the checkpoint lacks as a whole."""
+  absent: set[str] = set()
+  for group in keymap.head_groups:
+    paths = [p for p in keymap.keys if p.split("/")[0] == group]
+    if not any(bare in stored for p in paths for bare in keymap.keys[p]):
+      absent |= set(paths)
+  missing = [
+    bare
+    for path, keys in keymap.keys.items()
+    for bare in keys
+    if bare not in stored and path not in absent
+  ]
+  if missing:
+    near = nearest(missing[0], stored)
+    hint = f"; nearest there: {', '.join(near)}" if near else ""
+    raise LoraxError(
+      f"the {keymap.family} checkpoint lacks {len(missing)} keys:"
+      f" {listing(missing, 8)}{hint}"
+    )
+  return absent
+
+
+def _misfits(found: Found, leaves: Mapping[str, Any]) -> set[str]:
+  """Paths of heads of which any tensor has another shape than the tree's."""
+  keymap, wrong = found.keymap, set()
+  for group in keymap.head_groups:
+    paths = [p for p in keymap.keys if p.split("/")[0] == group]
+    for path in paths:
+      for bare in keymap.keys[path]:
+        want = _stored_shape(keymap.sites[bare], leaves[path].shape)
+        if bare in found.keys and found.reader.shape(found.keys[bare]) != want:
+          wrong |= set(paths)
+  return wrong
+
+
+def _check(found: Found, site: km.Site, key: str, shape: Sequence[int]) -> None:
+  """Looks at a tensor's shape and number type, before anything is read."""
+  want, has = _stored_shape(site, shape), found.reader.shape(key)
+  if has != want:
+    head = site.path.split("/")[0] in found.keymap.head_groups
+    raise LoraxError(
+      f"checkpoint key {key!r} has shape {has}; {site.path!r} needs"
+      f" {want} there" + "; new_head=True replaces a head that does not fit" * head
+    )
+  dtype = found.reader.dtype(key)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise LoraxError(
+      f"checkpoint key {key!r} holds {dtype}, {site.path!r} needs floating-point"
+      " weights: quantised checkpoints are not read"
+    )
+
+
+def _stored_shape(site: km.Site, shape: Sequence[int]) -> tuple[int, ...]:
+  return site.entry.stored_shape(site.shape(shape))
+
+
+def _leaf(
+  found: Found, path: str, shape: Sequence[int], dtype: Any, block: shards.Block
+) -> np.ndarray:
+  """A block of one leaf, put together from its tensors."""
+  sites = {bare: found.keymap.sites[bare] for bare in found.keymap.keys[path]}
+  if dtype is None:
+    kinds = [found.reader.dtype(found.keys[bare]) for bare in sites]
+    # Stacked tensors may differ, and float32 holds all that there are here.
+    kind = kinds[0] if len(set(kinds)) == 1 else jnp.float32
+    dtype = jax.dtypes.canonicalize_dtype(kind)
+  out = safetensors.empty(shards.shape_of(block), np.dtype(dtype))
+  for bare, site in sites.items():
+    places = shards.overlap(site, shape, block)
+    if places is not None:
+      there, part = places
+      view = site.entry.to_stored(out[(*there, ...)])
+      found.reader.read(found.keys[bare], part, view)
+  return out
+
+
+def redrawn(params: Any, paths: Iterable[str], *, std: float, seed: int) -> Any:
+  """The tree with new leaves as another seed gives them; the others are the same."""
+  chosen = set(paths)
+
+  def draw(path, leaf):
+    if path not in chosen:
+      return leaf
+    return _in_shards(_fresh(path, leaf.shape, leaf.dtype, std, seed), leaf.sharding)
+
+  return map_with_path(draw, params)
+
+
+def _in_shards(leaf: jax.Array, sharding: Any) -> jax.Array:
+  cut = lambda block: np.asarray(leaf)[tuple(slice(*ends) for ends in block)]
+  return shards.in_shards(leaf.shape, sharding, cut)
+
+
+def _fresh(path: str, shape, dtype, std: float, seed: int) -> jax.Array:
+  if path.split("/")[-1] == "bias":
+    return jnp.zeros(shape, dtype)
+  draw = jax.random.normal(path_key(jax.random.key(seed), path), shape)
+  return (std * draw).astype(dtype)

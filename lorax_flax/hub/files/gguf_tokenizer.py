@@ -1,0 +1,192 @@
+"""The tokenizer in a GGUF file, as the tokenizers library has it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.hub.files import gguf_header
+
+_PREFIX = "tokenizer.ggml."
+_TEMPLATE = "tokenizer.chat_template"
+# Kinds of tokens, as llama.cpp numbers them: matched whole, before any splitting.
+_CONTROL, _USER_DEFINED = 3, 4
+_SPECIAL = {
+  "bos_token": "bos_token_id",
+  "eos_token": "eos_token_id",
+  "unk_token": "unknown_token_id",
+  "pad_token": "padding_token_id",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Splitting:
+  """How a text is split before pairs of bytes are merged.
+
+  Attributes:
+    regex: of a piece; None: GPT-2's.
+    digits: each digit is a piece, before that.
+    whole: a piece that is a token is taken as one, whatever the merges say.
+    bos: a text starts with the first special token where the file is silent.
+  """
+
+  regex: str | None = None
+  digits: bool = False
+  whole: bool = False
+  bos: bool = False
+
+
+def _words(digits: int) -> str:
+  """Llama 3's pieces: contractions, words, up to so many digits, signs, white space."""
+  return (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+    rf"|\p{{N}}{{1,{digits}}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  )
+
+
+# By llama.cpp's names.
+SPLITTINGS: Mapping[str, Splitting] = {
+  "gpt-2": Splitting(),
+  "smollm": Splitting(digits=True),
+  "llama-bpe": Splitting(regex=_words(3), whole=True, bos=True),
+  "qwen2": Splitting(regex=_words(1)),
+}
+
+
+def load(path: Path) -> tokenizers.Tokenizer:
+  """Makes the tokenizer of a GGUF file: byte-level BPE.
+
+  Raises:
+    LoraxError: a damaged file, or a tokenizer of another kind or with another way of
+      splitting a text.
+  """
+  said = gguf_header.read(path).metadata
+  try:
+    return _make(said)
+  # The tokenizers library raises bare Exception for what it can't use.
+  except Exception as error:
+    raise LoraxError(f"cannot make the tokenizer of {path}: {error}") from error
+
+
+def write(path: Path, folder: Path) -> None:
+  """Writes tokenizer.json and tokenizer_config.json of a GGUF file into a folder."""
+  load(path).save(str(folder / "tokenizer.json"))
+  settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_settings(path)}
+  text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+  (folder / "tokenizer_config.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def _settings(path: Path) -> dict[str, Any]:
+  """What transformers' tokenizer_config.json says beside a tokenizer.json."""
+  said = gguf_header.read(path).metadata
+  tokens = said[f"{_PREFIX}tokens"]
+  settings: dict[str, Any] = {
+    name: _token(said, key, tokens)
+    for name, key in _SPECIAL.items()
+    if _PREFIX + key in said
+  }
+  if isinstance(said.get(_TEMPLATE), str):
+    settings["chat_template"] = said[_TEMPLATE]
+  return {**settings, "clean_up_tokenization_spaces": False}
+
+
+def _make(said: Mapping[str, Any]) -> tokenizers.Tokenizer:
+  kind = said.get(f"{_PREFIX}model")
+  if kind != "gpt2":
+    raise LoraxError(
+      f"it is of kind {kind!r}, and only 'gpt2', byte-level BPE, is made here: put the"
+      " model's tokenizer.json beside the file and name the folder"
+    )
+  name = str(said.get(f"{_PREFIX}pre"))
+  if name not in SPLITTINGS:
+    raise LoraxError(unknown("way of splitting a text", name, SPLITTINGS))
+  splitting = SPLITTINGS[name]
+  tokens = _strings(said, "tokens")
+  vocab = {token: i for i, token in enumerate(tokens)}
+  if len(vocab) != len(tokens):
+    raise LoraxError(f"{len(tokens) - len(vocab)} of its tokens are there twice")
+  model = models.BPE(vocab, _pairs(said), ignore_merges=splitting.whole)
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = _pre_tokenizer(splitting)
+  tokenizer.decoder = decoders.ByteLevel()
+  _add_whole_tokens(tokenizer, tokens, said.get(f"{_PREFIX}token_type"))
+  tokenizer.post_processor = _ends(said, tokens, splitting.bos)
+  return tokenizer
+
+
+def _pre_tokenizer(splitting: Splitting) -> pre_tokenizers.PreTokenizer:
+  by_regex = splitting.regex is None
+  steps: list[Any] = [
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex)
+  ]
+  if splitting.regex is not None:
+    regex = tokenizers.Regex(splitting.regex)
+    steps.insert(0, pre_tokenizers.Split(regex, behavior="isolated"))
+  if splitting.digits:
+    steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+  return pre_tokenizers.Sequence(steps)
+
+
+def _add_whole_tokens(
+  tokenizer: tokenizers.Tokenizer, tokens: list[str], kinds: Any
+) -> None:
+  kinds = [1] * len(tokens) if kinds is None else kinds
+  if not isinstance(kinds, list) or len(kinds) != len(tokens):
+    raise LoraxError(f"{len(tokens)} tokens, and their kinds are {kinds!r:.80}")
+  for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+    added = [
+      tokenizers.AddedToken(token, normalized=False, special=special)
+      for token, kind in zip(tokens, kinds, strict=True)
+      if kind == wanted
+    ]
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+
+
+def _ends(said: Mapping[str, Any], tokens: list[str], bos: bool) -> Any:
+  """What is put before and behind a text."""
+  ends = {
+    name: _token(said, f"{name}_token_id", tokens)
+    for name, default in (("bos", bos), ("eos", False))
+    if said.get(f"{_PREFIX}add_{name}_token", default)
+  }
+  if not ends:
+    return processors.ByteLevel(trim_offsets=False)
+
+  # In lists: a token may hold what means something in the short form.
+  def around(text: str) -> list[str]:
+    return [part for part in (ends.get("bos"), text, ends.get("eos")) if part]
+
+  return processors.TemplateProcessing(
+    single=around("$A"),
+    pair=[*around("$A"), *around("$B")],
+    special_tokens=[(token, tokens.index(token)) for token in set(ends.values())],
+  )
+
+
+def _pairs(said: Mapping[str, Any]) -> list[tuple[str, str]]:
+  found = []
+  for merge in _strings(said, "merges"):
+    parts = merge.split(" ")
+    if len(parts) != 2:
+      raise LoraxError(f"its merge {merge!r} is no pair")
+    found.append((parts[0], parts[1]))
+  return found
+
+
+def _strings(said: Mapping[str, Any], name: str) -> list[str]:
+  found = said.get(_PREFIX + name)
+  if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
+    raise LoraxError(f"its {name} are {found!r:.80}, and not a list of strings")
+  return found
+
+
+def _token(said: Mapping[str, Any], name: str, tokens: list[str]) -> str:
+  found = said.get(_PREFIX + name)
+  if type(found) is not int or not 0 <= found < len(tokens):
+    raise LoraxError(f"its {name} is {found!r}, of {len(tokens)} tokens")
+  return tokens[found]

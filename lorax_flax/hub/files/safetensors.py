@@ -1,0 +1,276 @@
+"""Weights of a Hugging Face folder, read one part of a tensor at a time.
+
+Bytes are read into the array that asked for them and are not mapped: a file that
+changes under a mapping ends the process, and every page that was looked at would count
+as the process's memory beside the array that it was copied to.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.files import strict_json
+from lorax_flax.hub.files import safetensors_header
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# What is turned over on the way lies in the processor's cache meanwhile.
+_CHUNK = 256 << 10
+_HUGE_PAGE = 2 << 20
+_ALIGNED = 64  # bytes; XLA takes an array that lies so as it is, without copying it
+
+Index = tuple[slice, ...]
+
+
+class Stored(Protocol):
+  """A tensor in a file: its shape, and the type of its arrays."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def array_dtype(self) -> np.dtype: ...
+
+  @property
+  def itemsize(self) -> int: ...
+
+
+class File:
+  """One file of tensors. It is opened for each read, and must not change between.
+
+  Attributes:
+    path: the file.
+    tensors: by key.
+  """
+
+  def __init__(self, path: Path, tensors: Mapping[str, Stored], status: os.stat_result):
+    self.path = path
+    self.tensors = tensors
+    self._status = status
+
+  def read(self, key: str, index: Index, out: np.ndarray) -> None:
+    """Fills `out`, of any strides and number type, with a part of a tensor."""
+    try:
+      descriptor = os.open(self.path, os.O_RDONLY)
+      try:
+        now = os.fstat(descriptor)
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != (
+          self._status.st_ino,
+          self._status.st_size,
+          self._status.st_mtime_ns,
+        ):
+          raise LoraxError("it was written to since it was opened")
+        self.fill(descriptor, self.tensors[key], index, out)
+      finally:
+        os.close(descriptor)
+    except (OSError, LoraxError) as error:
+      raise LoraxError(f"cannot read {key!r} of {self.path}: {error}") from error
+
+  def fill(self, descriptor: int, stored: Any, index: Index, out: np.ndarray) -> None:
+    """`read` of the open file, which its form decides: safetensors, GGUF."""
+    raise NotImplementedError
+
+
+class _Safetensors(File):
+  def __init__(self, path: Path):
+    super().__init__(path, *safetensors_header.read(path))
+
+  def fill(self, descriptor: int, stored: Any, index: Index, out: np.ndarray) -> None:
+    cuts = [cut.indices(n)[:2] for cut, n in zip(index, stored.shape, strict=True)]
+    _fill(descriptor, stored.start, stored.shape, cuts, stored.array_dtype, out)
+
+
+class Reader(Mapping[str, np.ndarray]):
+  """The tensors of a checkpoint by stored key; each is read when it is asked for."""
+
+  def __init__(self, files: Mapping[str, File]):
+    self._files = dict(files)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._files)
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def shape(self, key: str) -> tuple[int, ...]:
+    """The stored shape, from the header alone."""
+    return self._stored(key).shape
+
+  def dtype(self, key: str) -> np.dtype:
+    """The stored number type, from the header alone. One not read: LoraxError."""
+    try:
+      return self._stored(key).array_dtype
+    except LoraxError as error:
+      raise LoraxError(
+        f"cannot read {key!r} of {self._files[key].path}: {error}"
+      ) from error
+
+  def __getitem__(self, key: str) -> np.ndarray:
+    return self.part(key, (slice(None),) * len(self.shape(key)))
+
+  def part(self, key: str, index: Index) -> np.ndarray:
+    """A part of a tensor; no more of it is kept."""
+    shape = [len(range(n)[cut]) for cut, n in zip(index, self.shape(key), strict=True)]
+    out = empty(shape, self.dtype(key))
+    self.read(key, index, out)
+    return out
+
+  def read(self, key: str, index: Index, out: np.ndarray) -> None:
+    """Fills `out`, which may be a view of a larger array, with a part of a tensor.
+
+    Args:
+      index: of the stored tensor, steps of 1.
+      out: of the part's shape; the numbers are cast to its type.
+    """
+    self._stored(key)
+    self._files[key].read(key, index, out)
+
+  def same(self, key: str, other: str) -> bool:
+    """Whether two tensors are equal in shape and in every number."""
+    shape = self.shape(key)
+    if shape != self.shape(other):
+      return False
+    if not shape:
+      return bool(self[key] == self[other])
+    rows = _rows_at_once(self._stored(key))
+    rest = (slice(None),) * (len(shape) - 1)
+    cuts = [(slice(i, i + rows), *rest) for i in range(0, shape[0], rows)]
+    return all(
+      np.array_equal(self.part(key, cut), self.part(other, cut)) for cut in cuts
+    )
+
+  def _stored(self, key: str) -> Stored:
+    if key not in self._files:
+      raise LoraxError(unknown("checkpoint key", key, self._files))
+    return self._files[key].tensors[key]
+
+
+def open_folder(folder: Path) -> Reader:
+  """The weights of a folder: model.safetensors, or shards named by an index.
+
+  A shard is named by its bare name, and lies in the folder itself or is a link in it:
+  the hub's own cache is made of links to files elsewhere.
+
+  Raises:
+    LoraxError: no weights, a damaged file, an index that names what is not there.
+  """
+  if (folder / SINGLE).is_file():
+    return open_file(folder / SINGLE)
+  if (folder / INDEX).is_file():
+    return Reader(_indexed(folder))
+  inside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+  torch_files = [n for n in inside if n.endswith((".bin", ".pt", ".pth"))]
+  if torch_files:
+    raise LoraxError(
+      f"{folder} holds {listing(torch_files)}, pickled weights, which are not opened"
+      " since that runs code; save them from transformers with"
+      " safe_serialization=True"
+    )
+  raise LoraxError(
+    f"{folder} has no {SINGLE} and no {INDEX}. There are: {listing(inside) or 'none'}"
+  )
+
+
+def open_file(path: Path) -> Reader:
+  """The tensors of one file. Damaged, or none: LoraxError."""
+  return of_file(_Safetensors(path))
+
+
+def of_file(file: File) -> Reader:
+  """The tensors of a file that is open already."""
+  return Reader(dict.fromkeys(file.tensors, file))
+
+
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """An array to be filled, which lies as XLA wants it: `jax.device_put` then takes its
+  memory over where the device is the CPU."""
+  size = math.prod(shape) * dtype.itemsize
+  # A large array that starts with a large page takes one fault for each of them.
+  start = _HUGE_PAGE if size >= 2 * _HUGE_PAGE else _ALIGNED
+  raw = np.empty(size + start, np.uint8)
+  offset = -raw.ctypes.data % start
+  return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _indexed(folder: Path) -> dict[str, File]:
+  index = folder / INDEX
+  where = strict_json.read_object(index).get("weight_map")
+  if not isinstance(where, dict) or not all(
+    isinstance(name, str) for name in where.values()
+  ):
+    raise LoraxError(f"{index} is no index of shards: its weight_map is {where!r:.80}")
+  files: dict[str, File] = {}
+  for name in sorted(set(where.values())):
+    if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+      raise LoraxError(f"{index} names {name!r}, which is not a file of its folder")
+    if not _is_file(folder / name):
+      here = [p.name for p in folder.glob("*.safetensors")]
+      raise LoraxError(unknown(f"shard in {index}", name, here))
+    files[name] = _Safetensors(folder / name)
+  for key, name in where.items():
+    if key not in files[name].tensors:
+      raise LoraxError(unknown(f"weight of {folder / name}", key, files[name].tensors))
+  return {key: files[name] for key, name in where.items()}
+
+
+def _is_file(path: Path) -> bool:
+  try:
+    return path.is_file()
+  except (OSError, ValueError):  # too long a name, or one with a zero in it
+    return False
+
+
+def _rows_at_once(stored: Stored) -> int:
+  row = stored.itemsize * math.prod(stored.shape[1:])
+  return max(1, _CHUNK // max(1, row))
+
+
+def _fill(
+  descriptor: int,
+  start: int,
+  shape: Sequence[int],
+  cuts: Sequence[tuple[int, int]],
+  dtype: np.dtype,
+  out: np.ndarray,
+) -> None:
+  """Fills `out` with what `cuts` leave of the array that begins at byte `start`."""
+  if not out.size:
+    return
+  if not shape:
+    shape, cuts, out = (1,), [(0, 1)], out[None]
+  row = math.prod(shape[1:]) * dtype.itemsize
+  first, last = cuts[0]
+  whole = all(cut == (0, n) for cut, n in zip(cuts[1:], shape[1:], strict=True))
+  if whole and out.dtype == dtype and out.flags.c_contiguous:
+    read_bytes(descriptor, start + first * row, out)
+    return
+  # Parts of short rows: reading what lies between costs less than many reads.
+  if whole or row <= _CHUNK:
+    inner = tuple(slice(*cut) for cut in cuts[1:])
+    rows = max(1, _CHUNK // row)
+    scratch = np.empty((min(rows, last - first), *shape[1:]), dtype)
+    for i in range(first, last, rows):
+      part = scratch[: min(rows, last - i)]
+      read_bytes(descriptor, start + i * row, part)
+      np.copyto(
+        out[i - first : i - first + len(part)], part[:, *inner], casting="unsafe"
+      )
+    return
+  for i in range(first, last):
+    _fill(descriptor, start + i * row, shape[1:], cuts[1:], dtype, out[i - first])
+
+
+def read_bytes(descriptor: int, start: int, out: np.ndarray) -> None:
+  """Fills a contiguous array with the bytes from `start` on."""
+  view = out.reshape(-1).view(np.uint8).data
+  while view:
+    count = os.preadv(descriptor, [view], start)
+    if not count:
+      raise LoraxError("it is cut off")
+    start, view = start + count, view[count:]

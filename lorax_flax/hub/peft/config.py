@@ -1,0 +1,417 @@
+"""PEFT's adapter_config.json: read, checked, matched against modules, written.
+
+Facts from peft 0.21 (tuners/lora/config.py, tuners/tuners_utils.py, utils/other.py).
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.files import strict_json
+from lorax_flax.hub.peft.checks import KINDS, changes_the_base
+from lorax_flax.hub.peft.names import ends_with, looked_up, several
+
+CONFIG_FILE = "adapter_config.json"
+LORA = "LORA"
+SEQ_CLS = "SEQ_CLS"
+# The base alone, without a head: its modules' names have no prefix.
+FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+# PEFT saves these in full for a sequence classifier, whichever the model has.
+HEAD_NAMES = ("classifier", "score")
+ALL_LINEAR = "all-linear"
+# What PEFT names the task of each of our families' tasks.
+TASK_TYPES = {
+  "sequence-classification": SEQ_CLS,
+  "causal-lm": "CAUSAL_LM",
+  "seq2seq-lm": "SEQ_2_SEQ_LM",
+  "image-classification": None,
+}
+# PEFT's target_modules where a config has none, by model_type.
+_ATTENTION = ("q_proj", "v_proj")
+DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
+  **dict.fromkeys(("bert", "roberta", "xlm-roberta"), ("query", "value")),
+  "deberta-v2": ("query_proj", "value_proj"),
+  "gpt2": ("c_attn",),
+  **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+  **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _ATTENTION),
+  **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _ATTENTION),
+}
+# Whose experts are stacked parameters, since transformers 5.
+MIXTURES = ("mixtral", "qwen3_moe")
+# What PEFT takes for the input and the output embedding, by name alone.
+EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+_MOST_BYTES = 16 << 20  # of a config: a list of every module's name is far below
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+  """The fields of PEFT's LoraConfig that we honour, under PEFT's names.
+
+  Module names are those of the PyTorch model ("bert.encoder.layer.0.output.dense").
+
+  Attributes:
+    target_modules: a regular expression for whole names, or "all-linear"; or names,
+      each whole or the end after a dot.
+    exclude_modules: the same rules; wins.
+    modules_to_save: ends of names; these modules are saved in full.
+    layers_to_transform, layers_pattern: for target_modules in the form of names.
+    rank_pattern, alpha_pattern: regular expression for the end of a name, to value.
+    init_lora_weights: how training started; nothing that loading depends on.
+    fan_in_fan_out: targets are Conv1D, whose weight lies as (in, out); the factors
+      are the same.
+    use_dora: a magnitude for each output beside the factors.
+    lora_bias: a bias on each second factor.
+    target_parameters: names, or ends of them, of parameters that get factors though no
+      module with a LoRA form holds them: stacked experts.
+    trainable_token_indices: rows of the embedding that are trained; or by the end of a
+      module's name.
+    ensure_weight_tying: what is trained of a weight is trained of those tied to it.
+  """
+
+  r: int = 8
+  lora_alpha: float = 8
+  lora_dropout: float = 0.0
+  target_modules: str | tuple[str, ...] | None = None
+  exclude_modules: str | tuple[str, ...] | None = None
+  modules_to_save: tuple[str, ...] | None = None
+  layers_to_transform: int | tuple[int, ...] | None = None
+  layers_pattern: str | tuple[str, ...] | None = None
+  rank_pattern: Mapping[str, int] = field(default_factory=dict)
+  alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+  bias: str = "none"
+  use_rslora: bool = False
+  fan_in_fan_out: bool = False
+  use_dora: bool = False
+  lora_bias: bool = False
+  target_parameters: tuple[str, ...] | None = None
+  trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+  ensure_weight_tying: bool = False
+  init_lora_weights: bool | str = True
+  task_type: str | None = None
+  base_model_name_or_path: str | None = None
+  revision: str | None = None
+
+  def __post_init__(self):
+    if changes_the_base(self.init_lora_weights):
+      raise LoraxError(
+        f"{CONFIG_FILE}: init_lora_weights={self.init_lora_weights!r} took its start "
+        "out of the base's weights, so the adapter is not one of this base. PEFT's "
+        "save_pretrained(path_initial_model_for_weight_conversion=…) makes it one"
+      )
+    for each in fields(self):
+      value = getattr(self, each.name)
+      if not KINDS[each.name](value):
+        raise LoraxError(
+          f"{CONFIG_FILE}: {each.name}={value!r} is not what PEFT writes"
+        )
+    if isinstance(self.target_modules, str) and several(self.layers_to_transform):
+      raise LoraxError(
+        f"{CONFIG_FILE}: layers_to_transform needs target_modules as a list of names"
+      )
+    if self.use_dora and self.lora_bias:
+      raise LoraxError(f"{CONFIG_FILE}: use_dora and lora_bias do not go together")
+    if self.target_parameters and (
+      self.lora_dropout or self.use_dora or self.lora_bias or self.fan_in_fan_out
+    ):
+      raise LoraxError(
+        f"{CONFIG_FILE}: target_parameters go with none of lora_dropout, use_dora, "
+        "lora_bias and fan_in_fan_out"
+      )
+    patterns = [*self.rank_pattern, *self.alpha_pattern]
+    for rules in (self.target_modules, self.exclude_modules):
+      patterns += [rules] if isinstance(rules, str) else []
+    patterns += several(self.layers_pattern)
+    for pattern in patterns:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise LoraxError(
+          f"{CONFIG_FILE}: {pattern!r} is not a regular expression: {error}"
+        ) from error
+
+  def rank(self, module: str) -> int:
+    """The rank of one module's factors."""
+    return looked_up(self.rank_pattern, module, self.r)
+
+  def alpha(self, module: str) -> float:
+    return looked_up(self.alpha_pattern, module, self.lora_alpha)
+
+  def scale(self, module: str) -> float:
+    """What multiplies B A of one module."""
+    rank = self.rank(module)
+    return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
+
+  def saved(self, names: Iterable[str]) -> list[str]:
+    """The modules saved in full: those whose name ends so.
+
+    Raises:
+      LoraxError: one inside of another, which PEFT saves and then cannot load.
+    """
+    wanted = several(self.modules_to_save)
+    found = [name for name in names if any(name.endswith(end) for end in wanted)]
+    for name in found:
+      for outer in found:
+        if name.startswith(f"{outer}."):
+          raise LoraxError(
+            f"{CONFIG_FILE}: modules_to_save mean {outer} and {name} inside of it, and "
+            "PEFT cannot load such a folder: give the whole name of the one meant"
+          )
+    return found
+
+  def is_target(self, name: str) -> bool:
+    """Whether a module gets factors, "all-linear" apart (see `targets`)."""
+    return not self.is_excluded(name) and self.is_named(name)
+
+  def is_named(self, name: str) -> bool:
+    """Whether target_modules, a list or an expression, name a module."""
+    if self.target_modules is None:
+      return False
+    if isinstance(self.target_modules, str):
+      return re.fullmatch(self.target_modules, name) is not None
+    if name in self.target_modules:
+      return True
+    named = any(name.endswith(f".{end}") for end in self.target_modules)
+    return named and self._in_layers(name)
+
+  def is_excluded(self, name: str) -> bool:
+    """Whether a module never gets factors: excluded, or saved in full."""
+    if isinstance(self.exclude_modules, str):
+      excluded = re.fullmatch(self.exclude_modules, name) is not None
+    else:
+      excluded = any(ends_with(name, end) for end in several(self.exclude_modules))
+    return excluded or any(
+      re.match(rf"(^|.*\.){saved}($|\..*)", name)
+      for saved in several(self.modules_to_save)
+    )
+
+  def targets(self, linear: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The modules that get factors, in the order of `names`.
+
+    Args:
+      linear: what "all-linear" stands for.
+      names: every module's name.
+    """
+    if self.is_all_linear:
+      return [name for name in linear if not self.is_excluded(name)]
+    return [name for name in names if self.is_target(name)]
+
+  @property
+  def is_all_linear(self) -> bool:
+    every = isinstance(self.target_modules, str)
+    return every and str(self.target_modules).lower() == ALL_LINEAR
+
+  def with_defaults(self, family: str) -> "PeftConfig":
+    """With what PEFT puts in target_modules' place for a model_type.
+
+    Its own defaults where none are given; and names for an expression where experts
+    are no modules that it could match.
+
+    Raises:
+      LoraxError: PEFT has no default for it either.
+    """
+    if family in MIXTURES and isinstance(self.target_modules, str):
+      return self._with_experts()
+    if self.target_modules is not None:
+      return self
+    if family in DEFAULT_TARGETS:
+      return replace(self, target_modules=DEFAULT_TARGETS[family])
+    if self.target_parameters:
+      return self
+    raise LoraxError(
+      f"{CONFIG_FILE}: no target_modules, and PEFT has no default for {family}"
+    )
+
+  def _with_experts(self) -> "PeftConfig":
+    """ "all-linear" of a mixture of experts, as PEFT spells it out.
+
+    The two parts of gate_up_proj get a half of the rank each, so it is twice as large.
+    """
+    if not self.is_all_linear:
+      raise LoraxError(
+        f"{CONFIG_FILE}: target_modules={self.target_modules!r} may or may not mean "
+        "the experts: PEFT turns it into names for a mixture; give target_modules and "
+        "target_parameters as names"
+      )
+    fused = r".*\.gate_up_proj"
+    experts = ("gate.weight", "gate_up_proj", "down_proj")
+    return replace(
+      self,
+      target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+      target_parameters=(*(self.target_parameters or ()), *experts),
+      rank_pattern={**self.rank_pattern, fused: 2 * self.r},
+      alpha_pattern={**self.alpha_pattern, fused: 2 * self.lora_alpha},
+    )
+
+  def names_an_embedding(self, names: Iterable[str]) -> bool:
+    """Whether PEFT takes some of these to mean the input or the output embedding."""
+    return any(name.rpartition(".")[2] in EMBEDDING_NAMES for name in names)
+
+  def ties_targets(self) -> bool:
+    """Whether ensure_weight_tying gives factors to all modules of the embedding."""
+    if not self.ensure_weight_tying or self.ties_saved():
+      return False
+    if isinstance(self.target_modules, str):
+      return any(re.fullmatch(self.target_modules, name) for name in EMBEDDING_NAMES)
+    return self.names_an_embedding(self.target_modules or ())
+
+  def ties_saved(self) -> bool:
+    """Whether ensure_weight_tying saves all modules of the embedding in full."""
+    return self.ensure_weight_tying and self.names_an_embedding(
+      self.modules_to_save or ()
+    )
+
+  def saves_embeddings(self, names: Iterable[str]) -> bool:
+    """Whether PEFT saves the base's weights of the embeddings that have factors."""
+    if self.trainable_token_indices is not None or self.is_all_linear:
+      return False
+    if isinstance(self.target_modules, str):
+      ends = (name for name in names if name.rpartition(".")[2] in EMBEDDING_NAMES)
+      return any(re.fullmatch(self.target_modules, name) for name in ends)
+    return any(name in EMBEDDING_NAMES for name in self.target_modules or ())
+
+  def is_parameter(self, key: str) -> bool:
+    """Whether a parameter gets factors, by its full key."""
+    return any(ends_with(key, end) for end in self.target_parameters or ())
+
+  def _in_layers(self, name: str) -> bool:
+    layers = self.layers_to_transform
+    if layers is None or layers == ():
+      return True
+    found = None
+    if patterns := several(self.layers_pattern):
+      for pattern in patterns:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", name):
+          break
+    else:
+      found = re.match(r".*?\.[^.]*\.(?P<layer>\d+)\.", name)
+    if found is None:
+      return False
+    layer = int(found["layer"])
+    return layer == layers if isinstance(layers, int) else layer in layers
+
+
+def read_config(folder: Path) -> PeftConfig:
+  """Reads adapter_config.json of a PEFT folder.
+
+  Raises:
+    LoraxError: no such file, no JSON, another method than LoRA, or a field that would
+      change the numbers and that we don't compute.
+  """
+  file = folder / CONFIG_FILE
+  if not folder.is_dir():
+    raise LoraxError(f"no folder {folder}: an adapter is a folder with {CONFIG_FILE}")
+  if not file.is_file():
+    inside = [entry.name for entry in folder.iterdir()]
+    raise LoraxError(
+      f"no {CONFIG_FILE} in {folder}: it holds no PEFT adapter. It holds: "
+      f"{listing(inside, most=12) or 'nothing'}"
+    )
+  raw = strict_json.read(file, most_bytes=_MOST_BYTES)
+  try:
+    return parse(raw)
+  except LoraxError as error:
+    raise LoraxError(f"{folder}: {error}") from error
+
+
+def parse(raw: Any) -> PeftConfig:
+  """A PeftConfig from adapter_config.json's content; errors as of `read_config`."""
+  if not isinstance(raw, dict):
+    raise LoraxError(f"{CONFIG_FILE} must hold an object, not {type(raw).__name__}")
+  kind = raw.get("peft_type")
+  if kind != LORA:
+    raise LoraxError(f"{CONFIG_FILE}: peft_type={kind!r}; only {LORA!r} is read here")
+  known = {each.name for each in fields(PeftConfig)}
+  values: dict[str, Any] = {}
+  for name, value in raw.items():
+    if name in known:
+      # null stands for the default where a field has one other than null.
+      if value is not None:
+        values[name] = _frozen(value)
+    elif name not in _WITHOUT_EFFECT and not _is_off(name, value):
+      raise LoraxError(
+        f"{CONFIG_FILE}: {name}={value!r} changes what the adapter computes, and we "
+        "cannot honour it"
+      )
+  named = values.get("modules_to_save") or ()
+  if values.get("task_type") == SEQ_CLS and isinstance(named, tuple):
+    # PEFT adds these whenever it loads such an adapter.
+    values["modules_to_save"] = with_heads(named)
+  return PeftConfig(**values)
+
+
+def with_heads(names: Sequence[str]) -> tuple[str, ...]:
+  """modules_to_save of a sequence classifier."""
+  return (*names, *(name for name in HEAD_NAMES if name not in names))
+
+
+def dump(config: PeftConfig) -> dict[str, Any]:
+  """What PEFT itself would write for `config`: every field, those we lack off."""
+  raw: dict[str, Any] = {
+    name: off for name, off in _OFF.items() if name != "eva_config"
+  }
+  raw |= {"auto_mapping": None, "eva_config": None, "inference_mode": True}
+  raw |= {"peft_type": LORA, "loftq_config": {}}
+  for each in fields(config):
+    raw[each.name] = _thawed(getattr(config, each.name))
+  return dict(sorted(raw.items()))
+
+
+def _frozen(value: Any) -> Any:
+  """JSON's value with tuples for lists, one level of an object included."""
+  if isinstance(value, dict):
+    return {name: _frozen(each) for name, each in value.items()}
+  return tuple(value) if isinstance(value, list) else value
+
+
+def _thawed(value: Any) -> Any:
+  """The inverse of `_frozen`."""
+  if isinstance(value, Mapping):
+    return {name: _thawed(each) for name, each in value.items()}
+  return list(value) if isinstance(value, tuple) else value
+
+
+# Records of how the file came about.
+_WITHOUT_EFFECT = frozenset(
+  {"auto_mapping", "inference_mode", "peft_type", "peft_version", "eva_config"}
+)
+
+# What we don't compute, with the values that ask for nothing. A field that PEFT has
+# yet to invent is off where it is None, False or empty.
+_OFF: Mapping[str, Any] = {
+  "alora_invocation_tokens": None,
+  "arrow_config": None,
+  "corda_config": None,
+  "eva_config": None,
+  "kasa_config": None,
+  "layer_replication": None,
+  "loftq_config": {},
+  "lora_ga_config": None,
+  "megatron_config": None,
+  "megatron_core": "megatron.core",
+  "monteclora_config": None,
+  "qalora_group_size": 16,
+  "use_bdlora": None,
+  "use_qalora": False,
+  "velora_config": None,
+}
+
+
+def _is_off(name: str, value: Any) -> bool:
+  # These two only say how, where another field says that.
+  how = name in ("megatron_core", "qalora_group_size")
+  return how or value is None or value is False or value in ({}, [], "")
+
+
+def describe_unknown_target(config: PeftConfig, names: Iterable[str]) -> str:
+  """The message for target_modules that match nothing."""
+  names = list(names)
+  ends = sorted({name.rpartition(".")[2] for name in names})
+  for target in several(config.target_modules):
+    if not any(ends_with(name, target) for name in names):
+      return f"{CONFIG_FILE}: {unknown('target module', target, ends)}"
+  return f"{CONFIG_FILE}: target_modules match no module of this model: {listing(ends)}"

@@ -1,0 +1,240 @@
+"""PEFT's adapter folders, read and written.
+
+A folder is adapter_config.json (peft_config.py) and adapter_model.safetensors, whose
+keys peft_layout.py knows. A named adapter lies in a sub-folder of its name.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.paths import flatten
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.files import folders, strict_json
+from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import read as peft_read
+from lorax_flax.hub.peft.layout import PREFIX, Slot, layout
+from lorax_flax.hub.peft.modules import of_task
+from lorax_flax.hub.peft.tensors import WEIGHTS_FILE, opened
+from lorax_flax.hub.peft.translate import to_lora_config
+from lorax_flax.hub.peft.write import to_peft_config, to_tensors
+from lorax_flax.methods import Adapter
+
+LABELS_FILE = "labels.json"
+# The adapter that PEFT keeps beside its config, not in a sub-folder.
+DEFAULT = "default"
+
+
+def read_adapter(
+  folder: str | Path, params: Any, keymap: KeyMap, *, name: str = DEFAULT
+) -> tuple[Adapter, LoraConfig]:
+  """Reads a PEFT folder.
+
+  Args:
+    folder: holds adapter_config.json and adapter_model.safetensors.
+    params: the base's tree, whose leaves the adapter changes; its layers stacked if
+      `keymap.scan`.
+    keymap: of the base.
+    name: of the adapter; another than "default" lies in a sub-folder of its name.
+
+  Returns:
+    The adapter, float32; and a config that describes it. Where the layers of one
+    stacked leaf differ in rank, their factors are padded with zeros to the largest.
+
+  Raises:
+    LoraxError: a field that we cannot honour; a missing, unknown or mis-shaped
+      tensor; a damaged file.
+  """
+  folder = adapter_folder(folder, name)
+  config = peft_config.read_config(folder)
+  try:
+    config = config.with_defaults(keymap.family)
+    keymap = of_task(keymap, config.task_type)
+    slots = layout(config, keymap)
+    adapter = peft_read.read(opened(folder), slots, config, flatten(params))
+    return adapter, to_lora_config(config, keymap)
+  except LoraxError as error:
+    raise LoraxError(f"{folder}: {error}") from error
+
+
+def write_adapter(
+  folder: str | Path,
+  adapter: Adapter,
+  keymap: KeyMap,
+  config: LoraConfig,
+  *,
+  params: Any = None,
+  base_name: str | None = None,
+  revision: str | None = None,
+  task_type: str | None = peft_config.SEQ_CLS,
+  labels: Sequence[str] | None = None,
+  name: str = DEFAULT,
+  dtypes: Mapping[str, str] | str = "float32",
+) -> None:
+  """Writes a PEFT folder, whole or not at all; an older adapter there is replaced.
+
+  Args:
+    folder: where it shall lie.
+    adapter: as `lora.init` or `read_adapter` gives it.
+    keymap: of the base.
+    config: what the adapter was made with.
+    params: the base's tree. With it, PEFT's copies of the base's own embeddings are
+      written where PEFT saves them; a base whose vocabulary is unchanged needs none.
+    base_name, revision: of the base: a hub name or a folder.
+    task_type: PEFT's name of the task; "SEQ_CLS" saves the classifier.
+    labels: names of the classes, kept in a small file that PEFT passes over.
+    name: of the adapter; another than "default" goes into a sub-folder of its name.
+    dtypes: that tensors are stored in, one for all; or as `stored_dtypes` gives them of
+      a folder that was read, and the same tensors are written then.
+
+  Raises:
+    LoraxError: something that PEFT has no form for, or a folder with other things.
+  """
+  folder = Path(folder).expanduser()
+  keymap = of_task(keymap, task_type)
+  peft = to_peft_config(
+    adapter, keymap, config, base_name=base_name, revision=revision, task_type=task_type
+  )
+  slots = layout(peft, keymap, name)
+  if isinstance(dtypes, str):
+    slots = _usual(slots, params is not None)
+  else:
+    slots = _as_stored(slots, dtypes)
+  leaves = {} if params is None else flatten(params)
+  tensors = to_tensors(adapter, slots, peft, leaves)
+  tensors = {key: _cast(key, value, dtypes) for key, value in tensors.items()}
+  is_adapter = lambda old: (old / peft_config.CONFIG_FILE).is_file()
+  folder = folder if name == DEFAULT else folder / name
+  with folders.writing(folder, is_adapter) as scratch:
+    text = json.dumps(peft_config.dump(peft), indent=2, sort_keys=True)
+    (scratch / peft_config.CONFIG_FILE).write_text(text, encoding="utf-8")
+    try:
+      save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+      raise LoraxError(f"cannot write {folder}: {error}") from error
+    if labels is not None:
+      (scratch / LABELS_FILE).write_text(json.dumps(list(labels)), encoding="utf-8")
+
+
+def from_peft(
+  source: str | Path | Mapping[str, Any], keymap: KeyMap, *, name: str = DEFAULT
+) -> LoraConfig:
+  """The config that makes here what PEFT's config makes in torch.
+
+  Module names become paths, written out in full. Where layers are stacked and differ
+  in rank or in alpha, or have no factors, a pattern has a value for each layer.
+
+  Args:
+    source: a PEFT folder, or the content of its adapter_config.json.
+    keymap: of the base.
+    name: of the adapter, as for `read_adapter`.
+
+  Raises:
+    LoraxError: a field that we cannot honour, a name that the model doesn't have.
+  """
+  if isinstance(source, Mapping):
+    config = peft_config.parse(dict(source))
+  else:
+    config = peft_config.read_config(adapter_folder(source, name))
+  config = config.with_defaults(keymap.family)
+  return to_lora_config(config, of_task(keymap, config.task_type))
+
+
+def to_peft(
+  config: LoraConfig,
+  adapter: Adapter,
+  keymap: KeyMap,
+  *,
+  base_name: str | None = None,
+  revision: str | None = None,
+  task_type: str | None = peft_config.SEQ_CLS,
+) -> dict[str, Any]:
+  """The content of adapter_config.json for an adapter; the inverse of `from_peft`.
+
+  Args:
+    config: what the adapter was made with.
+    adapter: as `lora.init` or `read_adapter` gives it. It knows what was targeted.
+    keymap, base_name, revision, task_type: as for `write_adapter`.
+
+  Raises:
+    LoraxError: something that PEFT has no form for.
+  """
+  names = {"base_name": base_name, "revision": revision, "task_type": task_type}
+  keymap = of_task(keymap, task_type)
+  return peft_config.dump(to_peft_config(adapter, keymap, config, **names))
+
+
+def adapter_folder(folder: str | Path, name: str = DEFAULT) -> Path:
+  """Where an adapter of a PEFT folder lies: there, or in a sub-folder of its name.
+
+  Raises:
+    LoraxError: no adapter there, and which there are.
+  """
+  folder = Path(folder).expanduser()
+  place = folder if name == DEFAULT else folder / name
+  if not folder.is_dir() or (place / peft_config.CONFIG_FILE).is_file():
+    return place
+  inside = folder.iterdir()
+  named = sorted(e.name for e in inside if (e / peft_config.CONFIG_FILE).is_file())
+  if name != DEFAULT:
+    raise LoraxError(f"{folder}: {unknown('adapter', name, named)}")
+  if named:
+    raise LoraxError(
+      f"{folder} holds no adapter itself, but in sub-folders: {listing(named)}. Give "
+      "one of their names, or its folder"
+    )
+  return place
+
+
+def stored_dtypes(folder: str | Path, *, name: str = DEFAULT) -> dict[str, str]:
+  """The name of the dtype of each tensor of a PEFT folder, for `write_adapter`."""
+  dtypes = opened(adapter_folder(folder, name)).dtypes
+  return {key: str(dtype) for key, dtype in dtypes.items()}
+
+
+def num_labels(folder: str | Path) -> int | None:
+  """How many outputs the head has that a folder brings; None where it brings none."""
+  shapes = opened(Path(folder).expanduser()).shapes
+  for end in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
+    if shape := shapes.get(PREFIX + end):
+      return shape[0]
+  return None
+
+
+def read_labels(folder: str | Path) -> list[str] | None:
+  """The names of the classes that `write_adapter` was given, or None."""
+  file = Path(folder).expanduser() / LABELS_FILE
+  if not file.is_file():
+    return None
+  names = strict_json.read(file)
+  if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    raise LoraxError(f"{file} must hold a list of names, not {names!r}")
+  return names
+
+
+def _as_stored(slots: Mapping[str, Slot], dtypes: Mapping[str, str]) -> dict[str, Slot]:
+  """What says something of its own, and of the rest what was there before."""
+  return {k: slot for k, slot in slots.items() if slot.status == "own" or k in dtypes}
+
+
+def _usual(slots: Mapping[str, Slot], has_base: bool) -> dict[str, Slot]:
+  """What PEFT saves by itself; the base's weights where they are given."""
+  left = {"leaf"} if not has_base else set()
+  return {
+    key: slot
+    for key, slot in slots.items()
+    if slot.status != "spare" and slot.part not in left
+  }
+
+
+def _cast(key: str, value: np.ndarray, dtypes: Mapping[str, str] | str) -> np.ndarray:
+  name = dtypes if isinstance(dtypes, str) else dtypes.get(key, "float32")
+  return value.astype(jnp.dtype(name))

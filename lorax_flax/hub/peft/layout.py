@@ -1,0 +1,369 @@
+"""Which tensors a PEFT folder has, for a config and a model.
+
+Reading and writing both follow `layout`, so neither knows a key that the other doesn't.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lorax_flax.errors import LoraxError, listing, nearest, unknown
+from lorax_flax.hub.checkpoints.entries import Site
+from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
+from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft.config import PeftConfig
+from lorax_flax.hub.peft.forms import AS_IS, FACTORS, ROLES, Form, Part, expert_factors
+from lorax_flax.hub.peft.modules import (
+  ADAPTABLE,
+  HEAD,
+  Place,
+  all_linear,
+  input_embedding,
+  module_names,
+  parameters,
+  places,
+  tensors,
+  tied_to,
+)
+
+PREFIX = "base_model.model."
+Status = Literal["own", "copy", "spare", "echo"]
+
+
+@dataclass(frozen=True)
+class Slot:
+  """What one tensor of a folder is.
+
+  Attributes:
+    site: our leaf, and where in it.
+    part: of the leaf's delta; "leaf" is the base's own.
+    module: PEFT's name of the module or parameter that the config speaks of.
+    form: how the tensor's axes are ours. Of a leaf trained in full, its row says it.
+    roles: of the axes of one layer of the leaf, for the parts of a low-rank delta.
+    rows: of the part "rows", their numbers.
+    status: "own" says what no other tensor says; "copy" must be equal to another or to
+      the base; "spare" is a copy that PEFT saves only where it is asked to; "echo" is
+      one that nothing depends on, and is passed over.
+  """
+
+  site: Site
+  part: Part
+  module: str
+  form: Form = AS_IS
+  roles: tuple[str, ...] = ()
+  rows: tuple[int, ...] = ()
+  status: Status = "own"
+
+  @property
+  def path(self) -> str:
+    return self.site.path
+
+
+@dataclass(frozen=True)
+class Targets:
+  """What a config means for a model.
+
+  Attributes:
+    modules: those that get factors.
+    tied: those that share an embedding's weight, and its factors.
+    parameters: the full keys of parameters that get factors.
+    saved: modules saved in full; of a container, not what it holds.
+  """
+
+  modules: tuple[str, ...]
+  tied: tuple[str, ...]
+  parameters: tuple[str, ...]
+  saved: tuple[str, ...]
+
+
+def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> Targets:
+  """The modules that a config names, by PEFT's rules.
+
+  Raises:
+    LoraxError: a name that this model doesn't have; one of two uses of a weight.
+  """
+  names = module_names(keymap)
+  tied = [name for name, place in found.items() if place.main is not None]
+  of_embedding = [] if not tied else tied_to(found, input_embedding(found))
+  _check_saved(config, names)
+  saved = config.saved(names)
+  if of_embedding and config.ties_saved():
+    for name in of_embedding:
+      if found[name].kind != "turned":
+        raise LoraxError(
+          f"PEFT's ensure_weight_tying puts a linear layer in the place of {name}, an "
+          f"embedding, and then fails: {input_embedding(found)} cannot be saved in full"
+        )
+    saved = list(dict.fromkeys([*saved, input_embedding(found), *of_embedding]))
+  inside = [n for n in found if any(n == s or n.startswith(f"{s}.") for s in saved)]
+  _both_uses(inside, found)
+  is_classifier = config.task_type == peft_config.SEQ_CLS
+  modules = config.targets(all_linear(found, names, is_classifier), names)
+  shared: list[str] = []
+  if of_embedding and config.ties_targets():
+    main = input_embedding(found)
+    modules = [*(m for m in modules if m not in (*of_embedding, main)), main]
+    shared = of_embedding
+  _both_uses([*modules, *shared], found)
+  known = parameters(keymap)
+  named = [key for key in known if config.is_parameter(key)]
+  for end in config.target_parameters or ():
+    if not any(key == end or key.endswith(f".{end}") for key in named):
+      raise LoraxError(
+        f"{peft_config.CONFIG_FILE}: {unknown('target parameter', end, known)}"
+      )
+  if not modules and not named:
+    kinds = {name: place.kind for name, place in found.items()}
+    raise LoraxError(peft_config.describe_unknown_target(config, kinds))
+  return Targets(tuple(modules), tuple(shared), tuple(named), tuple(saved))
+
+
+def layout(
+  config: PeftConfig, keymap: KeyMap, adapter_name: str = "default"
+) -> dict[str, Slot]:
+  """Every key of the folder of `config`, and what its tensor is.
+
+  Raises:
+    LoraxError: a target that this model doesn't have, or that PEFT or we have no form
+      for; a module to save that it doesn't have.
+  """
+  found = places(keymap)
+  targets = resolve(config, keymap, found)
+  slots: dict[str, Slot] = {}
+  for module in targets.modules:
+    place = _adaptable(module, found)
+    slots |= _factors(config, module, module, place, "own")
+  for module in targets.tied:
+    if config.use_dora:
+      raise LoraxError(
+        f"{peft_config.CONFIG_FILE}: use_dora with ensure_weight_tying gives {module} "
+        f"and {found[module].main} a magnitude each, and they share one weight here"
+      )
+    if config.scale(module) != config.scale(str(found[module].main)):
+      raise LoraxError(
+        f"{peft_config.CONFIG_FILE}: {module} and {found[module].main} share a weight, "
+        "and rank_pattern or alpha_pattern scale its deltas differently"
+      )
+    slots |= _factors(config, module, module, found[module], "copy")
+  slots |= dict(_parameter_slots(config, keymap, targets))
+  slots |= _rows(config, found)
+  slots |= _saved(config, keymap, targets, found, adapter_name)
+  slots |= _biases(config, keymap, targets, slots)
+  slots = dict(_embeddings(config, keymap, targets, found)) | slots
+  _check_once(slots)
+  return {PREFIX + key: slot for key, slot in slots.items()}
+
+
+def _adaptable(module: str, found: Mapping[str, Place]) -> Place:
+  kind = found[module].kind if module in found else "container"
+  if kind not in ADAPTABLE:
+    raise LoraxError(
+      f"target_modules name {module}, which is no linear layer, no embedding and no "
+      f"convolution, but a {kind}"
+    )
+  place = found[module]
+  if place.site.entry.piece != (0, 1):
+    raise LoraxError(
+      f"target_modules name {module}, whose weight lies beside others in "
+      f"{place.site.path}"
+    )
+  return place
+
+
+def _factors(
+  config: PeftConfig, module: str, key: str, place: Place, status: Status
+) -> dict[str, Slot]:
+  """The slots of one module's factors, under `key`."""
+  if config.lora_bias and place.kind == "embedding":
+    raise LoraxError(f"PEFT has no lora_bias for embeddings, and {module} is one")
+  wanted = {"a", "b"}
+  wanted |= {"magnitude"} if config.use_dora else set()
+  wanted |= {"bias"} if config.lora_bias else set()
+  return {
+    f"{key}.{end}": Slot(
+      place.site, part, module, form, ROLES[place.kind], status=status
+    )
+    for end, (part, form) in FACTORS[place.kind].items()
+    if part in wanted
+  }
+
+
+def _both_uses(names: Iterable[str], found: Mapping[str, Place]) -> None:
+  """Refuses what changes one use of a shared weight and not the others."""
+  named = set(names)
+  for name in named & found.keys():
+    main = found[name].main or name
+    group = {main, *tied_to(found, main)}
+    if left := group - named:
+      raise LoraxError(
+        f"{peft_config.CONFIG_FILE}: {name} shares its weight with {listing(left)}, "
+        "and without ensure_weight_tying PEFT changes it for one of them alone. That "
+        "needs a base with two weights: load it with untie=True"
+      )
+
+
+def _parameter_slots(
+  config: PeftConfig, keymap: KeyMap, targets: Targets
+) -> Iterator[tuple[str, Slot]]:
+  """Slots of target_parameters: several of one module nest, the first innermost."""
+  known = parameters(keymap)
+  by_module: dict[str, list[str]] = {}
+  for key in targets.parameters:
+    by_module.setdefault(module_of(key), []).append(key)
+  for module, keys in by_module.items():
+    if module in targets.modules:
+      raise LoraxError(f"{module} is among target_modules and target_parameters both")
+    for depth, key in enumerate(reversed(keys)):
+      place, wrapper = known[key], module + ".base_layer" * depth
+      if place.kind != "experts":
+        yield from _factors(config, key, wrapper, place, "own").items()
+        continue
+      forms = expert_factors(config.rank(key))
+      for end, (part, form) in forms.items():
+        yield (
+          f"{wrapper}.{end}",
+          Slot(place.site, part, key, form, ROLES["experts"]),
+        )
+
+
+def _rows(config: PeftConfig, found: Mapping[str, Place]) -> dict[str, Slot]:
+  """Slots of trainable_token_indices."""
+  tokens = config.trainable_token_indices
+  if tokens is None:
+    return {}
+  main = input_embedding(found)
+  ends = tokens if isinstance(tokens, Mapping) else {main: tokens}
+  rows: dict[str, tuple[int, ...]] = {}
+  for end, numbers in ends.items():
+    hits = [name for name in found if name.endswith(end)]
+    if not hits:
+      raise LoraxError(
+        f"{peft_config.CONFIG_FILE}: trainable_token_indices: "
+        f"{unknown('module', end, found)}"
+      )
+    rows |= dict.fromkeys(hits, numbers)
+  shared = tied_to(found, main)
+  if main in rows and all(rows.get(name, rows[main]) == rows[main] for name in shared):
+    # The embedding's own rows are those of every module that shares its weight.
+    rows = {name: n for name, n in rows.items() if name not in shared}
+  elif set(rows) & {main, *shared} and shared:
+    raise LoraxError(
+      f"{peft_config.CONFIG_FILE}: trainable_token_indices differ between {main} and "
+      f"{listing(shared)}, which share one weight. That needs a base with two: load it "
+      "with untie=True"
+    )
+  slots = {}
+  for name, numbers in rows.items():
+    place = found[name]
+    if place.kind not in ("embedding", "linear"):
+      raise LoraxError(f"trainable_token_indices name {name}, a {place.kind}")
+    key = f"{name}.token_adapter.trainable_tokens_delta"
+    slots[key] = Slot(place.site, "rows", name, roles=ROLES[place.kind], rows=numbers)
+  return slots
+
+
+def _saved(
+  config: PeftConfig,
+  keymap: KeyMap,
+  targets: Targets,
+  found: Mapping[str, Place],
+  adapter_name: str,
+) -> dict[str, Slot]:
+  """Slots of modules_to_save."""
+  known = tensors(keymap)
+  slots = {}
+  for module in targets.saved:
+    if module in found and found[module].main is not None:
+      site = found[module].site
+      slots[f"{module}.weight"] = Slot(site, "value", module, status="copy")
+      continue
+    inside = {k: s for k, s in known.items() if k.startswith(f"{module}.")}
+    for key, site in inside.items():
+      slots[key] = Slot(site, "value", module, Form(site.entry.axes))
+      if config.bias == "all" and key.endswith(".bias"):
+        inner = key.removeprefix(f"{module}.")
+        slots |= _wrapped_biases(inner, slots[key], adapter_name)
+  return slots
+
+
+def _wrapped_biases(inner: str, slot: Slot, adapter_name: str) -> dict[str, Slot]:
+  """What bias="all" adds for a bias of a saved module.
+
+  PEFT takes every key that ends with ".bias", so those inside its own wrapper too;
+  then it takes the adapter's name off where that is next to last.
+  """
+  name = "" if inner == "bias" else f"{adapter_name}."
+  wrapped: dict[str, Part] = {
+    f"modules_to_save.{name}{inner}": "value",
+    f"original_module.{inner}": "original",
+  }
+  return {
+    f"{slot.module}.{key}": Slot(slot.site, part, slot.module, status="echo")
+    for key, part in wrapped.items()
+  }
+
+
+def _check_saved(config: PeftConfig, names: Iterable[str]) -> None:
+  for end in config.modules_to_save or ():
+    # PEFT lists both names that a head may have; a model has one of them.
+    if end in peft_config.HEAD_NAMES or any(name.endswith(end) for name in names):
+      continue
+    near = nearest(end, {name.rpartition(".")[2] for name in names})
+    raise LoraxError(
+      f"modules_to_save names {end!r}, and this model has no such module; nearest: "
+      f"{listing(near) or 'none'}"
+    )
+
+
+def _biases(
+  config: PeftConfig, keymap: KeyMap, targets: Targets, saved: Mapping[str, Slot]
+) -> dict[str, Slot]:
+  """Slots of the biases that `config.bias` trains."""
+  slots: dict[str, Slot] = {}
+  if config.bias == "none":
+    return slots
+  wrapped = {*targets.modules, *map(module_of, targets.parameters)}
+  for key, site in tensors(keymap).items():
+    module = module_of(key)
+    if not key.endswith(".bias") or key in saved:
+      continue
+    if module in wrapped:
+      # PEFT wraps a target: its own weights move under base_layer.
+      key = f"{module}.base_layer.bias"
+    elif config.bias == "lora_only":
+      continue
+    slots[key] = Slot(site, "value", module)
+  return slots
+
+
+def _embeddings(
+  config: PeftConfig, keymap: KeyMap, targets: Targets, found: Mapping[str, Place]
+) -> Iterator[tuple[str, Slot]]:
+  """The base's own weights of the input and the output embedding.
+
+  PEFT saves them beside the factors where target_modules name them in a certain form,
+  and any where it is told save_embedding_layers=True.
+  """
+  usual = config.saves_embeddings(module_names(keymap))
+  embeddings = [name for name, place in found.items() if place.kind == "embedding"]
+  factored = {*targets.modules, *targets.tied}
+  for name in (*embeddings[:1], HEAD):
+    if name not in found:
+      continue
+    place = found[name]
+    form = Form(None if place.kind == "turned" else place.site.entry.axes)
+    status: Status = "copy" if usual and name in factored else "spare"
+    key = f"{name}.base_layer.weight" if name in factored else f"{name}.weight"
+    yield key, Slot(place.site, "leaf", name, form, status=status)
+
+
+def _check_once(slots: Mapping[str, Slot]) -> None:
+  """A leaf is trained in one way."""
+  ways: dict[str, set[str]] = {}
+  for slot in slots.values():
+    if slot.status == "own":
+      way = {"rows": "trainable_token_indices", "value": "modules_to_save"}
+      ways.setdefault(slot.path, set()).add(way.get(slot.part, "target_modules"))
+  for path, found in ways.items():
+    if len(found) > 1:
+      raise LoraxError(f"{path} is trained by {' and '.join(sorted(found))} both")

@@ -1,0 +1,184 @@
+"""From a PEFT folder's tensors to an adapter."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_flax.errors import LoraxError, listing, nearest
+from lorax_flax.hub.adapters import stacking
+from lorax_flax.hub.checkpoints.entries import Site
+from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft.config import PeftConfig
+from lorax_flax.hub.peft.forms import part_shape
+from lorax_flax.hub.peft.layout import Slot
+from lorax_flax.hub.peft.tensors import Tensors
+from lorax_flax.hub.peft.write import part_of
+from lorax_flax.methods import Adapter, BiasLoRA, Delta, DoRA, LoRA, Tuned
+from lorax_flax.methods import token_rows as rows_method
+
+# What a leaf's delta has at one of its sites: parts, their scale, the slot of one.
+Parts = dict[str, Any]
+Sites = dict[Site, Parts]
+
+
+def read(
+  tensors: Tensors,
+  slots: Mapping[str, Slot],
+  config: PeftConfig,
+  leaves: Mapping[str, Any],
+) -> Adapter:
+  """The adapter that the tensors are, float32.
+
+  Args:
+    leaves: of the base, by path.
+
+  Raises:
+    LoraxError: a missing, unknown or mis-shaped tensor; two that should be equal.
+  """
+  shapes = _shapes(slots, config, leaves)
+  _check(tensors, slots, shapes)
+  found: dict[str, Sites] = {}
+  for key, slot in slots.items():
+    if slot.status == "own":
+      value = slot.form.to_ours(tensors.get(key).astype(np.float32))
+      parts = found.setdefault(slot.path, {}).setdefault(slot.site, {})
+      parts |= {slot.part: value, "scale": config.scale(slot.module), "slot": slot}
+  adapter = {
+    path: _delta(parts, leaves[path], config.lora_dropout)
+    for path, parts in found.items()
+  }
+  for key, slot in slots.items():
+    if slot.status in ("copy", "spare") and key in tensors.shapes:
+      _check_copy(key, tensors.get(key), slot, config, adapter, leaves)
+  return adapter
+
+
+def _shapes(
+  slots: Mapping[str, Slot], config: PeftConfig, leaves: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+  """The shape of each key's tensor, by the base's leaves and the config's ranks."""
+  shapes = {}
+  for key, slot in slots.items():
+    if slot.status == "echo":
+      continue
+    if slot.path not in leaves:
+      raise LoraxError(f"the base has no {slot.path}, which {key} changes")
+    shape = tuple(leaves[slot.path].shape)
+    inner = shape[len(slot.site.index) :]
+    if slot.part in ("value", "original", "leaf"):
+      ours = slot.site.shape(shape)
+    elif slot.part == "rows":
+      axis = _axis(slot)
+      if max(slot.rows) >= inner[axis]:
+        raise LoraxError(
+          f"{peft_config.CONFIG_FILE}: trainable_token_indices go up to "
+          f"{max(slot.rows)}, and {slot.module} has {inner[axis]} rows"
+        )
+      ours = (len(slot.rows), inner[1 - axis])
+    else:
+      ours = part_shape(slot.part, inner, slot.roles, config.rank(slot.module))
+    shapes[key] = slot.form.stored_shape(ours)
+  return shapes
+
+
+def _axis(slot: Slot) -> int:
+  """Where the rows of a slot lie: along an embedding's axis 0, a head's 1."""
+  return 0 if slot.path.endswith("embedding") else 1
+
+
+def _check(
+  tensors: Tensors, slots: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+  found = tensors.shapes
+  own = [key for key, slot in slots.items() if slot.status == "own"]
+  if missing := sorted(set(own) - found.keys()):
+    near = nearest(missing[0], found)
+    raise LoraxError(
+      f"{len(missing)} missing tensors in {tensors.name}: {listing(missing, most=4)}; "
+      f"nearest to the first: {listing(near) or 'none'}"
+    )
+  extra = sorted(key for key in found if key not in slots and not _is_echo(key))
+  if extra:
+    near = nearest(extra[0], shapes)
+    raise LoraxError(
+      f"{len(extra)} tensors in {tensors.name} that {peft_config.CONFIG_FILE} does not "
+      f"speak of: {listing(extra, most=4)}; nearest to the first: "
+      f"{listing(near) or 'none'}"
+    )
+  for key, shape in shapes.items():
+    if key in found and found[key] != shape:
+      raise LoraxError(f"{key} has the shape {found[key]}, and {shape} was expected")
+    if key in found and not jnp.issubdtype(tensors.dtypes[key], jnp.floating):
+      kind = tensors.dtypes[key]
+      raise LoraxError(f"{key} holds {kind}, not floating-point numbers")
+
+
+def _is_echo(key: str) -> bool:
+  """Whether bias="all" put a key there that says nothing, under any adapter's name."""
+  return key.endswith(".bias") and bool(
+    re.search(r"\.(modules_to_save|original_module)\.", key)
+  )
+
+
+def _check_copy(
+  key: str,
+  stored: np.ndarray,
+  slot: Slot,
+  config: PeftConfig,
+  adapter: Adapter,
+  leaves: Mapping[str, Any],
+) -> None:
+  value = part_of(slot, config, adapter, leaves)
+  if not np.array_equal(value.astype(stored.dtype), stored):
+    other = "the base's own weight" if slot.part == "leaf" else f"that of {slot.path}"
+    raise LoraxError(
+      f"{key} differs from {other}, which it should repeat: the folder is of another "
+      "base, or of one whose vocabulary was changed"
+    )
+
+
+def _delta(sites: Sites, leaf: Any, dropout: float) -> Delta:
+  """One leaf's delta, layers stacked where the leaf's are."""
+  first = next(iter(sites.values()))
+  slot: Slot = first["slot"]
+  if slot.part == "value":
+    return _tuned(sites, leaf)
+  if slot.part == "rows":
+    axis = _axis(slot)
+    rows = rows_method.init(jnp.asarray(leaf), slot.rows, slot.roles, axis)
+    return replace(rows, rows=jnp.asarray(first["rows"]))
+  found = {
+    site.index: {n: x for n, x in parts.items() if isinstance(x, np.ndarray)}
+    for site, parts in sites.items()
+  }
+  scales = [parts["scale"] for parts in sites.values()]
+  try:
+    parts, scale, chosen = stacking.stacked(found, scales, leaf.shape)
+  except LoraxError as error:
+    raise LoraxError(f"{slot.path}: {error}") from error
+  roles = ("stack",) * len(slot.site.index) + slot.roles
+  given = (parts["a"], parts["b"], scale, roles, dropout, chosen)
+  if "magnitude" in parts:
+    return DoRA(*given, magnitude=parts["magnitude"])
+  if "bias" in parts:
+    return BiasLoRA(*given, bias=parts["bias"])
+  return LoRA(*given)
+
+
+def _tuned(sites: Sites, leaf: Any) -> Tuned:
+  shape = tuple(leaf.shape)
+  if len(sites) == 1:
+    ((site, parts),) = sites.items()
+    if site.shape(shape) == shape:
+      return Tuned(jnp.asarray(parts["value"]), leaf)
+  value = np.zeros(shape, np.float32)
+  for site, parts in sites.items():
+    value[site.place(shape)] = parts["value"]
+  layers = sorted({site.index[0] for site in sites if site.index})
+  if not layers or len(layers) == shape[0]:
+    return Tuned(jnp.asarray(value), leaf)
+  return Tuned(jnp.asarray(value[layers]), leaf, tuple(layers))

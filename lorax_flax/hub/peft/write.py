@@ -1,0 +1,394 @@
+"""From an adapter to what PEFT's folder says of it: a config, and tensors."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.hub.adapters import stacking
+from lorax_flax.hub.checkpoints.entries import Site
+from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
+from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft.config import PeftConfig
+from lorax_flax.hub.peft.forms import ROLES
+from lorax_flax.hub.peft.layout import Slot, Targets, resolve
+from lorax_flax.hub.peft.modules import (
+  ADAPTABLE,
+  Place,
+  input_embedding,
+  module_names,
+  parameters,
+  places,
+  tensors,
+  tied_to,
+)
+from lorax_flax.hub.peft.names import shortest_ends
+from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LowRank, Rows, Tuned
+
+
+@dataclass(frozen=True)
+class _Factored:
+  """A module or parameter with factors, as PEFT's patterns speak of it."""
+
+  rank: int
+  scale: np.float32
+  place: Place
+
+
+def to_peft_config(
+  adapter: Adapter,
+  keymap: KeyMap,
+  config: LoraConfig,
+  *,
+  base_name: str | None = None,
+  revision: str | None = None,
+  task_type: str | None = peft_config.SEQ_CLS,
+) -> PeftConfig:
+  """PEFT's config of an adapter: targets, ranks and scales are the adapter's own.
+
+  Args:
+    adapter: its deltas say what is targeted, with which rank and scale.
+    keymap: of the base.
+    config: what else there is to say (bias, init), and the alphas as they were given.
+    base_name, revision, task_type: as PEFT's fields.
+
+  Raises:
+    LoraxError: a delta or a tuned leaf that PEFT has no form for.
+  """
+  found = places(keymap)
+  factored = _factored(adapter, keymap, found)
+  modules = {n: f for n, f in factored.items() if n in found}
+  raw = [name for name in factored if name not in found]
+  shared = [tied for name in modules for tied in tied_to(found, name)]
+  whole = _saved_modules(adapter, keymap, config)
+  ties_saved = [name for name in whole if tied_to(found, name)]
+  saved = [_known_to_tie(name, found) if name in ties_saved else name for name in whole]
+  method = _method(adapter)
+  result = PeftConfig(
+    **_patterns("r", "rank_pattern", {n: f.rank for n, f in factored.items()}),
+    **_patterns("lora_alpha", "alpha_pattern", _alphas(factored, config)),
+    use_dora=method is DoRA,
+    lora_bias=method is BiasLoRA,
+    lora_dropout=_dropout(adapter),
+    modules_to_save=tuple(saved) or None,
+    trainable_token_indices=_tokens(adapter, found),
+    ensure_weight_tying=bool(shared or ties_saved),
+    bias=config.bias,
+    use_rslora=config.use_rslora,
+    fan_in_fan_out=_is_conv1d(modules),
+    init_lora_weights="gaussian" if config.init == "gaussian" else True,
+    task_type=task_type,
+    base_model_name_or_path=base_name,
+    revision=revision,
+  )
+  if task_type == peft_config.SEQ_CLS:
+    result = _with_head(result, saved, factored, keymap)
+  result = replace(
+    result,
+    target_modules=tuple(_names(modules, found, result, keymap)),
+    target_parameters=tuple(shortest_ends(raw, _others(raw, keymap))) or None,
+  )
+  _check(result, factored, resolve(result, keymap, found))
+  return result
+
+
+def to_tensors(
+  adapter: Adapter,
+  slots: Mapping[str, Slot],
+  config: PeftConfig,
+  leaves: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+  """The tensors of a folder, float32, each as its slot says.
+
+  Args:
+    leaves: of the base, for what PEFT repeats of it.
+
+  Raises:
+    LoraxError: a tensor that the adapter doesn't hold, or a leaf that has no tensor.
+  """
+  if rest := adapter.keys() - {slot.path for slot in slots.values()}:
+    raise LoraxError(
+      f"PEFT's bias={config.bias!r} does not save what the adapter trains: "
+      f"{listing(rest, most=4)}. Give LoraConfig.bias='all' for every bias, "
+      "'lora_only' for those of the targets, or tune whole modules"
+    )
+  tensors = {}
+  for key, slot in slots.items():
+    if slot.part == "leaf" and slot.path not in leaves:
+      raise LoraxError(f"{key} is the base's own {slot.path}: give params")
+    absent = slot.path not in adapter
+    if not absent and isinstance(delta := adapter[slot.path], LowRank | Tuned):
+      absent = not _is_trained(delta, slot.site)
+    if slot.part != "leaf" and absent:
+      raise LoraxError(
+        f"PEFT's folder for bias={config.bias!r} needs {key}, and the adapter does not "
+        f"train {slot.path}"
+      )
+    tensors[key] = np.ascontiguousarray(part_of(slot, config, adapter, leaves))
+  return tensors
+
+
+def part_of(
+  slot: Slot, config: PeftConfig, adapter: Adapter, leaves: Mapping[str, Any]
+) -> np.ndarray:
+  """The tensor of a slot, as it is stored; float32."""
+  if slot.part == "leaf":
+    return slot.form.to_stored(_at(leaves[slot.path], slot.site))
+  delta = adapter[slot.path]
+  if isinstance(delta, Tuned):
+    if slot.part == "original":
+      return slot.form.to_stored(_at(delta.original, slot.site))
+    site = replace(slot.site, index=_place(delta, slot.site))
+    return slot.form.to_stored(_at(delta.value, site))
+  value = np.asarray(getattr(delta, slot.part), np.float32)
+  if isinstance(delta, LowRank):
+    value = value[_place(delta, slot.site)]
+    rank = config.rank(slot.module)
+    if slot.part in ("a", "b"):
+      value = value[..., :rank] if slot.part == "a" else value[..., :rank, :]
+  return slot.form.to_stored(value)
+
+
+def _at(leaf: Any, site: Site) -> np.ndarray:
+  value = np.asarray(leaf, np.float32)
+  return value[site.place(value.shape)]
+
+
+def _place(delta: LowRank | Tuned, site: Site) -> tuple[int, ...]:
+  """Where a site's parts lie in the stack of a delta's."""
+  if not site.index or delta.layers is None:
+    return site.index
+  return (delta.layers.index(site.index[0]), *site.index[1:])
+
+
+def _factored(
+  adapter: Adapter, keymap: KeyMap, found: Mapping[str, Place]
+) -> dict[str, _Factored]:
+  """The modules and the parameters with factors, layers one by one."""
+  by_path: dict[str, dict[str, Place]] = {}
+  for name, place in found.items():
+    if place.kind in ADAPTABLE and place.main is None:
+      by_path.setdefault(place.site.path, {})[name] = place
+  modules = {place.site.path for place in found.values() if place.kind in ADAPTABLE}
+  for key, place in parameters(keymap).items():
+    if place.site.path not in modules:
+      by_path.setdefault(place.site.path, {})[key] = place
+  result = {}
+  for path, delta in adapter.items():
+    if not isinstance(delta, LowRank):
+      continue
+    if path not in by_path:
+      raise LoraxError(
+        f"PEFT has no LoRA for {path}: neither a linear layer's kernel nor an "
+        "embedding, a convolution or a stack of experts"
+      )
+    for name, place in by_path[path].items():
+      _check_roles(path, delta, place)
+      if _is_trained(delta, place.site):
+        result[name] = _one(delta, place)
+  if not result:
+    raise LoraxError("PEFT's LoRA folder needs one low-rank delta at least; none here")
+  return result
+
+
+def _check_roles(path: str, delta: LowRank, place: Place) -> None:
+  roles = ("stack",) * len(place.site.index) + ROLES[place.kind]
+  if delta.roles != roles:
+    raise LoraxError(
+      f"PEFT's LoRA for {path} takes its axes for {' '.join(roles)}, and the adapter's "
+      f"delta for {' '.join(delta.roles)}"
+    )
+
+
+def _one(delta: LowRank, place: Place) -> _Factored:
+  """A delta at one place of its stack."""
+  index = _place(delta, place.site)
+  a, b = np.asarray(delta.a)[index], np.asarray(delta.b)[index]
+  scale = np.asarray(delta.scale, np.float32)
+  stack = delta.a.shape[: delta.roles.count("stack")]
+  scale = scale.reshape(scale.shape + (1,) * (len(stack) - scale.ndim))
+  each = np.broadcast_to(scale, stack)[index]
+  if each.ndim and (each != each.flat[0]).any():
+    raise LoraxError(f"PEFT has one scale for all experts of {place.site.path}")
+  rank = delta.rank if not index else stacking.own_rank(a, b)
+  return _Factored(rank, np.float32(each.flat[0]), place)
+
+
+def _method(adapter: Adapter) -> type:
+  """The method of the factors, which in PEFT is the same for all targets."""
+  kinds = {type(delta) for delta in adapter.values() if isinstance(delta, LowRank)}
+  if len(kinds) > 1:
+    names = listing(kind.__name__ for kind in kinds)
+    raise LoraxError(f"PEFT has one method for all targets, and here are {names}")
+  return kinds.pop()
+
+
+def _tokens(
+  adapter: Adapter, found: Mapping[str, Place]
+) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+  """trainable_token_indices: a list where the input embedding's are meant."""
+  tables = {path: delta for path, delta in adapter.items() if isinstance(delta, Rows)}
+  rows = {
+    name: tables[place.site.path].indices
+    for name, place in found.items()
+    if place.main is None and place.site.path in tables
+  }
+  if left := tables.keys() - {found[name].site.path for name in rows}:
+    raise LoraxError(f"PEFT trains rows of modules' weights, not of {listing(left)}")
+  if not rows:
+    return None
+  if rows.keys() == {input_embedding(found)}:
+    return next(iter(rows.values()))
+  return rows
+
+
+def _is_conv1d(modules: Mapping[str, _Factored]) -> bool:
+  """PEFT's fan_in_fan_out: whether the last target's kernel is stored as (in, out).
+
+  PEFT turns it to what each target needs, one after another, whatever it is.
+  """
+  linear = [f.place for f in modules.values() if f.place.kind == "linear"]
+  return bool(linear) and linear[-1].site.entry.axes is None
+
+
+def _dropout(adapter: Adapter) -> float:
+  rates = {delta.dropout for delta in adapter.values() if isinstance(delta, LowRank)}
+  if len(rates) > 1:
+    raise LoraxError(f"PEFT has one dropout rate for all targets, not {sorted(rates)}")
+  return rates.pop()
+
+
+def _alphas(factored: Mapping[str, _Factored], config: LoraConfig) -> dict[str, float]:
+  return {n: _alpha(f.scale, f.rank, config) for n, f in factored.items()}
+
+
+def _alpha(scale: np.float32, rank: int, config: LoraConfig) -> float:
+  """The alpha that PEFT makes this scale of; as it was given, where it was."""
+  if not scale > 0:
+    raise LoraxError(f"PEFT's alpha is positive, and a delta here has scale {scale}")
+  divisor = math.sqrt(rank) if config.use_rslora else rank
+  given = [config.alpha]
+  for value in config.alpha_pattern.values():
+    given += value if isinstance(value, Sequence) else [value]
+  for alpha in given:
+    if np.float32(alpha / divisor) == scale:
+      return _plain(alpha)
+  return _plain(float(scale) * divisor)
+
+
+def _plain(alpha: float) -> float:
+  return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def _patterns(name: str, pattern: str, values: Mapping[str, Any]) -> dict[str, Any]:
+  """The most common value, and PEFT's patterns for the modules that differ."""
+  default = stacking.most_common(values)
+  patterns: dict[str, Any] = {}
+  for value in dict.fromkeys(values.values()):
+    if value == default:
+      continue
+    wanted = [name for name in values if values[name] == value]
+    others = [name for name in values if values[name] != value]
+    patterns |= dict.fromkeys(shortest_ends(wanted, others), value)
+  return {name: default, pattern: patterns}
+
+
+def _names(
+  modules: Mapping[str, _Factored],
+  found: Mapping[str, Place],
+  config: PeftConfig,
+  keymap: KeyMap,
+) -> list[str]:
+  """target_modules: the shortest ends of names that mean the targets alone."""
+  shared = {tied for name in modules for tied in tied_to(found, name)}
+  mains = [name for name in modules if tied_to(found, name)]
+  others = [
+    name
+    for name in module_names(keymap)
+    if name not in modules and name not in shared and not config.is_excluded(name)
+  ]
+  ends = shortest_ends([name for name in modules if name not in mains], others)
+  # In full, since the bare "embed_tokens" makes PEFT save the base's weight too.
+  return [*ends, *(_known_to_tie(main, found) for main in mains)]
+
+
+def _known_to_tie(main: str, found: Mapping[str, Place]) -> str:
+  """The name by which PEFT sees that an embedding is meant; it knows two."""
+  known = main.rpartition(".")[2] in peft_config.EMBEDDING_NAMES
+  return main if known else tied_to(found, main)[0]
+
+
+def _others(raw: Iterable[str], keymap: KeyMap) -> list[str]:
+  return [key for key in parameters(keymap) if key not in raw]
+
+
+def _saved_modules(adapter: Adapter, keymap: KeyMap, config: LoraConfig) -> list[str]:
+  """The modules trained in full, the outermost whose every leaf is."""
+  keys = tensors(keymap)
+  paths = {path: delta for path, delta in adapter.items() if isinstance(delta, Tuned)}
+  for path in paths.keys() - {site.path for site in keys.values()}:
+    raise LoraxError(unknown(f"{keymap.family} parameter", path, keymap.keys))
+  tuned = {
+    key
+    for key, site in keys.items()
+    if site.path in paths and _is_trained(paths[site.path], site)
+  }
+  inside = {
+    name: leaves
+    for name in module_names(keymap)
+    if (leaves := {key for key in keys if key.startswith(f"{name}.")})
+  }
+  whole = [name for name, leaves in inside.items() if leaves <= tuned]
+  outermost = [n for n in whole if not any(n.startswith(f"{o}.") for o in whole)]
+  left = tuned - {key for name in outermost for key in inside[name]}
+  if config.bias == "none" or any(not key.endswith(".bias") for key in left):
+    for key in sorted(left):
+      absent = inside.get(module_of(key), set()) - tuned
+      raise LoraxError(
+        f"PEFT saves whole modules, and the adapter trains {key} without "
+        f"{listing(absent)}"
+      )
+  return outermost
+
+
+def _is_trained(delta: LowRank | Tuned, site: Site) -> bool:
+  """Whether a delta has something for this layer of its leaf."""
+  return delta.layers is None or site.index[0] in delta.layers
+
+
+def _with_head(
+  config: PeftConfig, saved: list[str], factored: Iterable[str], keymap: KeyMap
+) -> PeftConfig:
+  """The config of a sequence classifier, whose head PEFT saves whether asked or not."""
+  names = module_names(keymap)
+  # PEFT takes every name that ends so: "pre_classifier" too.
+  heads = [name for name in names if name.endswith(peft_config.HEAD_NAMES)]
+  heads = [name for name in heads if module_of(name) not in heads]
+  if wrapped := sorted(set(factored) & set(heads)):
+    raise LoraxError(
+      f"a {peft_config.SEQ_CLS} adapter in PEFT's form saves every module whose name "
+      f"ends with {' or '.join(peft_config.HEAD_NAMES)} in full, and this one has "
+      f"factors on {listing(wrapped)}: exclude it and add it to LoraConfig.tuned"
+    )
+  if absent := set(heads) - set(saved):
+    raise LoraxError(
+      f"a {peft_config.SEQ_CLS} adapter in PEFT's form brings its head, and this one "
+      f"does not train the whole of {listing(absent)}: add it to LoraConfig.tuned, or "
+      "give task_type=None"
+    )
+  rest = [name for name in saved if name not in heads]
+  return replace(config, modules_to_save=tuple(peft_config.with_heads(rest)))
+
+
+def _check(
+  config: PeftConfig, factored: Mapping[str, _Factored], targets: Targets
+) -> None:
+  """That the config means the adapter: a slip here would be silent."""
+  assert {*targets.modules, *targets.parameters} == factored.keys()
+  for name, each in factored.items():
+    assert config.rank(name) == each.rank, name
+    assert np.float32(config.scale(name)) == each.scale, name

@@ -1,0 +1,95 @@
+"""Starting from an adapter that was trained before, on another task maybe."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from lorax_flax.adapt.paths import map_with_path
+from lorax_flax.errors import LoraxError, listing
+from lorax_flax.hub.peft import folder as peft
+from lorax_flax.methods import Adapter, LowRank, Tuned
+from lorax_flax.models import registry
+
+
+def start_from(
+  folder: str, adapter: Adapter, loaded: registry.Loaded, say: Callable[[str], None]
+) -> Adapter:
+  """`adapter` with the weights of a PEFT folder.
+
+  Its low-rank factors are taken, as the LoRA paper starts RTE, MRPC and STS-B from
+  MNLI. What it trained in full, the head above all, is taken only where both have as
+  many labels.
+
+  Args:
+    folder: PEFT's.
+    adapter: a fresh one, which says what is trained from here on.
+    say: takes a line for the user.
+
+  Raises:
+    LoraxError: the two differ in targets, rank or scale.
+  """
+  ours = getattr(loaded.config, "num_labels", None)  # Of a language model: none.
+  theirs = peft.num_labels(folder)
+  params = loaded.params
+  if theirs is not None and ours is not None and theirs != ours:
+    params = map_with_path(
+      lambda path, leaf: _with_labels(path, leaf, ours, theirs), params
+    )
+  found, _ = peft.read_adapter(folder, params, loaded.keymap)
+  _check(folder, _factors(found), _factors(adapter))
+  start = dict(adapter)
+  for path, delta in adapter.items():
+    other = found.get(path)
+    if isinstance(delta, LowRank) and type(delta) is type(other):
+      start[path] = replace(delta, **{n: getattr(other, n) for n in delta.trained})
+    elif isinstance(delta, Tuned) and isinstance(other, Tuned) and theirs == ours:
+      start[path] = replace(delta, value=other.value)
+  head = "none there"
+  if theirs is not None:
+    same = theirs == ours
+    head = "taken too" if same else f"new: it has {theirs} labels there and {ours} here"
+  say(f"starting from {folder}: {len(_factors(found))} deltas; the head is {head}")
+  return start
+
+
+def _factors(adapter: Adapter) -> dict[str, LowRank]:
+  return {path: delta for path, delta in adapter.items() if isinstance(delta, LowRank)}
+
+
+def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) -> None:
+  if differ := sorted(theirs.keys() ^ ours.keys()):
+    there = [path for path in differ if path in theirs]
+    only = "that adapter" if there else "lora.targets"
+    raise LoraxError(
+      f"init_adapter {folder} adapts other weights than lora.targets: only {only} has "
+      f"{listing(there or differ, most=4)}"
+    )
+  for path, delta in ours.items():
+    other = theirs[path]
+    if type(delta) is not type(other):
+      raise LoraxError(
+        f"init_adapter {folder} has {type(other).__name__} at {path}, and this run "
+        f"{type(delta).__name__}"
+      )
+    if delta.rank != other.rank:
+      raise LoraxError(
+        f"init_adapter {folder} has rank {other.rank} at {path}, and this run rank "
+        f"{delta.rank}: set --config.lora.rank={other.rank}"
+      )
+    if not np.allclose(delta.scale, other.scale):
+      alpha = float(np.max(other.scale)) * other.rank
+      raise LoraxError(
+        f"init_adapter {folder} scales its delta of {path} by {other.scale}, and this "
+        f"run by {delta.scale}: set --config.lora.alpha={alpha:g}"
+      )
+
+
+def _with_labels(
+  path: str, leaf: jax.Array, ours: int, theirs: int
+) -> jax.ShapeDtypeStruct:
+  """A leaf's shape as it is in a model with another number of labels."""
+  outputs = path.startswith("classifier/") and "dense" not in path
+  shape = (*leaf.shape[:-1], theirs) if outputs else leaf.shape
+  return jax.ShapeDtypeStruct(shape, leaf.dtype)

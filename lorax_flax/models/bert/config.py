@@ -1,0 +1,88 @@
+"""The shape of an encoder, read from a Hugging Face config.json."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lorax_flax.models import hf_config as fields
+
+# What would change the numbers if it were set otherwise, and that we do not compute.
+_ONLY = {
+  "position_embedding_type": "absolute",
+  "is_decoder": False,
+  "is_encoder_decoder": False,
+  "add_cross_attention": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+  """A BERT or RoBERTa encoder with a classifier, under Hugging Face's field names.
+
+  Attributes:
+    model_type: "bert", "roberta" or "xlm-roberta".
+    num_labels: width of the classifier's output; 1 for regression.
+    classifier_dropout: None takes hidden_dropout_prob.
+    The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
+  """
+
+  model_type: str
+  vocab_size: int
+  hidden_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  intermediate_size: int
+  pad_token_id: int
+  hidden_act: str = "gelu"
+  hidden_dropout_prob: float = 0.1
+  attention_probs_dropout_prob: float = 0.1
+  classifier_dropout: float | None = None
+  max_position_embeddings: int = 512
+  type_vocab_size: int = 2
+  initializer_range: float = 0.02
+  layer_norm_eps: float = 1e-12
+  num_labels: int = 2
+
+  def __post_init__(self):
+    fields.check_layers(self, ["num_hidden_layers"])
+    fields.check_sizes(
+      self,
+      [
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "num_labels",
+      ],
+    )
+    fields.check_token(self, "pad_token_id")
+    fields.check_rates(
+      self,
+      ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"],
+    )
+    fields.check_positive(self, ["initializer_range", "layer_norm_eps"])
+    fields.check_multiple(self, "hidden_size", of="num_attention_heads")
+    fields.check_activation(self, "hidden_act")
+
+  @property
+  def head_size(self) -> int:
+    """Features of one attention head."""
+    return self.hidden_size // self.num_attention_heads
+
+  @property
+  def head_dropout(self) -> float:
+    """Dropout rate of the classification head."""
+    if self.classifier_dropout is None:
+      return self.hidden_dropout_prob
+    return self.classifier_dropout
+
+
+def from_hf(
+  hf_config: Mapping[str, Any], defaults: Mapping[str, Any], **overrides: Any
+) -> EncoderConfig:
+  """Reads a config.json that is already parsed; see `fields.read`."""
+  return fields.read(
+    EncoderConfig, hf_config, defaults=defaults, only=_ONLY, **overrides
+  )

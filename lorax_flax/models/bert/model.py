@@ -1,0 +1,268 @@
+"""BERT and RoBERTa: the bare encoder, and sequence classifiers on top of it.
+
+The two share every layer. They differ in how a position is numbered and in the head:
+BERT pools the first token through a pretrained dense layer, RoBERTa's classifier
+brings its own. Sources: arXiv 1810.04805 and 1907.11692, as transformers computes
+them (BertForSequenceClassification, RobertaForSequenceClassification).
+
+Shapes: B batch, T tokens, D hidden_size, H heads, K head size, C labels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lorax_flax.models import layers, ops
+from lorax_flax.models.bert import keys as bert_keys
+from lorax_flax.models.bert.config import EncoderConfig, from_hf
+from lorax_flax.models.family import Family, text_inputs
+from lorax_flax.models.layers import DType
+from lorax_flax.models.model import Model, check_length
+
+
+def _sequential(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
+  """BERT's positions: 0, 1, 2, …, padding included. Returns BxT."""
+  del config
+  positions_T = jnp.arange(input_ids_BxT.shape[1], dtype=jnp.int32)
+  return jnp.broadcast_to(positions_T[None, :], input_ids_BxT.shape)
+
+
+def _after_padding(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
+  """RoBERTa's: tokens count from pad + 1, padding stays at pad. Returns BxT."""
+  real_BxT = (input_ids_BxT != config.pad_token_id).astype(jnp.int32)
+  return jnp.cumsum(real_BxT, axis=1) * real_BxT + config.pad_token_id
+
+
+# How each family numbers its positions.
+POSITIONS = {
+  "bert": _sequential,
+  "roberta": _after_padding,
+  "xlm-roberta": _after_padding,
+}
+
+
+def _dense(config: EncoderConfig, features: int, axes, dtype, name: str) -> nn.Dense:
+  return layers.dense(features, axes, dtype, name, std=config.initializer_range)
+
+
+class Attention(nn.Module):
+  """Self-attention, its output added to its input and normed."""
+
+  config: EncoderConfig
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    c = self.config
+    split = (*x_BxTxD.shape[:-1], c.num_attention_heads, c.head_size)
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (
+      _dense(c, c.hidden_size, ("embed", "heads"), self.dtype, name)(x_BxTxD).reshape(
+        split
+      )
+      for name in ("query", "key", "value")
+    )
+    rate = c.attention_probs_dropout_prob
+    drop = rate > 0.0 and not self.deterministic
+    y_BxTxHxK = ops.attention(
+      q_BxTxHxK,
+      k_BxTxHxK,
+      v_BxTxHxK,
+      mask_BxT,
+      dropout_rate=rate,
+      dropout_rng=self.make_rng("dropout") if drop else None,
+    )
+    y_BxTxD = y_BxTxHxK.reshape(x_BxTxD.shape)
+    y_BxTxD = _dense(c, c.hidden_size, ("heads", "embed"), self.dtype, "output")(
+      y_BxTxD
+    )
+    y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
+    return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
+
+
+class Layer(nn.Module):
+  """One encoder layer, in the form that nn.scan asks for."""
+
+  config: EncoderConfig
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
+    c = self.config
+    attend = Attention(c, self.dtype, self.deterministic, name="attention")
+    x_BxTxD = attend(x_BxTxD, mask_BxT)
+    up = _dense(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "intermediate")
+    down = _dense(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
+    y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
+    y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
+    return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD), None
+
+
+class Layers(nn.Module):
+  """All layers, one after another or stacked and scanned."""
+
+  config: EncoderConfig
+  dtype: DType
+  scan: bool
+  remat: str
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    return layers.stack(
+      Layer,
+      (self.config, self.dtype, self.deterministic),
+      self.config.num_hidden_layers,
+      x_BxTxD,
+      mask_BxT,
+      scan=self.scan,
+      remat=self.remat,
+    )
+
+
+class Embeddings(nn.Module):
+  """Token, position and type embeddings, summed and normed."""
+
+  config: EncoderConfig
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, input_ids_BxT, token_type_ids_BxT) -> jax.Array:
+    c = self.config
+
+    def look_up(name, rows, axis, ids_BxT):
+      table = layers.embed(
+        rows, c.hidden_size, name, axis=axis, std=c.initializer_range
+      )
+      return table(ids_BxT).astype(self.dtype)
+
+    positions_BxT = POSITIONS[c.model_type](input_ids_BxT, c)
+    x_BxTxD = look_up("word_embeddings", c.vocab_size, "vocab", input_ids_BxT)
+    x_BxTxD += look_up(
+      "token_type_embeddings", c.type_vocab_size, "types", token_type_ids_BxT
+    )
+    x_BxTxD += look_up(
+      "position_embeddings", c.max_position_embeddings, "positions", positions_BxT
+    )
+    x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD)
+    return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
+
+
+class SequenceClassifier(Model):
+  """An encoder with a head over its first token; one output is a regression."""
+
+  config: EncoderConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    token_type_ids: jax.Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Logits, BxC float32.
+
+    Args:
+      input_ids, attention_mask, token_type_ids: BxT int32; the mask is 1 where a token
+        is attended to, and the types are all zero where they are not given.
+      deterministic: without dropout; otherwise a "dropout" rng is needed.
+    """
+    c, dtype = self.config, self.dtype
+    check_length(input_ids, max_length(c))
+    if token_type_ids is None:
+      token_type_ids = jnp.zeros_like(input_ids)
+    x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
+      input_ids, token_type_ids
+    )
+    x_BxTxD = Layers(c, dtype, self.scan, self.remat, deterministic, name="encoder")(
+      x_BxTxD, attention_mask
+    )
+    x_BxD = x_BxTxD[:, 0]
+    head = HEADS[c.model_type](c, dtype, deterministic)
+    return head(x_BxD).astype(jnp.float32)
+
+
+def _bert_head(config, dtype, deterministic):
+  def head(x_BxD):
+    dense = _dense(config, config.hidden_size, ("embed", "pooled"), dtype, "pooler")
+    x_BxD = jnp.tanh(dense(x_BxD))
+    x_BxD = nn.Dropout(config.head_dropout)(x_BxD, deterministic)
+    return _dense(config, config.num_labels, ("embed", "labels"), dtype, "classifier")(
+      x_BxD
+    )
+
+  return head
+
+
+class RobertaHead(nn.Module):
+  config: EncoderConfig
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x_BxD: jax.Array) -> jax.Array:
+    c = self.config
+    x_BxD = nn.Dropout(c.head_dropout)(x_BxD, self.deterministic)
+    dense = _dense(c, c.hidden_size, ("embed", "pooled"), self.dtype, "dense")
+    x_BxD = nn.Dropout(c.head_dropout)(jnp.tanh(dense(x_BxD)), self.deterministic)
+    return _dense(c, c.num_labels, ("embed", "labels"), self.dtype, "out_proj")(x_BxD)
+
+
+def _roberta_head(config, dtype, deterministic):
+  return RobertaHead(config, dtype, deterministic, name="classifier")
+
+
+HEADS: dict[str, Callable[..., Any]] = {
+  "bert": _bert_head,
+  "roberta": _roberta_head,
+  "xlm-roberta": _roberta_head,
+}
+
+
+def max_length(config: EncoderConfig) -> int:
+  """How many tokens there are positions for; RoBERTa's begin after its padding's."""
+  offset = 0 if config.model_type == "bert" else config.pad_token_id + 1
+  return config.max_position_embeddings - offset
+
+
+_SIZES = {
+  "hidden_size": 768,
+  "num_hidden_layers": 12,
+  "num_attention_heads": 12,
+  "intermediate_size": 3072,
+  "type_vocab_size": 2,
+}
+
+
+def _family(model_type: str, architecture: str, vocab: int, pad: int) -> Family:
+  # What transformers takes where config.json is silent.
+  defaults = {**_SIZES, "vocab_size": vocab, "pad_token_id": pad}
+  return Family(
+    task="sequence-classification",
+    architecture=architecture,
+    configure=lambda hf_config, **asked: from_hf(hf_config, defaults, **asked),
+    build=SequenceClassifier,
+    keymap=lambda config, scan: bert_keys.keymap(
+      model_type, config.num_hidden_layers, scan
+    ),
+    inputs=text_inputs,
+    max_length=max_length,
+    dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    head_dropout=("classifier_dropout",),
+  )
+
+
+FAMILIES = {
+  "bert": _family("bert", "BertForSequenceClassification", 30522, 0),
+  "roberta": _family("roberta", "RobertaForSequenceClassification", 50265, 1),
+  "xlm-roberta": _family(
+    "xlm-roberta", "XLMRobertaForSequenceClassification", 30522, 1
+  ),
+}

@@ -1,0 +1,98 @@
+"""The key map of DeBERTa-v2's sequence classifier (see keymap.py)."""
+
+from collections.abc import Collection, Mapping
+
+from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.hub.checkpoints.entries import CONV_1D, Entry, embedding, linear, norm
+from lorax_flax.hub.checkpoints.keymap import KeyMap
+
+_LAYER = "encoder/layer_{i}"
+_KEY = "encoder.layer.{i}"
+
+
+def _projection(name: str) -> tuple[Entry, ...]:
+  return linear(f"{_LAYER}/attention/{name}", f"{_KEY}.attention.self.{name}")
+
+
+def _table(name: str) -> tuple[Entry, ...]:
+  return (embedding(f"embeddings/{name}", f"embeddings.{name}"),)
+
+
+_ENTRIES = (
+  *_table("word_embeddings"),
+  *norm("embeddings/layer_norm", "embeddings.LayerNorm"),
+  *_projection("query_proj"),
+  *_projection("key_proj"),
+  *_projection("value_proj"),
+  *linear(f"{_LAYER}/attention/output", f"{_KEY}.attention.output.dense"),
+  *norm(f"{_LAYER}/attention/layer_norm", f"{_KEY}.attention.output.LayerNorm"),
+  *linear(f"{_LAYER}/intermediate", f"{_KEY}.intermediate.dense"),
+  *linear(f"{_LAYER}/output", f"{_KEY}.output.dense"),
+  *norm(f"{_LAYER}/layer_norm", f"{_KEY}.output.LayerNorm"),
+  *linear("pooler", "pooler.dense", part="head"),
+  *linear("classifier", "classifier", part="head"),
+)
+
+# Modules that one model has and another lacks.
+OPTIONAL: Mapping[str, tuple[Entry, ...]] = {
+  "position_embeddings": _table("position_embeddings"),
+  "token_type_embeddings": _table("token_type_embeddings"),
+  "embed_proj": linear("embeddings/embed_proj", "embeddings.embed_proj", bias=False),
+  "rel_embeddings": (embedding("encoder/rel_embeddings", "encoder.rel_embeddings"),),
+  "rel_norm": norm("encoder/rel_norm", "encoder.LayerNorm"),
+  "pos_key_proj": _projection("pos_key_proj"),
+  "pos_query_proj": _projection("pos_query_proj"),
+  "conv": (
+    Entry("encoder/conv/conv/kernel", "encoder.conv.conv.weight", CONV_1D),
+    Entry("encoder/conv/conv/bias", "encoder.conv.conv.bias"),
+    *norm("encoder/conv/layer_norm", "encoder.conv.LayerNorm"),
+  ),
+}
+
+# Pretraining's heads: v2's masked-language head in transformers' older form and in its
+# own, v3's discriminator; question answering's.
+_OTHER = (
+  "cls.predictions.bias",
+  "lm_predictions.lm_head.bias",
+  *(
+    f"{module}.{name}"
+    for module in (
+      "cls.predictions.decoder",
+      "cls.predictions.transform.dense",
+      "cls.predictions.transform.LayerNorm",
+      "lm_predictions.lm_head.dense",
+      "lm_predictions.lm_head.LayerNorm",
+      "mask_predictions.dense",
+      "mask_predictions.LayerNorm",
+      "mask_predictions.classifier",
+      "qa_outputs",
+    )
+    for name in ("weight", "bias")
+  ),
+)
+# The published checkpoints have a table of absolute positions that no layer reads.
+_POSITIONS = "embeddings.position_embeddings.weight"
+
+
+def keymap(num_layers: int, optional: Collection[str], scan: bool = False) -> KeyMap:
+  """The key map of a DeBERTa-v2 with `num_layers` layers.
+
+  Args:
+    optional: of the names in `OPTIONAL`, those that the model has.
+  """
+  for name in optional:
+    if name not in OPTIONAL:
+      raise LoraxError(unknown("module of deberta-v2", name, OPTIONAL))
+  chosen = (rows for name, rows in OPTIONAL.items() if name in optional)
+  unread = () if "position_embeddings" in optional else (_POSITIONS,)
+  return KeyMap(
+    family="deberta-v2",
+    prefix="deberta.",
+    entries=(*_ENTRIES, *(entry for rows in chosen for entry in rows)),
+    counts={"i": num_layers},
+    scan=scan,
+    anchor="embeddings.word_embeddings.weight",
+    buffers=("embeddings.position_ids", *unread),
+    other_heads=_OTHER,
+    head_groups=("pooler", "classifier"),
+  )

@@ -1,0 +1,240 @@
+"""DeBERTa-v2 and v3 with a sequence classifier.
+
+BERT's layers with disentangled attention (deberta_attention.py); the largest of v2 have
+a convolution beside their first layer. Sources: arXiv 2006.03654 and 2111.09543, as
+transformers computes them (DebertaV2ForSequenceClassification).
+
+Shapes: B batch, T tokens, D hidden_size, E embedding_size, R rows of the table of
+relative positions, C labels.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_flax.models import layers, ops
+from lorax_flax.models.deberta import attention
+from lorax_flax.models.deberta import keys as deberta_keys
+from lorax_flax.models.deberta.config import DebertaConfig, from_hf
+from lorax_flax.models.family import Family, text_inputs
+from lorax_flax.models.layers import DType
+from lorax_flax.models.model import Model, check_length
+
+
+def _dense(config: DebertaConfig, features: int, axes, dtype, name: str) -> nn.Dense:
+  return layers.dense(features, axes, dtype, name, std=config.initializer_range)
+
+
+class Beside(NamedTuple):
+  """What joins the first layer's output: the convolution's, and the norm of the sum."""
+
+  y_BxTxD: jax.Array
+  real_BxTx1: jax.Array
+  scale_D: jax.Array
+  bias_D: jax.Array
+
+
+class Layer(nn.Module):
+  """One encoder layer, in the form that nn.scan asks for."""
+
+  config: DebertaConfig
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(
+    self, x_BxTxD, pairs_BxTxT, rel_RxD, beside: Beside | None, *, first=False
+  ):
+    c = self.config
+    made_with = (c, self.dtype, self.deterministic)
+    attend = attention.Attention(*made_with, name="attention")
+    x_BxTxD = attend(x_BxTxD, pairs_BxTxT, rel_RxD)
+    up = _dense(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "intermediate")
+    down = _dense(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
+    y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
+    y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
+    x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
+    if beside is None:
+      return x_BxTxD, None
+
+    def joined(x_BxTxD):
+      sum_BxTxD = x_BxTxD + beside.y_BxTxD
+      norm = ops.layer_norm(sum_BxTxD, beside.scale_D, beside.bias_D, c.layer_norm_eps)
+      return norm * beside.real_BxTx1
+
+    # A branch and not a choice between two results: only one layer pays for it.
+    return jax.lax.cond(first, joined, lambda x_BxTxD: x_BxTxD, x_BxTxD), None
+
+
+class Conv(nn.Module):
+  """The convolution of the embeddings that joins the first layer's output.
+
+  It depends on no layer, so it runs ahead of them, once, and they may be scanned.
+  """
+
+  config: DebertaConfig
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array, real_BxTx1: jax.Array) -> Beside:
+    c, size = self.config, self.config.conv_kernel_size
+    normal = nn.initializers.normal(c.initializer_range)
+    axes = ("width", "embed", "pooled")
+    conv = nn.Conv(
+      c.hidden_size,
+      (size,),
+      padding=[(size // 2, size // 2)],
+      feature_group_count=c.conv_groups,
+      dtype=self.dtype,
+      kernel_init=nn.with_logical_partitioning(normal, axes),
+      bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[-1:]),
+      name="conv",
+    )
+    # Of padded places too: `Layer` sets the sum to zero there.
+    y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(conv(x_BxTxD), self.deterministic)
+    y_BxTxD = ops.activation(c.conv_act)(y_BxTxD)
+    norm = layers.NormWeights(name="layer_norm")(c.hidden_size)
+    return Beside(y_BxTxD, real_BxTx1, *norm)
+
+
+class Encoder(nn.Module):
+  """All layers, and the table of relative positions that they share."""
+
+  config: DebertaConfig
+  dtype: DType
+  scan: bool
+  remat: str
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    c = self.config
+    made_with = (c, self.dtype, self.deterministic)
+    real_BxT = mask_BxT != 0
+    rel_RxD = beside = None
+    if c.relative_attention:
+      std, places = c.initializer_range, attention.used(c, x_BxTxD.shape[1])
+      table = layers.embed(
+        2 * c.span, c.hidden_size, "rel_embeddings", axis="positions", std=std
+      )
+      rel_RxD = table(places[None, :])[0].astype(self.dtype)
+      if c.norm_rel_ebd:
+        rel_RxD = layers.Norm(c.layer_norm_eps, name="rel_norm")(rel_RxD)
+    each = {}
+    if c.conv_kernel_size:
+      real_BxTx1 = real_BxT[..., None].astype(self.dtype)
+      beside = Conv(*made_with, name="conv")(x_BxTxD, real_BxTx1)
+      each = {"first": np.arange(c.num_hidden_layers) == 0}
+    return layers.stack(
+      Layer,
+      made_with,
+      c.num_hidden_layers,
+      x_BxTxD,
+      real_BxT[:, :, None] & real_BxT[:, None, :],
+      rel_RxD,
+      beside,
+      scan=self.scan,
+      remat=self.remat,
+      each=each,
+    )
+
+
+class Embeddings(nn.Module):
+  """Token embeddings and what a model adds to them, normed, zero where padded."""
+
+  config: DebertaConfig
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, input_ids_BxT, token_type_ids_BxT, mask_BxT) -> jax.Array:
+    c = self.config
+
+    def look_up(name, rows, axis, ids):
+      table = layers.embed(rows, c.embedded, name, axis=axis, std=c.initializer_range)
+      return table(ids).astype(self.dtype)
+
+    x_BxTxE = look_up("word_embeddings", c.vocab_size, "vocab", input_ids_BxT)
+    if c.position_biased_input:
+      places_1xT = np.arange(input_ids_BxT.shape[1], dtype=np.int32)[None, :]
+      x_BxTxE += look_up(
+        "position_embeddings", c.max_position_embeddings, "positions", places_1xT
+      )
+    if c.type_vocab_size:
+      x_BxTxE += look_up(
+        "token_type_embeddings", c.type_vocab_size, "types", token_type_ids_BxT
+      )
+    x_BxTxD = x_BxTxE
+    if c.embedded != c.hidden_size:
+      x_BxTxD = layers.dense(
+        c.hidden_size,
+        ("embed", "pooled"),
+        self.dtype,
+        "embed_proj",
+        std=c.initializer_range,
+        bias=False,
+      )(x_BxTxE)
+    x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD)
+    x_BxTxD *= (mask_BxT != 0)[..., None].astype(self.dtype)
+    return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
+
+
+class SequenceClassifier(Model):
+  """An encoder with a head over its first token; one output is a regression."""
+
+  config: DebertaConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    token_type_ids: jax.Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Logits, BxC float32.
+
+    Args:
+      input_ids, attention_mask, token_type_ids: BxT int32; the mask is 1 where a token
+        is attended to, and the types are all zero where they are not given.
+      deterministic: without dropout; otherwise a "dropout" rng is needed.
+    """
+    c, dtype = self.config, self.dtype
+    if c.position_biased_input:
+      check_length(input_ids, c.max_position_embeddings)
+    if token_type_ids is None:
+      token_type_ids = jnp.zeros_like(input_ids)
+    x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
+      input_ids, token_type_ids, attention_mask
+    )
+    x_BxTxD = Encoder(c, dtype, self.scan, self.remat, deterministic, name="encoder")(
+      x_BxTxD, attention_mask
+    )
+    x_BxD = nn.Dropout(c.pooler_dropout)(x_BxTxD[:, 0], deterministic)
+    dense = _dense(c, c.hidden_size, ("embed", "pooled"), dtype, "pooler")
+    x_BxD = ops.activation(c.pooler_hidden_act)(dense(x_BxD))
+    x_BxD = nn.Dropout(c.head_dropout)(x_BxD, deterministic)
+    head = _dense(c, c.num_labels, ("embed", "labels"), dtype, "classifier")
+    return head(x_BxD).astype(jnp.float32)
+
+
+FAMILIES = {
+  "deberta-v2": Family(
+    task="sequence-classification",
+    architecture="DebertaV2ForSequenceClassification",
+    configure=from_hf,
+    build=SequenceClassifier,
+    keymap=lambda config, scan: deberta_keys.keymap(
+      config.num_hidden_layers, config.optional, scan
+    ),
+    inputs=text_inputs,
+    max_length=lambda config: config.max_position_embeddings,
+    dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    head_dropout=("cls_dropout",),
+  )
+}

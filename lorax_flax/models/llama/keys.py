@@ -1,0 +1,113 @@
+"""The key map of Llama and its relatives (see keymap.py)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from lorax_flax.hub.checkpoints.entries import LINEAR, Entry, embedding, linear, norm
+from lorax_flax.hub.checkpoints.keymap import KeyMap
+
+_LAYER = "model/layer_{i}"
+_KEY = "layers.{i}"
+
+
+def _linears(part: str, biased: Mapping[str, bool]) -> list[Entry]:
+  return [
+    entry
+    for name, bias in biased.items()
+    for entry in linear(f"{_LAYER}/{part}/{name}", f"{_KEY}.{part}.{name}", bias=bias)
+  ]
+
+
+_MIXTURE = f"{_LAYER}/mlp"
+
+# What transformers' modules hold: the router, and all experts of a layer in one tensor.
+_EXPERTS = (
+  Entry(f"{_MIXTURE}/gate/weight", f"{_KEY}.mlp.gate.weight", LINEAR),
+  *(
+    Entry(f"{_MIXTURE}/experts/{name}", f"{_KEY}.mlp.experts.{name}", (0, 2, 1))
+    for name in ("gate_up_proj", "down_proj")
+  ),
+)
+
+
+def _apart(module: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
+  """What files hold: a tensor for each matrix of each expert."""
+  expert = f"{_KEY}.{module}.experts.{{e}}"
+  gate_up = f"{_MIXTURE}/experts/gate_up_proj"
+  return (
+    Entry(f"{_MIXTURE}/gate/weight", f"{_KEY}.{module}.gate.weight", LINEAR),
+    Entry(gate_up, f"{expert}.{gate}.weight", LINEAR, piece=(0, 2)),
+    Entry(gate_up, f"{expert}.{up}.weight", LINEAR, piece=(1, 2)),
+    Entry(f"{_MIXTURE}/experts/down_proj", f"{expert}.{down}.weight", LINEAR),
+  )
+
+
+_APART = {
+  "mixtral": _apart("block_sparse_moe", "w1", "w3", "w2"),
+  "qwen3_moe": _apart("mlp", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def keymap(
+  family: str,
+  num_layers: int,
+  scan: bool = False,
+  *,
+  attention: Mapping[str, bool],
+  mlp: Mapping[str, bool] | None,
+  experts: int = 0,
+  layer_norms: Sequence[str],
+  head_norms: Sequence[str] = (),
+  tied: bool = False,
+) -> KeyMap:
+  """The key map of a decoder.
+
+  Args:
+    attention, mlp: their projections: whether each has a bias. None: experts.
+    experts: how many there are of them.
+    layer_norms: the norms of a layer.
+    head_norms: the norms of attention's heads.
+    tied: the head's weight is the embedding's.
+  """
+  scale = {"bias": False}
+  entries = (
+    embedding("model/embed_tokens", "embed_tokens"),
+    *_linears("self_attn", attention),
+    *(
+      entry
+      for name in head_norms
+      for entry in norm(
+        f"{_LAYER}/self_attn/{name}", f"{_KEY}.self_attn.{name}", **scale
+      )
+    ),
+    *(_EXPERTS if mlp is None else _linears("mlp", mlp)),
+    *(
+      entry
+      for name in layer_norms
+      for entry in norm(f"{_LAYER}/{name}", f"{_KEY}.{name}", **scale)
+    ),
+    *norm("model/norm", "norm", **scale),
+    *(() if tied else linear("lm_head", "lm_head", part="head", bias=False)),
+  )
+  found = KeyMap(
+    family=family,
+    prefix="model.",
+    entries=entries,
+    counts={"i": num_layers},
+    scan=scan,
+    anchor="embed_tokens.weight",
+    # Old checkpoints hold the angles' frequencies.
+    buffers=tuple(
+      f"layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(num_layers)
+    ),
+    other_heads=("score.weight",),
+    head_groups=(),
+    ties={"lm_head.weight": "embed_tokens.weight"} if tied else {},
+  )
+  if mlp is not None:
+    return found
+  apart = tuple(e for e in entries if e not in _EXPERTS) + _APART[family]
+  counts = {**found.counts, "e": experts}
+  return dataclasses.replace(
+    found, other_form=dataclasses.replace(found, entries=apart, counts=counts)
+  )

@@ -1,0 +1,279 @@
+"""The decoder that Llama and its relatives share, with a language model's head.
+
+Sources: arXiv 2302.13971 (Llama) and its relatives' reports, as transformers computes
+them (LlamaForCausalLM and so on). What they differ in is data: see decoder_config.py
+and relatives.py.
+
+Shapes: B batch, T tokens, D hidden_size, H heads of queries, G heads of keys and
+values, K head size, M intermediate_size, V vocabulary.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.models import layers, ops
+from lorax_flax.models.layers import DType
+from lorax_flax.models.llama import keys as decoder_keys
+from lorax_flax.models.llama import moe
+from lorax_flax.models.llama.config import DecoderConfig
+from lorax_flax.models.model import Model
+
+# The window of a layer that looks back on all, where others don't.
+_ALL = np.int32(2**30)
+
+
+def _dense(c: DecoderConfig, features: int, axes, dtype, name, bias=False) -> nn.Dense:
+  std = c.initializer_range
+  return layers.dense(features, axes, dtype, name, std=std, bias=bias)
+
+
+def _norm(c: DecoderConfig, name: str, axis: str = "embed") -> layers.RmsNorm:
+  return layers.RmsNorm(c.rms_norm_eps, c.norm.offset, c.norm.late, axis, name=name)
+
+
+def attention_names(c: DecoderConfig) -> dict[str, int]:
+  """Attention's projections of its input, and the heads that each makes."""
+  h, g = c.num_attention_heads, c.kv_heads
+  return {"qkv_proj": h + 2 * g} if c.fused else {"q_proj": h, "k_proj": g, "v_proj": g}
+
+
+def mlp_names(c: DecoderConfig) -> dict[str, int]:
+  """The feed-forward part's projections of its input, and what each makes."""
+  m = c.intermediate_size
+  return {"gate_up_proj": 2 * m} if c.fused else {"gate_proj": m, "up_proj": m}
+
+
+class Attention(nn.Module):
+  """Causal self-attention with rotary positions."""
+
+  config: DecoderConfig
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BxTxD: jax.Array,
+    mask_BxT: jax.Array,
+    turns: ops.Rotations,
+    window: int | jax.Array | None,
+  ) -> jax.Array:
+    c, size = self.config, self.config.head_size
+    axes = ("embed", "heads")
+    made = [
+      _dense(c, n * size, axes, self.dtype, name, c.attention_bias)(x_BxTxD)
+      for name, n in attention_names(c).items()
+    ]
+    if c.fused:
+      last_q = c.num_attention_heads * size
+      made = jnp.split(made[0], [last_q, last_q + c.kv_heads * size], axis=-1)
+    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = (
+      layers.in_heads(x, x.shape[-1] // size) for x in made
+    )
+    if c.qk_norm:
+      q_BxTxHxK = _norm(c, "q_norm", "head")(q_BxTxHxK)
+      k_BxTxGxK = _norm(c, "k_norm", "head")(k_BxTxGxK)
+    y_BxTxHxK = ops.attention(
+      ops.rotate(q_BxTxHxK, turns),
+      ops.rotate(k_BxTxGxK, turns),
+      v_BxTxGxK,
+      mask_BxT,
+      causal=True,
+      window=window,
+      scale=c.attention_scale,
+      softcap=c.attn_logit_softcapping,
+      dropout_rate=c.attention_dropout,
+      dropout_rng=layers.dropout_rng(self, c.attention_dropout, self.deterministic),
+    )
+    y = y_BxTxHxK.reshape((*x_BxTxD.shape[:-1], -1))
+    axes = ("heads", "embed")
+    return _dense(c, c.hidden_size, axes, self.dtype, "o_proj", c.has_output_bias)(y)
+
+
+class FeedForward(nn.Module):
+  """A gated feed-forward part (arXiv 2002.05202)."""
+
+  config: DecoderConfig
+  dtype: DType
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    c, axes = self.config, ("embed", "mlp")
+    made = [
+      _dense(c, features, axes, self.dtype, name, c.mlp_bias)(x_BxTxD)
+      for name, features in mlp_names(c).items()
+    ]
+    gate_BxTxM, up_BxTxM = jnp.split(made[0], 2, axis=-1) if c.fused else made
+    y_BxTxM = ops.gated(c.hidden_act, gate_BxTxM, up_BxTxM)
+    down = _dense(
+      c, c.hidden_size, ("mlp", "embed"), self.dtype, "down_proj", c.mlp_bias
+    )
+    return down(y_BxTxM)
+
+
+def layer_norms(c: DecoderConfig) -> tuple[str, ...]:
+  """Before attention, after it, before the feed-forward part, after it."""
+  if not c.outer_norms:
+    return "input_layernorm", "", "post_attention_layernorm", ""
+  return (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+  )
+
+
+class Layer(nn.Module):
+  """One layer, in the form that nn.scan asks for."""
+
+  config: DecoderConfig
+  dtype: DType
+  deterministic: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BxTxD: jax.Array,
+    mask_BxT: jax.Array,
+    turns: ops.Rotations,
+    *,
+    window: jax.Array | None = None,
+    rope: jax.Array | None = None,
+  ) -> tuple[jax.Array, None]:
+    """The layer's output.
+
+    Args:
+      turns: of every kind of rotary positions, if there are several: stacked.
+      window, rope: of this layer, where layers differ.
+    """
+    c = self.config
+    if rope is not None:
+      turns = (turns[0][rope], turns[1][rope])
+    back = c.windows[0] if window is None else window
+
+    def normed(name, y):
+      return _norm(c, name)(y) if name else y
+
+    def dropped(y):
+      return nn.Dropout(c.resid_pdrop)(y, self.deterministic)
+
+    before, after, before_mlp, after_mlp = layer_norms(c)
+    attend = Attention(c, self.dtype, self.deterministic, name="self_attn")
+    y_BxTxD = attend(normed(before, x_BxTxD), mask_BxT, turns, back)
+    x_BxTxD += dropped(normed(after, y_BxTxD))
+    feed = FeedForward if c.num_experts is None else moe.Mixture
+    y_BxTxD = feed(c, self.dtype, name="mlp")(normed(before_mlp, x_BxTxD))
+    return x_BxTxD + dropped(normed(after_mlp, y_BxTxD)), None
+
+
+class Decoder(nn.Module):
+  """Embeddings, layers and the last norm, and the logits where the head is tied."""
+
+  config: DecoderConfig
+  dtype: DType
+  scan: bool
+  remat: str
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, input_ids_BxT, mask_BxT, positions_BxT, length) -> jax.Array:
+    c, dtype = self.config, self.dtype
+    words = layers.embed(
+      c.vocab_size,
+      c.hidden_size,
+      "embed_tokens",
+      axis="vocab",
+      std=c.initializer_range,
+    )
+    x_BxTxD = words(input_ids_BxT).astype(dtype)
+    if c.embed_scaled:
+      x_BxTxD *= jnp.asarray(c.hidden_size**0.5, dtype)
+    turns = [
+      ops.rotations(rope, c.head_size, positions_BxT, length, dtype) for rope in c.ropes
+    ]
+    each: dict[str, np.ndarray] = {}
+    if c.ropes_differ:
+      each["rope"] = np.asarray(c.rope_of, np.int32)
+    if c.windows_differ:
+      windows = [_ALL if window is None else window for window in c.windows]
+      each["window"] = np.asarray(windows, np.int32)
+    x_BxTxD = layers.stack(
+      Layer,
+      (c, dtype, self.deterministic),
+      c.num_hidden_layers,
+      x_BxTxD,
+      mask_BxT,
+      jax.tree.map(lambda *kinds: jnp.stack(kinds), *turns)
+      if c.ropes_differ
+      else turns[0],
+      scan=self.scan,
+      remat=self.remat,
+      each=each,
+    )
+    x_BxTxD = _norm(c, "norm")(x_BxTxD)
+    if not c.tie_word_embeddings:
+      return x_BxTxD
+    return jnp.einsum("BTD,VD->BTV", x_BxTxD, words.embedding.astype(dtype))
+
+
+class CausalLM(Model):
+  """A decoder with a language model's head."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    position_ids: jax.Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Logits of the next token at each place, BxTxV float32.
+
+    Args:
+      input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
+        Where it is 0 the logits mean nothing.
+      position_ids: BxT int32; by default 0, 1, 2, …, padding included.
+      deterministic: without dropout; otherwise a "dropout" rng is needed.
+    """
+    c, dtype = self.config, self.dtype
+    length: Any = input_ids.shape[1]
+    if position_ids is None:
+      position_ids = jnp.arange(length, dtype=jnp.int32)[None, :]
+    else:
+      length = jnp.max(position_ids) + 1
+    decoder = Decoder(c, dtype, self.scan, self.remat, deterministic, name="model")
+    y = decoder(input_ids, attention_mask, position_ids, length)
+    if not c.tie_word_embeddings:
+      y = _dense(c, c.vocab_size, ("embed", "vocab"), dtype, "lm_head")(y)
+    logits_BxTxV = y.astype(jnp.float32)
+    if (cap := c.final_logit_softcapping) is not None:
+      logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)
+    return logits_BxTxV
+
+
+def keymap(c: DecoderConfig, scan: bool) -> KeyMap:
+  """Names in a checkpoint, ours and PEFT's."""
+  return decoder_keys.keymap(
+    c.model_type,
+    c.num_hidden_layers,
+    scan,
+    attention={
+      **dict.fromkeys(attention_names(c), c.attention_bias),
+      "o_proj": c.has_output_bias,
+    },
+    mlp=None
+    if c.num_experts
+    else dict.fromkeys([*mlp_names(c), "down_proj"], c.mlp_bias),
+    experts=c.num_experts or 0,
+    layer_norms=[name for name in layer_norms(c) if name],
+    head_norms=["q_norm", "k_norm"] if c.qk_norm else [],
+    tied=c.tie_word_embeddings,
+  )

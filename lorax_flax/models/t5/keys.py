@@ -1,0 +1,93 @@
+"""The key map of T5 for conditional generation (see keymap.py)."""
+
+from lorax_flax.hub.checkpoints.entries import Entry, embedding, linear, norm
+from lorax_flax.hub.checkpoints.keymap import KeyMap
+
+_RELATIVE = "relative_attention_bias"
+
+# Tables that are the one of `shared` again.
+_REPEATS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+# The table of relative positions that cross-attention once had, and never used.
+_UNUSED = (f"decoder.block.0.layer.1.EncDecAttention.{_RELATIVE}.weight",)
+
+# Heads of classifiers and of questions' spans.
+_OTHER = tuple(
+  f"{module}.{name}"
+  for module in (
+    "classification_head.dense",
+    "classification_head.out_proj",
+    "classifier",
+    "qa_outputs",
+  )
+  for name in ("weight", "bias")
+)
+
+
+def _sublayer(
+  path: str, name: str, key: str, module: str, linears
+) -> tuple[Entry, ...]:
+  """The rows of a norm, and of the linear layers that read what it gives."""
+  return (
+    *norm(f"{path}/{name}_norm", f"{key}.layer_norm", bias=False),
+    *(
+      entry
+      for each in linears
+      for entry in linear(f"{path}/{name}/{each}", f"{key}.{module}.{each}", bias=False)
+    ),
+  )
+
+
+def _stack(name: str, i: str, sublayers) -> tuple[Entry, ...]:
+  """The rows of the encoder or of the decoder, whose layers' placeholder is `i`."""
+  first = f"{name}.block.0.layer.0.SelfAttention"
+  return (
+    embedding(f"{name}/relative_bias", f"{first}.{_RELATIVE}"),
+    *(
+      entry
+      for number, (path, module, linears) in enumerate(sublayers)
+      for entry in _sublayer(
+        f"{name}/layer_{{{i}}}",
+        path,
+        f"{name}.block.{{{i}}}.layer.{number}",
+        module,
+        linears,
+      )
+    ),
+    *norm(f"{name}/norm", f"{name}.final_layer_norm", bias=False),
+  )
+
+
+def keymap(
+  num_layers: int, num_decoder_layers: int, gated: bool, tied: bool, scan: bool = False
+) -> KeyMap:
+  """The key map of a T5.
+
+  Args:
+    gated: the MLP has two layers in, wi_0 and wi_1.
+    tied: the head is the table of the tokens.
+  """
+  up = ("wi_0", "wi_1") if gated else ("wi",)
+  attend = ("attention", "SelfAttention", tuple("qkvo"))
+  cross = ("cross_attention", "EncDecAttention", tuple("qkvo"))
+  mlp = ("mlp", "DenseReluDense", (*up, "wo"))
+  head = linear("lm_head", "lm_head", bias=False, part="head")
+  return KeyMap(
+    family="t5",
+    prefix="",
+    entries=(
+      embedding("shared", "shared"),
+      *_stack("encoder", "i", (attend, mlp)),
+      *_stack("decoder", "j", (attend, cross, mlp)),
+      *(() if tied else head),
+    ),
+    counts={"i": num_layers, "j": num_decoder_layers},
+    scan=scan,
+    anchor="encoder.final_layer_norm.weight",
+    buffers=_UNUSED,
+    other_heads=_OTHER,
+    head_groups=(),
+    ties=dict.fromkeys(
+      (*_REPEATS, "lm_head.weight") if tied else _REPEATS, "shared.weight"
+    ),
+  )

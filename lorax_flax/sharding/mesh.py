@@ -1,0 +1,328 @@
+"""The mesh of devices, and along which of its axes each tensor is cut.
+
+Models name the axes of their weights ("embed", "mlp"); one table, `RULES`, says which
+axis of the mesh each name is cut along. A delta takes its names from its kernel, so a
+factor lies where the part of the kernel that it multiplies lies.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lorax_flax.adapt.paths import PyTree, flatten, map_with_path
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.methods import Adapter, LowRank, Rows
+from lorax_flax.sharding import activations as spread
+
+# Logical names of each leaf's axes, by the leaf's slash path.
+Axes = Mapping[str, tuple[str | None, ...]]
+
+AXES = ("data", "fsdp", "tensor", "expert")
+
+# The axis of the mesh that each logical axis is cut along; None: it is never cut.
+RULES: dict[str, str | None] = {
+  "buckets": None,
+  "channels": None,
+  "choices": None,
+  "embed": "fsdp",
+  "expert": "expert",
+  "head": None,
+  "heads": "tensor",
+  "height": None,
+  "labels": None,
+  "layers": None,
+  "mlp": "tensor",
+  "pooled": None,
+  "positions": None,
+  "rank": None,
+  "single": None,
+  "types": None,
+  "vocab": "tensor",
+  "width": None,
+}
+
+# A delta's leaves: which of the kernel's axes each carries, in the order of its own.
+_KERNEL = "kernel"
+_CARRIES: dict[str, tuple[str, ...]] = {
+  "a": ("stack", "in", "rank"),
+  "b": ("stack", "rank", "out"),
+  "bias": ("stack", "out"),
+  "magnitude": ("stack", "out"),
+  "old_rows": ("rank", "width"),
+  "original": (_KERNEL,),
+  "rows": ("rank", "width"),
+  "scale": ("stack",),
+  "value": (_KERNEL,),
+}
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+  """How many devices each axis of the mesh has; -1, for one of them, is what is left.
+
+  Attributes:
+    data: each part of the batch on devices of its own, weights copied.
+    fsdp: parts of the batch too, and each weight cut: gathered where it is used.
+    tensor: weights cut, and what is computed with them: nothing is gathered.
+    expert: parts of the batch too, and of a mixture the experts: each device computes
+      its own ones, of the tokens of all that share its other places.
+  """
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  expert: int = 1
+
+  def __post_init__(self):
+    for name in AXES:
+      value = getattr(self, name)
+      if isinstance(value, bool) or not isinstance(value, int):
+        raise LoraxError(f"mesh.{name} must be a whole number, not {value!r}")
+      if value < 1 and value != -1:
+        raise LoraxError(
+          f"mesh.{name} is {value}, and must be at least 1, or -1 for what is left"
+        )
+    open_ended = [f"mesh.{name}" for name in AXES if getattr(self, name) == -1]
+    if len(open_ended) > 1:
+      raise LoraxError(f"only one axis can be what is left, not {listing(open_ended)}")
+
+  def sizes(self, devices: int) -> tuple[int, ...]:
+    """Of each of AXES on so many devices.
+
+    Raises:
+      LoraxError: the devices do not come out even.
+    """
+    wanted = [getattr(self, name) for name in AXES]
+    known = math.prod(n for n in wanted if n != -1)
+    given = " × ".join(f"{name} {n}" for name, n in zip(AXES, wanted, strict=True))
+    if devices % known or (-1 not in wanted and devices != known):
+      raise LoraxError(
+        f"the mesh {given} does not fit {devices} devices: the product of its axes must"
+        " be their number (-1 takes what is left)"
+      )
+    return tuple(devices // known if n == -1 else n for n in wanted)
+
+
+def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh over all devices of all processes, or over these.
+
+  An axis of the mesh may be a part of one of the network's: jax.make_mesh allows that
+  on some TPUs alone.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = config.sizes(len(devices))
+  arranged = mesh_utils.create_device_mesh(
+    sizes, devices, allow_split_physical_axes=True
+  )
+  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def describe(mesh: Mesh) -> str:
+  """The mesh in a line."""
+  axes = spell(mesh.shape)
+  return f"{mesh.size} devices: {axes}, in {jax.process_count()} processes"
+
+
+def spell(sizes: Mapping[str, int]) -> str:
+  """Of a mesh's axes those that cut anything."""
+  return " × ".join(f"{name} {n}" for name, n in sizes.items() if n > 1)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Of what every device has whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+  """Of what has a row for each example: rows are cut along all axes but tensor."""
+  return NamedSharding(mesh, PartitionSpec(spread.ROWS))
+
+
+def check_batch(mesh: Mesh, name: str, size: int, parts: int = 1) -> None:
+  """Raises LoraxError unless a batch, cut into parts, can be spread evenly."""
+  apart = spread.ways(mesh.shape)
+  if size % (parts * apart):
+    cut = f" in {parts} parts (train.accumulation)" if parts > 1 else ""
+    raise LoraxError(
+      f"{name} is {size}, and{cut} can't be spread evenly over the {apart} devices of"
+      " mesh.data × mesh.fsdp × mesh.expert"
+    )
+
+
+def names_by_path(logical_axes: PyTree) -> dict[str, tuple[str | None, ...]]:
+  """Axis names by path of a tree as `Family.logical_axes` gives it."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(
+    logical_axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+  )
+  return {
+    jax.tree_util.keystr(p, simple=True, separator="/"): tuple(x) for p, x in leaves
+  }
+
+
+def of_params(mesh: Mesh, axes: Axes, params: PyTree) -> PyTree:
+  """The sharding of each weight.
+
+  Args:
+    axes: of every leaf of `params`.
+    params: arrays or ShapeDtypeStructs.
+
+  Raises:
+    LoraxError: a leaf without axis names, or a name that `RULES` does not have; an
+      axis of the mesh that is there for weights of which this model has none.
+  """
+  has_experts = any("expert" in _names(axes, path) for path in flatten(params))
+  if mesh.shape["expert"] > 1 and not has_experts:
+    raise LoraxError(
+      f"mesh.expert is {mesh.shape['expert']}, and the model has no experts: mesh.data"
+      " and mesh.fsdp are for any model"
+    )
+
+  def sharding(path, leaf):
+    return _sharding(mesh, path, _names(axes, path), leaf.shape)
+
+  return map_with_path(sharding, params)
+
+
+def of_adapter(mesh: Mesh, axes: Axes, adapter: Adapter) -> Adapter:
+  """The adapter's tree with each leaf's sharding, inherited from its kernel's.
+
+  Args:
+    axes: of the base's leaves.
+
+  Raises:
+    LoraxError: as `of_params`; a leaf of a delta that no rule covers.
+  """
+  return {path: _of_delta(mesh, path, delta, axes) for path, delta in adapter.items()}
+
+
+def _of_delta(mesh: Mesh, path: str, delta: Any, axes: Axes) -> Any:
+  names = _names(axes, path)
+  by_role: dict[str, tuple[str | None, ...]] = {_KERNEL: names, "rank": ("rank",)}
+  if isinstance(delta, LowRank):
+    for role in ("stack", "in", "out"):
+      pairs = zip(names, delta.roles, strict=True)
+      by_role[role] = tuple(name for name, r in pairs if r == role)
+  if isinstance(delta, Rows):
+    by_role["width"] = (names[1 - delta.axis],)
+  found = {}
+  for field in fields(delta):
+    if field.metadata.get("static"):
+      continue
+    leaf = f"{path}:{field.name}"
+    if field.name not in _CARRIES:
+      raise LoraxError(unknown("leaf of a delta", leaf, sorted(_CARRIES)))
+    carried = [by_role[role] for role in _CARRIES[field.name] if role in by_role]
+    shape = getattr(delta, field.name).shape
+    # A scale that is the same on the whole stack has no axis.
+    own = tuple(name for group in carried for name in group) if shape else ()
+    found[field.name] = _sharding(mesh, leaf, own, shape)
+  return replace(delta, **found)
+
+
+def _names(axes: Axes, path: str) -> tuple[str | None, ...]:
+  if path not in axes:
+    raise LoraxError(unknown("path with named axes", path, axes))
+  return axes[path]
+
+
+def _sharding(mesh: Mesh, path: str, names, shape) -> NamedSharding:
+  if len(names) != len(shape):
+    raise LoraxError(
+      f"{path!r} of shape {tuple(shape)} has {len(shape)} axes, and names for"
+      f" {len(names)}: {tuple(names)}. A model names every axis of every weight"
+    )
+  cut = [axis for axis, _, _ in _cuts(mesh, path, names, shape)]
+  while cut and cut[-1] is None:
+    cut.pop()
+  return NamedSharding(mesh, PartitionSpec(*cut))
+
+
+def _cuts(mesh: Mesh, path: str, names, shape) -> Iterator[tuple[str | None, str, str]]:
+  """For each axis: what cuts it, what should have, and why that does not."""
+  used: set[str] = set()
+  for name, size in zip(names, shape, strict=True):
+    if name not in RULES:
+      raise LoraxError(
+        f"no rule says how to cut axis {name!r} of {path!r}: "
+        f"{unknown('logical axis', str(name), RULES)}"
+      )
+    axis = RULES[name]
+    if axis is None or mesh.shape[axis] == 1:
+      yield None, "", ""
+    elif axis in used:
+      yield None, axis, f"{axis} cuts another of its axes"
+    elif size % mesh.shape[axis]:
+      yield None, axis, f"{name} of {size} can't be cut into {mesh.shape[axis]}"
+    else:
+      used.add(axis)
+      yield axis, axis, ""
+
+
+def kept_whole(mesh: Mesh, axes: Axes, params: PyTree) -> list[str]:
+  """A line for each reason why weights are not cut along an axis that a rule names."""
+  found: dict[tuple[str, str], list[str]] = {}
+  for path, leaf in flatten(params).items():
+    for axis, wanted, why in _cuts(mesh, path, _names(axes, path), leaf.shape):
+      if axis is None and wanted:
+        found.setdefault((wanted, why), []).append(path)
+  return [
+    f"not cut along mesh.{axis}, since {why}: {listing(paths, most=2)}"
+    for (axis, why), paths in found.items()
+  ]
+
+
+def lying(shapes: PyTree, shardings: PyTree) -> PyTree:
+  """ShapeDtypeStructs of a tree of shapes, with these shardings."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+  """The tree with these shardings; every process has the same one.
+
+  A leaf that lies there already is taken as it is, not copied.
+  """
+  return jax.tree.map(_put, tree, shardings)
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+  if isinstance(x, jax.Array) and x.sharding == sharding:
+    return x
+  if jax.process_count() == 1 or _is_global(x):
+    return jax.device_put(x, sharding)
+  if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    data = _put(jax.random.key_data(x), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+  # Each process has all of it, so nothing need be sent.
+  whole = np.asarray(x)
+  return jax.make_array_from_callback(whole.shape, sharding, lambda i: whole[i])
+
+
+def _is_global(x: Any) -> bool:
+  return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def gather(tree: PyTree) -> PyTree:
+  """The tree with what other processes hold a part of whole, on this host.
+
+  All processes have to call it; a leaf that lies here already is taken as it is.
+  """
+
+  def whole(x):
+    if not _is_global(x):
+      return x
+    copy: Callable[[Any], Any] = jax.jit(
+      lambda x: x, out_shardings=replicated(x.sharding.mesh)
+    )
+    return np.asarray(copy(x))
+
+  return jax.tree.map(whole, tree)

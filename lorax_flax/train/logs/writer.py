@@ -1,0 +1,116 @@
+"""What a run writes down as it goes: metrics.jsonl and TensorBoard's events."""
+
+import contextlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from lorax_flax.files import bucket
+from lorax_flax.files import workdir as files
+
+
+class Record:
+  """Lines of metrics.
+
+  metrics.jsonl holds nothing that depends on the clock: a run that was killed and went
+  on has the very file of one that was not. Speeds go to TensorBoard alone.
+
+  In a bucket, where nothing can be appended to, both are complete after each `flush`.
+  """
+
+  def __init__(self, workdir: Path, step: int):
+    """Goes on after `step`: later lines, of a process that was killed, are dropped."""
+    self.lines: list[dict[str, Any]] = _lines_until(workdir / files.METRICS, step)
+    self._mirror = bucket.Mirror(workdir) if bucket.holds(workdir) else None
+    if self._mirror is not None:
+      workdir = self._mirror.folder
+    self._file = workdir / files.METRICS
+    files.write_text(self._file, "".join(map(_dump, self.lines)))
+    self._folder = workdir / files.TENSORBOARD
+    with files.naming(self._file):
+      self._out = self._file.open("a", encoding="utf-8")
+    with files.naming(self._folder):
+      self._folder.mkdir(exist_ok=True)
+      # The suffix keeps two files of one second apart.
+      self._events = EventsWriter(str(self._folder / "events"), f".{step}")
+      if step:  # Events after it are forgotten.
+        self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+  def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+    """One line: the step, the epochs that are done, and values such as train/loss."""
+    line = {"step": step, "epoch": epoch, **values}
+    self.lines.append(line)
+    with files.naming(self._file):
+      self._out.write(_dump(line))
+      self._out.flush()
+    self.speed(step, values)
+
+  def speed(self, step: int, values: Mapping[str, float]) -> None:
+    """Values for TensorBoard alone."""
+    with files.naming(self._folder):
+      for name, value in values.items():
+        self._event(step, summary=summary.scalar(name, value))
+      self._events.flush()
+
+  def flush(self) -> None:
+    """Until all lines would survive the end of this machine, as a checkpoint does."""
+    if self._mirror is not None:
+      self._mirror.send()
+
+  def _event(self, step: int, **what: Any) -> None:
+    self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+
+  def close(self) -> None:
+    with files.naming(self._file):
+      self._out.close()
+    with files.naming(self._folder):
+      self._events.close()
+    if self._mirror is not None:
+      with contextlib.closing(self._mirror):
+        self.flush()
+
+
+class SilentRecord:
+  """Of a process that is not the one that writes: the others' lines are the same."""
+
+  lines: Sequence[dict[str, Any]] = ()
+
+  def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+    """Nothing."""
+
+  def speed(self, step: int, values: Mapping[str, float]) -> None:
+    """Nothing."""
+
+  def flush(self) -> None:
+    """Nothing."""
+
+  def close(self) -> None:
+    """Nothing."""
+
+
+def _dump(line: Mapping[str, Any]) -> str:
+  return json.dumps(line) + "\n"
+
+
+def _lines_until(file: Path, step: int) -> list[dict[str, Any]]:
+  """The lines up to a step; the last one may have been cut off by a kill."""
+  lines: list[dict[str, Any]] = []
+  with bucket.reaching(file):
+    if not file.exists():
+      return lines
+    content = file.read_text("utf-8")
+  for text in content.splitlines():
+    try:
+      line = json.loads(text)
+    except ValueError:
+      break
+    if line["step"] > step:
+      break
+    lines.append(line)
+  return lines

@@ -1,0 +1,95 @@
+"""Compiled programs kept from one start to the next, and what a start makes of them."""
+
+import contextlib
+import json
+import warnings
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments.cli import config_flag
+from lorax_flax.errors import LoraxError
+from lorax_flax.jobs import compile_cache, settings
+from lorax_flax.train.loop import fit
+from tests.train import toy
+
+
+@contextlib.contextmanager
+def _as_started(folder):
+  """Nothing compiled in memory; yields how many programs were found in the folder."""
+  found = []
+  listen = lambda event, **_: (
+    found.append(event) if event.endswith("/cache_hits") else 0
+  )
+  before = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.clear_caches()
+  compilation_cache.reset_cache()
+  jax.monitoring.register_event_listener(listen)
+  try:
+    compile_cache.use(str(folder))
+    yield found
+  finally:
+    jax.monitoring.unregister_event_listener(listen)
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    compilation_cache.reset_cache()
+
+
+def _train(folder):
+  fit(toy.CONFIG, toy.job(), folder)
+  return (folder / "metrics.jsonl").read_text(), (folder / "adapter.json").read_text()
+
+
+def test_a_second_start_finds_its_programs_and_a_damaged_one_is_compiled_anew(tmp_path):
+  with _as_started(tmp_path / "programs") as found:
+    wanted = _train(tmp_path / "cold")
+  assert not found
+  programs = sorted((tmp_path / "programs").glob("*-cache"))
+  assert len(programs) >= 2  # The steps of training and of evaluation.
+  with _as_started(tmp_path / "programs") as found:
+    assert _train(tmp_path / "warm") == wanted
+  assert len(found) >= len(programs)
+
+  for program in programs:
+    content = program.read_bytes()
+    program.write_bytes(content[: len(content) // 2])
+  with (
+    _as_started(tmp_path / "programs") as found,
+    warnings.catch_warnings(record=True) as told,
+  ):
+    warnings.simplefilter("always")
+    assert _train(tmp_path / "damaged") == wanted
+  assert not found
+  assert any(
+    "Error reading persistent compilation cache" in str(w.message) for w in told
+  )
+
+
+def test_a_place_that_can_not_be_written_is_an_error(tmp_path):
+  (tmp_path / "file").write_text("")
+  before = jax.config.jax_compilation_cache_dir
+  with pytest.raises(OSError, match="file"):
+    compile_cache.use(str(tmp_path / "file" / "programs"))
+  with pytest.raises(LoraxError, match="gs://BUCKET/FOLDER is supported"):
+    compile_cache.use("s3://bucket/programs")
+  compile_cache.use(None)
+  assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_models_and_adapters_in_buckets_are_refused_by_name():
+  for section, name in (("model", "path"), (None, "init_adapter")):
+    config = config_flag.load("quickstart.py")
+    with config.unlocked():
+      (config[section] if section else config)[name] = "gs://bucket/x"
+    with pytest.raises(LoraxError, match=f"{name} is gs://bucket/x: models and adapt"):
+      settings.convert(config)
+
+
+def test_a_run_may_go_on_with_another_place_for_its_programs():
+  config = config_flag.load("quickstart.py")
+  with config.unlocked():
+    config.compilation_cache = "gs://bucket/programs"
+  wanted = settings.convert(config)
+  assert wanted.compilation_cache == "gs://bucket/programs"
+  assert "programs" not in json.dumps(wanted.to_json())
