@@ -17,7 +17,7 @@ from lorax_flax.jobs import adapted, shape
 from lorax_flax.jobs import export as outcome
 from lorax_flax.jobs.settings import NEXT_TOKEN, Settings
 from lorax_flax.jobs.warm_start import start_from
-from lorax_flax.methods import Adapter, LowRank, Tuned
+from lorax_flax.methods import Adapter, Tuned
 from lorax_flax.models import registry
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.tasks import causal_lm, classification
@@ -188,10 +188,12 @@ def _shardings(
 
 def describe(adapter: Adapter, params: Any) -> list[str]:
   """How much is trained, and what the frozen base takes in memory; a line each."""
-  deltas = [delta for delta in adapter.values() if isinstance(delta, LowRank)]
   tuned = [delta for delta in adapter.values() if isinstance(delta, Tuned)]
-  low = sum(getattr(delta, name).size for delta in deltas for name in delta.trained)
-  full = sum(delta.value.size for delta in tuned)
+  deltas = [delta for delta in adapter.values() if not isinstance(delta, Tuned)]
+  low, full = (
+    sum(delta.leaves()[name].size for delta in group for name in delta.trained)
+    for group in (deltas, tuned)
+  )
   leaves = jax.tree.leaves(params)
   dtypes = sorted({leaf.dtype.name for leaf in leaves})
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

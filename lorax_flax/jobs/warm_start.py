@@ -9,7 +9,7 @@ import numpy as np
 from lorax_flax.adapt.paths import map_with_path
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.peft import folder as peft
-from lorax_flax.methods import Adapter, LowRank, Tuned
+from lorax_flax.methods import Adapter, Delta, KernelDelta, Tuned
 from lorax_flax.models import registry
 
 
@@ -42,10 +42,10 @@ def start_from(
   start = dict(adapter)
   for path, delta in adapter.items():
     other = found.get(path)
-    if isinstance(delta, LowRank) and type(delta) is type(other):
-      start[path] = replace(delta, **{n: getattr(other, n) for n in delta.trained})
-    elif isinstance(delta, Tuned) and isinstance(other, Tuned) and theirs == ours:
-      start[path] = replace(delta, value=other.value)
+    if other is None or type(delta) is not type(other):
+      continue
+    if isinstance(delta, KernelDelta) or (isinstance(delta, Tuned) and theirs == ours):
+      start[path] = _with_trained(delta, other)
   head = "none there"
   if theirs is not None:
     same = theirs == ours
@@ -54,11 +54,18 @@ def start_from(
   return start
 
 
-def _factors(adapter: Adapter) -> dict[str, LowRank]:
-  return {path: delta for path, delta in adapter.items() if isinstance(delta, LowRank)}
+def _with_trained(delta: Delta, other: Delta) -> Delta:
+  """The delta with the other's trained leaves."""
+  return replace(delta, **{name: other.leaves()[name] for name in delta.trained})
 
 
-def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) -> None:
+def _factors(adapter: Adapter) -> dict[str, KernelDelta]:
+  return {p: delta for p, delta in adapter.items() if isinstance(delta, KernelDelta)}
+
+
+def _check(
+  folder: str, theirs: dict[str, KernelDelta], ours: dict[str, KernelDelta]
+) -> None:
   if differ := sorted(theirs.keys() ^ ours.keys()):
     there = [path for path in differ if path in theirs]
     only = "that adapter" if there else "lora.targets"
@@ -78,11 +85,12 @@ def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) ->
         f"init_adapter {folder} has rank {other.rank} at {path}, and this run rank "
         f"{delta.rank}: set --config.lora.rank={other.rank}"
       )
-    if not np.allclose(delta.scale, other.scale):
-      alpha = float(np.max(other.scale)) * other.rank
+    own, stored = np.asarray(delta.scales()), np.asarray(other.scales())
+    if not np.allclose(own, stored):
+      alpha = float(stored.max()) * other.rank
       raise LoraxError(
-        f"init_adapter {folder} scales its delta of {path} by {other.scale}, and this "
-        f"run by {delta.scale}: set --config.lora.alpha={alpha:g}"
+        f"init_adapter {folder} scales its delta of {path} by {stored.flat[0]:g}, and "
+        f"this run by {own.flat[0]:g}: set --config.lora.alpha={alpha:g}"
       )
 
 

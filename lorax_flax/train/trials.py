@@ -22,7 +22,7 @@ from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.distributed import processes
 from lorax_flax.errors import LoraxError
 from lorax_flax.files import workdir
-from lorax_flax.methods import Adapter, LowRank
+from lorax_flax.methods import Adapter
 from lorax_flax.sharding import activations as spread
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import program as programs
@@ -189,7 +189,7 @@ class Program:
 
 def make(trials: Sequence[Trial], plan: Durations, width: int | None) -> Program:
   """Makes the steps; the arguments are those of `fit`."""
-  ranks = _ranks([trial.job.adapter for trial in trials])
+  ranks = stacked.largest_ranks([trial.job.adapter for trial in trials])
   job, config = trials[0].job, trials[0].config
   n = len(trials)
   at_once = _width(job.mesh) if width is None else lambda tokens: width
@@ -229,15 +229,6 @@ def _width(mesh: Mesh) -> stacked.Width:
   if jax.default_backend() == "cpu":
     return stacked.within(0)
   return stacked.within(stacked.ROOM * spread.ways(mesh.shape))
-
-
-def _ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
-  """Of each low-rank delta the largest rank that a trial gives it."""
-  return {
-    path: max(adapter[path].rank for adapter in adapters)  # type: ignore[union-attr]
-    for path, delta in adapters[0].items()
-    if isinstance(delta, LowRank)
-  }
 
 
 @jax.jit

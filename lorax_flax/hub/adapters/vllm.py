@@ -1,4 +1,4 @@
-"""A PEFT folder that vLLM reads right.
+"""PEFT folders that vLLM reads right.
 
 vLLM loads PEFT's files with rules of its own (vllm/lora/peft_helper.py, lora_model.py
 and config/lora.py): one lora_alpha / r for all modules, whatever rank_pattern and

@@ -221,17 +221,16 @@ def read_labels(folder: str | Path) -> list[str] | None:
 
 
 def _as_stored(slots: Mapping[str, Slot], dtypes: Mapping[str, str]) -> dict[str, Slot]:
-  """What says something of its own, and of the rest what was there before."""
+  """The tensors that repeat no other, and of the rest those that were there before."""
   return {k: slot for k, slot in slots.items() if slot.status == "own" or k in dtypes}
 
 
 def _usual(slots: Mapping[str, Slot], has_base: bool) -> dict[str, Slot]:
-  """What PEFT saves by itself; the base's weights where they are given."""
-  left = {"leaf"} if not has_base else set()
+  """The tensors that PEFT saves by itself; the base's where the base is given."""
   return {
     key: slot
     for key, slot in slots.items()
-    if slot.status != "spare" and slot.part not in left
+    if slot.status != "spare" and (has_base or slot.method is not None)
   }
 
 
