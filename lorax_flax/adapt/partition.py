@@ -67,7 +67,7 @@ def params_mask(params: PyTree, paths: Any) -> PyTree:
 def freeze(
   tx: optax.GradientTransformation, mask: PyTree
 ) -> optax.GradientTransformation:
-  """For people who hold one full tree: `tx` where the mask is True, zero elsewhere.
+  """An optimiser for one full tree: `tx` where the mask is True, zero elsewhere.
 
   A bare optax.masked hands the raw gradient through to the frozen leaves; here their
   update is zero, and no optimiser state exists for them.

@@ -1,4 +1,4 @@
-"""From patterns to paths: which leaves get a delta, which are trained in full."""
+"""Patterns matched against paths: the leaves with a delta, those trained in full."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -25,7 +25,7 @@ class Adapted:
   config: LoraConfig
 
   def plan(self, params: PyTree, *args, **kwargs) -> Plan:
-    """What the config means for this function; arguments may be ShapeDtypeStructs."""
+    """The config's meaning for this function; arguments may be ShapeDtypeStructs."""
     traced = _trace(self.apply_fn, params, args, kwargs)
     return make_plan(self.config, traced.jaxpr, traced.leaves, traced.num_args)
 

@@ -51,7 +51,7 @@ class DoRA(LowRank):
     return cls(**vars(lora), magnitude=norms(lora, kernel))
 
   def parts(self, w: jax.Array) -> Parts:
-    """What the method makes of the kernel w, unevaluated."""
+    """The changed kernel, unevaluated."""
     norm = jax.lax.stop_gradient(norms(self, w))
     # A column of zeros has no direction: it is left as it is.
     scale = jnp.where(norm > 0, self.magnitude / jnp.where(norm > 0, norm, 1.0), 1.0)

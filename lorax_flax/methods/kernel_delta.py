@@ -60,7 +60,7 @@ class Followed(Delta):
     def dropout(self) -> float: ...
 
   def parts(self, w: jax.Array) -> Parts:
-    """What the method makes of the kernel w, unevaluated."""
+    """The changed kernel, unevaluated."""
     raise NotImplementedError
 
   def merged(self, w: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ class BiasLoRA(LowRank):
     return cls(**vars(lora), bias=bias)
 
   def parts(self, w: jax.Array) -> Parts:
-    """What the method makes of the kernel w, unevaluated."""
+    """The changed kernel, unevaluated."""
     bias = self.laid_out("bias", w.shape, value=self.scaled(self.bias))
     return Parts(*self.factors(w.shape), bias=bias)
 

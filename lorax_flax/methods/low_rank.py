@@ -57,5 +57,5 @@ class LowRank(KernelDelta):
     return dense(*self.factors(shape), jnp.float32)
 
   def parts(self, w: jax.Array) -> Parts:
-    """What the method makes of the kernel w, unevaluated."""
+    """The changed kernel, unevaluated."""
     return Parts(*self.factors(w.shape))

@@ -73,7 +73,7 @@ class Rows(Followed):
       )
 
   def parts(self, w: jax.Array) -> Parts:
-    """What is made of the kernel w, unevaluated."""
+    """The changed kernel, unevaluated."""
     places = jnp.arange(w.shape[self.axis], dtype=jnp.int32)
     # Compared where it is used, not stored: XLA fuses it into the look-up.
     one_hot = (places[:, None] == jnp.asarray(self.indices)[None]).astype(jnp.float32)

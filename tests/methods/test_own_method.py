@@ -1,4 +1,4 @@
-"""A method that the package does not know, taken through all that a method goes through.
+"""A method that the package does not know, taken through all that methods go through.
 
 W' = W + scale * (w1a @ w1b) ∘ (w2a @ w2b), LoHa's Hadamard product (arXiv 2108.06098).
 """
@@ -162,9 +162,9 @@ def test_vmap_over_adapters_and_scales():
 def test_its_options_and_its_declaration_are_checked():
   _, _, _, adapter = start("single", options={"std": 0.0})
   assert not np.any(adapter["kernel"].w1a)
-  with pytest.raises(LoraxError, match="unknown option of hadamard 'sdt'.*'std'"):
+  with pytest.raises(LoraxError, match=r"unknown option of hadamard 'sdt'.*'std'"):
     start("single", options={"sdt": 0.0})
-  with pytest.raises(LoraxError, match="unknown LoraConfig.method 'hadamrd'.*'hadam"):
+  with pytest.raises(LoraxError, match=r"unknown LoraConfig\.method 'hadamrd'.*'hadam"):
     lx.LoraConfig(method="hadamrd")
 
   @jax.tree_util.register_dataclass

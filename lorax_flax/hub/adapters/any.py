@@ -103,7 +103,7 @@ def read(
 
 
 def num_labels(source: str | Path) -> int | None:
-  """How many outputs the head has that an adapter brings; None where it brings none."""
+  """The number of outputs of an adapter's head; None where it brings none."""
   source, kind = Path(source).expanduser(), form(source)
   if kind == "peft":
     return peft.num_labels(source)
@@ -117,7 +117,7 @@ def _state_dict(source: Path) -> Path:
 
 
 def _brings_head(tuned: set[str], keymap: KeyMap) -> bool:
-  """Whether all of the sequence classifier's head is among these paths."""
+  """Checks whether all of the sequence classifier's head is among these paths."""
   names = peft_config.HEAD_NAMES
   head = {path for path in keymap.keys if path.partition("/")[0] in names}
   return bool(head) and head <= tuned

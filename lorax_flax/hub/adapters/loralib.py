@@ -49,7 +49,7 @@ class Factors(NamedTuple):
 
 
 def is_state_dict(path: Path) -> bool:
-  """Whether a file is loralib's, by the names of its tensors."""
+  """Checks whether a file is loralib's, by the names of its tensors."""
   if not path.is_file():
     return False
   if torch_file.is_torch_file(path):
@@ -95,7 +95,7 @@ def read_adapter(
 
 
 def num_labels(file: str | Path) -> int | None:
-  """How many outputs the head has that a file brings; None where it brings none."""
+  """The number of outputs of a file's head; None where it brings none."""
   tensors = _load(Path(file).expanduser())
   return next((len(tensors[key]) for key in _HEADS if key in tensors), None)
 
@@ -167,7 +167,7 @@ def _adapter(
 def _target(
   module: str, keymap: km.KeyMap, leaves: Mapping[str, Any]
 ) -> tuple[Site, tuple[int, ...]]:
-  """Where a module's weight lies in our tree, and its (in, out)."""
+  """The site of a module's weight in our tree, and its (in, out)."""
   km.module_to_path(keymap, module)  # or an error that names the nearest
   site = keymap.sites[keymap.leaves[module.removeprefix(keymap.prefix)]]
   kind = rows.kind(site.entry)

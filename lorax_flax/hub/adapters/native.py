@@ -55,7 +55,7 @@ class Saved:
 
 
 def is_ours(folder: Path) -> bool:
-  """Whether a folder holds an adapter in this form."""
+  """Checks whether a folder holds an adapter in this form."""
   return (folder / FILE).is_file() and (folder / ARRAYS).is_dir()
 
 
@@ -108,7 +108,7 @@ def read_adapter(folder: str | Path, params: Any) -> Saved:
 
 
 def num_labels(folder: str | Path) -> int | None:
-  """How many outputs the head has that a folder brings; None where it brings none."""
+  """The number of outputs of a folder's head; None where it brings none."""
   folder = Path(folder).expanduser()
   about = _read(folder)
   try:

@@ -92,7 +92,7 @@ def place_of(delta: Delta, index: Index) -> Index:
 
 
 def has_layer(delta: Delta, index: Index) -> bool:
-  """Whether a delta changes this layer of its leaf."""
+  """Checks whether a delta changes this layer of its leaf."""
   return delta.layers is None or index[0] in delta.layers
 
 

@@ -1,4 +1,4 @@
-"""What each field of PEFT's LoraConfig may hold, as PEFT writes it."""
+"""Checks of the fields of PEFT's LoraConfig: the values that PEFT writes."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -55,7 +55,7 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def changes_the_base(init: Any) -> bool:
-  """Whether this init_lora_weights takes its start out of the base's weights."""
+  """Checks whether this init_lora_weights takes its start out of the base's weights."""
   return _is_str(init) and init.lower().startswith(_CHANGE_THE_BASE)
 
 

@@ -142,7 +142,7 @@ class PeftConfig:
     return looked_up(self.alpha_pattern, module, self.lora_alpha)
 
   def scale(self, module: str) -> float:
-    """What multiplies B A of one module."""
+    """The factor of B A of one module."""
     rank = self.rank(module)
     return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -164,11 +164,11 @@ class PeftConfig:
     return found
 
   def is_target(self, name: str) -> bool:
-    """Whether a module gets factors, "all-linear" apart (see `targets`)."""
+    """Checks whether a module gets factors, "all-linear" apart (see `targets`)."""
     return not self.is_excluded(name) and self.is_named(name)
 
   def is_named(self, name: str) -> bool:
-    """Whether target_modules, a list or an expression, name a module."""
+    """Checks whether target_modules, a list or an expression, name a module."""
     if self.target_modules is None:
       return False
     if isinstance(self.target_modules, str):
@@ -179,7 +179,7 @@ class PeftConfig:
     return named and self._in_layers(name)
 
   def is_excluded(self, name: str) -> bool:
-    """Whether a module never gets factors: excluded, or saved in full."""
+    """Checks whether a module never gets factors: excluded, or saved in full."""
     if isinstance(self.exclude_modules, str):
       excluded = re.fullmatch(self.exclude_modules, name) is not None
     else:
@@ -206,7 +206,7 @@ class PeftConfig:
     return every and str(self.target_modules).lower() == ALL_LINEAR
 
   def with_defaults(self, family: str) -> "PeftConfig":
-    """With what PEFT puts in target_modules' place for a model_type.
+    """The config with PEFT's own target_modules for a model_type.
 
     Its own defaults where none are given; and names for an expression where experts
     are no modules that it could match.
@@ -248,11 +248,11 @@ class PeftConfig:
     )
 
   def names_an_embedding(self, names: Iterable[str]) -> bool:
-    """Whether PEFT takes some of these to mean the input or the output embedding."""
+    """Checks whether PEFT takes one of these for the input or output embedding."""
     return any(name.rpartition(".")[2] in EMBEDDING_NAMES for name in names)
 
   def ties_targets(self) -> bool:
-    """Whether ensure_weight_tying gives factors to all modules of the embedding."""
+    """Checks whether ensure_weight_tying adapts all modules of the embedding."""
     if not self.ensure_weight_tying or self.ties_saved():
       return False
     if isinstance(self.target_modules, str):
@@ -260,13 +260,13 @@ class PeftConfig:
     return self.names_an_embedding(self.target_modules or ())
 
   def ties_saved(self) -> bool:
-    """Whether ensure_weight_tying saves all modules of the embedding in full."""
+    """Checks whether ensure_weight_tying saves all modules of the embedding in full."""
     return self.ensure_weight_tying and self.names_an_embedding(
       self.modules_to_save or ()
     )
 
   def saves_embeddings(self, names: Iterable[str]) -> bool:
-    """Whether PEFT saves the base's weights of the embeddings that have factors."""
+    """Checks whether PEFT saves the weights of the embeddings that have factors."""
     if self.trainable_token_indices is not None or self.is_all_linear:
       return False
     if isinstance(self.target_modules, str):
@@ -275,7 +275,7 @@ class PeftConfig:
     return any(name in EMBEDDING_NAMES for name in self.target_modules or ())
 
   def is_parameter(self, key: str) -> bool:
-    """Whether a parameter gets factors, by its full key."""
+    """Checks whether a parameter gets factors, by its full key."""
     return any(ends_with(key, end) for end in self.target_parameters or ())
 
   def _in_layers(self, name: str) -> bool:
@@ -350,7 +350,7 @@ def with_heads(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def dump(config: PeftConfig) -> dict[str, Any]:
-  """What PEFT itself would write for `config`: every field, those we lack off."""
+  """The fields that PEFT itself would write for `config`, those that we lack off."""
   raw: dict[str, Any] = {
     name: off for name, off in _OFF.items() if name != "eva_config"
   }

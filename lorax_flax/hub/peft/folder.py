@@ -173,7 +173,7 @@ def to_peft(
 
 
 def adapter_folder(folder: str | Path, name: str = DEFAULT) -> Path:
-  """Where an adapter of a PEFT folder lies: there, or in a sub-folder of its name.
+  """The folder of an adapter: a PEFT folder itself, or a sub-folder of its name.
 
   Raises:
     LoraxError: no adapter there, and which there are.
@@ -201,7 +201,7 @@ def stored_dtypes(folder: str | Path, *, name: str = DEFAULT) -> dict[str, str]:
 
 
 def num_labels(folder: str | Path) -> int | None:
-  """How many outputs the head has that a folder brings; None where it brings none."""
+  """The number of outputs of a folder's head; None where it brings none."""
   shapes = opened(Path(folder).expanduser()).shapes
   for end in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
     if shape := shapes.get(PREFIX + end):

@@ -1,4 +1,4 @@
-"""Which tensors a PEFT folder has, for a config and a model.
+"""The tensors of a PEFT folder, for a config and a model.
 
 Reading and writing both follow `layout`, so neither knows a key that the other doesn't.
 """

@@ -1,4 +1,4 @@
-"""What PEFT sees of a model: modules and parameters by name, and where they lie."""
+"""PEFT's view of a model: modules and parameters by name, and their sites."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -103,7 +103,7 @@ def input_embedding(found: Mapping[str, Place]) -> str:
 def all_linear(
   found: Mapping[str, Place], names: Iterable[str], is_classifier: bool
 ) -> list[str]:
-  """What "all-linear" means: every linear layer but the output's.
+  """The modules of "all-linear": every linear layer but the output's.
 
   PEFT leaves out the output embedding, or of a sequence classifier the first of two
   names that the model has at its top.

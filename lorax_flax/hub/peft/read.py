@@ -1,4 +1,4 @@
-"""From a PEFT folder's tensors to an adapter."""
+"""An adapter read from a PEFT folder's tensors."""
 
 import re
 from collections.abc import Mapping
@@ -122,7 +122,7 @@ def _check(
 
 
 def _is_echo(key: str) -> bool:
-  """Whether bias="all" put a key there that says nothing, under any adapter's name."""
+  """Checks whether a key is there by bias="all" alone, under any adapter's name."""
   return key.endswith(".bias") and bool(
     re.search(r"\.(modules_to_save|original_module)\.", key)
   )

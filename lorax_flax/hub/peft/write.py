@@ -1,4 +1,4 @@
-"""From an adapter to what PEFT's folder says of it: a config, and tensors."""
+"""An adapter as a PEFT folder: its config, and its tensors."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -377,7 +377,7 @@ def _with_head(
 def _check(
   config: PeftConfig, factored: Mapping[str, _Factored], targets: Targets
 ) -> None:
-  """That the config means the adapter: a slip here would be silent."""
+  """Asserts that the config means the adapter: a slip here would be silent."""
   assert {*targets.modules, *targets.parameters} == factored.keys()
   for name, each in factored.items():
     assert config.rank(name) == each.rank, name
