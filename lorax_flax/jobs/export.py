@@ -31,7 +31,7 @@ def export(
         wanted.lora,
         task_type=task_type,
         base_name=wanted.model.path,
-        labels=kind.labels and tuple(kind.labels),
+        labels=None if kind.labels is None else tuple(kind.labels),
       )
       native.write_adapter(target, saved)
       return

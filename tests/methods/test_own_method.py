@@ -28,10 +28,16 @@ from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.adapters import native
 from lorax_flax.jobs import settings
+from lorax_flax.models import registry
 from lorax_flax.sharding import mesh as meshes
 from tests.adapt.checks import check_equals_merged, check_no_dense_gradient, perturbed
 from tests.train import tiny
 
+# One worker runs them all: what they share is made once.
+pytestmark = [
+  pytest.mark.xdist_group("own_method"),
+  pytest.mark.usefixtures("quick_to_compile"),
+]
 STATIC: Any = {"static": True}
 
 
@@ -234,17 +240,19 @@ def _exported(folder, config):
   return flatten(found.loaded.params)
 
 
-def test_a_run_trains_it_and_its_adapter_is_merged(config, trained):
+def test_a_run_trains_it_and_its_adapter_is_merged(config, trained, tmp_path):
   folder, result = trained
   assert native.is_ours(folder / "adapter")
   about = json.loads((folder / "adapter" / native.FILE).read_text())
   methods = {each["method"] for each in about["deltas"].values()}
   assert methods == {"hadamard", "full"}
   assert result["trained_parameters"] > 0
+  loaded = registry.load(config.parent / "model", num_labels=2, new_head=True)
+  found = native.read_adapter(folder / "adapter", loaded.params)
+  with pytest.raises(LoraxError, match="PEFT has no form for Hadamard"):
+    peft.write_adapter(tmp_path, found.adapter, loaded.keymap, found.config)
   path = "encoder/layer_0/attention/query/kernel"
-  base = flatten(
-    merged.registry.load(config.parent / "model", num_labels=2, new_head=True).params
-  )
+  base = flatten(loaded.params)
   moved = _exported(folder, config)
   assert np.abs(moved[path] - base[path]).max() > 1e-3
 
@@ -277,6 +285,7 @@ from pathlib import Path
 from experiments import run
 from experiments.cli import config_flag
 from lorax_flax.jobs import settings
+from lorax_flax.models import registry
 
 config, folder = sys.argv[1:]
 run.run(settings.convert(config_flag.load(config)), Path(folder))

@@ -41,10 +41,10 @@ _HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
 
 
 class Factors(NamedTuple):
-  """One layer's: a (in, rank), b (rank, out), and the factor of a @ b."""
+  """One layer's: A (in, rank), B (rank, out), and the factor of A @ B."""
 
-  a: np.ndarray
-  b: np.ndarray
+  in_r: np.ndarray
+  r_out: np.ndarray
   scale: float
 
 
@@ -299,7 +299,7 @@ def to_state_dict(
         " such blocks"
       )
     factors = {name: narrow[name] or one for name, one in factors.items()}
-  alphas = {name: one.scale * one.b.shape[0] for name, one in factors.items()}
+  alphas = {name: one.scale * one.r_out.shape[0] for name, one in factors.items()}
   alpha = stacking.most_common(alphas)
   tensors = {}
   for name, (a, b, _) in factors.items():

@@ -170,6 +170,11 @@ def _factored(
   for path, delta in adapter.items():
     if not isinstance(delta, KernelDelta):
       continue
+    if delta.peft is None:
+      raise LoraxError(
+        f"PEFT has no form for {type(delta).__name__}, which {path} has: write the "
+        "adapter in our own form, or merge it (experiments.merge)"
+      )
     if path not in by_path:
       raise LoraxError(
         f"PEFT has no LoRA for {path}: neither a linear layer's kernel nor an "
@@ -202,22 +207,12 @@ def _one(delta: KernelDelta, place: Place) -> _Factored:
 
 
 def _form(adapter: Adapter) -> PeftForm:
-  """The form of the targets' method, which in PEFT is the same for all.
-
-  Raises:
-    LoraxError: several methods, or one that PEFT has no form for.
-  """
+  """The form of the targets' method, which in PEFT is the same for all."""
   kinds = {type(delta) for delta in adapter.values() if isinstance(delta, KernelDelta)}
   if len(kinds) > 1:
     names = listing(kind.__name__ for kind in kinds)
     raise LoraxError(f"PEFT has one method for all targets, and here are {names}")
-  (kind,) = kinds
-  if kind.peft is None:
-    raise LoraxError(
-      f"PEFT has no form for {kind.__name__}: write the adapter in our own form, or "
-      "merge it (experiments.merge)"
-    )
-  return kind.peft
+  return kinds.pop().peft or PeftForm()
 
 
 def _tokens(
