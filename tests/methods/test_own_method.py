@@ -27,9 +27,9 @@ from experiments.sweeps import plan, runner
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.adapters import native
+from lorax_flax.hub.peft import folder as peft
 from lorax_flax.jobs import settings
 from lorax_flax.models import registry
-from lorax_flax.sharding import mesh as meshes
 from tests.adapt.checks import check_equals_merged, check_no_dense_gradient, perturbed
 from tests.train import tiny
 
@@ -222,9 +222,8 @@ def config(tmp_path_factory):
   return file
 
 
-def _settings(config, **mesh):
-  found = settings.convert(config_flag.load(str(config)))
-  return dataclasses.replace(found, mesh=meshes.MeshConfig(**mesh)) if mesh else found
+def _settings(config):
+  return settings.convert(config_flag.load(str(config)))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +233,7 @@ def trained(config, tmp_path_factory):
 
 
 def _exported(folder, config):
-  """The deltas of a run, and the merged model."""
+  """The merged model of a run, by path."""
   base = str(config.parent / "model")
   found = merged.load(base, str(folder / "adapter"))
   return flatten(found.loaded.params)
@@ -257,15 +256,6 @@ def test_a_run_trains_it_and_its_adapter_is_merged(config, trained, tmp_path):
   assert np.abs(moved[path] - base[path]).max() > 1e-3
 
 
-def test_a_mesh_of_eight_devices_makes_no_difference(config, trained, tmp_path):
-  if jax.device_count() < 8:
-    pytest.skip("needs eight devices")
-  run.run(_settings(config, data=2, fsdp=2, tensor=2), tmp_path)
-  want, got = (_exported(folder, config) for folder in (trained[0], tmp_path))
-  for path, leaf in want.items():
-    np.testing.assert_allclose(got[path], leaf, atol=2e-3, err_msg=path)
-
-
 def test_trials_of_other_ranks_train_together_as_alone(config, tmp_path):
   planned = plan.of(str(config), config_flag.load(str(config)), [])
   listed = planned.listed()
@@ -273,31 +263,43 @@ def test_trials_of_other_ranks_train_together_as_alone(config, tmp_path):
   for trial in listed:
     alone = tmp_path / trial.name
     run.run(trial.settings, alone)
-    want = _exported(alone, config)
-    got = _exported(tmp_path / "swept" / trial.name, config)
-    for path, leaf in want.items():
-      np.testing.assert_allclose(got[path], leaf, atol=1e-4, err_msg=path)
+    _check_same(tmp_path / "swept" / trial.name, alone, config, 1e-4)
 
 
 _RUN = """
-import sys
+import dataclasses, json, sys
 from pathlib import Path
 from experiments import run
 from experiments.cli import config_flag
+from lorax_flax.hub.peft import folder as peft
 from lorax_flax.jobs import settings
-from lorax_flax.models import registry
+from lorax_flax.sharding.mesh import MeshConfig
 
-config, folder = sys.argv[1:]
-run.run(settings.convert(config_flag.load(config)), Path(folder))
+config, folder, mesh = sys.argv[1:]
+found = settings.convert(config_flag.load(config))
+found = dataclasses.replace(found, mesh=MeshConfig(**json.loads(mesh)))
+run.run(found, Path(folder))
 """
 
 
-def test_a_killed_run_is_resumed(config, trained, tmp_path):
-  process = subprocess.Popen(
-    [sys.executable, "-c", _RUN, str(config), str(tmp_path)],
+def _process(config, folder, **mesh):
+  """A run in a process of its own, on as many devices as the mesh has."""
+  devices = int(np.prod([*mesh.values()], initial=1))
+  xla = f"{tiny.QUICK_TO_COMPILE['XLA_FLAGS']} --xla_force_host_platform_device_count"
+  return subprocess.Popen(
+    [sys.executable, "-c", _RUN, str(config), str(folder), json.dumps(mesh)],
     cwd=tiny.ROOT,
-    env={**os.environ, "PYTHONPATH": str(tiny.ROOT), "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{xla}={devices}"},
   )
+
+
+def test_a_mesh_of_eight_devices_makes_no_difference(config, trained, tmp_path):
+  assert _process(config, tmp_path, data=2, fsdp=2, tensor=2).wait() == 0
+  _check_same(tmp_path, trained[0], config, 2e-3)
+
+
+def test_a_killed_run_is_resumed(config, trained, tmp_path):
+  process = _process(config, tmp_path)
   deadline = time.monotonic() + 300
   while not _checkpoint(tmp_path) and process.poll() is None:
     assert time.monotonic() < deadline
@@ -306,10 +308,14 @@ def test_a_killed_run_is_resumed(config, trained, tmp_path):
   process.wait()
   assert not (tmp_path / "result.json").exists()
   run.run(_settings(config), tmp_path)
-  want, got = (_exported(folder, config) for folder in (trained[0], tmp_path))
-  for path, leaf in want.items():
-    np.testing.assert_allclose(got[path], leaf, atol=1e-5, err_msg=path)
+  _check_same(tmp_path, trained[0], config, 1e-5)
 
 
 def _checkpoint(folder: Path) -> bool:
   return any(entry.name.isdecimal() for entry in folder.glob("checkpoints/*"))
+
+
+def _check_same(folder, other, config, tolerance):
+  got, want = _exported(folder, config), _exported(other, config)
+  for path, leaf in want.items():
+    np.testing.assert_allclose(got[path], leaf, atol=tolerance, err_msg=path)
