@@ -63,7 +63,7 @@ def _biases(leaves: dict, adapter: Adapter) -> dict:
   """The deltas' additions to the base's biases, by the path of the bias."""
   found = {}
   for path, delta in adapter.items():
-    added = delta.added_bias(leaves[path].shape)
+    added = delta.added_bias(leaves[path])
     if added is None:
       continue
     beside = "/".join([*path.split("/")[:-1], "bias"])

@@ -63,9 +63,9 @@ class Delta:
     """The base's leaf back from the merged one, dense, to rounding."""
     raise NotImplementedError
 
-  def added_bias(self, shape: Shape) -> jax.Array | None:
-    """The addition to the base's own bias, (*stack, *out), for a kernel of `shape`."""
-    del shape
+  def added_bias(self, w: jax.Array) -> jax.Array | None:
+    """The addition to the base's own bias; None for none."""
+    del w
     return None
 
   def kernel_axes(self) -> Mapping[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.methods.axes import axes_of
-from lorax_flax.methods.kernel_delta import Target
+from lorax_flax.methods.kernel_delta import Plan, Target
 from lorax_flax.methods.lora import KEYS, LoRA
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.parts import Parts
@@ -45,7 +45,7 @@ class DoRA(LowRank):
   )
 
   @classmethod
-  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Any) -> Self:
+  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Plan) -> Self:
     """LoRA's factors, and the magnitudes that change nothing."""
     lora = LoRA.start(key, kernel, target, plan)
     return cls(**vars(lora), magnitude=norms(lora, kernel))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +19,9 @@ from lorax_flax.methods.axes import (
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.parts import Parts, dense
 
-
-class Target(Protocol):
-  """The facts of a target that a method starts from; see `adapt.plan.Target`."""
-
-  @property
-  def path(self) -> str: ...
-  @property
-  def shape(self) -> Shape: ...
-  @property
-  def roles(self) -> tuple[str, ...]: ...
-  @property
-  def style(self) -> str: ...
-  @property
-  def rank(self) -> int: ...
-  @property
-  def ranks(self) -> tuple[int, ...] | None: ...
-  @property
-  def scale(self) -> float | tuple[float, ...]: ...
-  @property
-  def layers(self) -> tuple[int, ...] | None: ...
-  @property
-  def options(self) -> Mapping[str, Any]: ...
-  def key(self, key: jax.Array) -> jax.Array: ...
+# Those of `adapt.plan`, a room above this one.
+Target: TypeAlias = Any
+Plan: TypeAlias = Any
 
 
 class Followed(Delta):
@@ -76,6 +56,15 @@ class Followed(Delta):
     whole = whole if out_scale is None else whole / out_scale[..., 0]
     return whole - dense(a, b, jnp.float32)
 
+  def added_bias(self, w: jax.Array) -> jax.Array | None:
+    """The addition to the base's own bias, (*stack, *out)."""
+    bias, axes = self.parts(w).bias, by_role(self.roles)
+    if bias is None:
+      return None
+    order = (*axes["stack"], *axes["out"], *axes["in"])
+    bias = bias[..., 0].transpose(order)
+    return bias.reshape(bias.shape[: len(order) - len(axes["in"])])
+
   def kernel_axes(self) -> Mapping[str, tuple[int, ...]]:
     return by_role(self.roles)
 
@@ -90,7 +79,7 @@ class KernelDelta(Followed):
   per_trial = ("scale",)
 
   @classmethod
-  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Any) -> Self:
+  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Plan) -> Self:
     """The delta before the first step; it changes nothing.
 
     Args:

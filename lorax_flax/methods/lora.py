@@ -7,7 +7,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.kernel_delta import Target
+from lorax_flax.methods.kernel_delta import Plan, Target
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.peft_form import AS_IS, TRANSPOSED, Form, PeftForm
 
@@ -42,7 +42,7 @@ class LoRA(LowRank):
   peft = PeftForm(None, KEYS)
 
   @classmethod
-  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Any) -> Self:
+  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Plan) -> Self:
     """Factors whose product is zero, in the style of the target.
 
     "uniform": a uniform within 1 / sqrt(fan in), b zero (PEFT's default, torch

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.methods.axes import Shape
-from lorax_flax.methods.kernel_delta import Target
+from lorax_flax.methods.kernel_delta import Plan, Target
 from lorax_flax.methods.lora import KEYS, LoRA
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.parts import Parts
@@ -36,7 +35,7 @@ class BiasLoRA(LowRank):
   )
 
   @classmethod
-  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Any) -> Self:
+  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Plan) -> Self:
     """LoRA's factors, and no bias yet.
 
     Raises:
@@ -55,7 +54,3 @@ class BiasLoRA(LowRank):
     """The changed kernel, unevaluated."""
     bias = self.laid_out("bias", w.shape, value=self.scaled(self.bias))
     return Parts(*self.factors(w.shape), bias=bias)
-
-  def added_bias(self, shape: Shape) -> jax.Array:
-    """The addition to the base's own bias, (*stack, *out), for a kernel of `shape`."""
-    return self.in_all_layers(self.scaled(self.bias), shape)
