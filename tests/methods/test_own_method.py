@@ -141,7 +141,8 @@ def _filled(adapter):
   """The adapter with the leaf that starts as zeros filled where its pair is."""
   delta = adapter["kernel"]
   used = jnp.swapaxes(jnp.any(delta.w2a != 0, -2, keepdims=True), -1, -2)
-  return {"kernel": dataclasses.replace(delta, w2b=delta.w2b + used)}
+  filled = delta.w2b + used.astype(jnp.float32)
+  return {"kernel": dataclasses.replace(delta, w2b=filled)}
 
 
 def _trained(adapter):
