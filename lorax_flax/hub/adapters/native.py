@@ -186,9 +186,9 @@ def _digests(folder: Path) -> dict[str, str]:
   return found
 
 
-def _check_files(folder: Path, wanted: Mapping[str, Any]) -> None:
+def _check_files(folder: Path, expected: Mapping[str, Any]) -> None:
   found = _digests(folder)
-  bad = [n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)]
+  bad = [n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)]
   if bad:
     raise LoraxError(
       f"{folder} is damaged: not the files that {FILE} speaks of: {listing(bad, 4)}"

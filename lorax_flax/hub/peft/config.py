@@ -62,7 +62,7 @@ class PeftConfig:
     layers_to_transform, layers_pattern: for target_modules in the form of names.
     rank_pattern, alpha_pattern: regular expression for the end of a name, to value.
     init_lora_weights: how training started; nothing that loading depends on.
-    fan_in_fan_out: targets are Conv1D, whose weight lies as (in, out); the factors
+    fan_in_fan_out: targets are Conv1D, whose weight is stored as (in, out); the factors
       are the same.
     use_dora: a magnitude for each output beside the factors.
     lora_bias: a bias on each second factor.
@@ -152,8 +152,8 @@ class PeftConfig:
     Raises:
       LoraxError: one inside of another, which PEFT saves and then cannot load.
     """
-    wanted = several(self.modules_to_save)
-    found = [name for name in names if any(name.endswith(end) for end in wanted)]
+    requested = several(self.modules_to_save)
+    found = [name for name in names if any(name.endswith(end) for end in requested)]
     for name in found:
       for outer in found:
         if name.startswith(f"{outer}."):

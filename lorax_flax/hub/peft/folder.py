@@ -1,7 +1,7 @@
 """PEFT's adapter folders, read and written.
 
-A folder is adapter_config.json (peft_config.py) and adapter_model.safetensors, whose
-keys peft_layout.py knows. A named adapter lies in a sub-folder of its name.
+A folder is adapter_config.json (config.py) and adapter_model.safetensors, whose
+keys layout.py knows. A named adapter is in a sub-folder of its name.
 """
 
 import json
@@ -43,7 +43,7 @@ def read_adapter(
     params: the base's tree, whose leaves the adapter changes; its layers stacked if
       `keymap.scan`.
     keymap: of the base.
-    name: of the adapter; another than "default" lies in a sub-folder of its name.
+    name: of the adapter; another than "default" is in a sub-folder of its name.
 
   Returns:
     The adapter, float32; and a config that describes it. Where the layers of one

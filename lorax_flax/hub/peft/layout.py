@@ -168,7 +168,7 @@ def _adaptable(module: str, found: Mapping[str, Place]) -> Place:
   place = found[module]
   if place.site.entry.piece != (0, 1):
     raise LoraxError(
-      f"target_modules name {module}, whose weight lies beside others in "
+      f"target_modules name {module}, whose weight is stored beside others in "
       f"{place.site.path}"
     )
   return place

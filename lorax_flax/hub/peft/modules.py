@@ -20,7 +20,7 @@ class Place:
 
   Attributes:
     site: our leaf, and where in it.
-    kind: a key of `peft_forms.ROLES`.
+    kind: a key of `forms.ROLES`.
     main: of a module that shares its weight with another: the one that holds it.
   """
 

@@ -7,11 +7,11 @@ from typing import Any
 from lorax_flax.errors import LoraxError
 
 
-def shortest_ends(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
-  """The shortest ends of names, after a dot, that name all `wanted` and no `others`."""
+def shortest_ends(chosen: Iterable[str], others: Iterable[str]) -> list[str]:
+  """The shortest ends of names, after a dot, that name all `chosen` and no `others`."""
   taken = {end for name in others for end in _every_end(name)}
   found = []
-  for name in wanted:
+  for name in chosen:
     end = next((end for end in _every_end(name) if end not in taken), None)
     if end is None:
       raise LoraxError(f"no end of the module name {name!r} is its own")

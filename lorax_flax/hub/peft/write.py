@@ -281,9 +281,9 @@ def _patterns(name: str, pattern: str, values: Mapping[str, Any]) -> dict[str, A
   for value in dict.fromkeys(values.values()):
     if value == default:
       continue
-    wanted = [name for name in values if values[name] == value]
+    chosen = [name for name in values if values[name] == value]
     others = [name for name in values if values[name] != value]
-    patterns |= dict.fromkeys(shortest_ends(wanted, others), value)
+    patterns |= dict.fromkeys(shortest_ends(chosen, others), value)
   return {name: default, pattern: patterns}
 
 
