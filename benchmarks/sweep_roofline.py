@@ -16,7 +16,7 @@ import jax
 
 from benchmarks import common
 from experiments.cli import command as cli
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
 from launch.dryrun import hlo, report, topology
 from launch.dryrun import step as shapes
 from lorax_flax.jobs import build as job
@@ -76,7 +76,7 @@ def measure(
   the memory traffic, and bytes of memory."""
   fields = config_flag.load(config)
   fields.train.batch_size = batch
-  wanted = settings.convert(fields)
+  wanted = config_dict.convert(fields)
   one = shapes.job(wanted, slice_, cli.silent)
   step = one if n == 1 else together(one, wanted, n)
   with topology.quiet():

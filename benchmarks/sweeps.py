@@ -51,9 +51,7 @@ def sweep(add):
 
 def _chosen(count: int, steps: int) -> list[Trial]:
   """The first trials of the quick start's sweep, cut short."""
-  config = config_flag.load(_SPEC)
-  config.train.steps = steps
-  wanted = plan.of(_SPEC, config, ["train.steps"])
+  wanted = plan.of(config_flag.choose(_SPEC, {"train.steps": str(steps)}))
   if not 1 < count <= len(wanted.changes):
     raise SystemExit(f"--trials: at least 2, and at most {len(wanted.changes)}")
   return wanted.make(wanted.changes[:count])

@@ -16,49 +16,56 @@ for memory and collectives alone: h100:8, h100:4x8 (hosts × GPUs), by JAX's plu
 CUDA, which needs no GPU. The exit code is 1 where the step does not fit.
 """
 
-import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from experiments.cli import command as cli
 from experiments.cli import config_flag
 from launch.dryrun import topology as topologies
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import settings
 
-CONFIG = config_flag.define(flags.FLAGS)
-flags.declare_key_flag("config")
-TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v5p:4x4x8, …")
-SUGGEST = flags.DEFINE_bool(
-  "suggest", False, "Try meshes, model.remat and batch sizes, and rank them."
+FLAGS = flags.FlagValues()
+config_flag.define(FLAGS)
+TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "The slice: v5e:4x4, v5p:4x4x8, …", flag_values=FLAGS
 )
-HLO = flags.DEFINE_string("hlo", None, "A file to write the program's text to.")
+SUGGEST = flags.DEFINE_bool(
+  "suggest",
+  False,
+  "Try meshes, model.remat and batch sizes, and rank them.",
+  flag_values=FLAGS,
+)
+HLO = flags.DEFINE_string(
+  "hlo", None, "A file to write the program's text to.", flag_values=FLAGS
+)
 MINUTES = flags.DEFINE_float(
-  "minutes", 30.0, "With --suggest: start no other compilation after that.", 0.0
+  "minutes",
+  30.0,
+  "With --suggest: start no other compilation after that.",
+  lower_bound=0.0,
+  flag_values=FLAGS,
 )
 
 
 def main() -> None:
-  config = config_flag.given(CONFIG)
+  chosen = config_flag.read(FLAGS)
   if TOPOLOGY.value is None:
     kinds = ", ".join(topologies.CHIPS)
     raise LoraxError(f"which slice? --topology=v5e:4x4, say; there are {kinds}")
-  wanted = settings.convert(config, config_flag.overridden(sys.argv))
+  settings = chosen.settings()
   topology = topologies.describe(TOPOLOGY.value)
-  spec = config_flags.get_config_filename(flags.FLAGS["config"])
-  title = f"{spec} on {topology.name}"
+  title = f"{chosen.spec} on {topology.name}"
   if HLO.value and not Path(HLO.value).parent.is_dir():
     raise LoraxError(f"--hlo={HLO.value}: there is no folder {Path(HLO.value).parent}")
   # Here, since --help and mistakes in flags need not wait for them.
   from launch.dryrun import single, suggest
 
   if SUGGEST.value:
-    suggest.run(wanted, topology, title, minutes=MINUTES.value)
+    suggest.run(settings, topology, title, minutes=MINUTES.value)
     return
-  single.run(wanted, topology, title, HLO.value)
+  single.run(settings, topology, title, HLO.value)
 
 
 if __name__ == "__main__":
-  cli.run(main, flags.FLAGS, config_flag.help_text)
+  cli.run(main, FLAGS, config_flag.help_text)

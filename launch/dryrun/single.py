@@ -24,17 +24,17 @@ def run(
     LoraxError: it does not fit.
   """
   job = shapes.job(wanted, topology, print)
-  report.show("")
+  print()
   with report.working("compiling"):
     useful = shapes.useful_flops(wanted, topology)
     try:
       found, text = costs.measure(job, topology, useful)
     except costs.TooLarge as error:
-      report.show(report.too_large(title, job, error))
+      print(report.too_large(title, job, error))
       raise LoraxError(
         f"{error}. More of mesh.fsdp or mesh.tensor, --config.model.remat=full, a"
         " smaller batch or train.accumulation need less; --suggest tries them"
       ) from error
-  report.show(report.table(title, found, job, topology))
+  print(report.table(title, found, job, topology))
   if text_to is not None:
     Path(text_to).write_text(text, "utf-8")

@@ -13,14 +13,13 @@ import transformers
 from absl import flags
 
 from experiments import run
-from experiments.cli import config_flag
+from experiments.cli import command, config_dict, config_flag
 from experiments.inference import merged
 from lorax_flax import hub
 from lorax_flax.data.examples import Splits
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.errors import LoraxError
 from lorax_flax.jobs import build as job
-from lorax_flax.jobs import settings
 from lorax_flax.models import registry
 from lorax_flax.tasks import classification
 from tests.experiments import peers
@@ -83,7 +82,7 @@ def _settings(spec, base, **changes):
     for name, value in values.items():
       section, _, field = name.rpartition(".")
       (config[section] if section else config)[field] = value
-  return settings.convert(config)
+  return config_dict.convert(config)
 
 
 def _logits(whole, examples):
@@ -99,10 +98,10 @@ def _logits(whole, examples):
 
 def _parse(*arguments):
   """What the command makes of its arguments."""
-  values, argv = flags.FlagValues(), ["run", *arguments]
-  holder = config_flag.define(values, argv)
-  values(argv)
-  return settings.convert(holder.value, config_flag.overridden(argv))
+  values = flags.FlagValues()
+  config_flag.define(values)
+  command.parse(values, ["run", *arguments])
+  return config_flag.read(values).settings()
 
 
 def test_the_quick_start_shrunk_writes_all_that_it_says(trained):
