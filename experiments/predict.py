@@ -40,7 +40,7 @@ from lorax_flax.models import registry
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
 ADAPTER = model_flags.adapter(
-  FLAGS, without="Without one, the base's own head is used."
+  FLAGS, note="Without one, the base's own head is used.", required=False
 )
 INPUT = flags.DEFINE_string(
   "input", None, "The lines to read, JSON.", flag_values=FLAGS, required=True
