@@ -127,7 +127,7 @@ def find(name: str) -> tuple[Field, str | None]:
 
 def is_switch(name: str) -> bool:
   """Whether a name is that of a bool, --config.NAME and --noconfig.NAME."""
-  return name in known() and known()[name].type is bool
+  return name in known() and known()[name].plain is bool
 
 
 def parse(name: str, text: str) -> Any:

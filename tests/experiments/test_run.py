@@ -214,6 +214,24 @@ def test_starting_from_an_adapter_of_another_shape_is_an_error(
     job.prepare(_settings("quickstart.py", base, init_adapter=source, **changes), print)
 
 
+def test_a_run_starts_from_an_adapter_of_dora_where_the_flag_says_so(tmp_path, base):
+  dora = {"lora.use_dora": True, "train.steps": 1}
+  run.run(_settings("quickstart.py", base, **dora), tmp_path / "first")
+  start = {"init_adapter": str(tmp_path / "first" / "adapter"), "train.steps": 1}
+  with pytest.raises(LoraxError, match=r"has DoRA .*: set --config\.lora\.(.*)$") as e:
+    run.run(_settings("quickstart.py", base, **start), tmp_path / "refused")
+  flag = str(e.value).rpartition("set ")[2]
+  complying = dataclasses.replace(
+    _settings("quickstart.py", base, **start),
+    lora=_parse("--config=quickstart.py", flag).lora,
+  )
+  run.run(complying, tmp_path / "second")
+  tensors = safetensors.numpy.load_file(
+    tmp_path / "second" / "adapter/adapter_model.safetensors"
+  )
+  assert any("magnitude" in name for name in tensors)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
