@@ -43,7 +43,7 @@ class Field:
 
   @property
   def optional(self) -> bool:
-    """Whether None is a value."""
+    """True where None is a value."""
     return type(None) in typing.get_args(self.type)
 
   @property
@@ -126,7 +126,7 @@ def find(name: str) -> tuple[Field, str | None]:
 
 
 def is_switch(name: str) -> bool:
-  """Whether a name is that of a bool, --config.NAME and --noconfig.NAME."""
+  """True for a bool field, which has the flags --config.NAME and --noconfig.NAME."""
   return name in known() and known()[name].plain is bool
 
 
@@ -137,13 +137,13 @@ def parse(name: str, text: str) -> Any:
     LoraxError: no such field, or a text that is no value of it.
   """
   field, key = find(name)
-  kind = field.type if key is None else field.entries
-  if kind is str or field.plain is str:
+  kind = field.plain if key is None else field.entries
+  if kind is str:
     return None if text == "None" and field.optional else text
   value = _literal(text)
   if kind is Any:
     return _WORDS.get(text, value)
-  if field.plain == Sequence[int] and isinstance(value, int):
+  if kind == Sequence[int] and isinstance(value, int):
     return (value,)
   return value
 

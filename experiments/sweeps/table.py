@@ -18,7 +18,7 @@ _SEED = "seed"
 
 @dataclass(frozen=True)
 class Median:
-  """The same settings under several seeds.
+  """Scores of the same settings under several seeds.
 
   Attributes:
     changes: values that they have in common.

@@ -202,7 +202,7 @@ def _shape(settings: Settings) -> dict[str, Any]:
 
 
 def _drops_by_length(settings: Settings) -> bool:
-  """Whether dropout draws other numbers where a batch is padded to another length.
+  """True if dropout draws other numbers where a batch is padded to another length.
 
   A checkpoint's own rates are not known here, and count as dropout.
   """

@@ -26,7 +26,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 @dataclass(frozen=True)
 class End:
-  """How a command ended.
+  """The end of a command.
 
   Attributes:
     code: exit code; negative, the number of the signal that ended it.

@@ -98,7 +98,10 @@ def test_an_override_may_come_before_the_config_and_several_entries_add_up():
     ),
     ("lora.rank=1.5", r"--config.lora.rank=1.5: config.lora.rank can't be 1.5: .* int"),
     ("lora.layers=a,b", "it takes ints or None"),
-    ("model.hf_config.hidden_size=8", "unknown config field 'model.hf_config.hidden_size'"),
+    (
+      "model.hf_config.hidden_size=8",
+      "unknown config field 'model.hf_config.hidden_size'",
+    ),
     ("lora.init=gausian", "did you mean 'gaussian'"),
   ],
 )
