@@ -76,7 +76,7 @@ def change(values: Values, name: str, value: Any) -> Values:
   # Keys of patterns hold dots; those of a document, of any values, are nested by them.
   keys = key.split(".") if field.entries is Any else [key]
   if field.optional and keys[0] not in old:
-    # A document that comes as a whole: what it does not have, nobody reads.
+    # A document is given in full: an entry that it lacks would be read by nobody.
     raise LoraxError(unknown("config field", name, [f"{field.name}.{k}" for k in old]))
   new = _nested(old, keys, fields.fit_entry(field, key, value))
   return {**values, field.name: new}
