@@ -2,12 +2,12 @@
 
   python -m benchmarks.sweeps [--steps=30] [--trials=8] [--step]
 
-One after another is `experiments.run` for each trial, in a process of its own as a
-person would; together is `experiments.sweep`, which trains them in one. Both train for
-so many steps, evaluate once and write all that they write. The first table has the
-wall time, by what it was spent on, and how many programs were compiled; the second what
-the step of one trial and that of all take in memory, read from the compiler, and the
-least seconds of some such steps, for each trial. With --step the second alone.
+One after another is `experiments.run` for each trial, in a process of its own; together
+is `experiments.sweep`, in one process. Both train the same number of steps, evaluate
+once and write all their outputs. The first table has the wall time by phase, and the
+number of programs that were compiled. The second has the memory of the step of one
+trial and of all, from the compiler, and the minimum of some steps' seconds a trial.
+--step prints the second alone.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def sweep(add):
 
 
 def _chosen(count: int, steps: int) -> list[Trial]:
-  """The first trials of the quick start's sweep, cut short."""
+  """The first trials of the quick start's sweep, for a number of steps."""
   config = config_flag.load(_SPEC)
   config.train.steps = steps
   wanted = plan.of(_SPEC, config, ["train.steps"])
@@ -72,7 +72,7 @@ def _command(module: str, *arguments: str) -> tuple[float, str]:
 
 
 def _row(name: str, wall: float, printed: str, results: list[dict[str, Any]]) -> list:
-  """A line of the first table; `results` have seconds of their own."""
+  """A row of the first table; `results` hold seconds by phase."""
   seconds: Counter[str] = Counter()
   for result in results:
     seconds.update(result["seconds"])
@@ -86,7 +86,7 @@ def _row(name: str, wall: float, printed: str, results: list[dict[str, Any]]) ->
 
 
 def measure(wanted: list[Trial], steps: int) -> str:
-  """The first table."""
+  """The first table: wall time and programs."""
   given = [f"--config={_SPEC}", f"--config.train.steps={steps}"]
   with tempfile.TemporaryDirectory() as temporary:
     folder = Path(temporary)
@@ -124,7 +124,7 @@ def _result(folder: Path) -> dict[str, Any]:
 
 
 def one_step(wanted: list[Trial]) -> str:
-  """The second table."""
+  """The second table: memory and seconds of the step."""
   jobs, batches = job.prepare_several([t.settings for t in wanted], cli.silent)
   first, config = jobs[0], wanted[0].settings.train
   steps = durations(config, first.steps_per_epoch)
@@ -173,6 +173,7 @@ def main() -> None:
   if not found.step:
     print(measure(wanted, found.steps), flush=True)
   print(one_step(wanted))
+  print(common.repeat())
 
 
 if __name__ == "__main__":
