@@ -30,16 +30,16 @@ from lorax_flax.train.config import Durations
 _PLAN = Durations(total=1000, epoch=1000, warmup=100, save=None)
 
 
-def together(one: Abstract, wanted: settings.Settings, n: int) -> Abstract:
+def together(one: Abstract, requested: settings.Settings, n: int) -> Abstract:
   """The step of n trials, from that of one."""
-  kind = job.kind_of(wanted)
-  _, forward = adapt(shape.described(wanted, kind), wanted)
+  kind = job.kind_of(requested)
+  _, forward = adapt(shape.described(requested, kind), requested)
   state, base, batch = stacked.abstract(one.state, one.base, one.batch, n)
   step = stacked.train_step(
-    forward, kind.loss, wanted.train, _PLAN, stacked.within(stacked.ROOM)
+    forward, kind.loss, requested.train, _PLAN, stacked.within(stacked.ROOM)
   )
-  lies = jax.tree.map(lambda x: x.sharding, state)
-  jitted = steps.jitted(step, lies)
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  jitted = steps.jitted(step, shardings)
   return dataclasses.replace(one, step=jitted, state=state, base=base, batch=batch)
 
 
@@ -89,9 +89,9 @@ def measure(
   """
   fields = config_flag.load(config)
   fields.train.batch_size = batch
-  wanted = settings.convert(fields)
-  one = shapes.job(wanted, slice_, cli.silent)
-  step = one if n == 1 else together(one, wanted, n)
+  requested = settings.convert(fields)
+  one = shapes.job(requested, slice_, cli.silent)
+  step = one if n == 1 else together(one, requested, n)
   with topology.quiet():
     compiled = step.compile()
   text, memory = compiled.as_text(), compiled.memory_analysis()

@@ -53,10 +53,10 @@ def _chosen(count: int, steps: int) -> list[Trial]:
   """The first trials of the quick start's sweep, for a number of steps."""
   config = config_flag.load(_SPEC)
   config.train.steps = steps
-  wanted = plan.of(_SPEC, config, ["train.steps"])
-  if not 1 < count <= len(wanted.changes):
-    raise SystemExit(f"--trials: at least 2, and at most {len(wanted.changes)}")
-  return wanted.make(wanted.changes[:count])
+  chosen = plan.of(_SPEC, config, ["train.steps"])
+  if not 1 < count <= len(chosen.changes):
+    raise SystemExit(f"--trials: at least 2, and at most {len(chosen.changes)}")
+  return chosen.make(chosen.changes[:count])
 
 
 def _command(module: str, *arguments: str) -> tuple[float, str]:
@@ -85,13 +85,13 @@ def _row(name: str, wall: float, printed: str, results: list[dict[str, Any]]) ->
   ]
 
 
-def measure(wanted: list[Trial], steps: int) -> str:
+def measure(chosen: list[Trial], steps: int) -> str:
   """The first table: wall time and programs."""
   given = [f"--config={_SPEC}", f"--config.train.steps={steps}"]
   with tempfile.TemporaryDirectory() as temporary:
     folder = Path(temporary)
     rows, results, walls, prints = [], [], 0.0, ""
-    for trial in wanted:
+    for trial in chosen:
       own = [f"--config.{name}={value}" for name, value in trial.changes.items()]
       here = folder / trial.name
       wall, printed = _command("run", *given, *own, f"--workdir={here}")
@@ -100,10 +100,10 @@ def measure(wanted: list[Trial], steps: int) -> str:
     rows.append(_row("one after another", walls, prints, results))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     sweep, listed = folder / "sweep", folder / "some.py"
-    listed.write_text(_SOME.format([dict(trial.changes) for trial in wanted]))
+    listed.write_text(_SOME.format([dict(trial.changes) for trial in chosen]))
     given[0] = f"--config={listed}"
     wall, printed = _command("sweep", *given, f"--workdir={sweep}")
-    ours = [_result(sweep / trial.name) for trial in wanted]
+    ours = [_result(sweep / trial.name) for trial in chosen]
     rows.append(_row("together", wall, printed, ours[:1]))
     largest = max(
       abs(a[name] - b[name])
@@ -111,7 +111,7 @@ def measure(wanted: list[Trial], steps: int) -> str:
       for name in ("accuracy", "eval_loss")
     )
   header = ["trials", "wall s", "compile", "steps", "evaluate", "save", "rest"]
-  title = f"{len(wanted)} trials of {_SPEC}, {steps} steps each, {os.cpu_count()} cores"
+  title = f"{len(chosen)} trials of {_SPEC}, {steps} steps each, {os.cpu_count()} cores"
   table = common.table(title, [*header, "programs"], rows)
   return (
     f"{table}\nlargest difference of accuracy and eval_loss: {largest:.1e}; "
@@ -123,14 +123,14 @@ def _result(folder: Path) -> dict[str, Any]:
   return json.loads((folder / "result.json").read_text())
 
 
-def one_step(wanted: list[Trial]) -> str:
+def one_step(chosen: list[Trial]) -> str:
   """The second table: memory and seconds of the step."""
-  jobs, batches = job.prepare_several([t.settings for t in wanted], cli.silent)
-  first, config = jobs[0], wanted[0].settings.train
+  jobs, batches = job.prepare_several([t.settings for t in chosen], cli.silent)
+  first, config = jobs[0], chosen[0].settings.train
   steps = durations(config, first.steps_per_epoch)
   alone = loop.program_of(config, steps, first)
   batch = next(batches)
-  pairs = zip(wanted, jobs, strict=True)
+  pairs = zip(chosen, jobs, strict=True)
   trials = [together.Trial(t.name, t.settings.train, j, Path()) for t, j in pairs]
   base = sum(x.nbytes for x in jax.tree.leaves(first.params))
   rows = []
@@ -151,10 +151,10 @@ def one_step(wanted: list[Trial]) -> str:
 
   one = {name: x[0] for name, x in batch.items()}
   add("one trial", alone.step, *alone.start(first.params, first.adapter), one, 1)
-  for width in (1, len(wanted)):
+  for width in (1, len(chosen)):
     made = together.make(trials, steps, width)
-    name = f"{len(wanted)} together, {width} at once"
-    add(name, made.step, made.state, made.base, batch, len(wanted))
+    name = f"{len(chosen)} together, {width} at once"
+    add(name, made.step, made.state, made.base, batch, len(chosen))
   title = f"The compiled step, MB; the base alone: {base / _MEGABYTE:,.0f}"
   header = ["step", "arguments", "temporaries", "sum", "seconds a trial"]
   return common.table(title, header, rows)
@@ -169,10 +169,10 @@ def main() -> None:
   parser.add_argument("--step", action="store_true", help="the second table alone")
   found = parser.parse_args()
   large_pages.restart()
-  wanted = _chosen(found.trials, found.steps)
+  chosen = _chosen(found.trials, found.steps)
   if not found.step:
-    print(measure(wanted, found.steps), flush=True)
-  print(one_step(wanted))
+    print(measure(chosen, found.steps), flush=True)
+  print(one_step(chosen))
   print(common.repeat())
 
 
