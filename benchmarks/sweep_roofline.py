@@ -16,7 +16,7 @@ import jax
 
 from benchmarks import common
 from experiments.cli import command as cli
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
 from launch.dryrun import hlo, report, topology
 from launch.dryrun import step as shapes
 from lorax_flax.jobs import build as job
@@ -89,7 +89,7 @@ def measure(
   """
   fields = config_flag.load(config)
   fields.train.batch_size = batch
-  requested = settings.convert(fields)
+  requested = config_dict.convert(fields)
   one = shapes.job(requested, slice_, cli.silent)
   step = one if n == 1 else together(one, requested, n)
   with topology.quiet():

@@ -51,9 +51,7 @@ def sweep(add):
 
 def _chosen(count: int, steps: int) -> list[Trial]:
   """The first trials of the quick start's sweep, for a number of steps."""
-  config = config_flag.load(_SPEC)
-  config.train.steps = steps
-  chosen = plan.of(_SPEC, config, ["train.steps"])
+  chosen = plan.of(config_flag.choose(_SPEC, {"train.steps": str(steps)}))
   if not 1 < count <= len(chosen.changes):
     raise SystemExit(f"--trials: at least 2, and at most {len(chosen.changes)}")
   return chosen.make(chosen.changes[:count])

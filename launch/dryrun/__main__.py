@@ -17,53 +17,56 @@ v5p:4x4x8. GPUs, for memory and collectives alone: h100:8, h100:4x8 (hosts × GP
 JAX's CUDA plugin and no GPU. The exit code is 1 if the step does not fit.
 """
 
-import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from experiments.cli import command as cli
 from experiments.cli import config_flag
 from launch.dryrun import topology as topologies
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import settings
 
-CONFIG = config_flag.define(flags.FLAGS)
-flags.declare_key_flag("config")
+FLAGS = flags.FlagValues()
+config_flag.define(FLAGS)
 TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "The slice, such as v5e:4x4 or v5p:4x4x8."
+  "topology", None, "The slice, such as v5e:4x4 or v5p:4x4x8.", flag_values=FLAGS
 )
 SUGGEST = flags.DEFINE_bool(
-  "suggest", False, "Try meshes, remat policies and batch sizes, and rank them."
+  "suggest",
+  False,
+  "Try meshes, remat policies and batch sizes, and rank them.",
+  flag_values=FLAGS,
 )
 HLO = flags.DEFINE_string(
-  "hlo", None, "A file to write the compiled program's text to."
+  "hlo", None, "A file to write the compiled program's text to.", flag_values=FLAGS
 )
 MINUTES = flags.DEFINE_float(
-  "minutes", 30.0, "With --suggest: start no further compilation after these.", 0.0
+  "minutes",
+  30.0,
+  "With --suggest: start no further compilation after these.",
+  lower_bound=0.0,
+  flag_values=FLAGS,
 )
 
 
 def main() -> None:
-  config = config_flag.given(CONFIG)
+  chosen = config_flag.read(FLAGS)
   if TOPOLOGY.value is None:
     kinds = ", ".join(topologies.CHIPS)
     raise LoraxError(f"--topology is missing, such as v5e:4x4; there are {kinds}")
-  requested = settings.convert(config, config_flag.overridden(sys.argv))
+  settings = chosen.settings()
   topology = topologies.describe(TOPOLOGY.value)
-  spec = config_flags.get_config_filename(flags.FLAGS["config"])
-  title = f"{spec} on {topology.name}"
+  title = f"{chosen.spec} on {topology.name}"
   if HLO.value and not Path(HLO.value).parent.is_dir():
     raise LoraxError(f"--hlo={HLO.value}: there is no folder {Path(HLO.value).parent}")
   # Imported here, so that --help and errors in flags do not wait for them.
   from launch.dryrun import run, suggest
 
   if SUGGEST.value:
-    suggest.run(requested, topology, title, minutes=MINUTES.value)
+    suggest.run(settings, topology, title, minutes=MINUTES.value)
   else:
-    run.run(requested, topology, title, HLO.value)
+    run.run(settings, topology, title, HLO.value)
 
 
 if __name__ == "__main__":
-  cli.run(main, flags.FLAGS, config_flag.help_text)
+  cli.run(main, FLAGS, config_flag.help_text)

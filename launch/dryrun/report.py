@@ -5,38 +5,27 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich import console as rich_console
-from rich import table as rich_table
 
 from launch.dryrun.costs import Costs, TooLarge, arguments
 from launch.dryrun.topology import GIB, Topology
+from lorax_flax import text_table
 
 
-def table(title: str, costs: Costs, job: Any, topology: Topology) -> rich_table.Table:
+def table(title: str, costs: Costs, job: Any, topology: Topology) -> str:
   """Costs of one step on one chip.
 
   Args:
     job: the step, whose batch the throughput counts.
   """
-  made = rich_table.Table(title=title, title_justify="left")
-  made.add_column("per chip")
-  made.add_column("", justify="right")
-  made.add_column("")
   times = _time(costs, job, topology) if topology.chip.timed else []
-  for row in (*_memory(costs, topology), None, *_collectives(costs), *times):
-    if row is None:
-      made.add_section()
-    else:
-      made.add_row(*row)
-  return made
+  rows = [*_memory(costs, topology), (), *_collectives(costs), *times]
+  return text_table.render(("per chip", "", ""), rows, align="lrl", title=title)
 
 
-def too_large(title: str, job: Any, error: TooLarge) -> rich_table.Table:
+def too_large(title: str, job: Any, error: TooLarge) -> str:
   """Memory by part of a step that does not fit."""
   a = arguments(job)
-  made = rich_table.Table(title=title, title_justify="left")
-  made.add_column("per chip")
-  made.add_column("", justify="right")
-  for row in (
+  rows = (
     ("weights", size(a.weights)),
     ("adapter", size(a.adapter)),
     ("optimiser", size(a.optimizer)),
@@ -44,9 +33,8 @@ def too_large(title: str, job: Any, error: TooLarge) -> rich_table.Table:
     ("the rest: activations, padding", size(max(0.0, error.used - a.total))),
     ("peak HBM", size(error.used)),
     ("the compiler has", size(error.available)),
-  ):
-    made.add_row(*row)
-  return made
+  )
+  return text_table.render(("per chip", ""), rows, align="lr", title=title)
 
 
 @contextlib.contextmanager
@@ -123,10 +111,3 @@ def size(count: float) -> str:
     if count >= unit:
       return f"{count / unit:,.2f} {name}"
   return f"{count:,.0f} B"
-
-
-def show(*parts: Any) -> None:
-  """Prints tables and lines."""
-  console = rich_console.Console(highlight=False, soft_wrap=True)
-  for part in parts:
-    console.print(part, markup=False) if isinstance(part, str) else console.print(part)

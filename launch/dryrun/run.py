@@ -24,17 +24,17 @@ def run(
     LoraxError: the step does not fit into a chip's memory.
   """
   job = shapes.job(settings, topology, print)
-  report.show("")
+  print()
   with report.spinner("compiling"):
     useful = shapes.useful_flops(settings, topology)
     try:
       found, text = costs.measure(job, topology, useful)
     except costs.TooLarge as error:
-      report.show(report.too_large(title, job, error))
+      print(report.too_large(title, job, error))
       raise LoraxError(
         f"{error}. More of mesh.fsdp or mesh.tensor, --config.model.remat=full, a"
         " smaller batch or train.accumulation need less; --suggest tries them"
       ) from error
-  report.show(report.table(title, found, job, topology))
+  print(report.table(title, found, job, topology))
   if hlo_file is not None:
     Path(hlo_file).write_text(text, "utf-8")

@@ -5,13 +5,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich import table as rich_table
-
 from experiments.cli import command as cli
 from launch.dryrun import costs, report
 from launch.dryrun import step as shapes
 from launch.dryrun.options import REMAT, Option, meshes
 from launch.dryrun.topology import Topology
+from lorax_flax import text_table
 from lorax_flax.errors import LoraxError
 from lorax_flax.jobs.settings import Settings
 from lorax_flax.sharding import activations
@@ -71,14 +70,14 @@ def run(settings: Settings, topology: Topology, title: str, *, minutes: float) -
       if found is None:
         continue
       tried.append(found)
-      report.show(f"  {name}: {_outcome(found)}")
+      print(f"  {name}: {_outcome(found)}", flush=True)
   if not tried:
     raise LoraxError(
       f"no mesh of {topology.size} chips suits a batch of {settings.train.batch_size}"
     )
-  report.show("", table(title, tried, topology))
+  print(f"\n{table(title, tried, topology)}")
   if left:
-    report.show(f"{left} others were not tried: --minutes={minutes:g} had passed")
+    print(f"{left} others were not tried: --minutes={minutes:g} had passed")
 
 
 def _around(settings: Settings, tried: Sequence[Tried]) -> Iterator[Option]:
@@ -120,33 +119,25 @@ def _outcome(found: Tried) -> str:
   return f"{found.rate:,.0f} tokens/s a chip, {report.size(found.used)}"
 
 
-def table(title: str, tried: Sequence[Tried], topology: Topology) -> rich_table.Table:
+def table(title: str, tried: Sequence[Tried], topology: Topology) -> str:
   """The options that fit, the fastest first, then those that do not."""
-  made = rich_table.Table(
-    title=f"{title}: per chip, by the roofline",
-    title_justify="left",
-    caption=f"mesh: {' × '.join(AXES)}; GiB: the peak of HBM",
-    caption_justify="left",
-  )
-  made.add_column("mesh", no_wrap=True)
-  columns = ("remat", "batch", "tokens/s", "step", "bound", "MFU", "GiB", "of it")
-  for name in columns:
-    made.add_column(name, justify="right")
+  rows = []
   for found in sorted(tried, key=lambda t: (not t.costs, -t.rate, t.used)):
     option, c = found.option, found.costs
-    cells = ("×".join(map(str, option.mesh)), option.remat, str(option.batch))
+    cells = ("×".join(map(str, option.mesh)), option.remat, option.batch)
     least = "" if found.compiled else "> "
     used = f"{least}{found.used / 2**30:.2f}"
     if c is None:
-      made.add_row(*cells, "", "", "", "", used, "no")
+      rows.append((*cells, "", "", "", "", used, "no"))
       continue
-    made.add_row(
-      *cells,
-      f"{found.rate:,.0f}",
-      report.time(c.seconds),
-      c.bound,
-      f"{c.utilization:.0%}",
-      used,
-      f"{found.used / topology.chip.hbm:.0%}",
-    )
-  return made
+    times = (f"{found.rate:,.0f}", report.time(c.seconds), c.bound)
+    share = f"{found.used / topology.chip.hbm:.0%}"
+    rows.append((*cells, *times, f"{c.utilization:.0%}", used, share))
+  columns = ("mesh", "remat", "batch", "tokens/s", "step", "bound", "MFU", "GiB")
+  table = text_table.render(
+    (*columns, "of it"),
+    rows,
+    align="lrrrrrrrr",
+    title=f"{title}: per chip, by the roofline",
+  )
+  return f"{table}\nmesh: {' × '.join(AXES)}; GiB: the peak of HBM"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,11 @@ import jax
 import pytest
 
 from benchmarks import common
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
 from launch.dryrun import costs, hlo, options, run, suggest
 from launch.dryrun import step as shapes
 from launch.dryrun import topology as topologies
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import settings
 from lorax_flax.jobs.abstract import abstract
 from lorax_flax.sharding import mesh as meshes
 
@@ -60,7 +60,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wanted(config):
-  return settings.convert(config_flag.load(str(config)))
+  return config_dict.convert(config_flag.load(str(config)))
 
 
 @functools.cache
@@ -271,8 +271,8 @@ def pretend(monkeypatch):
 
 
 def _rows(out):
-  lines = [line for line in out.splitlines() if line.startswith("│")]
-  return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+  lines = [line for line in out.splitlines() if re.match(r"\d+×\d+×", line)]
+  return [re.split(r"\s{2,}", line) for line in lines]
 
 
 def test_suggestions_are_ranked_and_those_that_do_not_fit_are_last(
