@@ -58,8 +58,9 @@ def python(
   return shlex.join([*words, interpreter, *command])
 
 
-def flags(values: Mapping[str, Any]) -> list[str]:
-  """Flags of a client, less those that are None."""
+def flags(options: Any, *names: str) -> list[str]:
+  """Flags of a client from the attributes of these names, less those that are None."""
+  values = {name.replace("_", "-"): getattr(options, name) for name in names}
   return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from launch import cluster
 from launch.calls import Call, flags, python
-from launch.options import REQUIRED, Options, option
+from launch.options import REQUIRED, SEND, Options, option
 from launch.project import install, packed
 from lorax_flax.errors import LoraxError, listing
 
@@ -48,9 +48,7 @@ class Pod(Options):
   create: bool = option(False, "make the TPU VMs first")
   spot: bool = option(False, "with --create: cheaper, and may be preempted")
   runtime: str | None = option(None, "the VM's software; by default the accelerator's")
-  send: tuple[str, ...] = option(
-    (), "a file or folder here to send too, such as a config of yours"
-  )
+  send: tuple[str, ...] = SEND
   setup: str = option(
     install("tpu,gcs"), "shell command that installs the code on a worker"
   )
@@ -71,8 +69,7 @@ def render(command: Sequence[str], options: Pod) -> list[Call]:
     f"{{ {options.setup}; }} && exec {line}"
   )
   archive, pack = packed(options.name, options.send)
-  where = flags({"zone": options.zone, "project": options.project})
-  where.append("--quiet")
+  where = [*flags(options, "zone", "project"), "--quiet"]
   everywhere = [*where, "--worker=all", *options.extra]
   return [
     *_create(options, where),

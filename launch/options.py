@@ -24,6 +24,9 @@ def option(default: Any, help: str, least: int = 0) -> Any:
   return field(default=default, metadata={"help": help, "least": least})
 
 
+SEND = option((), "a file or folder here to send too, such as a config of yours")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
   """Options of every launcher; each launcher adds its own in a subclass.

@@ -25,7 +25,7 @@ import yaml
 
 from launch import cluster
 from launch.calls import Call, python
-from launch.options import Options, option
+from launch.options import SEND, Options, option
 from launch.project import FOLDER, install, unpacked
 from lorax_flax.distributed.processes import PREEMPTED
 from lorax_flax.errors import LoraxError
@@ -56,9 +56,7 @@ class Task(Options):
   managed: bool = option(False, "as a managed job (`sky jobs launch`)")
   max_restarts: int = option(0, "with --managed: number of errors to retry after")
   down: bool = option(False, "end the machines with the job, as --managed always does")
-  send: tuple[str, ...] = option(
-    (), "a file or folder here to send too, such as a config of yours"
-  )
+  send: tuple[str, ...] = SEND
   extras: str | None = option(
     None, "the project's extras to install; by default those of the accelerators"
   )

@@ -47,20 +47,13 @@ def render(command: Sequence[str], options: Job) -> list[Call]:
   """One call of sbatch, with the job's script on standard input."""
   line = python(options.python, command, options.env, cluster=True)
   tasks = options.tasks_per_node or options.gpus_per_node or 1
-  values = {
-    "gpus-per-node": options.gpus_per_node,
-    "cpus-per-task": options.cpus_per_task,
-    "partition": options.partition,
-    "account": options.account,
-    "time": options.time,
-    "output": options.output,
-  }
   return [
     Call(
       (
         *("sbatch", f"--job-name={options.name}", f"--nodes={options.nodes}"),
         f"--ntasks-per-node={tasks}",
-        *flags(values),
+        *flags(options, "gpus_per_node", "cpus_per_task", "partition"),
+        *flags(options, "account", "time", "output"),
         # A job that is queued again appends to its output file.
         *("--requeue", "--open-mode=append", f"--signal=TERM@{options.warn}"),
         *options.extra,

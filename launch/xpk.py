@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from launch import cluster
 from launch.calls import Call, flags, python
-from launch.options import REQUIRED, Options, option
+from launch.options import REQUIRED, SEND, Options, option
 from launch.project import unpacked
 from lorax_flax.errors import LoraxError
 
@@ -41,9 +41,7 @@ class Workload(Options):
   priority: str | None = option(None, "very-low, low, medium, high or very-high")
   grace: int = option(120, "seconds to save in, from SIGTERM to the end")
   base_image: str | None = option(None, f"image to add the code to; by default {_BASE}")
-  send: tuple[str, ...] = option(
-    (), "a file or folder here to send too, such as a config of yours"
-  )
+  send: tuple[str, ...] = SEND
   image: str | None = option(None, "an image with the code installed")
 
   def __post_init__(self):
@@ -66,11 +64,6 @@ def render(command: Sequence[str], options: Workload) -> list[Call]:
     folder, calls = unpacked(options.name, options.send)
     image = [f"--base-docker-image={base}", f"--script-dir={folder}"]
     line = f"python -m pip install -q -e '.[tpu,gcs]' && {line}"
-  values = {
-    "zone": options.zone,
-    "project": options.project,
-    "priority": options.priority,
-  }
   return [
     *calls,
     Call(
@@ -78,7 +71,7 @@ def render(command: Sequence[str], options: Workload) -> list[Call]:
         *("xpk", "workload", "create", f"--cluster={options.cluster}"),
         *(f"--workload={options.name}", f"--tpu-type={options.tpu_type}"),
         f"--num-slices={options.num_slices}",
-        *flags(values),
+        *flags(options, "zone", "project", "priority"),
         *image,
         f"--max-restarts={options.max_restarts}",
         f"--termination-grace-period-seconds={options.grace}",
@@ -90,11 +83,7 @@ def render(command: Sequence[str], options: Workload) -> list[Call]:
 
 
 ENGINE = cluster.Engine(
-  name="xpk",
-  client="xpk",
-  install="pip install xpk",
-  options=Workload,
-  render=render,
+  name="xpk", client="xpk", install="pip install xpk", options=Workload, render=render
 )
 
 if __name__ == "__main__":
