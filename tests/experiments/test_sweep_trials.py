@@ -13,7 +13,7 @@ from experiments.sweeps import outcomes, plan, runner, search, trials
 from experiments.sweeps import page as sweep_page
 from experiments.sweeps import table as sweep_table
 from experiments.sweeps.outcomes import Outcome
-from launch import cluster, sweep
+from launch import calls, sweep
 from lorax_flax.distributed import subprocesses
 from lorax_flax.errors import LoraxError
 from tests.train import tiny
@@ -233,7 +233,7 @@ def test_each_program_is_handed_to_a_job_of_its_own(tmp_path, monkeypatch):
   scripts, code = [], 3
 
   def submit(engine, command, options):
-    scripts.append(cluster.script(engine.render(command, options)))
+    scripts.append(calls.script(engine.render(command, options)))
     return code
 
   monkeypatch.setattr(sweep.cluster, "submit", submit)
