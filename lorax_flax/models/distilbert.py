@@ -14,11 +14,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.models import distilbert_keys, layers, ops
+from lorax_flax.hub.checkpoints.entries import embedding, linear, norm
+from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
+from lorax_flax.models import layers, ops
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model, check_length
+from lorax_flax.models.layers import DType, Model, check_length
 
 _EPS = 1e-12  # Of every norm; config.json does not say.
 
@@ -215,13 +216,58 @@ class SequenceClassifier(Model):
     return head(x_BxD).astype(jnp.float32)
 
 
+# Names in a checkpoint
+
+_LAYER = "transformer/layer_{i}"
+_KEY = "transformer.layer.{i}"
+
+_ENTRIES = (
+  embedding("embeddings/word_embeddings", "embeddings.word_embeddings"),
+  embedding("embeddings/position_embeddings", "embeddings.position_embeddings"),
+  *norm("embeddings/layer_norm", "embeddings.LayerNorm"),
+  *(
+    entry
+    for name in ("q_lin", "k_lin", "v_lin", "out_lin")
+    for entry in linear(f"{_LAYER}/attention/{name}", f"{_KEY}.attention.{name}")
+  ),
+  *norm(f"{_LAYER}/sa_layer_norm", f"{_KEY}.sa_layer_norm"),
+  *linear(f"{_LAYER}/ffn/lin1", f"{_KEY}.ffn.lin1"),
+  *linear(f"{_LAYER}/ffn/lin2", f"{_KEY}.ffn.lin2"),
+  *norm(f"{_LAYER}/output_layer_norm", f"{_KEY}.output_layer_norm"),
+  *linear("pre_classifier", "pre_classifier", part="head"),
+  *linear("classifier", "classifier", part="head"),
+)
+
+# The masked-language head of pretraining; question answering's.
+_OTHER = tuple(
+  f"{module}.{name}"
+  for module in ("vocab_transform", "vocab_layer_norm", "vocab_projector", "qa_outputs")
+  for name in ("weight", "bias")
+)
+
+
+def keymap(num_layers: int, scan: bool = False) -> KeyMap:
+  """The key map of a DistilBERT with `num_layers` layers."""
+  return KeyMap(
+    family="distilbert",
+    prefix="distilbert.",
+    entries=_ENTRIES,
+    counts={"i": num_layers},
+    scan=scan,
+    anchor="embeddings.word_embeddings.weight",
+    buffers=("embeddings.position_ids",),
+    other_heads=_OTHER,
+    head_groups=("pre_classifier", "classifier"),
+  )
+
+
 FAMILIES = {
   "distilbert": Family(
     task="sequence-classification",
     architecture="DistilBertForSequenceClassification",
     configure=from_hf,
     build=SequenceClassifier,
-    keymap=lambda config, scan: distilbert_keys.keymap(config.n_layers, scan),
+    keymap=lambda config, scan: keymap(config.n_layers, scan),
     inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
     dropout=("dropout", "attention_dropout"),

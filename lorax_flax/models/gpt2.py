@@ -15,11 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.models import gpt2_keys, layers, ops
+from lorax_flax.hub.checkpoints.entries import Entry, embedding, linear, norm
+from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
+from lorax_flax.models import layers, ops
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model, check_length
+from lorax_flax.models.layers import DType, Model, check_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,13 +204,69 @@ class LanguageModel(Model):
     return head(x_BxTxD).astype(jnp.float32)
 
 
+# Names in a checkpoint
+
+_LAYER = "layer_{i}"
+_KEY = "h.{i}"
+_HEAD = "lm_head.weight"
+
+# Causal masks that old checkpoints hold, one for each layer.
+_MASKS = ("attn.bias", "attn.masked_bias")
+
+# Heads of classifiers, of questions' spans and of multiple choice.
+_OTHER = (
+  "score.weight",
+  *(
+    f"{module}.{name}"
+    for module in ("classifier", "qa_outputs", "multiple_choice_head.summary")
+    for name in ("weight", "bias")
+  ),
+)
+
+
+def _conv1d(path: str, key: str) -> tuple[Entry, ...]:
+  """The rows of a transformers Conv1D: a linear layer whose weight is (in, out)."""
+  kernel = Entry(f"{path}/kernel", f"{key}.weight")
+  return kernel, Entry(f"{path}/bias", f"{key}.bias")
+
+
+_ENTRIES = (
+  embedding("wte", "wte"),
+  embedding("wpe", "wpe"),
+  *norm(f"{_LAYER}/ln_1", f"{_KEY}.ln_1"),
+  *_conv1d(f"{_LAYER}/attn/c_attn", f"{_KEY}.attn.c_attn"),
+  *_conv1d(f"{_LAYER}/attn/c_proj", f"{_KEY}.attn.c_proj"),
+  *norm(f"{_LAYER}/ln_2", f"{_KEY}.ln_2"),
+  *_conv1d(f"{_LAYER}/mlp/c_fc", f"{_KEY}.mlp.c_fc"),
+  *_conv1d(f"{_LAYER}/mlp/c_proj", f"{_KEY}.mlp.c_proj"),
+  *norm("ln_f", "ln_f"),
+)
+
+
+def keymap(num_layers: int, tied: bool, scan: bool = False) -> KeyMap:
+  """The key map of a GPT-2; `tied`, its head is the table of its tokens."""
+  head = linear("lm_head", "lm_head", bias=False, part="head")
+  return KeyMap(
+    family="gpt2",
+    prefix="transformer.",
+    entries=_ENTRIES if tied else (*_ENTRIES, *head),
+    counts={"i": num_layers},
+    scan=scan,
+    anchor="wte.weight",
+    buffers=tuple(f"h.{i}.{name}" for i in range(num_layers) for name in _MASKS),
+    other_heads=_OTHER,
+    head_groups=(),
+    ties={_HEAD: "wte.weight"} if tied else {},
+  )
+
+
 FAMILIES = {
   "gpt2": Family(
     task="causal-lm",
     architecture="GPT2LMHeadModel",
     configure=from_hf,
     build=LanguageModel,
-    keymap=lambda config, scan: gpt2_keys.keymap(
+    keymap=lambda config, scan: keymap(
       config.n_layer, config.tie_word_embeddings, scan
     ),
     inputs=text_inputs,

@@ -19,8 +19,7 @@ from lorax_flax.models import layers, ops
 from lorax_flax.models.bert import keys as bert_keys
 from lorax_flax.models.bert.config import EncoderConfig, from_hf
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model, check_length
+from lorax_flax.models.layers import DType, Model, check_length
 
 
 def _sequential(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:

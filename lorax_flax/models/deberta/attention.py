@@ -20,7 +20,7 @@ import numpy as np
 from lorax_flax.models import layers
 from lorax_flax.models.deberta.config import DebertaConfig
 from lorax_flax.models.layers import DType
-from lorax_flax.models.ops import precision
+from lorax_flax.models.ops import order
 
 
 def buckets(distances: np.ndarray, count: int, furthest: int) -> np.ndarray:
@@ -99,7 +99,7 @@ def scores(
     rows_M1: of the R rows, that of each distance from -T to T; see `rows`.
     terms: of the sum, by which it is scaled.
   """
-  wide = precision.wide(q_BxTxHxK.dtype)
+  wide = order.wide(q_BxTxHxK.dtype)
   total_BxHxTxT = jnp.einsum(
     "bthk,bshk->bhts", q_BxTxHxK, k_BxTxHxK, preferred_element_type=wide
   )

@@ -20,8 +20,7 @@ from lorax_flax.models.deberta import attention
 from lorax_flax.models.deberta import keys as deberta_keys
 from lorax_flax.models.deberta.config import DebertaConfig, from_hf
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model, check_length
+from lorax_flax.models.layers import DType, Model, check_length
 
 
 def _dense(config: DebertaConfig, features: int, axes, dtype, name: str) -> nn.Dense:

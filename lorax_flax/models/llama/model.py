@@ -17,11 +17,10 @@ import numpy as np
 
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import layers, ops
-from lorax_flax.models.layers import DType
+from lorax_flax.models.layers import DType, Model
 from lorax_flax.models.llama import keys as decoder_keys
 from lorax_flax.models.llama import moe
 from lorax_flax.models.llama.config import DecoderConfig
-from lorax_flax.models.model import Model
 
 # The window of a layer that looks back on all, where others don't.
 _ALL = np.int32(2**30)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.models.ops import order, precision
+from lorax_flax.models.ops import order
 
 
 @jax.custom_vjp
@@ -42,7 +42,7 @@ def _cdf(x: jax.Array) -> jax.Array:
 
 
 def _wide(x: jax.Array) -> jax.Array:
-  return x.astype(precision.wide(x.dtype))
+  return x.astype(order.wide(x.dtype))
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:

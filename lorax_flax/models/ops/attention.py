@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.models.ops import order, precision
+from lorax_flax.models.ops import order
 
 
 def attention(
@@ -55,7 +55,7 @@ def attention(
     raise LoraxError(f"attention: {h} heads of queries over {g} heads of keys")
   if window is not None and not causal:
     raise LoraxError("attention: a window is one of causal attention")
-  wide = precision.wide(q_BxTxHxK.dtype)
+  wide = order.wide(q_BxTxHxK.dtype)
   seen = mask_BxS[:, None, None, :] != 0
   if causal:
     places_R = jnp.tile(jnp.arange(s - t, s), h // g)

@@ -6,7 +6,7 @@ Shapes: B batch, T queries, S keys, H heads, K head size.
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.models.ops import precision
+from lorax_flax.models.ops import order
 
 
 def biased_attention(
@@ -31,7 +31,7 @@ def biased_attention(
   Returns:
     BxTxHxK, in v's dtype. A row whose keys are all masked attends uniformly.
   """
-  dtype, wide = v_BxSxHxK.dtype, precision.wide(v_BxSxHxK.dtype)
+  dtype, wide = v_BxSxHxK.dtype, order.wide(v_BxSxHxK.dtype)
   logits_BxHxTxS = jnp.einsum(
     "BTHK,BSHK->BHTS", q_BxTxHxK, k_BxSxHxK, preferred_element_type=wide
   )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_flax.models.ops import order, precision
+from lorax_flax.models.ops import order
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -21,7 +21,7 @@ def layer_norm(
 
 
 def _fwd(x_BxTxD, scale_D, bias_D, eps):
-  x = x_BxTxD.astype(precision.wide(x_BxTxD.dtype))
+  x = x_BxTxD.astype(order.wide(x_BxTxD.dtype))
   mean = x.mean(-1, keepdims=True)
   inverse = lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
   y = (x - mean) * inverse * _row(scale_D, x) + _row(bias_D, x)
@@ -76,7 +76,7 @@ def rms_norm(
 
 
 def _rms_fwd(x, scale_D, eps, offset, late):
-  wide = x.astype(precision.wide(x.dtype))
+  wide = x.astype(order.wide(x.dtype))
   inverse = lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
   normed = wide * inverse
   y = normed if late else normed.astype(x.dtype)

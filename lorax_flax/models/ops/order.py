@@ -3,6 +3,8 @@
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 T = TypeVar("T")
@@ -27,3 +29,8 @@ def recomputed(kept: T, like: jax.Array, grad: jax.Array) -> tuple[T, jax.Array]
   kept, like, grad = lax.optimization_barrier((kept, like, grad))
   # Not folded to `like`: 0 · x isn't 0 where x is not finite.
   return kept, like + 0.0 * grad.astype(like.dtype)
+
+
+def wide(dtype) -> np.dtype:
+  """float32, or `dtype` where that is wider: what sums and softmax are computed in."""
+  return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)

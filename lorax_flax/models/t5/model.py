@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, ops
 from lorax_flax.models.family import Family
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model
+from lorax_flax.models.layers import DType, Model
 from lorax_flax.models.t5 import keys as t5_keys
 from lorax_flax.models.t5.positions import relative_bias
 
