@@ -94,8 +94,9 @@ def convert(
   folders.refuse_unless_free(folder, lambda old: overwrite)
   if given.resolve().is_relative_to(folder.resolve()):
     raise LoraxError(f"--to={to} would replace {source}, which is read from")
-  outputs = adapters.num_labels(given)
   where = resolve(base)
+  model = registry.outline(registry.read_config(where))
+  outputs = adapters.num_labels(given, model.keymap)
   loaded = registry.load(where, num_labels=outputs, new_head=outputs is not None)
   if where.resolve().is_relative_to(folder.resolve()):
     raise LoraxError(f"--to={to} would replace {base}, which is read from")

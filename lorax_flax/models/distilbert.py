@@ -235,7 +235,7 @@ _ENTRIES = (
   *linear(f"{_LAYER}/ffn/lin2", f"{_KEY}.ffn.lin2"),
   *norm(f"{_LAYER}/output_layer_norm", f"{_KEY}.output_layer_norm"),
   *linear("pre_classifier", "pre_classifier", part="head"),
-  *linear("classifier", "classifier", part="head"),
+  *linear("classifier", "classifier", part="head", labels=True),
 )
 
 # The masked-language head of pretraining; question answering's.

@@ -255,7 +255,6 @@ def keymap(num_layers: int, tied: bool, scan: bool = False) -> KeyMap:
     anchor="wte.weight",
     buffers=tuple(f"h.{i}.{name}" for i in range(num_layers) for name in _MASKS),
     other_heads=_OTHER,
-    head_groups=(),
     ties={_HEAD: "wte.weight"} if tied else {},
   )
 

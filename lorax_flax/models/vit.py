@@ -288,7 +288,7 @@ def _entries(qkv_bias: bool) -> tuple[Entry, ...]:
     ),
     *(entry for name in _NORMS for entry in norm(f"{_LAYER}/{name}", f"{_KEY}.{name}")),
     *norm("layernorm", "layernorm"),
-    *linear("classifier", "classifier", part="head"),
+    *linear("classifier", "classifier", part="head", labels=True),
   )
 
 
@@ -302,6 +302,7 @@ def keymap(num_layers: int, qkv_bias: bool, scan: bool = False) -> KeyMap:
     scan=scan,
     anchor="embeddings.cls_token",
     other_heads=_OTHER,
+    head_groups=("classifier",),
     on_disk={
       f"{_KEY}.{module}": f"encoder.layer.{{i}}.{old}"
       for module, old in _ON_DISK.items()

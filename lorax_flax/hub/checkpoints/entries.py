@@ -32,6 +32,7 @@ class Entry:
     part: "body" keys carry the family's prefix in a full key, "head" keys do not.
     piece: (k, n): the k-th of n equal slices of our leaf's last axis, for a leaf that
       holds several stored tensors side by side.
+    labels: the last axis of our leaf has one position for each label.
   """
 
   path: str
@@ -39,6 +40,7 @@ class Entry:
   axes: tuple[int, ...] | None = None
   part: Part = "body"
   piece: tuple[int, int] = (0, 1)
+  labels: bool = False
 
   def to_ours(self, stored: np.ndarray) -> np.ndarray:
     """The stored tensor as our array (a slice of our leaf)."""

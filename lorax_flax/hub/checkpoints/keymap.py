@@ -52,7 +52,7 @@ class KeyMap:
   anchor: str
   buffers: tuple[str, ...] = ()
   other_heads: tuple[str, ...] = ()
-  head_groups: tuple[str, ...] = ("classifier",)
+  head_groups: tuple[str, ...] = ()
   aliases: tuple[tuple[str, str], ...] = ()
   ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
   on_disk: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -109,6 +109,19 @@ class KeyMap:
   def renamed(self) -> dict[str, str]:
     """The inverse of `stored`."""
     return {old: new for new, old in self.stored.items()}
+
+  @functools.cached_property
+  def heads(self) -> dict[str, list[str]]:
+    """Paths of each of the `head_groups`."""
+    return {
+      group: [path for path in self.keys if path.split("/")[0] == group]
+      for group in self.head_groups
+    }
+
+  @functools.cached_property
+  def label_paths(self) -> frozenset[str]:
+    """Paths of the leaves whose last axis is the labels'; none in a language model."""
+    return frozenset(site.path for site in self.sites.values() if site.entry.labels)
 
   @functools.cached_property
   def leaves(self) -> dict[str, str]:
@@ -189,7 +202,7 @@ def module_to_path(keymap: KeyMap, name: str) -> tuple[str, int | None]:
   "bert.encoder.layer.3.attention.self.query", with the prefix or without it, gives
   ("encoder/layer_3/attention/query/kernel", None), or where layers are scanned
   ("encoder/layers/attention/query/kernel", 3). A module without a weight of its own
-  (or an unknown one): LoraxError; see `leaves_under` for containers.
+  (or an unknown one): LoraxError.
   """
   bare = name.removeprefix(keymap.prefix)
   if bare not in keymap.leaves:
@@ -208,21 +221,19 @@ def modules(keymap: KeyMap) -> dict[str, Kind]:
   }
 
 
-def leaves_under(keymap: KeyMap, module: str) -> dict[str, tuple[str, int | None]]:
-  """Every leaf of a module, containers included: full key to (our path, layer).
+def num_labels(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> int | None:
+  """The number of labels by the shapes of stored tensors, torch's (labels, in).
 
-  "classifier" gives RoBERTa's classifier.dense.weight, classifier.dense.bias,
-  classifier.out_proj.weight, classifier.out_proj.bias. Nothing there: LoraxError.
+  Args:
+    shapes: by full key; those of the head may be missing.
+
+  Returns:
+    None where there is no head among them, or where the model has no labels.
   """
-  inside = module.removeprefix(keymap.prefix) + "."
-  found = {
-    full_key(keymap, key): (site.path, site.layer)
-    for key, site in keymap.sites.items()
-    if key.startswith(inside)
-  }
-  if not found:
-    raise LoraxError(unknown(f"{keymap.family} module", module, modules(keymap)))
-  return found
+  for bare, site in keymap.sites.items():
+    if site.entry.labels and (shape := shapes.get(full_key(keymap, bare))):
+      return shape[0]
+  return None
 
 
 def bare_keys(keymap: KeyMap, stored: Iterable[str]) -> dict[str, str]:

@@ -200,8 +200,7 @@ def _untied(
 def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
   """Paths of heads that the checkpoint lacks as a whole."""
   absent: set[str] = set()
-  for group in keymap.head_groups:
-    paths = [p for p in keymap.keys if p.split("/")[0] == group]
+  for paths in keymap.heads.values():
     if not any(bare in stored for p in paths for bare in keymap.keys[p]):
       absent |= set(paths)
   missing = [
@@ -223,8 +222,7 @@ def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
 def _misfits(found: Found, leaves: Mapping[str, Any]) -> set[str]:
   """Paths of heads of which any tensor has another shape than the tree's."""
   keymap, wrong = found.keymap, set()
-  for group in keymap.head_groups:
-    paths = [p for p in keymap.keys if p.split("/")[0] == group]
+  for paths in keymap.heads.values():
     for path in paths:
       for bare in keymap.keys[path]:
         want = _stored_shape(keymap.sites[bare], leaves[path].shape)
@@ -237,7 +235,7 @@ def _check(found: Found, site: km.Site, key: str, shape: Sequence[int]) -> None:
   """Looks at a tensor's shape and number type, before anything is read."""
   want, has = _stored_shape(site, shape), found.reader.shape(key)
   if has != want:
-    head = site.path.split("/")[0] in found.keymap.head_groups
+    head = any(site.path in paths for paths in found.keymap.heads.values())
     raise LoraxError(
       f"checkpoint key {key!r} has shape {has}; {site.path!r} needs"
       f" {want} there" + "; new_head=True replaces a head that does not fit" * head

@@ -18,6 +18,7 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.files import folders, strict_json
+from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import read as peft_read
@@ -200,13 +201,16 @@ def stored_dtypes(folder: str | Path, *, name: str = DEFAULT) -> dict[str, str]:
   return {key: str(dtype) for key, dtype in dtypes.items()}
 
 
-def num_labels(folder: str | Path) -> int | None:
-  """How many outputs the head has that a folder brings; None where it brings none."""
+def num_labels(folder: str | Path, keymap: KeyMap) -> int | None:
+  """The number of labels of the head in a folder; None where it has none.
+
+  Args:
+    keymap: of the base.
+  """
   shapes = opened(Path(folder).expanduser()).shapes
-  for end in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
-    if shape := shapes.get(PREFIX + end):
-      return shape[0]
-  return None
+  return km.num_labels(
+    keymap, {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
+  )
 
 
 def read_labels(folder: str | Path) -> list[str] | None:

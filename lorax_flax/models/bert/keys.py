@@ -33,13 +33,13 @@ _BODY = (
 _BERT = (
   *_BODY,
   *linear("pooler", "pooler.dense"),
-  *linear("classifier", "classifier", part="head"),
+  *linear("classifier", "classifier", part="head", labels=True),
 )
 
 _ROBERTA = (
   *_BODY,
   *linear("classifier/dense", "classifier.dense", part="head"),
-  *linear("classifier/out_proj", "classifier.out_proj", part="head"),
+  *linear("classifier/out_proj", "classifier.out_proj", part="head", labels=True),
 )
 
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")

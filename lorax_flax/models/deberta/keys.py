@@ -30,7 +30,7 @@ _ENTRIES = (
   *linear(f"{_LAYER}/output", f"{_KEY}.output.dense"),
   *norm(f"{_LAYER}/layer_norm", f"{_KEY}.output.LayerNorm"),
   *linear("pooler", "pooler.dense", part="head"),
-  *linear("classifier", "classifier", part="head"),
+  *linear("classifier", "classifier", part="head", labels=True),
 )
 
 # Modules that one model has and another lacks.

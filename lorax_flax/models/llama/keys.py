@@ -101,7 +101,6 @@ def keymap(
       f"layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(num_layers)
     ),
     other_heads=("score.weight",),
-    head_groups=(),
     ties={"lm_head.weight": "embed_tokens.weight"} if tied else {},
   )
   if mlp is not None:

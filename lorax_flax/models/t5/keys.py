@@ -86,7 +86,6 @@ def keymap(
     anchor="encoder.final_layer_norm.weight",
     buffers=_UNUSED,
     other_heads=_OTHER,
-    head_groups=(),
     ties=dict.fromkeys(
       (*_REPEATS, "lm_head.weight") if tied else _REPEATS, "shared.weight"
     ),
