@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments.cli import command as cli
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.adapters import loralib, vllm
 from lorax_flax.hub.adapters import native as orbax_adapter
@@ -91,7 +91,7 @@ def convert(
     raise LoraxError(unknown("--format", form, FORMATS))
   if max_rank is not None and form != "vllm":
     raise LoraxError("--max_rank is vLLM's: it goes with --format=vllm")
-  folders.refuse_unless_free(folder, lambda old: overwrite)
+  atomic.refuse_unless_free(folder, lambda old: overwrite)
   if given.resolve().is_relative_to(folder.resolve()):
     raise LoraxError(f"--to={to} would replace {source}, which is read from")
   where = resolve(base)

@@ -10,8 +10,6 @@ import fcntl
 import hashlib
 import io
 import os
-import shutil
-import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,9 +22,11 @@ from lorax_flax.data import glue_tsv
 from lorax_flax.data.examples import Example, Splits
 from lorax_flax.data.tasks import Task
 from lorax_flax.errors import LoraxError
+from lorax_flax.files import atomic
 from lorax_flax.hub import assets
 
 _FORMAT = "array_record"
+_HINT = f"; {assets.CACHE_VARIABLE}=FOLDER names another place"
 # Seconds for the archive's server to answer, name resolution included.
 _PATIENCE = 4.0
 # Part of the prepared data's key: a new number prepares anew.
@@ -122,8 +122,7 @@ def _from_tsv(task: Task, files: dict[str, Path]) -> Any:
         _prepare(task, files, root)
   except OSError as error:
     raise LoraxError(
-      f"can't keep prepared data in {home}: {error.strerror or error}; "
-      f"{assets.CACHE_VARIABLE}=FOLDER names another place"
+      f"cannot write {home}: {error.strerror or error}{_HINT}"
     ) from error
   return _builder(task, root)
 
@@ -139,18 +138,9 @@ def _digest(files: dict[str, Path]) -> str:
 
 
 def _prepare(task: Task, files: dict[str, Path], root: Path) -> None:
-  # Beside the final folder, then renamed: it is there complete, or not at all.
-  scratch = Path(tempfile.mkdtemp(prefix=".preparing-", dir=root.parent))
-  try:
-    _generate(_builder(task, scratch), lambda _: _generators(task, files))
-    with contextlib.suppress(OSError):
-      # It fails only where the lock has no effect (some network file systems) and
-      # another process was first; its data is as good as ours.
-      scratch.rename(root)
-    if not _prepared(_builder(task, root)):
-      raise LoraxError(f"can't place the prepared data: {root} is in the way")
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
+  complete = lambda folder: _prepared(_builder(task, folder))
+  with atomic.cached_folder(root, complete, hint=_HINT) as fresh:
+    _generate(_builder(task, fresh), lambda _: _generators(task, files))
 
 
 def _generators(task: Task, files: dict[str, Path]) -> dict[str, Any]:

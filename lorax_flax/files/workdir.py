@@ -1,14 +1,12 @@
 """A run's folder, on a disk or in a bucket: whose it is, and its files."""
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import bucket
+from lorax_flax.files import atomic, bucket
 
 CONFIG = "config.json"
 RESULT = "result.json"
@@ -80,25 +78,8 @@ def write_text(file: Path, text: str) -> None:
 
 def write_bytes(file: Path, content: bytes) -> None:
   """Writes a file, all of it or nothing."""
-  if bucket.holds(file):
-    with bucket.reaching(file):
-      file.write_bytes(content)
-    return
-  part = file.with_name(f".{file.name}.part")
-  with naming(part):
-    part.write_bytes(content)
-    os.replace(part, file)
-
-
-@contextlib.contextmanager
-def naming(file: Path) -> Iterator[None]:
-  """The system says of a full disk not where it is: adds the file to such an error."""
-  try:
-    yield
-  except OSError as error:
-    if error.filename is not None or error.errno is None:
-      raise
-    raise OSError(error.errno, error.strerror, str(file)) from error
+  with atomic.new_file(file) as stream:
+    stream.write(content)
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:

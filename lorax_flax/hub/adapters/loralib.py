@@ -22,7 +22,7 @@ import numpy as np
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import stacking
 from lorax_flax.hub.adapters.stacking import Factors, Layer
 from lorax_flax.hub.checkpoints import entries as rows
@@ -322,6 +322,6 @@ def write_adapter(
   """
   tensors, alpha = to_state_dict(adapter, keymap, enable_lora=enable_lora)
   is_ours = lambda old: (old / FILE).is_file()
-  with folders.writing(Path(folder).expanduser(), is_ours) as scratch:
+  with atomic.new_folder(Path(folder).expanduser(), is_ours) as scratch:
     torch_file.write(scratch / FILE, tensors)
   return alpha

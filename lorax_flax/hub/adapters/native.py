@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.methods import Adapter, BiasLoRA, Delta, DoRA, LoRA, Rows, Tuned
 from lorax_flax.methods.low_rank import sizes_of
@@ -76,7 +76,7 @@ def write_adapter(folder: str | Path, saved: Saved) -> None:
     "deltas": {path: _about(delta) for path, delta in saved.adapter.items()},
     **{name: getattr(saved, name) for name in _SAID},
   }
-  with folders.writing(Path(folder).expanduser(), is_ours) as scratch:
+  with atomic.new_folder(Path(folder).expanduser(), is_ours) as scratch:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save((scratch / ARRAYS).absolute(), arrays)
     about["files"] = _digests(scratch / ARRAYS)

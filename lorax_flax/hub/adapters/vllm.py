@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import stacking
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap
@@ -59,7 +59,7 @@ def write_adapter(
   """
   _check(saved, keymap, max_rank)
   is_adapter = lambda old: (old / peft_config.CONFIG_FILE).is_file()
-  with folders.writing(Path(folder).expanduser(), is_adapter) as scratch:
+  with atomic.new_folder(Path(folder).expanduser(), is_adapter) as scratch:
     peft.write_adapter(
       scratch,
       saved.adapter,

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.checkpoints.keymap import KeyMap, file_key
 from lorax_flax.hub.files import gguf_header, gguf_tokenizer
 
@@ -62,7 +62,7 @@ def write_checkpoint(
   Raises:
     LoraxError: the place is taken or can't be written.
   """
-  with folders.writing(Path(folder), may_replace) as scratch:
+  with atomic.new_folder(Path(folder), may_replace) as scratch:
     config = to_hf_config(hf_config, architecture, labels)
     text = json.dumps(config, indent=2, sort_keys=True)
     (scratch / "config.json").write_text(f"{text}\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.files import folders, strict_json
+from lorax_flax.files import atomic, strict_json
 from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
@@ -114,7 +114,7 @@ def write_adapter(
   tensors = {key: _cast(key, value, dtypes) for key, value in tensors.items()}
   is_adapter = lambda old: (old / peft_config.CONFIG_FILE).is_file()
   folder = folder if name == DEFAULT else folder / name
-  with folders.writing(folder, is_adapter) as scratch:
+  with atomic.new_folder(folder, is_adapter) as scratch:
     text = json.dumps(peft_config.dump(peft), indent=2, sort_keys=True)
     (scratch / peft_config.CONFIG_FILE).write_text(text, encoding="utf-8")
     try:
