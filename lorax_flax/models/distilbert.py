@@ -14,14 +14,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.hub.checkpoints.entries import embedding, linear, norm
+from lorax_flax.hub.checkpoints.entries import embedding, linear, norm, weight_and_bias
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, ops
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layers import DType, Model, check_length
 
-_EPS = 1e-12  # Of every norm; config.json does not say.
+_EPS = 1e-12  # of every norm; config.json has no field for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,9 @@ _ALIASES = {
 }
 
 
-def from_hf(hf_config: Mapping[str, Any], **asked: Any) -> DistilBertConfig:
+def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> DistilBertConfig:
   """Reads a config.json that is already parsed; see `fields.read`."""
-  return fields.read(DistilBertConfig, hf_config, aliases=_ALIASES, **asked)
+  return fields.read(DistilBertConfig, hf_config, aliases=_ALIASES, **overrides)
 
 
 def _dense(config: DistilBertConfig, features: int, axes, dtype, name: str) -> nn.Dense:
@@ -101,22 +101,6 @@ class Attention(nn.Module):
     return _dense(c, c.dim, ("heads", "embed"), self.dtype, "out_lin")(y_BxTxD)
 
 
-class FeedForward(nn.Module):
-  """Two dense layers."""
-
-  config: DistilBertConfig
-  dtype: DType
-  deterministic: bool
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    c = self.config
-    up = _dense(c, c.hidden_dim, ("embed", "mlp"), self.dtype, "lin1")
-    down = _dense(c, c.dim, ("mlp", "embed"), self.dtype, "lin2")
-    y_BxTxD = down(ops.activation(c.activation)(up(x_BxTxD)))
-    return nn.Dropout(c.dropout)(y_BxTxD, self.deterministic)
-
-
 class Layer(nn.Module):
   """One layer, in the form that nn.scan asks for."""
 
@@ -126,33 +110,22 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
-    made_with = (self.config, self.dtype, self.deterministic)
-    y_BxTxD = Attention(*made_with, name="attention")(x_BxTxD, mask_BxT)
+    c = self.config
+    attend = Attention(c, self.dtype, self.deterministic, name="attention")
+    y_BxTxD = attend(x_BxTxD, mask_BxT)
     x_BxTxD = layers.Norm(_EPS, name="sa_layer_norm")(x_BxTxD + y_BxTxD)
-    y_BxTxD = FeedForward(*made_with, name="ffn")(x_BxTxD)
-    return layers.Norm(_EPS, name="output_layer_norm")(x_BxTxD + y_BxTxD), None
-
-
-class Transformer(nn.Module):
-  """All layers, one after another or stacked and scanned."""
-
-  config: DistilBertConfig
-  dtype: DType
-  scan: bool
-  remat: str
-  deterministic: bool
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    return layers.stack(
-      Layer,
-      (self.config, self.dtype, self.deterministic),
-      self.config.n_layers,
-      x_BxTxD,
-      mask_BxT,
-      scan=self.scan,
-      remat=self.remat,
+    feed = layers.MLP(
+      ("lin1", "lin2"),
+      c.hidden_dim,
+      c.activation,
+      self.dtype,
+      c.initializer_range,
+      c.dropout,
+      self.deterministic,
+      name="ffn",
     )
+    y_BxTxD = feed(x_BxTxD)
+    return layers.Norm(_EPS, name="output_layer_norm")(x_BxTxD + y_BxTxD), None
 
 
 class Embeddings(nn.Module):
@@ -198,17 +171,23 @@ class SequenceClassifier(Model):
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
-      token_type_ids: not looked at, for the model has no types; there so that all
-        classifiers of text are called alike.
+      token_type_ids: ignored, since the model has no types; all text classifiers have
+        the same arguments.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """
     del token_type_ids
     c, dtype = self.config, self.dtype
     check_length(input_ids, c.max_position_embeddings)
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(input_ids)
-    x_BxTxD = Transformer(
-      c, dtype, self.scan, self.remat, deterministic, name="transformer"
-    )(x_BxTxD, attention_mask)
+    transformer = layers.Stack(
+      Layer,
+      (c, dtype, deterministic),
+      c.n_layers,
+      self.scan,
+      self.remat,
+      name="transformer",
+    )
+    x_BxTxD = transformer(x_BxTxD, attention_mask)
     dense = _dense(c, c.dim, ("embed", "pooled"), dtype, "pre_classifier")
     x_BxD = nn.relu(dense(x_BxTxD[:, 0]))
     x_BxD = nn.Dropout(c.seq_classif_dropout)(x_BxD, deterministic)
@@ -239,10 +218,8 @@ _ENTRIES = (
 )
 
 # The masked-language head of pretraining; question answering's.
-_OTHER = tuple(
-  f"{module}.{name}"
-  for module in ("vocab_transform", "vocab_layer_norm", "vocab_projector", "qa_outputs")
-  for name in ("weight", "bias")
+_OTHER = weight_and_bias(
+  "vocab_transform", "vocab_layer_norm", "vocab_projector", "qa_outputs"
 )
 
 

@@ -1,7 +1,7 @@
 """GPT-2, a causal language model.
 
-Learned positions, norms before attention and MLP, and a head that is the table of the
-tokens again. Source: Radford et al. 2019, "Language models are unsupervised multitask
+Learned positions, norms before attention and MLP, and a head tied to the token
+embeddings. Source: Radford et al. 2019, "Language models are unsupervised multitask
 learners", as transformers computes it (GPT2LMHeadModel).
 
 Shapes: B batch, T tokens, D n_embd, H heads, K head size, V vocab_size.
@@ -15,7 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.hub.checkpoints.entries import Entry, embedding, linear, norm
+from lorax_flax.hub.checkpoints.entries import (
+  Entry,
+  embedding,
+  linear,
+  norm,
+  weight_and_bias,
+)
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, ops
@@ -30,8 +36,8 @@ class GPT2Config:
   Attributes:
     n_inner: features inside the MLP; None takes 4 · n_embd.
     scale_attn_weights: attention's logits are divided by sqrt(head size).
-    scale_attn_by_inverse_layer_idx: and by the number of their layer, from 1 on.
-    tie_word_embeddings: the head is the table of the tokens, not a layer of its own.
+    scale_attn_by_inverse_layer_idx: and by the number of their layer, from 1.
+    tie_word_embeddings: the head is the token embeddings, not a layer of its own.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
@@ -71,13 +77,13 @@ _ALIASES = {
 }
 
 
-def from_hf(hf_config: Mapping[str, Any], **asked: Any) -> GPT2Config:
+def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> GPT2Config:
   """Reads a config.json that is already parsed; see `fields.read`.
 
-  reorder_and_upcast_attn is left alone: attention's softmax is always float32.
+  reorder_and_upcast_attn is ignored: attention's softmax is always float32.
   """
   only = {"add_cross_attention": False}
-  return fields.read(GPT2Config, hf_config, aliases=_ALIASES, only=only, **asked)
+  return fields.read(GPT2Config, hf_config, aliases=_ALIASES, only=only, **overrides)
 
 
 def _dense(config: GPT2Config, features: int, axes, dtype, name: str) -> nn.Dense:
@@ -95,7 +101,7 @@ class Attention(nn.Module):
   def __call__(
     self, x_BxTxD: jax.Array, mask_BxT: jax.Array, number: jax.Array | None
   ) -> jax.Array:
-    """Args: number: what attention's logits are divided by, if anything."""
+    """BxTxD. number: divisor of attention's logits, or None."""
     c = self.config
     fused = _dense(c, 3 * c.n_embd, ("embed", "heads"), self.dtype, "c_attn")
     q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (
@@ -119,22 +125,6 @@ class Attention(nn.Module):
     return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
 
 
-class MLP(nn.Module):
-  """Two dense layers."""
-
-  config: GPT2Config
-  dtype: DType
-  deterministic: bool
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    c = self.config
-    up = _dense(c, c.n_inner or 4 * c.n_embd, ("embed", "mlp"), self.dtype, "c_fc")
-    down = _dense(c, c.n_embd, ("mlp", "embed"), self.dtype, "c_proj")
-    y_BxTxD = down(ops.activation(c.activation_function)(up(x_BxTxD)))
-    return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
-
-
 class Layer(nn.Module):
   """One layer, in the form that nn.scan asks for."""
 
@@ -146,11 +136,22 @@ class Layer(nn.Module):
   def __call__(
     self, x_BxTxD: jax.Array, mask_BxT: jax.Array, number: jax.Array | None = None
   ):
-    c, made_with = self.config, (self.config, self.dtype, self.deterministic)
+    c = self.config
     y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_1")(x_BxTxD)
-    x_BxTxD += Attention(*made_with, name="attn")(y_BxTxD, mask_BxT, number)
+    attend = Attention(c, self.dtype, self.deterministic, name="attn")
+    x_BxTxD += attend(y_BxTxD, mask_BxT, number)
     y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_2")(x_BxTxD)
-    return x_BxTxD + MLP(*made_with, name="mlp")(y_BxTxD), None
+    feed = layers.MLP(
+      ("c_fc", "c_proj"),
+      c.n_inner or 4 * c.n_embd,
+      c.activation_function,
+      self.dtype,
+      c.initializer_range,
+      c.resid_pdrop,
+      self.deterministic,
+      name="mlp",
+    )
+    return x_BxTxD + feed(y_BxTxD), None
 
 
 class LanguageModel(Model):
@@ -170,11 +171,11 @@ class LanguageModel(Model):
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
-        Positions count from the first column on, whatever the mask says.
+        Positions count from the first column, whatever the mask.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
 
     Raises:
-      LoraxError: a text longer than the positions.
+      LoraxError: a text with more tokens than positions.
     """
     c, dtype, std = self.config, self.dtype, self.config.initializer_range
     check_length(input_ids, c.n_positions)
@@ -210,22 +211,18 @@ _LAYER = "layer_{i}"
 _KEY = "h.{i}"
 _HEAD = "lm_head.weight"
 
-# Causal masks that old checkpoints hold, one for each layer.
+# Causal masks in old checkpoints, for each layer.
 _MASKS = ("attn.bias", "attn.masked_bias")
 
 # Heads of classifiers, of questions' spans and of multiple choice.
 _OTHER = (
   "score.weight",
-  *(
-    f"{module}.{name}"
-    for module in ("classifier", "qa_outputs", "multiple_choice_head.summary")
-    for name in ("weight", "bias")
-  ),
+  *weight_and_bias("classifier", "qa_outputs", "multiple_choice_head.summary"),
 )
 
 
 def _conv1d(path: str, key: str) -> tuple[Entry, ...]:
-  """The rows of a transformers Conv1D: a linear layer whose weight is (in, out)."""
+  """The entries of a transformers Conv1D: a linear layer whose weight is (in, out)."""
   kernel = Entry(f"{path}/kernel", f"{key}.weight")
   return kernel, Entry(f"{path}/bias", f"{key}.bias")
 
@@ -244,7 +241,7 @@ _ENTRIES = (
 
 
 def keymap(num_layers: int, tied: bool, scan: bool = False) -> KeyMap:
-  """The key map of a GPT-2; `tied`, its head is the table of its tokens."""
+  """The key map of a GPT-2; a tied head is its token embeddings."""
   head = linear("lm_head", "lm_head", bias=False, part="head")
   return KeyMap(
     family="gpt2",

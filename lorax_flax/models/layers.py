@@ -1,4 +1,4 @@
-"""What every family's modules are made of; kernels are (in, out), their axes named."""
+"""Modules and functions that families share; kernels are (in, out), with named axes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from lorax_flax.sharding import activations as spread
 
 DType = Any
 
-# What nn.remat keeps for the backward pass.
+# Policies of nn.remat: the values kept for the backward pass.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
   "full": jax.checkpoint_policies.nothing_saveable,
   # Products with kernels are kept, attention's and the element-wise rest recomputed.
@@ -31,13 +31,13 @@ def check_remat(remat: str) -> None:
 
 
 class Model(nn.Module):
-  """A whole model; a family's own is called with its inputs by name.
+  """A full model; a family's own is called with its inputs by name.
 
   Attributes:
     config: the family's own; see `lorax_flax.models.family.Family`.
-    dtype: of computing; norms, softmax and logits are float32.
+    dtype: of computation; norms, softmax and logits are float32.
     scan: the layers are stacked under "…/layers" and scanned.
-    remat: what is recomputed in the backward pass: "none", "full" or "dots".
+    remat: recomputation in the backward pass: "none", "full" or "dots".
   """
 
   config: Any
@@ -46,10 +46,10 @@ class Model(nn.Module):
   remat: str = "none"
 
 
-def check_length(input_ids_BxT: jax.Array, room: int) -> None:
-  """Raises LoraxError for texts that are longer than a model has positions for."""
-  if (length := input_ids_BxT.shape[1]) > room:
-    raise LoraxError(f"a text of {length} tokens: the model takes at most {room}")
+def check_length(input_ids_BxT: jax.Array, most: int) -> None:
+  """Raises LoraxError for texts with more tokens than the model has positions."""
+  if (length := input_ids_BxT.shape[1]) > most:
+    raise LoraxError(f"a text of {length} tokens: the model takes at most {most}")
 
 
 def dense(
@@ -65,8 +65,8 @@ def dense(
 
   Args:
     axes: logical names of the kernel's two axes.
-    dtype: of computing.
-    std: of the normal that a fresh kernel is drawn from.
+    dtype: of computation.
+    std: standard deviation of a fresh kernel.
   """
   return nn.Dense(
     features,
@@ -79,7 +79,7 @@ def dense(
 
 
 class Embed(nn.Embed):
-  """A table, of which what is looked up lies as activations do on a mesh.
+  """An embedding table, whose rows are sharded like activations after the look-up.
 
   Attributes:
     along: logical name of the features.
@@ -93,13 +93,15 @@ class Embed(nn.Embed):
     rows = self.along == "embed" and ids_BxT.ndim == 2
     rows = rows and spread.rows_come_out(mesh, ids_BxT)
     if rows and self.features % mesh.shape["fsdp"] == 0:
-      # Each device looks up its own columns for the rows of all that share the table,
-      # which then change places, and only then are cut along what else there is. Left
-      # alone, the compiler copies all rows everywhere.
-      cut, free = jax.lax.with_sharding_constraint, PartitionSpec.UNCONSTRAINED
-      ids_BxT = cut(ids_BxT, PartitionSpec("data", free))
-      x_BxTxD = cut(super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp"))
-      x_BxTxD = cut(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free))
+      # Each device looks up its own columns for the tokens of all devices that share
+      # the table; then an all-to-all exchanges them, and only then are they sharded
+      # along the other axes. By itself the compiler would all-gather every row.
+      constrain, free = jax.lax.with_sharding_constraint, PartitionSpec.UNCONSTRAINED
+      ids_BxT = constrain(ids_BxT, PartitionSpec("data", free))
+      x_BxTxD = constrain(
+        super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp")
+      )
+      x_BxTxD = constrain(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free))
       return spread.rows_apart(x_BxTxD)
     return super().__call__(ids_BxT)
 
@@ -113,20 +115,52 @@ def embed(
   along: str = "embed",
   std: float = 0.02,
 ) -> nn.Embed:
-  """A table, one vector a row; cast what is looked up, for a dtype casts the table.
+  """An embedding table, one vector a row.
+
+  Cast the rows that are looked up: an nn.Embed with a dtype would cast the full table.
 
   Args:
     axis, along: logical names of the rows and of the features.
-    std: of the normal that a fresh table is drawn from.
+    std: standard deviation of a fresh table.
   """
   init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, along))
   return Embed(rows, features, embedding_init=init, name=name, along=along)
 
 
 def logits(x_BxTxD: jax.Array, table: nn.Embed) -> jax.Array:
-  """Scores of every row of a table, BxTxV float32: a head tied to its embeddings."""
+  """Logits of a head that is tied to the embeddings, BxTxV float32."""
   table_VxD = table.embedding.astype(x_BxTxD.dtype)
   return jnp.einsum("BTD,VD->BTV", x_BxTxD, table_VxD).astype(jnp.float32)
+
+
+class MLP(nn.Module):
+  """Two dense layers with an activation between, and dropout behind.
+
+  Attributes:
+    names: the two layers', in and out.
+    features: between the two.
+    activation: its name, see `ops.activation`.
+    dtype, std: see `dense`.
+    rate: of the dropout.
+  """
+
+  names: tuple[str, str]
+  features: int
+  activation: str
+  dtype: DType
+  std: float
+  rate: float = 0.0
+  deterministic: bool = True
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    name, name_out = self.names
+    up = dense(self.features, ("embed", "mlp"), self.dtype, name, std=self.std)
+    down = dense(
+      x_BxTxD.shape[-1], ("mlp", "embed"), self.dtype, name_out, std=self.std
+    )
+    y_BxTxD = down(ops.activation(self.activation)(up(x_BxTxD)))
+    return nn.Dropout(self.rate)(y_BxTxD, self.deterministic)
 
 
 class Norm(nn.Module):
@@ -161,7 +195,7 @@ class RmsNorm(nn.Module):
 
 
 class NormWeights(nn.Module):
-  """The scale and the bias, D each, of a layer norm that is computed elsewhere."""
+  """The scale and the bias, (D,) each, of a layer norm that is computed elsewhere."""
 
   @nn.compact
   def __call__(self, features: int) -> tuple[jax.Array, jax.Array]:
@@ -185,7 +219,7 @@ def in_heads(x_BxTxD: jax.Array, heads: int) -> jax.Array:
 def dropout_rng(
   module: nn.Module, rate: float, deterministic: bool
 ) -> jax.Array | None:
-  """A key for `ops.attention`, or None where nothing is dropped."""
+  """A key for `ops.attention`, or None without dropout."""
   return None if deterministic or rate == 0.0 else module.make_rng("dropout")
 
 
@@ -205,13 +239,13 @@ def stack(
   "layers", whose leading axis has the logical name "layers".
 
   Args:
-    layer: a module class whose call takes (x, *shared), and `each` by name where it is
-      given, and returns (x, None).
-    args: that its instances are made with.
-    x: the carry: an array or a tree of them.
-    shared: what every layer takes as it is.
-    scan, remat: see REMAT_POLICIES.
-    each: arrays (count, …) of which each layer takes its own row.
+    layer: a module class whose call takes (x, *shared, **each) and returns (x, None).
+    args: of its constructor.
+    x: the carry: an array or a tree of arrays.
+    shared: passed to every layer.
+    scan: whether to stack the layers' parameters and scan.
+    remat: "none", or a key of REMAT_POLICIES.
+    each: arrays (count, …); each layer gets its own row.
   """
   each = dict(each or {})
   x = spread.rows_apart(x)
@@ -239,3 +273,29 @@ def stack(
   )
   own = {name: jnp.asarray(rows) for name, rows in each.items()}
   return run(layer(*args, name="layers"), x, own, *shared)[0]
+
+
+class Stack(nn.Module):
+  """`stack` as a module, whose name stands before the layers'.
+
+  Attributes:
+    layer, args, count, scan, remat: as `stack` takes them.
+  """
+
+  layer: Any
+  args: tuple[Any, ...]
+  count: int
+  scan: bool
+  remat: str
+
+  @nn.compact
+  def __call__(self, x: Any, *shared: Any) -> Any:
+    return stack(
+      self.layer,
+      self.args,
+      self.count,
+      x,
+      *shared,
+      scan=self.scan,
+      remat=self.remat,
+    )

@@ -1,10 +1,10 @@
 """ViT with an image classifier.
 
-An image is cut into patches, each a token; a learned token before them is read by the
-head. Norms come before attention and MLP. Source: arXiv 2010.11929, as transformers
+An image is split into patches, each a token; the head reads a learned token before
+them. Norms come before attention and MLP. Source: arXiv 2010.11929, as transformers
 computes it (ViTForImageClassification).
 
-Shapes: B batch, C channels, H and W pixels, T tokens (patches and one more), D
+Shapes: B batch, C channels, H and W pixels, T tokens (the patches and one), D
 hidden_size, N heads, K head size.
 """
 
@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.hub.checkpoints.entries import CONV_2D, Entry, linear, norm
+from lorax_flax.hub.checkpoints.entries import (
+  CONV_2D,
+  Entry,
+  linear,
+  norm,
+  weight_and_bias,
+)
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, ops
@@ -30,7 +36,7 @@ class ViTConfig:
   """ViT's shape, under Hugging Face's field names.
 
   Attributes:
-    image_size, patch_size: in pixels, (height, width); one number stands for both.
+    image_size, patch_size: in pixels, (height, width); one number is taken for both.
     qkv_bias: whether query, key and value have a bias.
     num_labels: width of the classifier's output; 1 for regression.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
@@ -71,7 +77,7 @@ class ViTConfig:
 
   @property
   def patches(self) -> int:
-    """How many patches an image has; pixels left over at its ends are not seen."""
+    """The number of patches of an image; pixels left over at its ends are ignored."""
     (height, width), (high, wide) = self.image_size, self.patch_size
     return (height // high) * (width // wide)
 
@@ -82,14 +88,14 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     len(pair) == 2 and all(type(n) is int and 1 <= n <= 2**16 for n in pair)
   )
   if not good(pair):
-    says = "a number of pixels, or two: height and width"
-    raise LoraxError(f"config: {name} must be {says}, not {value!r}")
+    expected = "a number of pixels, or two: height and width"
+    raise LoraxError(f"config: {name} must be {expected}, not {value!r}")
   return pair
 
 
-def from_hf(hf_config: Mapping[str, Any], **asked: Any) -> ViTConfig:
+def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> ViTConfig:
   """Reads a config.json that is already parsed; see `fields.read`."""
-  return fields.read(ViTConfig, hf_config, only={"head_dim": None}, **asked)
+  return fields.read(ViTConfig, hf_config, only={"head_dim": None}, **overrides)
 
 
 def _dense(
@@ -130,20 +136,6 @@ class Attention(nn.Module):
     return _dense(c, c.hidden_size, axes[::-1], self.dtype, "o_proj")(y_BxTxD)
 
 
-class MLP(nn.Module):
-  """Two dense layers."""
-
-  config: ViTConfig
-  dtype: DType
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    c = self.config
-    up = _dense(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "fc1")
-    down = _dense(c, c.hidden_size, ("mlp", "embed"), self.dtype, "fc2")
-    return down(ops.activation(c.hidden_act)(up(x_BxTxD)))
-
-
 class Layer(nn.Module):
   """One layer, in the form that nn.scan asks for."""
 
@@ -153,17 +145,26 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array):
-    c, made_with = self.config, (self.config, self.dtype)
+    c = self.config
     drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
     y_BxTxD = layers.Norm(c.layer_norm_eps, name="layernorm_before")(x_BxTxD)
-    y_BxTxD = Attention(*made_with, self.deterministic, name="attention")(y_BxTxD)
+    attend = Attention(c, self.dtype, self.deterministic, name="attention")
+    y_BxTxD = attend(y_BxTxD)
     x_BxTxD += drop(y_BxTxD)
     y_BxTxD = layers.Norm(c.layer_norm_eps, name="layernorm_after")(x_BxTxD)
-    return x_BxTxD + drop(MLP(*made_with, name="mlp")(y_BxTxD)), None
+    feed = layers.MLP(
+      ("fc1", "fc2"),
+      c.intermediate_size,
+      c.hidden_act,
+      self.dtype,
+      c.initializer_range,
+      name="mlp",
+    )
+    return x_BxTxD + drop(feed(y_BxTxD)), None
 
 
 class Embeddings(nn.Module):
-  """Patches projected, after the token that the head reads; positions added."""
+  """The learned token and the projected patches, with positions added."""
 
   config: ViTConfig
   dtype: DType
@@ -212,16 +213,17 @@ class ImageClassifier(Model):
     """Logits, batch x num_labels, float32.
 
     Args:
-      pixel_values: BxCxHxW floats, normalised as the checkpoint's preprocessor says.
+      pixel_values: BxCxHxW floats, normalised by the checkpoint's preprocessor config.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
 
     Raises:
       LoraxError: images of another size than the model's.
     """
     c, dtype = self.config, self.dtype
-    if (shape := pixel_values.shape[1:]) != (want := (c.num_channels, *c.image_size)):
+    shape, expected = pixel_values.shape[1:], (c.num_channels, *c.image_size)
+    if shape != expected:
       raise LoraxError(
-        f"images of shape {shape}: the model takes {want}, channels first"
+        f"images of shape {shape}: the model takes {expected}, channels first"
       )
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(pixel_values)
     x_BxTxD = layers.stack(
@@ -248,7 +250,7 @@ def inputs(config: ViTConfig) -> dict[str, jax.ShapeDtypeStruct]:
 _LAYER = "layer_{i}"
 _KEY = "layers.{i}"
 
-# Each layer's linear modules, as transformers and PEFT name them, and as files do.
+# Each layer's linear modules: the name in transformers and PEFT, to that in files.
 _LINEAR = {
   "attention.q_proj": "attention.attention.query",
   "attention.k_proj": "attention.attention.key",
@@ -261,13 +263,10 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 _NORMS = ("layernorm_before", "layernorm_after")
 _ON_DISK = _LINEAR | {name: name for name in _NORMS}
 
-# The encoder's pooler; the head that pretraining fills in masked patches with.
+# The encoder's pooler; pretraining's head for masked patches.
 _OTHER = (
   "embeddings.mask_token",
-  "pooler.dense.weight",
-  "pooler.dense.bias",
-  "decoder.0.weight",
-  "decoder.0.bias",
+  *weight_and_bias("pooler.dense", "decoder.0"),
 )
 
 

@@ -10,6 +10,7 @@ from lorax_flax.hub.adapters import native as orbax_adapter
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import Tuned
 
@@ -88,7 +89,7 @@ def read(
       raise LoraxError(f"{name} is for loralib's files, and {source} says it itself")
   if kind == "orbax":
     return orbax_adapter.read_adapter(source, params)
-  said = peft_config.read_config(source)
+  said = config_file.read(source)
   adapter, config = peft.read_adapter(source, params, keymap)
   labels = peft.read_labels(source)
   return Saved(

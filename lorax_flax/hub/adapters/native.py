@@ -117,7 +117,7 @@ def num_labels(folder: str | Path, keymap: KeyMap) -> int | None:
   about = _read(folder)
   try:
     deltas = about["deltas"]
-    heads = [deltas[path] for path in keymap.label_paths & deltas.keys()]
+    heads = [deltas[path] for path in keymap.label_paths if path in deltas]
     return int(heads[0]["arrays"]["value"][0][-1]) if heads else None
   except (KeyError, TypeError, IndexError, ValueError) as error:
     raise _damaged(folder / FILE, error) from error

@@ -6,7 +6,7 @@ from typing import Any
 
 from lorax_flax.models import hf_config as fields
 
-# What would change the numbers if it were set otherwise, and that we do not compute.
+# Fields that change the numbers, with the one value that is supported.
 _ONLY = {
   "position_embedding_type": "absolute",
   "is_decoder": False,

@@ -101,28 +101,6 @@ class Layer(nn.Module):
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD), None
 
 
-class Layers(nn.Module):
-  """All layers, one after another or stacked and scanned."""
-
-  config: EncoderConfig
-  dtype: DType
-  scan: bool
-  remat: str
-  deterministic: bool
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    return layers.stack(
-      Layer,
-      (self.config, self.dtype, self.deterministic),
-      self.config.num_hidden_layers,
-      x_BxTxD,
-      mask_BxT,
-      scan=self.scan,
-      remat=self.remat,
-    )
-
-
 class Embeddings(nn.Module):
   """Token, position and type embeddings, summed and normed."""
 
@@ -170,7 +148,7 @@ class SequenceClassifier(Model):
 
     Args:
       input_ids, attention_mask, token_type_ids: BxT int32; the mask is 1 where a token
-        is attended to, and the types are all zero where they are not given.
+        is attended to; the types are zeros by default.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """
     c, dtype = self.config, self.dtype
@@ -180,9 +158,15 @@ class SequenceClassifier(Model):
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
       input_ids, token_type_ids
     )
-    x_BxTxD = Layers(c, dtype, self.scan, self.remat, deterministic, name="encoder")(
-      x_BxTxD, attention_mask
+    encoder = layers.Stack(
+      Layer,
+      (c, dtype, deterministic),
+      c.num_hidden_layers,
+      self.scan,
+      self.remat,
+      name="encoder",
     )
+    x_BxTxD = encoder(x_BxTxD, attention_mask)
     x_BxD = x_BxTxD[:, 0]
     head = HEADS[c.model_type](c, dtype, deterministic)
     return head(x_BxD).astype(jnp.float32)
@@ -201,6 +185,8 @@ def _bert_head(config, dtype, deterministic):
 
 
 class RobertaHead(nn.Module):
+  """A classifier with a dense layer of its own."""
+
   config: EncoderConfig
   dtype: DType
   deterministic: bool
@@ -226,7 +212,7 @@ HEADS: dict[str, Callable[..., Any]] = {
 
 
 def max_length(config: EncoderConfig) -> int:
-  """How many tokens there are positions for; RoBERTa's begin after its padding's."""
+  """The maximal number of tokens; RoBERTa's positions begin after its padding's."""
   offset = 0 if config.model_type == "bert" else config.pad_token_id + 1
   return config.max_position_embeddings - offset
 
@@ -241,12 +227,12 @@ _SIZES = {
 
 
 def _family(model_type: str, architecture: str, vocab: int, pad: int) -> Family:
-  # What transformers takes where config.json is silent.
+  # transformers' defaults for fields that config.json leaves out.
   defaults = {**_SIZES, "vocab_size": vocab, "pad_token_id": pad}
   return Family(
     task="sequence-classification",
     architecture=architecture,
-    configure=lambda hf_config, **asked: from_hf(hf_config, defaults, **asked),
+    configure=lambda hf_config, **overrides: from_hf(hf_config, defaults, **overrides),
     build=SequenceClassifier,
     keymap=lambda config, scan: bert_keys.keymap(
       model_type, config.num_hidden_layers, scan

@@ -7,10 +7,10 @@ from typing import Any
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.models import hf_config as fields
 
-# What would change the numbers if it were set otherwise, and that we do not compute.
+# Fields that change the numbers, with the one value that is supported.
 _ONLY = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False}
 
-# The terms of attention that look at positions: content to position, and the converse.
+# The terms of attention with positions: content to position, and the converse.
 POSITION_TERMS = ("c2p", "p2c")
 _NORMS = ("layer_norm",)
 
@@ -20,17 +20,17 @@ class DebertaConfig:
   """DeBERTa's shape, under Hugging Face's field names.
 
   Attributes:
-    relative_attention: attention looks at how far apart two tokens are.
-    max_relative_positions: distances from here on are one; below 1 it is
+    relative_attention: attention depends on the distance of two tokens.
+    max_relative_positions: the distance from which all share a row; below 1 it is
       max_position_embeddings.
-    position_buckets: distances share this many rows of the table a side, far ones on a
+    position_buckets: number of rows of the table on each side, large distances on a
       logarithmic scale; below 1 each distance has its own.
-    pos_att_type: which terms there are, of `POSITION_TERMS`.
-    share_att_key: the table goes through the queries' and keys' own projections.
+    pos_att_type: the terms with positions, of `POSITION_TERMS`.
+    share_att_key: the table is projected by the queries' and keys' own projections.
     norm_rel_ebd: ("layer_norm",) where the table is normed, or ().
     position_biased_input: the input has absolute positions too.
     embedding_size: None takes hidden_size.
-    conv_kernel_size: of a convolution beside the first layer; 0 is without.
+    conv_kernel_size: of a convolution beside the first layer; 0 for none.
     cls_dropout: before the classifier; None takes hidden_dropout_prob.
     num_labels: width of the classifier's output; 1 for regression.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
@@ -112,24 +112,24 @@ class DebertaConfig:
 
   @property
   def furthest(self) -> int:
-    """The distance from which on all are one."""
+    """The distance from which all share a row."""
     if self.max_relative_positions < 1:
       return self.max_position_embeddings
     return self.max_relative_positions
 
   @property
   def span(self) -> int:
-    """Rows of the table of relative positions, to each side."""
+    """Rows of the table of relative positions on each side."""
     return self.position_buckets if self.position_buckets > 0 else self.furthest
 
   @property
   def terms(self) -> tuple[str, ...]:
-    """The terms of attention that look at positions."""
+    """The terms of attention with positions."""
     return self.pos_att_type if self.relative_attention else ()
 
   @property
   def optional(self) -> frozenset[str]:
-    """Modules that a DeBERTa may lack and this one has (`hub.deberta_keys`)."""
+    """The modules of `keys.OPTIONAL` that this model has."""
     own = set() if self.share_att_key else {*self.terms}
     has = {
       "position_embeddings": self.position_biased_input,
@@ -141,15 +141,15 @@ class DebertaConfig:
       "pos_query_proj": "p2c" in own,
       "conv": self.conv_kernel_size > 0,
     }
-    return frozenset(name for name, there in has.items() if there)
+    return frozenset(name for name, present in has.items() if present)
 
 
-def from_hf(hf_config: Mapping[str, Any], **asked: Any) -> DebertaConfig:
+def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> DebertaConfig:
   """Reads a config.json that is already parsed; see `fields.read`."""
   terms = _words("pos_att_type", hf_config, POSITION_TERMS)
   norms = _words("norm_rel_ebd", hf_config, _NORMS)
   named = {**hf_config, "pos_att_type": terms, "norm_rel_ebd": norms}
-  config = fields.read(DebertaConfig, named, only=_ONLY, **asked)
+  config = fields.read(DebertaConfig, named, only=_ONLY, **overrides)
   only = {
     "attention_head_size": config.head_size,
     "pooler_hidden_size": config.hidden_size,

@@ -1,6 +1,6 @@
 """DeBERTa-v2 and v3 with a sequence classifier.
 
-BERT's layers with disentangled attention (deberta_attention.py); the largest of v2 have
+BERT's layers with disentangled attention (attention.py); the largest of v2 have
 a convolution beside their first layer. Sources: arXiv 2006.03654 and 2111.09543, as
 transformers computes them (DebertaV2ForSequenceClassification).
 
@@ -27,8 +27,8 @@ def _dense(config: DebertaConfig, features: int, axes, dtype, name: str) -> nn.D
   return layers.dense(features, axes, dtype, name, std=config.initializer_range)
 
 
-class Beside(NamedTuple):
-  """What joins the first layer's output: the convolution's, and the norm of the sum."""
+class Branch(NamedTuple):
+  """The convolution's output, which joins the first layer's, and the sum's norm."""
 
   y_BxTxD: jax.Array
   real_BxTx1: jax.Array
@@ -45,7 +45,7 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BxTxD, pairs_BxTxT, rel_RxD, beside: Beside | None, *, first=False
+    self, x_BxTxD, pairs_BxTxT, rel_RxD, branch: Branch | None, *, first=False
   ):
     c = self.config
     made_with = (c, self.dtype, self.deterministic)
@@ -56,22 +56,22 @@ class Layer(nn.Module):
     y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
     x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
-    if beside is None:
+    if branch is None:
       return x_BxTxD, None
 
     def joined(x_BxTxD):
-      sum_BxTxD = x_BxTxD + beside.y_BxTxD
-      norm = ops.layer_norm(sum_BxTxD, beside.scale_D, beside.bias_D, c.layer_norm_eps)
-      return norm * beside.real_BxTx1
+      sum_BxTxD = x_BxTxD + branch.y_BxTxD
+      norm = ops.layer_norm(sum_BxTxD, branch.scale_D, branch.bias_D, c.layer_norm_eps)
+      return norm * branch.real_BxTx1
 
-    # A branch and not a choice between two results: only one layer pays for it.
+    # A conditional, not a select of two results: only one layer computes it.
     return jax.lax.cond(first, joined, lambda x_BxTxD: x_BxTxD, x_BxTxD), None
 
 
 class Conv(nn.Module):
   """The convolution of the embeddings that joins the first layer's output.
 
-  It depends on no layer, so it runs ahead of them, once, and they may be scanned.
+  It depends on no layer, so it runs once, before them, and they can be scanned.
   """
 
   config: DebertaConfig
@@ -79,7 +79,7 @@ class Conv(nn.Module):
   deterministic: bool
 
   @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, real_BxTx1: jax.Array) -> Beside:
+  def __call__(self, x_BxTxD: jax.Array, real_BxTx1: jax.Array) -> Branch:
     c, size = self.config, self.config.conv_kernel_size
     normal = nn.initializers.normal(c.initializer_range)
     axes = ("width", "embed", "pooled")
@@ -93,11 +93,11 @@ class Conv(nn.Module):
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[-1:]),
       name="conv",
     )
-    # Of padded places too: `Layer` sets the sum to zero there.
+    # At padding too: `Layer` sets the sum to zero there.
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(conv(x_BxTxD), self.deterministic)
     y_BxTxD = ops.activation(c.conv_act)(y_BxTxD)
     norm = layers.NormWeights(name="layer_norm")(c.hidden_size)
-    return Beside(y_BxTxD, real_BxTx1, *norm)
+    return Branch(y_BxTxD, real_BxTx1, *norm)
 
 
 class Encoder(nn.Module):
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
     c = self.config
     made_with = (c, self.dtype, self.deterministic)
     real_BxT = mask_BxT != 0
-    rel_RxD = beside = None
+    rel_RxD = branch = None
     if c.relative_attention:
       std, places = c.initializer_range, attention.used(c, x_BxTxD.shape[1])
       table = layers.embed(
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
     each = {}
     if c.conv_kernel_size:
       real_BxTx1 = real_BxT[..., None].astype(self.dtype)
-      beside = Conv(*made_with, name="conv")(x_BxTxD, real_BxTx1)
+      branch = Conv(*made_with, name="conv")(x_BxTxD, real_BxTx1)
       each = {"first": np.arange(c.num_hidden_layers) == 0}
     return layers.stack(
       Layer,
@@ -135,7 +135,7 @@ class Encoder(nn.Module):
       x_BxTxD,
       real_BxT[:, :, None] & real_BxT[:, None, :],
       rel_RxD,
-      beside,
+      branch,
       scan=self.scan,
       remat=self.remat,
       each=each,
@@ -143,7 +143,7 @@ class Encoder(nn.Module):
 
 
 class Embeddings(nn.Module):
-  """Token embeddings and what a model adds to them, normed, zero where padded."""
+  """Token embeddings, with positions and types where the model has these, normed."""
 
   config: DebertaConfig
   dtype: DType
@@ -200,7 +200,7 @@ class SequenceClassifier(Model):
 
     Args:
       input_ids, attention_mask, token_type_ids: BxT int32; the mask is 1 where a token
-        is attended to, and the types are all zero where they are not given.
+        is attended to; the types are zeros by default.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """
     c, dtype = self.config, self.dtype

@@ -1,4 +1,4 @@
-"""The shape of a decoder: what Llama and its relatives differ in, as data."""
+"""The shape of a decoder: the differences of Llama and its variants, as data."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from lorax_flax.models.ops import Rope
 
 @dataclasses.dataclass(frozen=True)
 class NormKind:
-  """How a relative scales what it has normed; see `ops.rms_norm`."""
+  """A variant's RMS norm; see `ops.rms_norm`."""
 
   offset: float = 0.0
   late: bool = False
@@ -19,8 +19,8 @@ class NormKind:
 class DecoderConfig:
   """A decoder with a language model's head.
 
-  The first group is under Hugging Face's field names; a relative says which of them
-  its config.json decides. The second is what the relative itself is.
+  The first group has Hugging Face's field names; each variant lists those that its
+  config.json sets. The second group is fixed by the variant.
 
   Attributes:
     num_key_value_heads: None takes num_attention_heads.
@@ -29,21 +29,21 @@ class DecoderConfig:
     query_pre_attn_scalar: logits of attention are divided by its square root; None
       takes the head's size.
     attn_logit_softcapping, final_logit_softcapping: bounds of logits; None is none.
-    resid_pdrop: dropout of what attention and the feed-forward part add.
-    num_experts: feed-forward parts side by side; None: one, without a router.
-    num_experts_per_tok: how many of them a token goes to.
+    resid_pdrop: dropout of the residual branches.
+    num_experts: None: one feed-forward part, without a router.
+    num_experts_per_tok: number of experts that a token is routed to.
     moe_intermediate_size: of an expert; None takes intermediate_size.
-    norm_topk_prob: the weights of the chosen experts are made to sum to one.
+    norm_topk_prob: normalise the weights of the chosen experts to a sum of one.
     output_bias: of attention's output projection; None takes attention_bias.
-    norm: how its norms scale.
+    norm: kind of its norms.
     qk_norm: queries and keys are normed, head by head.
-    outer_norms: what attention and the feed-forward part give is normed as well.
+    outer_norms: outputs of attention and of the feed-forward part are normed as well.
     fused: one projection holds queries, keys and values, one holds gate and up.
     embed_scaled: embeddings are multiplied by the square root of hidden_size.
-    windows: of each layer: how many places it looks back on, its own included; None:
-      on all.
-    ropes: the kinds of rotary positions that there are.
-    rope_of: of each layer, the number of its kind.
+    windows: for each layer, the number of positions that a query attends to, its own
+      included; None: all before it.
+    ropes: the kinds of rotary positions.
+    rope_of: for each layer, the index of its kind.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
@@ -128,25 +128,25 @@ class DecoderConfig:
 
   @property
   def has_output_bias(self) -> bool:
-    """Whether attention's output projection has a bias."""
+    """True where attention's output projection has a bias."""
     return self.attention_bias if self.output_bias is None else self.output_bias
 
   @property
   def attention_scale(self) -> float:
-    """What the logits of attention are multiplied by."""
+    """The factor of attention's logits."""
     return float(self.query_pre_attn_scalar or self.head_size) ** -0.5
 
   @property
   def windows_differ(self) -> bool:
-    """Whether a layer has to be told its window."""
+    """True where layers have different windows."""
     return len(set(self.windows)) > 1
 
   @property
   def ropes_differ(self) -> bool:
-    """Whether a layer has to be told which rotary positions are its own."""
+    """True where layers have different kinds of rotary positions."""
     return len(self.ropes) > 1
 
 
 def _given(config: DecoderConfig, *names: str) -> list[str]:
-  """Those fields that are not None."""
+  """Fields that are not None."""
   return [name for name in names if getattr(config, name) is not None]

@@ -15,7 +15,7 @@ from lorax_flax.models.ops import order
 def gelu(x: jax.Array) -> jax.Array:
   """The exact GELU, x Φ(x), in x's dtype; x alone is kept for its gradient.
 
-  By erf as torch has it, computed in float32 at least.
+  Computed by erf, as in torch, in float32 at least.
   """
   wide = _wide(x)
   return (wide * _cdf(wide)).astype(x.dtype)
@@ -62,7 +62,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-  """The function behind a Hugging Face `hidden_act`. Unknown name: LoraxError."""
+  """The function of a Hugging Face `hidden_act`. Unknown name: LoraxError."""
   if name not in ACTIVATIONS:
     raise LoraxError(unknown("activation", name, ACTIVATIONS))
   return ACTIVATIONS[name]

@@ -24,7 +24,7 @@ def biased_attention(
 
   Args:
     bias_HxTxS: added to the scaled logits.
-    seen_BxTxS: where a query attends to a key; an axis of size 1 stands for all of it.
+    seen_BxTxS: true where a query attends to a key; axes of size 1 are broadcast.
     scale: of the product of query and key.
     dropout_rate: of the attention weights; applied when `dropout_rng` is given.
 

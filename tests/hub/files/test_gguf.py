@@ -312,7 +312,7 @@ def test_llama_3_takes_a_token_whole_and_starts_with_bos(variant):
     ({"llama.rope.dimension_count": 8}, r"dimension_count=8 .* only 16 is"),
     ({"llama.vocab_size": 301}, r"vocab_size=301 .* only 300 is"),
     ({"llama.attention.sliding_window": 8}, r"'llama\.attention\.sliding_window'"),
-    ({"llama.block_count": None}, r"does not say llama\.block_count"),
+    ({"llama.block_count": None}, r"has no metadata llama\.block_count"),
     ({"llama.block_count": "two"}, r"num_hidden_layers must be .* 'two'"),
     (
       {"llama.attention.head_count_kv": [2, 1]},
