@@ -1,7 +1,7 @@
 """Files and folders that appear complete, or not at all.
 
-What is new is made under a hidden name beside its final place, within one file system,
-and renamed. An object in a bucket is complete by itself.
+They are made under a hidden name beside the final one, in the same file system, and
+renamed. Objects in buckets are complete by themselves.
 """
 
 import contextlib
@@ -58,11 +58,11 @@ def new_folder(folder: Path, may_replace: Callable[[Path], bool]) -> Iterator[Pa
   """A scratch folder that becomes `folder` when the block ends without an error.
 
   Args:
-    folder: the final place; parents are made.
+    folder: the destination; parents are made.
     may_replace: whether an existing folder, which isn't empty, may be replaced.
 
   Raises:
-    LoraxError: the place is taken, or can't be written.
+    LoraxError: the destination is taken, or can't be written.
   """
   refuse_unless_free(folder, may_replace)
   with _replacing(folder, may_replace) as fresh:
@@ -77,7 +77,7 @@ def cached_folder(
 
   Args:
     is_complete: whether an existing folder can stay; another is replaced.
-    hint: end of the message where the place can't be written.
+    hint: end of the message if the folder can't be written.
   """
   try:
     with _replacing(folder, lambda old: not is_complete(old), hint) as fresh:

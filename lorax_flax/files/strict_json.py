@@ -99,7 +99,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(found) != len(pairs):
     counts = collections.Counter(name for name, _ in pairs)
     twice = counts.most_common(1)[0][0]
-    raise ValueError(f"{twice!r} stands twice in one object")
+    raise ValueError(f"{twice!r} is there twice in one object")
   return found
 
 

@@ -80,8 +80,8 @@ def _beside(folder: Path) -> str:
     names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
   except OSError:
     return ""
-  if near := nearest(folder.name, names):
-    return f"; did you mean {' or '.join(str(parent / name) for name in near)}?"
+  if similar := nearest(folder.name, names):
+    return f"; did you mean {' or '.join(str(parent / name) for name in similar)}?"
   shown = [name for name in names if not name.startswith(".")]
   return f"; folders in {parent.resolve()}: {listing(shown, most=8) or 'none'}."
 
@@ -160,5 +160,5 @@ def _from_hub(name: str) -> Path:
 
 
 def _alias_hint(name: str) -> str:
-  near = [] if name in ALIASES.values() else nearest(name, ALIASES)
-  return f" Did you mean the alias {' or '.join(near)}?" if near else ""
+  similar = [] if name in ALIASES.values() else nearest(name, ALIASES)
+  return f" Did you mean the alias {' or '.join(similar)}?" if similar else ""

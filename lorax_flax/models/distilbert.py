@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """One layer, in the form that nn.scan asks for."""
+  """One layer, in the form of nn.scan."""
 
   config: DistilBertConfig
   dtype: DType

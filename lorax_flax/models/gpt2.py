@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """One layer, in the form that nn.scan asks for."""
+  """One layer, in the form of nn.scan."""
 
   config: GPT2Config
   dtype: DType
@@ -180,9 +180,9 @@ class LanguageModel(Model):
     c, dtype, std = self.config, self.dtype, self.config.initializer_range
     check_length(input_ids, c.n_positions)
     words = layers.embed(c.vocab_size, c.n_embd, "wte", axis="vocab", std=std)
-    places = layers.embed(c.n_positions, c.n_embd, "wpe", axis="positions", std=std)
+    positions = layers.embed(c.n_positions, c.n_embd, "wpe", axis="positions", std=std)
     positions_1xT = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
-    x_BxTxD = words(input_ids).astype(dtype) + places(positions_1xT).astype(dtype)
+    x_BxTxD = words(input_ids).astype(dtype) + positions(positions_1xT).astype(dtype)
     x_BxTxD = nn.Dropout(c.embd_pdrop)(x_BxTxD, deterministic)
     each = {}
     if c.scale_attn_by_inverse_layer_idx:

@@ -276,7 +276,7 @@ def stack(
 
 
 class Stack(nn.Module):
-  """`stack` as a module, whose name stands before the layers'.
+  """`stack` as a module, under whose name the layers' parameters are.
 
   Attributes:
     layer, args, count, scan, remat: as `stack` takes them.

@@ -60,7 +60,7 @@ def write_checkpoint(
     may_replace: whether an existing folder, which isn't empty, may be replaced.
 
   Raises:
-    LoraxError: the place is taken or can't be written.
+    LoraxError: the destination is taken, or can't be written.
   """
   with atomic.new_folder(Path(folder), may_replace) as scratch:
     config = to_hf_config(hf_config, architecture, labels)

@@ -95,7 +95,7 @@ class KeyMap:
 
   @functools.cached_property
   def stored(self) -> dict[str, str]:
-    """The bare key in a file of each bare key that has another one there."""
+    """The bare key in files, for each bare key that differs from it."""
     found = {}
     for entry in self.entries:
       module, _, leaf = entry.key.rpartition(".")
@@ -228,7 +228,7 @@ def num_labels(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> int | Non
     shapes: by full key; those of the head may be missing.
 
   Returns:
-    None where there is no head among them, or where the model has no labels.
+    None without a head among them, or for a model without labels.
   """
   for bare, site in keymap.sites.items():
     if site.entry.labels and (shape := shapes.get(full_key(keymap, bare))):

@@ -211,8 +211,8 @@ def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
     if bare not in stored and path not in absent
   ]
   if missing:
-    near = nearest(missing[0], stored)
-    hint = f"; nearest there: {', '.join(near)}" if near else ""
+    similar = nearest(missing[0], stored)
+    hint = f"; nearest there: {', '.join(similar)}" if similar else ""
     raise LoraxError(
       f"the {keymap.family} checkpoint lacks {len(missing)} keys:"
       f" {listing(missing, 8)}{hint}"
@@ -260,15 +260,15 @@ def _leaf(
   sites = {bare: found.keymap.sites[bare] for bare in found.keymap.keys[path]}
   if dtype is None:
     kinds = [found.reader.dtype(found.keys[bare]) for bare in sites]
-    # Stacked tensors may differ, and float32 holds all that there are here.
+    # Stacked tensors may differ; float32 holds all supported dtypes.
     kind = kinds[0] if len(set(kinds)) == 1 else jnp.float32
     dtype = jax.dtypes.canonicalize_dtype(kind)
   out = safetensors.empty(shards.shape_of(block), np.dtype(dtype))
   for bare, site in sites.items():
-    places = shards.overlap(site, shape, block)
-    if places is not None:
-      there, part = places
-      view = site.entry.to_stored(out[(*there, ...)])
+    overlap = shards.overlap(site, shape, block)
+    if overlap is not None:
+      index, part = overlap
+      view = site.entry.to_stored(out[(*index, ...)])
       found.reader.read(found.keys[bare], part, view)
   return out
 

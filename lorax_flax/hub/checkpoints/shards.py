@@ -36,9 +36,9 @@ def overlap(
   stack, inner = block[: len(site.index)], block[len(site.index) :]
   if not all(a <= i < z for i, (a, z) in zip(site.index, stack, strict=True)):
     return None
-  there: list[Any] = [i - a for i, (a, _) in zip(site.index, stack, strict=True)]
+  index: list[Any] = [i - a for i, (a, _) in zip(site.index, stack, strict=True)]
   ours = [slice(a, z) for a, z in inner]
-  there += [slice(0, z - a) for a, z in inner]
+  index += [slice(0, z - a) for a, z in inner]
   k, n = site.entry.piece
   if n > 1:
     width = shape[-1] // n
@@ -46,11 +46,11 @@ def overlap(
     low, high = max(a, offset), min(z, offset + width)
     if low >= high:
       return None
-    there[-1] = slice(low - a, high - a)
+    index[-1] = slice(low - a, high - a)
     ours[-1] = slice(low - offset, high - offset)
   axes = site.entry.axes or range(len(ours))
   stored = sorted(zip(axes, ours, strict=True), key=lambda pair: pair[0])
-  return tuple(there), tuple(cut for _, cut in stored)
+  return tuple(index), tuple(cut for _, cut in stored)
 
 
 def make_array(

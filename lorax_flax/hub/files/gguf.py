@@ -149,7 +149,7 @@ def config_of(header: Header) -> dict[str, Any]:
   config.setdefault("num_key_value_heads", heads)
   if type(width) is int and type(heads) is int and heads and width % heads == 0:
     config.setdefault("head_dim", width // heads)
-  # Where the heads do not divide the width, the model's own config says so.
+  # Heads that do not divide the width are refused by the model's own config.
   head = {
     key: config.get("head_dim", metadata.get(f"{name}.{key}")) for key in _HEAD_SIZES
   }
@@ -180,7 +180,7 @@ class Stored:
   """A tensor as it is read.
 
   Attributes:
-    tensor: its place in the file.
+    tensor: as the file has it.
     heads: number of heads whose rows are in llama.cpp's order; None: rows are in ours.
   """
 
@@ -215,7 +215,7 @@ def open_file(path: Path) -> safetensors.Reader:
   """Opens the weights of a file, by Hugging Face's keys; quantised ones are float32.
 
   Raises:
-    LoraxError: what `read_config` raises, or a tensor of an unknown name.
+    LoraxError: an error of `read_config`, or a tensor of an unknown name.
   """
   return safetensors.of_file(_Gguf(path))
 

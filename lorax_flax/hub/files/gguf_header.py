@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata of the model, and its tensors' places.
+"""The header of a GGUF file: metadata of the model, and its tensors' offsets.
 
 The format is a magic number, a version, two counts, the metadata as typed values, an
 entry of each tensor, and the tensors' bytes. The `gguf` package names the types and
@@ -129,18 +129,18 @@ class _Cursor:
   def __init__(self, data: bytes, is_prefix: bool):
     self._data = data
     self._is_prefix = is_prefix
-    self.place = 0
+    self.offset = 0
 
   def take(self, count: int) -> bytes:
-    end = self.place + count
+    end = self.offset + count
     if end > len(self._data):
       raise LoraxError(
         f"its header claims more than {_MOST_HEADER:,} bytes"
         if self._is_prefix
         else "it is cut off"
       )
-    taken = self._data[self.place : end]
-    self.place = end
+    taken = self._data[self.offset : end]
+    self.offset = end
     return taken
 
   def uint32(self) -> int:
@@ -211,7 +211,7 @@ def _parse(path: Path, cursor: _Cursor, status: os.stat_result) -> Header:
   alignment = metadata.get(_ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
   if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
     raise LoraxError(f"its {_ALIGNMENT} is {alignment!r}")
-  first = _aligned(cursor.place, alignment)
+  first = _aligned(cursor.offset, alignment)
   tensors = {
     name: Tensor(kind, shape, first + offset)
     for name, (kind, shape, offset) in entries.items()
@@ -237,20 +237,20 @@ def _check_places(
   tensors: Mapping[str, Tensor], first: int, alignment: int, size: int
 ) -> None:
   """Checks that tensors follow one another, aligned, and end within the file."""
-  place = first
+  offset = first
   for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-    if tensor.start != place:
+    if tensor.start != offset:
       raise LoraxError(
         f"{name!r} starts at byte {tensor.start - first:,} of the data, and what is"
-        f" before it ends at {place - first:,}"
+        f" before it ends at {offset - first:,}"
       )
     if tensor.stop > size:
       raise LoraxError(
         f"{name!r} ends at byte {tensor.stop:,}, and the file has {size:,}: it is cut"
         " off"
       )
-    place = _aligned(tensor.stop, alignment)
+    offset = _aligned(tensor.stop, alignment)
 
 
-def _aligned(place: int, alignment: int) -> int:
-  return -(-place // alignment) * alignment
+def _aligned(offset: int, alignment: int) -> int:
+  return -(-offset // alignment) * alignment

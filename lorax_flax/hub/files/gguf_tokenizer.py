@@ -108,7 +108,7 @@ def _make(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
   tokens = _strings(metadata, "tokens")
   vocab = {token: i for i, token in enumerate(tokens)}
   if len(vocab) != len(tokens):
-    raise LoraxError(f"{len(tokens) - len(vocab)} of its tokens are there twice")
+    raise LoraxError(f"{len(tokens) - len(vocab)} of its tokens are duplicates")
   model = models.BPE(vocab, _pairs(metadata), ignore_merges=splitting.ignore_merges)
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = _pre_tokenizer(splitting)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: its tensors, and their places.
+"""The header of a safetensors file: its tensors, and their offsets.
 
 The format is the header's length in eight bytes, the header as JSON, and the tensors'
 bytes one after another without holes. All of it is checked against the file's size
@@ -119,18 +119,18 @@ def _parse(text: bytes, size: int) -> dict[str, Stored]:
     except LoraxError as error:
       raise LoraxError(f"the header's entry of {key!r}: {error}") from error
   # One after another, from the header's end to the file's: no hole, no overlap.
-  place = first
+  offset = first
   for key in sorted(found, key=lambda key: (found[key].start, ends[key])):
-    if found[key].start != place:
+    if found[key].start != offset:
       raise LoraxError(
         f"{key!r} starts at byte {found[key].start - first} of the data, and what is "
-        f"before it ends at {place - first}"
+        f"before it ends at {offset - first}"
       )
-    place = ends[key]
-  if place != size:
+    offset = ends[key]
+  if offset != size:
     raise LoraxError(
-      f"its tensors end at byte {place:,}, and the file has {size:,}: it is cut off, or"
-      " something was written behind them"
+      f"its tensors end at byte {offset:,}, and the file has {size:,}: it is cut off,"
+      " or something was written behind them"
     )
   return found
 

@@ -190,7 +190,7 @@ _GLOBALS = {
 class _Bounded(io.BufferedReader):
   """A file whose reads are cut to its size.
 
-  Python allocates as much as a damaged archive asks for.
+  Python would allocate as much as a damaged archive claims.
   """
 
   def __init__(self, path: Path):

@@ -103,7 +103,7 @@ class _Machine:
     full = f"{module}.{name}"
     if full not in self.names:
       raise LoraxError(
-        f"it asks for {full[:100]!r}, which is no part of a state dict; it is refused,"
+        f"it names {full[:100]!r}, which is no part of a state dict; it is refused,"
         " and nothing of it was run"
       )
     self.push(self.names[full])
@@ -118,19 +118,19 @@ class _Machine:
     args, function = self.stack.pop(), self.stack.pop()
     # Only `names` holds callables, so that nothing else can be called.
     if not callable(function) or not isinstance(args, tuple):
-      raise TypeError("a call of what is none of the known names")
+      raise TypeError("a call of an unknown function")
     self.push(function(*args))
 
   def build(self) -> None:
     """Drops attributes of a dict ("_metadata" of a module's state)."""
     self.stack.pop()
     if not isinstance(self.stack[-1], dict):
-      raise TypeError("attributes of what is no dict")
+      raise TypeError("attributes of a value that is not a dict")
 
   def put_items(self, items: list[Any]) -> None:
     target = self.stack[-1]
     if not isinstance(target, dict) or len(items) % 2:
-      raise TypeError("items of what is no dict")
+      raise TypeError("items of a value that is not a dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
       if not isinstance(key, str):
         raise LoraxError(f"a dict in it has a key of type {type(key).__name__}")
@@ -141,11 +141,11 @@ class _Machine:
   def append(self, items: list[Any]) -> None:
     target = self.stack[-1]
     if not isinstance(target, list):
-      raise TypeError("items of what is no list")
+      raise TypeError("items of a value that is not a list")
     target.extend(items)
 
-  def remember(self, place: int) -> None:
-    self.memo[place] = self.stack[-1]
+  def remember(self, key: int) -> None:
+    self.memo[key] = self.stack[-1]
 
   def pop_two(self) -> list[Any]:
     value, key = self.stack.pop(), self.stack.pop()

@@ -17,7 +17,7 @@ CONFIG_FILE = "adapter_config.json"
 SEQ_CLS = "SEQ_CLS"
 # The base alone, without a head: its modules' names have no prefix.
 FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-# PEFT saves these in full for a sequence classifier, whichever the model has.
+# PEFT saves these in full for a sequence classifier, if the model has them.
 HEAD_NAMES = ("classifier", "score")
 ALL_LINEAR = "all-linear"
 # PEFT's task_type, by the task of a family.
@@ -50,13 +50,13 @@ class PeftConfig:
   Module names are those of the PyTorch model ("bert.encoder.layer.0.output.dense").
 
   Attributes:
-    target_modules: a regular expression for whole names, or "all-linear"; or names,
-      each whole or the end after a dot.
+    target_modules: a regular expression for full names, or "all-linear"; or names, each
+      a full one or its end after a dot.
     exclude_modules: the same rules; wins.
     modules_to_save: ends of names; these modules are saved in full.
     layers_to_transform, layers_pattern: for target_modules in the form of names.
     rank_pattern, alpha_pattern: regular expression for the end of a name, to value.
-    init_lora_weights: how training started; nothing that loading depends on.
+    init_lora_weights: the initialisation; loading doesn't depend on it.
     fan_in_fan_out: targets are Conv1D, whose weight is (in, out); the factors are the
       same.
     use_dora: a magnitude for each output beside the factors.
@@ -65,7 +65,7 @@ class PeftConfig:
       module with a LoRA form holds them: stacked experts.
     trainable_token_indices: rows of the embedding that are trained; or by the end of a
       module's name.
-    ensure_weight_tying: what is trained of a weight is trained of those tied to it.
+    ensure_weight_tying: weights that are tied to a trained one are trained too.
   """
 
   r: int = 8
@@ -94,8 +94,8 @@ class PeftConfig:
   def __post_init__(self):
     if _changes_the_base(self.init_lora_weights):
       raise LoraxError(
-        f"{CONFIG_FILE}: init_lora_weights={self.init_lora_weights!r} took its start "
-        "out of the base's weights, so the adapter is not one of this base. PEFT's "
+        f"{CONFIG_FILE}: init_lora_weights={self.init_lora_weights!r} subtracted its "
+        "start from the base's weights, so the adapter is not one of this base: PEFT's "
         "save_pretrained(path_initial_model_for_weight_conversion=…) makes it one"
       )
     for each in fields(self):
@@ -154,7 +154,7 @@ class PeftConfig:
         if name.startswith(f"{outer}."):
           raise LoraxError(
             f"{CONFIG_FILE}: modules_to_save mean {outer} and {name} inside of it, and "
-            "PEFT cannot load such a folder: give the whole name of the one meant"
+            "PEFT cannot load such a folder: give the full name of one of them"
           )
     return found
 
@@ -188,7 +188,7 @@ class PeftConfig:
     """The modules that get factors, in the order of `names`.
 
     Args:
-      linear: what "all-linear" stands for.
+      linear: the modules of "all-linear".
       names: every module's name.
     """
     if self.is_all_linear:
@@ -203,7 +203,7 @@ class PeftConfig:
   def with_defaults(self, family: str) -> "PeftConfig":
     """Fills in target_modules as PEFT does for a model_type.
 
-    PEFT has defaults where none are given, and names in the place of an expression
+    PEFT has defaults where none are given, and names instead of an expression
     where experts are not modules that it could match.
 
     Raises:
@@ -358,7 +358,7 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _changes_the_base(init: Any) -> bool:
-  """Subtracts the start from the base's weights, so says init_lora_weights."""
+  """True where init_lora_weights subtracts the start from the base's weights."""
   return _is_str(init) and init.lower().startswith(_CHANGE_THE_BASE)
 
 

@@ -10,7 +10,7 @@ from lorax_flax.files import strict_json
 from lorax_flax.hub.peft.config import CONFIG_FILE, SEQ_CLS, PeftConfig, with_heads
 
 LORA = "LORA"
-_MOST_BYTES = 16 << 20  # of a config: a list of every module's name is far below
+_MOST_BYTES = 16 << 20  # of a config: a list of every module's name is far smaller
 
 
 def read(folder: Path) -> PeftConfig:
@@ -65,7 +65,7 @@ def parse(raw: Any) -> PeftConfig:
 def dump(config: PeftConfig) -> dict[str, Any]:
   """The content of adapter_config.json as PEFT itself would write it.
 
-  Every field is there; those that we don't have are off.
+  It has every field; those that we don't support are off.
   """
   raw: dict[str, Any] = {
     name: off for name, off in _OFF.items() if name != "eva_config"

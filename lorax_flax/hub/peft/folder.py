@@ -178,7 +178,7 @@ def adapter_folder(folder: str | Path, name: str = DEFAULT) -> Path:
   """The folder of an adapter: a PEFT folder itself, or its sub-folder of that name.
 
   Raises:
-    LoraxError: no such adapter; it lists those that there are.
+    LoraxError: no such adapter; the message lists the others.
   """
   folder = Path(folder).expanduser()
   place = folder if name == DEFAULT else folder / name

@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """One encoder layer, in the form that nn.scan asks for."""
+  """One encoder layer, in the form of nn.scan."""
 
   config: EncoderConfig
   dtype: DType

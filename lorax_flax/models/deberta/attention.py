@@ -23,13 +23,13 @@ from lorax_flax.models.layers import DType
 from lorax_flax.models.ops import order
 
 
-def buckets(distances: np.ndarray, count: int, furthest: int) -> np.ndarray:
+def buckets(distances: np.ndarray, count: int, max_distance: int) -> np.ndarray:
   """Buckets of distances: small ones have their own, large ones share logarithmically.
 
   Args:
     distances: int.
     count: of buckets to each side; those below count // 2 hold one distance each.
-    furthest: the end of the last bucket, exclusive.
+    max_distance: the end of the last bucket, exclusive.
 
   Returns:
     int32, of the same shape, from -count + 1 to count - 1; beyond for larger ones.
@@ -37,7 +37,7 @@ def buckets(distances: np.ndarray, count: int, furthest: int) -> np.ndarray:
   middle = count // 2
   # In float32, as in transformers: it decides the bucket of a distance at an edge.
   away = np.maximum(np.abs(distances), middle).astype(np.float32)
-  full = np.log(np.float32((furthest - 1) / middle))
+  full = np.log(np.float32((max_distance - 1) / middle))
   part = np.log(away / np.float32(middle)) / full * np.float32(middle - 1)
   far = np.ceil(part).astype(np.int32) + middle
   return np.where(np.abs(distances) <= middle, distances, np.sign(distances) * far)
@@ -53,7 +53,7 @@ def rows(config: DebertaConfig, length: int) -> np.ndarray:
   most = length - 1
   distances = np.clip(np.arange(-length, length + 1, dtype=np.int32), -most, most)
   if config.position_buckets > 0:
-    distances = buckets(distances, config.position_buckets, config.furthest)
+    distances = buckets(distances, config.position_buckets, config.max_distance)
   return np.clip(distances + config.span, 0, 2 * config.span - 1)
 
 

@@ -89,10 +89,10 @@ class DebertaConfig:
       raise LoraxError("config: norm_rel_ebd without relative_attention norms nothing")
     if self.relative_attention and self.position_buckets > 0:
       least = self.position_buckets // 2 + 1
-      if self.position_buckets < 2 or self.furthest <= least:
+      if self.position_buckets < 2 or self.max_distance <= least:
         raise LoraxError(
           f"config: position_buckets {self.position_buckets} must be 2 at least, and "
-          f"max_relative_positions, {self.furthest}, more than half of it and one"
+          f"max_relative_positions, {self.max_distance}, more than half of it and one"
         )
 
   @property
@@ -111,7 +111,7 @@ class DebertaConfig:
     return self.hidden_size if self.embedding_size is None else self.embedding_size
 
   @property
-  def furthest(self) -> int:
+  def max_distance(self) -> int:
     """The distance from which all share a row."""
     if self.max_relative_positions < 1:
       return self.max_position_embeddings
@@ -120,7 +120,7 @@ class DebertaConfig:
   @property
   def span(self) -> int:
     """Rows of the table of relative positions on each side."""
-    return self.position_buckets if self.position_buckets > 0 else self.furthest
+    return self.position_buckets if self.position_buckets > 0 else self.max_distance
 
   @property
   def terms(self) -> tuple[str, ...]:

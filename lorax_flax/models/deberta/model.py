@@ -37,7 +37,7 @@ class Branch(NamedTuple):
 
 
 class Layer(nn.Module):
-  """One encoder layer, in the form that nn.scan asks for."""
+  """One encoder layer, in the form of nn.scan."""
 
   config: DebertaConfig
   dtype: DType
@@ -48,8 +48,8 @@ class Layer(nn.Module):
     self, x_BxTxD, pairs_BxTxT, rel_RxD, branch: Branch | None, *, first=False
   ):
     c = self.config
-    made_with = (c, self.dtype, self.deterministic)
-    attend = attention.Attention(*made_with, name="attention")
+    args = (c, self.dtype, self.deterministic)
+    attend = attention.Attention(*args, name="attention")
     x_BxTxD = attend(x_BxTxD, pairs_BxTxT, rel_RxD)
     up = _dense(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "intermediate")
     down = _dense(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
@@ -112,25 +112,25 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
-    made_with = (c, self.dtype, self.deterministic)
+    args = (c, self.dtype, self.deterministic)
     real_BxT = mask_BxT != 0
     rel_RxD = branch = None
     if c.relative_attention:
-      std, places = c.initializer_range, attention.used(c, x_BxTxD.shape[1])
+      std, used = c.initializer_range, attention.used(c, x_BxTxD.shape[1])
       table = layers.embed(
         2 * c.span, c.hidden_size, "rel_embeddings", axis="positions", std=std
       )
-      rel_RxD = table(places[None, :])[0].astype(self.dtype)
+      rel_RxD = table(used[None, :])[0].astype(self.dtype)
       if c.norm_rel_ebd:
         rel_RxD = layers.Norm(c.layer_norm_eps, name="rel_norm")(rel_RxD)
     each = {}
     if c.conv_kernel_size:
       real_BxTx1 = real_BxT[..., None].astype(self.dtype)
-      branch = Conv(*made_with, name="conv")(x_BxTxD, real_BxTx1)
+      branch = Conv(*args, name="conv")(x_BxTxD, real_BxTx1)
       each = {"first": np.arange(c.num_hidden_layers) == 0}
     return layers.stack(
       Layer,
-      made_with,
+      args,
       c.num_hidden_layers,
       x_BxTxD,
       real_BxT[:, :, None] & real_BxT[:, None, :],
@@ -159,9 +159,9 @@ class Embeddings(nn.Module):
 
     x_BxTxE = look_up("word_embeddings", c.vocab_size, "vocab", input_ids_BxT)
     if c.position_biased_input:
-      places_1xT = np.arange(input_ids_BxT.shape[1], dtype=np.int32)[None, :]
+      positions_1xT = np.arange(input_ids_BxT.shape[1], dtype=np.int32)[None, :]
       x_BxTxE += look_up(
-        "position_embeddings", c.max_position_embeddings, "positions", places_1xT
+        "position_embeddings", c.max_position_embeddings, "positions", positions_1xT
       )
     if c.type_vocab_size:
       x_BxTxE += look_up(

@@ -128,7 +128,7 @@ def layer_norms(c: DecoderConfig) -> tuple[str, ...]:
 
 
 class Layer(nn.Module):
-  """One layer, in the form that nn.scan asks for."""
+  """One layer, in the form of nn.scan."""
 
   config: DecoderConfig
   dtype: DType

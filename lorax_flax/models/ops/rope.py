@@ -112,8 +112,8 @@ def _yarn(rope, dim, length):
   low, high = max(low, 0), min(high, dim - 1)
   if low == high:
     high += 0.001
-  places = np.arange(len(powers), dtype=np.float32)
-  ramp = np.clip((places - low) / (high - low), 0.0, 1.0).astype(np.float32)
+  pairs_F = np.arange(len(powers), dtype=np.float32)
+  ramp = np.clip((pairs_F - low) / (high - low), 0.0, 1.0).astype(np.float32)
   slow = 1.0 / (np.float32(rope.stretch) * powers)
   frequencies = slow * ramp + 1.0 / powers * (1.0 - ramp)
   if rope.attention_factor is not None:
@@ -194,8 +194,8 @@ def rotations(
   dim = int(head_size * rope.partial_rotary_factor)
   frequencies_F, scale = _TYPES[rope.rope_type](rope, dim, length)
   frequencies_F = jnp.asarray(frequencies_F, jnp.float32)
-  places = positions_BxT.astype(jnp.float32)[:, :, None, None]
-  angles = places * frequencies_F[None, None, None, :]
+  positions = positions_BxT.astype(jnp.float32)[:, :, None, None]
+  angles = positions * frequencies_F[None, None, None, :]
   cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
   return cos.astype(dtype), sin.astype(dtype)
 

@@ -85,26 +85,26 @@ class MLP(nn.Module):
     return _dense(c, c.d_ff, c.d_model, ("mlp", "embed"), self.dtype, "wo")(h_BxTxF)
 
 
-def _sublayer(made_with, x_BxTxD: jax.Array, name: str, apply) -> jax.Array:
+def _sublayer(args, x_BxTxD: jax.Array, name: str, apply) -> jax.Array:
   """A residual branch: x plus `apply` of the normed x."""
-  config, _, deterministic = made_with
+  config, _, deterministic = args
   norm = layers.RmsNorm(config.layer_norm_epsilon, name=f"{name}_norm")
   drop = nn.Dropout(config.dropout_rate, deterministic=deterministic)
   return x_BxTxD + drop(apply(norm(x_BxTxD)))
 
 
-def _attend_itself(made_with, x_BxTxD, bias_HxTxT, seen_BxTxT) -> jax.Array:
+def _attend_itself(args, x_BxTxD, bias_HxTxT, seen_BxTxT) -> jax.Array:
   attend = partial(ops.biased_attention, bias_HxTxS=bias_HxTxT, seen_BxTxS=seen_BxTxT)
-  attention = Attention(*made_with, name="attention")
-  return _sublayer(made_with, x_BxTxD, "attention", lambda x: attention(x, x, attend))
+  attention = Attention(*args, name="attention")
+  return _sublayer(args, x_BxTxD, "attention", lambda x: attention(x, x, attend))
 
 
-def _feed_forward(made_with, x_BxTxD) -> jax.Array:
-  return _sublayer(made_with, x_BxTxD, "mlp", MLP(*made_with, name="mlp"))
+def _feed_forward(args, x_BxTxD) -> jax.Array:
+  return _sublayer(args, x_BxTxD, "mlp", MLP(*args, name="mlp"))
 
 
 class EncoderLayer(nn.Module):
-  """One layer of the encoder, in the form that nn.scan asks for."""
+  """One layer of the encoder, in the form of nn.scan."""
 
   config: T5Config
   dtype: DType
@@ -112,13 +112,13 @@ class EncoderLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, bias_HxTxT: jax.Array, seen_BxTxT: jax.Array):
-    made_with = (self.config, self.dtype, self.deterministic)
-    x_BxTxD = _attend_itself(made_with, x_BxTxD, bias_HxTxT, seen_BxTxT)
-    return _feed_forward(made_with, x_BxTxD), None
+    args = (self.config, self.dtype, self.deterministic)
+    x_BxTxD = _attend_itself(args, x_BxTxD, bias_HxTxT, seen_BxTxT)
+    return _feed_forward(args, x_BxTxD), None
 
 
 class DecoderLayer(nn.Module):
-  """One layer of the decoder, in the form that nn.scan asks for."""
+  """One layer of the decoder, in the form of nn.scan."""
 
   config: T5Config
   dtype: DType
@@ -134,14 +134,14 @@ class DecoderLayer(nn.Module):
     mask_BxS: jax.Array,
   ):
     """(BxTxD, None). y_BxSxD, mask_BxS: the encoder's output, and its mask."""
-    made_with = (self.config, self.dtype, self.deterministic)
-    x_BxTxD = _attend_itself(made_with, x_BxTxD, bias_HxTxT, seen_BxTxT)
+    args = (self.config, self.dtype, self.deterministic)
+    x_BxTxD = _attend_itself(args, x_BxTxD, bias_HxTxT, seen_BxTxT)
     attend = partial(ops.attention, mask_BxS=mask_BxS)
-    cross = Attention(*made_with, name="cross_attention")
+    cross = Attention(*args, name="cross_attention")
     x_BxTxD = _sublayer(
-      made_with, x_BxTxD, "cross_attention", lambda x: cross(x, y_BxSxD, attend)
+      args, x_BxTxD, "cross_attention", lambda x: cross(x, y_BxSxD, attend)
     )
-    return _feed_forward(made_with, x_BxTxD), None
+    return _feed_forward(args, x_BxTxD), None
 
 
 class Stack(nn.Module):

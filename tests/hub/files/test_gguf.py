@@ -350,7 +350,7 @@ def test_other_architectures_and_tensors_are_refused_by_name(variant, tiny):
     ({"tokenizer.ggml.pre": "smolm"}, r"'smolm'; did you mean 'smollm'"),
     ({"tokenizer.ggml.merges": ["Ġ t x"]}, r"'Ġ t x' is no pair"),
     ({"tokenizer.ggml.merges": ["q q"]}, r"cannot make the tokenizer"),
-    ({"tokenizer.ggml.tokens": ["a", "a"]}, r"1 of its tokens are there twice"),
+    ({"tokenizer.ggml.tokens": ["a", "a"]}, r"1 of its tokens are duplicates"),
     ({"tokenizer.ggml.token_type": [1]}, r"300 tokens, and their kinds"),
     (
       {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 300},
