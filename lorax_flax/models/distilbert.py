@@ -33,28 +33,22 @@ class DistilBertConfig:
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
-  vocab_size: int = 30522
-  dim: int = 768
-  n_layers: int = 6
-  n_heads: int = 12
-  hidden_dim: int = 3072
-  max_position_embeddings: int = 512
-  activation: str = "gelu"
-  dropout: float = 0.1
-  attention_dropout: float = 0.1
-  seq_classif_dropout: float = 0.2
-  initializer_range: float = 0.02
-  num_labels: int = 2
+  vocab_size: fields.Size = 30522
+  dim: fields.Size = 768
+  n_layers: fields.Layers = 6
+  n_heads: fields.Size = 12
+  hidden_dim: fields.Size = 3072
+  max_position_embeddings: fields.Size = 512
+  activation: fields.Activation = "gelu"
+  dropout: fields.Rate = 0.1
+  attention_dropout: fields.Rate = 0.1
+  seq_classif_dropout: fields.Rate = 0.2
+  initializer_range: fields.Positive = 0.02
+  num_labels: fields.Size = 2
 
   def __post_init__(self):
-    sizes = ["vocab_size", "dim", "n_heads", "hidden_dim", "num_labels"]
-    fields.check_layers(self, ["n_layers"])
-    fields.check_sizes(self, [*sizes, "max_position_embeddings"])
-    rates = ["dropout", "attention_dropout", "seq_classif_dropout"]
-    fields.check_rates(self, rates)
-    fields.check_positive(self, ["initializer_range"])
+    fields.check_fields(self)
     fields.check_multiple(self, "dim", of="n_heads")
-    fields.check_activation(self, "activation")
 
 
 _ALIASES = {

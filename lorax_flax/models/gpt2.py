@@ -41,32 +41,25 @@ class GPT2Config:
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
-  vocab_size: int = 50257
-  n_positions: int = 1024
-  n_embd: int = 768
-  n_layer: int = 12
-  n_head: int = 12
-  n_inner: int | None = None
-  activation_function: str = "gelu_new"
-  resid_pdrop: float = 0.1
-  embd_pdrop: float = 0.1
-  attn_pdrop: float = 0.1
-  layer_norm_epsilon: float = 1e-5
-  initializer_range: float = 0.02
+  vocab_size: fields.Size = 50257
+  n_positions: fields.Size = 1024
+  n_embd: fields.Size = 768
+  n_layer: fields.Layers = 12
+  n_head: fields.Size = 12
+  n_inner: fields.Size | None = None
+  activation_function: fields.Activation = "gelu_new"
+  resid_pdrop: fields.Rate = 0.1
+  embd_pdrop: fields.Rate = 0.1
+  attn_pdrop: fields.Rate = 0.1
+  layer_norm_epsilon: fields.Positive = 1e-5
+  initializer_range: fields.Positive = 0.02
   scale_attn_weights: bool = True
   scale_attn_by_inverse_layer_idx: bool = False
   tie_word_embeddings: bool = True
 
   def __post_init__(self):
-    sizes = ["vocab_size", "n_positions", "n_embd", "n_head"]
-    fields.check_layers(self, ["n_layer"])
-    fields.check_sizes(self, [*sizes, *["n_inner"] * (self.n_inner is not None)])
-    fields.check_rates(self, ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
-    fields.check_positive(self, ["layer_norm_epsilon", "initializer_range"])
-    scales = ["scale_attn_weights", "scale_attn_by_inverse_layer_idx"]
-    fields.check_flags(self, [*scales, "tie_word_embeddings"])
+    fields.check_fields(self)
     fields.check_multiple(self, "n_embd", of="n_head")
-    fields.check_activation(self, "activation_function")
 
 
 _ALIASES = {

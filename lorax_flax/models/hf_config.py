@@ -2,8 +2,9 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import ops
@@ -105,39 +106,43 @@ def check(
     raise LoraxError(f"config: {name} must be {expected}, not {value!r}")
 
 
-def check_layers(config: Any, names: Sequence[str]) -> None:
-  """Checks numbers of layers."""
-  for name in names:
-    expected = f"from 1 to {MOST_LAYERS}"
-    good = lambda x: 1 <= x <= MOST_LAYERS
-    check(name, getattr(config, name), int, expected, good)
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A rule for a field's values, an annotation of the field: see `check`."""
+
+  expected: str
+  good: Callable[[Any], Any]
 
 
-def check_sizes(config: Any, names: Sequence[str], least: int = 1) -> None:
-  """Checks sizes of axes and other counts."""
-  expected = "a positive integer" if least == 1 else f"an integer from {least} on"
-  for name in names:
-    check(name, getattr(config, name), int, expected, lambda x: least <= x < _MOST)
+def at_least(least: int) -> Rule:
+  """The rule of an integer from `least` on."""
+  return Rule(f"an integer from {least} on", lambda x: least <= x < _MOST)
 
 
-def check_rates(config: Any, names: Sequence[str]) -> None:
-  """Checks dropout rates; None stands for a default."""
-  for name in names:
-    rate = getattr(config, name)
-    if rate is not None:
-      check(name, rate, float, "in [0, 1)", lambda x: 0 <= x < 1)
+Layers = Annotated[
+  int, Rule(f"from 1 to {MOST_LAYERS}", lambda x: 1 <= x <= MOST_LAYERS)
+]
+Size = Annotated[int, Rule("a positive integer", lambda x: 1 <= x < _MOST)]
+Rate = Annotated[float, Rule("in [0, 1)", lambda x: 0 <= x < 1)]
+Positive = Annotated[float, Rule("a positive number", lambda x: x > 0)]
+Activation = Annotated[str, Rule("a name", lambda x: x and ops.activation(x))]
+_Flag = Annotated[bool, Rule("true or false", lambda x: True)]
 
 
-def check_positive(config: Any, names: Sequence[str]) -> None:
-  """Checks positive numbers: an epsilon, a standard deviation."""
-  for name in names:
-    check(name, getattr(config, name), float, "a positive number", lambda x: x > 0)
+def check_fields(config: Any) -> None:
+  """Checks the fields of a config that are annotated with a `Rule`, or bool.
 
-
-def check_flags(config: Any, names: Sequence[str]) -> None:
-  """Checks flags, true or false."""
-  for name in names:
-    check(name, getattr(config, name), bool, "true or false", lambda x: True)
+  Raises:
+    LoraxError: a field of another type or value.
+  """
+  for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+    value = getattr(config, name)
+    options = typing.get_args(hint) if type(None) in typing.get_args(hint) else [hint]
+    if value is None and len(options) > 1:
+      continue
+    annotated: Any = _Flag if options[0] is bool else options[0]
+    for rule in getattr(annotated, "__metadata__", ()):
+      check(name, value, annotated.__origin__, rule.expected, rule.good)
 
 
 def check_token(config: Any, name: str) -> None:
@@ -158,9 +163,3 @@ def check_multiple(config: Any, name: str, of: str) -> None:
       f"config: {name} {getattr(config, name)} is not a multiple of {of} "
       f"{getattr(config, of)}"
     )
-
-
-def check_activation(config: Any, name: str) -> None:
-  """Checks the name of an activation."""
-  check(name, getattr(config, name), str, "a name", bool)
-  ops.activation(getattr(config, name))

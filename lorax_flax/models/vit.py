@@ -42,33 +42,26 @@ class ViTConfig:
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
-  hidden_size: int = 768
-  num_hidden_layers: int = 12
-  num_attention_heads: int = 12
-  intermediate_size: int = 3072
+  hidden_size: fields.Size = 768
+  num_hidden_layers: fields.Layers = 12
+  num_attention_heads: fields.Size = 12
+  intermediate_size: fields.Size = 3072
   image_size: tuple[int, int] = (224, 224)
   patch_size: tuple[int, int] = (16, 16)
-  num_channels: int = 3
+  num_channels: fields.Size = 3
   qkv_bias: bool = True
-  hidden_act: str = "gelu"
-  hidden_dropout_prob: float = 0.0
-  attention_probs_dropout_prob: float = 0.0
-  initializer_range: float = 0.02
-  layer_norm_eps: float = 1e-12
-  num_labels: int = 2
+  hidden_act: fields.Activation = "gelu"
+  hidden_dropout_prob: fields.Rate = 0.0
+  attention_probs_dropout_prob: fields.Rate = 0.0
+  initializer_range: fields.Positive = 0.02
+  layer_norm_eps: fields.Positive = 1e-12
+  num_labels: fields.Size = 2
 
   def __post_init__(self):
     for name in ("image_size", "patch_size"):
       object.__setattr__(self, name, _pair(name, getattr(self, name)))
-    fields.check_layers(self, ["num_hidden_layers"])
-    sizes = ["hidden_size", "num_attention_heads", "intermediate_size", "num_channels"]
-    fields.check_sizes(self, [*sizes, "num_labels"])
-    rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
-    fields.check_rates(self, rates)
-    fields.check_positive(self, ["initializer_range", "layer_norm_eps"])
-    fields.check_flags(self, ["qkv_bias"])
+    fields.check_fields(self)
     fields.check_multiple(self, "hidden_size", of="num_attention_heads")
-    fields.check_activation(self, "hidden_act")
     if any(p > n for p, n in zip(self.patch_size, self.image_size, strict=True)):
       raise LoraxError(
         f"config: patch_size {self.patch_size} is larger than image_size "

@@ -6,6 +6,8 @@ Facts from peft 0.21 (tuners/lora/config.py, tuners/tuners_utils.py, utils/other
 import math
 import re
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -100,7 +102,7 @@ class PeftConfig:
       )
     for each in fields(self):
       value = getattr(self, each.name)
-      if not _VALID[each.name](value):
+      if not _is_valid(each.name, value):
         raise LoraxError(
           f"{CONFIG_FILE}: {each.name}={value!r} is not what PEFT writes"
         )
@@ -305,52 +307,6 @@ def describe_unknown_target(config: PeftConfig, names: Iterable[str]) -> str:
   return f"{CONFIG_FILE}: target_modules match no module of this model: {listing(ends)}"
 
 
-# The values that each field may have, as PEFT writes them
-
-
-def _is_int(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-  # NaN is not; an int has no largest.
-  return (_is_int(value) or isinstance(value, float)) and (
-    abs(value) <= sys.float_info.max
-  )
-
-
-def _is_bool(value: Any) -> bool:
-  return isinstance(value, bool)
-
-
-def _is_str(value: Any) -> bool:
-  return isinstance(value, str)
-
-
-def _or_none(test):
-  return lambda value: value is None or test(value)
-
-
-def _each(test):
-  return lambda value: isinstance(value, tuple) and all(map(test, value))
-
-
-def _either(*tests):
-  return lambda value: any(test(value) for test in tests)
-
-
-def _values(test):
-  return lambda value: (
-    isinstance(value, Mapping)
-    and all(map(_is_str, value))
-    and all(map(test, value.values()))
-  )
-
-
-def _is_rank(value: Any) -> bool:
-  return _is_int(value) and 0 < value <= 1 << 20
-
-
 # Initialisations that leave the base as it is.
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
 # Initialisations that change it: such an adapter belongs to the changed base.
@@ -359,38 +315,51 @@ _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def _changes_the_base(init: Any) -> bool:
   """True where init_lora_weights subtracts the start from the base's weights."""
-  return _is_str(init) and init.lower().startswith(_CHANGE_THE_BASE)
+  return isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE)
 
 
-def _is_index(value: Any) -> bool:
-  return _is_int(value) and value >= 0
+def _is_rank(value: int) -> bool:
+  return 0 < value <= 1 << 20
 
 
-def _are_rows(value: Any) -> bool:
-  return _each(_is_index)(value) and 0 < len(value) == len(set(value))
+def _are_rows(value: tuple[int, ...]) -> bool:
+  return min(value, default=-1) >= 0 and len(value) == len(set(value))
 
 
-_VALID: Mapping[str, Callable[[Any], bool]] = {
+# Bounds of fields beyond their types.
+_BOUNDS: Mapping[str, Callable[[Any], bool]] = {
   "r": _is_rank,
-  "lora_alpha": _is_number,
-  "lora_dropout": lambda value: _is_number(value) and 0 <= value < 1,
-  "target_modules": _or_none(_either(_is_str, _each(_is_str))),
-  "exclude_modules": _or_none(_either(_is_str, _each(_is_str))),
-  "modules_to_save": _or_none(_each(_is_str)),
-  "layers_to_transform": _or_none(_either(_is_int, _each(_is_int))),
-  "layers_pattern": _or_none(_either(_is_str, _each(_is_str))),
-  "rank_pattern": _values(_is_rank),
-  "alpha_pattern": _values(_is_number),
+  "lora_dropout": lambda value: 0 <= value < 1,
+  "rank_pattern": lambda value: all(map(_is_rank, value.values())),
   "bias": lambda value: value in ("none", "all", "lora_only"),
-  "use_rslora": _is_bool,
-  "fan_in_fan_out": _is_bool,
-  "use_dora": _is_bool,
-  "lora_bias": _is_bool,
-  "target_parameters": _or_none(_each(_is_str)),
-  "trainable_token_indices": _or_none(_either(_are_rows, _values(_are_rows))),
-  "ensure_weight_tying": _is_bool,
-  "init_lora_weights": lambda value: _is_bool(value) or value in _INITS,
-  "task_type": _or_none(_is_str),
-  "base_model_name_or_path": _or_none(_is_str),
-  "revision": _or_none(_is_str),
+  "trainable_token_indices": lambda value: all(
+    map(_are_rows, value.values() if isinstance(value, Mapping) else [value])
+  ),
+  "init_lora_weights": lambda value: isinstance(value, bool) or value in _INITS,
 }
+
+
+def _is_valid(name: str, value: Any) -> bool:
+  """True where a field has a value that PEFT writes."""
+  if not _has_type(value, typing.get_type_hints(PeftConfig)[name]):
+    return False
+  return value is None or name not in _BOUNDS or _BOUNDS[name](value)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+  """True where a value has an annotation's type; numbers are finite."""
+  arguments = typing.get_args(hint)
+  if isinstance(hint, types.UnionType):
+    return any(_has_type(value, each) for each in arguments)
+  if typing.get_origin(hint) is tuple:
+    return isinstance(value, tuple) and all(_has_type(x, arguments[0]) for x in value)
+  if arguments:  # a mapping
+    return isinstance(value, Mapping) and all(
+      _has_type(key, arguments[0]) and _has_type(each, arguments[1])
+      for key, each in value.items()
+    )
+  if isinstance(value, bool):
+    return hint is bool
+  if hint is float:  # NaN is not; an int has no largest
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+  return isinstance(value, hint)

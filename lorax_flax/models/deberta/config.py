@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.models import hf_config as fields
+from lorax_flax.models import ops
 
 # Fields that change the numbers, with the one value that is supported.
 _ONLY = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False}
@@ -36,52 +37,39 @@ class DebertaConfig:
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
-  vocab_size: int = 128100
-  hidden_size: int = 1536
-  num_hidden_layers: int = 24
-  num_attention_heads: int = 24
-  intermediate_size: int = 6144
-  hidden_act: str = "gelu"
-  hidden_dropout_prob: float = 0.1
-  attention_probs_dropout_prob: float = 0.1
-  max_position_embeddings: int = 512
-  type_vocab_size: int = 0
-  initializer_range: float = 0.02
-  layer_norm_eps: float = 1e-7
+  vocab_size: fields.Size = 128100
+  hidden_size: fields.Size = 1536
+  num_hidden_layers: fields.Layers = 24
+  num_attention_heads: fields.Size = 24
+  intermediate_size: fields.Size = 6144
+  hidden_act: fields.Activation = "gelu"
+  hidden_dropout_prob: fields.Rate = 0.1
+  attention_probs_dropout_prob: fields.Rate = 0.1
+  max_position_embeddings: fields.Size = 512
+  type_vocab_size: Annotated[int, fields.at_least(0)] = 0
+  initializer_range: fields.Positive = 0.02
+  layer_norm_eps: fields.Positive = 1e-7
   relative_attention: bool = False
-  max_relative_positions: int = -1
-  position_buckets: int = -1
+  max_relative_positions: Annotated[int, fields.at_least(-1)] = -1
+  position_buckets: Annotated[int, fields.at_least(-1)] = -1
   pos_att_type: tuple[str, ...] = ()
   share_att_key: bool = False
   norm_rel_ebd: tuple[str, ...] = ()
   position_biased_input: bool = True
-  embedding_size: int | None = None
-  conv_kernel_size: int = 0
-  conv_groups: int = 1
+  embedding_size: fields.Size | None = None
+  conv_kernel_size: Annotated[int, fields.at_least(0)] = 0
+  conv_groups: fields.Size = 1
   conv_act: str = "tanh"
-  pooler_dropout: float = 0.0
-  pooler_hidden_act: str = "gelu"
-  cls_dropout: float | None = None
-  num_labels: int = 2
+  pooler_dropout: fields.Rate = 0.0
+  pooler_hidden_act: fields.Activation = "gelu"
+  cls_dropout: fields.Rate | None = None
+  num_labels: fields.Size = 2
 
   def __post_init__(self):
-    fields.check_layers(self, ["num_hidden_layers"])
-    sizes = ["vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"]
-    sizes += ["max_position_embeddings", "conv_groups", "num_labels"]
-    sizes += [] if self.embedding_size is None else ["embedding_size"]
-    fields.check_sizes(self, sizes)
-    fields.check_sizes(self, ["type_vocab_size", "conv_kernel_size"], least=0)
-    fields.check_sizes(self, ["max_relative_positions", "position_buckets"], least=-1)
-    rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
-    fields.check_rates(self, [*rates, "pooler_dropout", "cls_dropout"])
-    fields.check_positive(self, ["initializer_range", "layer_norm_eps"])
-    flags = ["relative_attention", "share_att_key", "position_biased_input"]
-    fields.check_flags(self, flags)
+    fields.check_fields(self)
     fields.check_multiple(self, "hidden_size", of="num_attention_heads")
-    for name in ("hidden_act", "pooler_hidden_act"):
-      fields.check_activation(self, name)
     if self.conv_kernel_size:
-      fields.check_activation(self, "conv_act")
+      fields.check("conv_act", self.conv_act, str, "a name", ops.activation)
       fields.check_multiple(self, "hidden_size", of="conv_groups")
       odd = lambda size: size % 2
       fields.check("conv_kernel_size", self.conv_kernel_size, int, "odd, or 0", odd)

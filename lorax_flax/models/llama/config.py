@@ -3,7 +3,7 @@
 import dataclasses
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.models import hf_config
+from lorax_flax.models import hf_config as fields
 from lorax_flax.models.ops import Rope
 
 
@@ -48,28 +48,28 @@ class DecoderConfig:
   """
 
   model_type: str
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
-  hidden_act: str
-  max_position_embeddings: int
-  rms_norm_eps: float
+  vocab_size: fields.Size
+  hidden_size: fields.Size
+  intermediate_size: fields.Size
+  num_hidden_layers: fields.Layers
+  num_attention_heads: fields.Size
+  hidden_act: fields.Activation
+  max_position_embeddings: fields.Size
+  rms_norm_eps: fields.Positive
   tie_word_embeddings: bool
-  num_key_value_heads: int | None = None
-  head_dim: int | None = None
-  initializer_range: float = 0.02
-  attention_dropout: float = 0.0
+  num_key_value_heads: fields.Size | None = None
+  head_dim: fields.Size | None = None
+  initializer_range: fields.Positive = 0.02
+  attention_dropout: fields.Rate = 0.0
   attention_bias: bool = False
   mlp_bias: bool = False
-  query_pre_attn_scalar: float | None = None
-  attn_logit_softcapping: float | None = None
-  final_logit_softcapping: float | None = None
-  resid_pdrop: float = 0.0
-  num_experts: int | None = None
-  num_experts_per_tok: int = 1
-  moe_intermediate_size: int | None = None
+  query_pre_attn_scalar: fields.Positive | None = None
+  attn_logit_softcapping: fields.Positive | None = None
+  final_logit_softcapping: fields.Positive | None = None
+  resid_pdrop: fields.Rate = 0.0
+  num_experts: fields.Size | None = None
+  num_experts_per_tok: fields.Size = 1
+  moe_intermediate_size: fields.Size | None = None
   norm_topk_prob: bool = True
 
   output_bias: bool | None = None
@@ -83,21 +83,9 @@ class DecoderConfig:
   rope_of: tuple[int, ...] = ()
 
   def __post_init__(self):
-    hf_config.check_layers(self, ["num_hidden_layers"])
-    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"]
-    sizes += ["max_position_embeddings", "num_experts_per_tok"]
-    kept = ("num_key_value_heads", "head_dim", "num_experts", "moe_intermediate_size")
-    hf_config.check_sizes(self, [*sizes, *_given(self, *kept)])
-    hf_config.check_rates(self, ["attention_dropout", "resid_pdrop"])
-    numbers = ["initializer_range", "rms_norm_eps"]
-    caps = ["attn_logit_softcapping", "final_logit_softcapping"]
-    numbers += _given(self, "query_pre_attn_scalar", *caps)
-    hf_config.check_positive(self, numbers)
-    flags = ["tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob"]
-    hf_config.check_flags(self, flags)
-    hf_config.check_activation(self, "hidden_act")
+    fields.check_fields(self)
     if self.head_dim is None:
-      hf_config.check_multiple(self, "hidden_size", of="num_attention_heads")
+      fields.check_multiple(self, "hidden_size", of="num_attention_heads")
     if self.num_attention_heads % self.kv_heads:
       raise LoraxError(
         f"config: num_attention_heads {self.num_attention_heads} is not a multiple of"
@@ -145,8 +133,3 @@ class DecoderConfig:
   def ropes_differ(self) -> bool:
     """True where layers have different kinds of rotary positions."""
     return len(self.ropes) > 1
-
-
-def _given(config: DecoderConfig, *names: str) -> list[str]:
-  """Fields that are not None."""
-  return [name for name in names if getattr(config, name) is not None]

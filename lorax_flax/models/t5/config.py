@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import ops
@@ -24,31 +24,24 @@ class T5Config:
     n_positions: maximal tokens of the texts in pretraining; longer ones are accepted.
   """
 
-  vocab_size: int = 32128
-  d_model: int = 512
-  d_kv: int = 64
-  d_ff: int = 2048
-  num_layers: int = 6
-  num_decoder_layers: int | None = None
-  num_heads: int = 8
-  relative_attention_num_buckets: int = 32
+  vocab_size: fields.Size = 32128
+  d_model: fields.Size = 512
+  d_kv: fields.Size = 64
+  d_ff: fields.Size = 2048
+  num_layers: fields.Layers = 6
+  num_decoder_layers: fields.Layers | None = None
+  num_heads: fields.Size = 8
+  relative_attention_num_buckets: Annotated[int, fields.at_least(4)] = 32
   relative_attention_max_distance: int = 128
-  dropout_rate: float = 0.1
-  layer_norm_epsilon: float = 1e-6
-  initializer_factor: float = 1.0
+  dropout_rate: fields.Rate = 0.1
+  layer_norm_epsilon: fields.Positive = 1e-6
+  initializer_factor: fields.Positive = 1.0
   feed_forward_proj: str = "relu"
   scale_decoder_outputs: bool = True
-  n_positions: int = 512
+  n_positions: fields.Size = 512
 
   def __post_init__(self):
-    sizes = ["vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "n_positions"]
-    given = ["num_decoder_layers"] * (self.num_decoder_layers is not None)
-    fields.check_layers(self, ["num_layers", *given])
-    fields.check_sizes(self, sizes)
-    fields.check_sizes(self, ["relative_attention_num_buckets"], least=4)
-    fields.check_rates(self, ["dropout_rate"])
-    fields.check_positive(self, ["layer_norm_epsilon", "initializer_factor"])
-    fields.check_flags(self, ["scale_decoder_outputs"])
+    fields.check_fields(self)
     fields.check(
       "relative_attention_max_distance",
       self.relative_attention_max_distance,
