@@ -3,7 +3,7 @@
 BERT's encoder without token types or a pooler, and with fewer dropouts. Source: arXiv
 1910.01108, as transformers computes it (DistilBertForSequenceClassification).
 
-Shapes: B batch, T tokens, D dim, H heads, K head size, C labels.
+Shapes: B batch, T tokens, D dim, C labels.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lorax_flax.hub.checkpoints.entries import embedding, linear, norm, weight_and_bias
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers, ops
+from lorax_flax.models import layers
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layers import DType, Model, check_length
 
@@ -77,21 +77,11 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
-    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (
-      layers.in_heads(
-        _dense(c, c.dim, ("embed", "heads"), self.dtype, name)(x_BxTxD), c.n_heads
-      )
+    qkv = [
+      _dense(c, c.dim, ("embed", "heads"), self.dtype, name)(x_BxTxD)
       for name in ("q_lin", "k_lin", "v_lin")
-    )
-    y_BxTxHxK = ops.attention(
-      q_BxTxHxK,
-      k_BxTxHxK,
-      v_BxTxHxK,
-      mask_BxT,
-      dropout_rate=c.attention_dropout,
-      dropout_rng=layers.dropout_rng(self, c.attention_dropout, self.deterministic),
-    )
-    y_BxTxD = y_BxTxHxK.reshape(x_BxTxD.shape)
+    ]
+    y_BxTxD = layers.attend(self, *qkv, mask_BxT, c.n_heads, c.attention_dropout)
     return _dense(c, c.dim, ("heads", "embed"), self.dtype, "out_lin")(y_BxTxD)
 
 

@@ -4,7 +4,7 @@ Learned positions, norms before attention and MLP, and a head tied to the token
 embeddings. Source: Radford et al. 2019, "Language models are unsupervised multitask
 learners", as transformers computes it (GPT2LMHeadModel).
 
-Shapes: B batch, T tokens, D n_embd, H heads, K head size, V vocab_size.
+Shapes: B batch, T tokens, D n_embd, V vocab_size.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from lorax_flax.hub.checkpoints.entries import (
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers, ops
+from lorax_flax.models import layers
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layers import DType, Model, check_length
 
@@ -97,23 +97,20 @@ class Attention(nn.Module):
     """BxTxD. number: divisor of attention's logits, or None."""
     c = self.config
     fused = _dense(c, 3 * c.n_embd, ("embed", "heads"), self.dtype, "c_attn")
-    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (
-      layers.in_heads(y_BxTxD, c.n_head)
-      for y_BxTxD in jnp.split(fused(x_BxTxD), 3, axis=-1)
-    )
+    q_BxTxD, k_BxTxD, v_BxTxD = jnp.split(fused(x_BxTxD), 3, axis=-1)
     if number is not None:
-      q_BxTxHxK /= number.astype(q_BxTxHxK.dtype)
-    y_BxTxHxK = ops.attention(
-      q_BxTxHxK,
-      k_BxTxHxK,
-      v_BxTxHxK,
+      q_BxTxD /= number.astype(q_BxTxD.dtype)
+    y_BxTxD = layers.attend(
+      self,
+      q_BxTxD,
+      k_BxTxD,
+      v_BxTxD,
       mask_BxT,
+      c.n_head,
+      c.attn_pdrop,
       causal=True,
       scale=None if c.scale_attn_weights else 1.0,
-      dropout_rate=c.attn_pdrop,
-      dropout_rng=layers.dropout_rng(self, c.attn_pdrop, self.deterministic),
     )
-    y_BxTxD = y_BxTxHxK.reshape(x_BxTxD.shape)
     y_BxTxD = _dense(c, c.n_embd, ("heads", "embed"), self.dtype, "c_proj")(y_BxTxD)
     return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
 

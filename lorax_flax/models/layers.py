@@ -223,6 +223,33 @@ def dropout_rng(
   return None if deterministic or rate == 0.0 else module.make_rng("dropout")
 
 
+def attend(
+  module: Any,
+  q_BxTxD: jax.Array,
+  k_BxTxD: jax.Array,
+  v_BxTxD: jax.Array,
+  mask_BxT: jax.Array,
+  heads: int,
+  rate: float,
+  **options: Any,
+) -> jax.Array:
+  """Self-attention of projected features, BxTxD; to be called from a compact method.
+
+  Args:
+    module: the caller; its `deterministic` decides dropout.
+    rate: of the dropout of attention's weights.
+    **options: of `ops.attention`.
+  """
+  y_BxTxHxK = ops.attention(
+    *(in_heads(x, heads) for x in (q_BxTxD, k_BxTxD, v_BxTxD)),
+    mask_BxT,
+    dropout_rate=rate,
+    dropout_rng=dropout_rng(module, rate, module.deterministic),
+    **options,
+  )
+  return y_BxTxHxK.reshape(q_BxTxD.shape)
+
+
 def stack(
   layer: Any,
   args: Sequence[Any],

@@ -5,7 +5,7 @@ them. Norms come before attention and MLP. Source: arXiv 2010.11929, as transfor
 computes it (ViTForImageClassification).
 
 Shapes: B batch, C channels, H and W pixels, T tokens (the patches and one), D
-hidden_size, N heads, K head size.
+hidden_size.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from lorax_flax.hub.checkpoints.entries import (
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers, ops
+from lorax_flax.models import layers
 from lorax_flax.models.family import Family
 from lorax_flax.models.layers import DType, Model
 
@@ -109,23 +109,13 @@ class Attention(nn.Module):
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
     c, bias = self.config, self.config.qkv_bias
     axes = ("embed", "heads")
-    q_BxTxNxK, k_BxTxNxK, v_BxTxNxK = (
-      layers.in_heads(
-        _dense(c, c.hidden_size, axes, self.dtype, name, bias=bias)(x_BxTxD),
-        c.num_attention_heads,
-      )
+    qkv = [
+      _dense(c, c.hidden_size, axes, self.dtype, name, bias=bias)(x_BxTxD)
       for name in ("q_proj", "k_proj", "v_proj")
-    )
-    rate = c.attention_probs_dropout_prob
-    y_BxTxNxK = ops.attention(
-      q_BxTxNxK,
-      k_BxTxNxK,
-      v_BxTxNxK,
-      jnp.ones(x_BxTxD.shape[:2], jnp.int32),
-      dropout_rate=rate,
-      dropout_rng=layers.dropout_rng(self, rate, self.deterministic),
-    )
-    y_BxTxD = y_BxTxNxK.reshape(x_BxTxD.shape)
+    ]
+    mask_BxT = jnp.ones(x_BxTxD.shape[:2], jnp.int32)
+    heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
+    y_BxTxD = layers.attend(self, *qkv, mask_BxT, heads, rate)
     return _dense(c, c.hidden_size, axes[::-1], self.dtype, "o_proj")(y_BxTxD)
 
 

@@ -49,11 +49,6 @@ class EncoderConfig:
     fields.check_multiple(self, "hidden_size", of="num_attention_heads")
 
   @property
-  def head_size(self) -> int:
-    """Features of one attention head."""
-    return self.hidden_size // self.num_attention_heads
-
-  @property
   def head_dropout(self) -> float:
     """Dropout rate of the classification head."""
     if self.classifier_dropout is None:

@@ -5,7 +5,7 @@ BERT pools the first token through a pretrained dense layer, RoBERTa's classifie
 brings its own. Sources: arXiv 1810.04805 and 1907.11692, as transformers computes
 them (BertForSequenceClassification, RobertaForSequenceClassification).
 
-Shapes: B batch, T tokens, D hidden_size, H heads, K head size, C labels.
+Shapes: B batch, T tokens, D hidden_size, C labels.
 """
 
 from collections.abc import Callable
@@ -57,24 +57,12 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
-    split = (*x_BxTxD.shape[:-1], c.num_attention_heads, c.head_size)
-    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (
-      _dense(c, c.hidden_size, ("embed", "heads"), self.dtype, name)(x_BxTxD).reshape(
-        split
-      )
+    qkv = [
+      _dense(c, c.hidden_size, ("embed", "heads"), self.dtype, name)(x_BxTxD)
       for name in ("query", "key", "value")
-    )
-    rate = c.attention_probs_dropout_prob
-    drop = rate > 0.0 and not self.deterministic
-    y_BxTxHxK = ops.attention(
-      q_BxTxHxK,
-      k_BxTxHxK,
-      v_BxTxHxK,
-      mask_BxT,
-      dropout_rate=rate,
-      dropout_rng=self.make_rng("dropout") if drop else None,
-    )
-    y_BxTxD = y_BxTxHxK.reshape(x_BxTxD.shape)
+    ]
+    heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
+    y_BxTxD = layers.attend(self, *qkv, mask_BxT, heads, rate)
     y_BxTxD = _dense(c, c.hidden_size, ("heads", "embed"), self.dtype, "output")(
       y_BxTxD
     )
