@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lorax_flax.hub.checkpoints.entries import embedding, linear, norm, weight_and_bias
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers
+from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layers import DType, Model, check_length
 
@@ -77,11 +77,11 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
-    qkv = [
+    qkv_BxTxD = [
       _dense(c, c.dim, ("embed", "heads"), self.dtype, name)(x_BxTxD)
       for name in ("q_lin", "k_lin", "v_lin")
     ]
-    y_BxTxD = layers.attend(self, *qkv, mask_BxT, c.n_heads, c.attention_dropout)
+    y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, c.n_heads, c.attention_dropout)
     return _dense(c, c.dim, ("heads", "embed"), self.dtype, "out_lin")(y_BxTxD)
 
 
@@ -163,7 +163,7 @@ class SequenceClassifier(Model):
     c, dtype = self.config, self.dtype
     check_length(input_ids, c.max_position_embeddings)
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(input_ids)
-    transformer = layers.Stack(
+    transformer = stacking.Stack(
       Layer,
       (c, dtype, deterministic),
       c.n_layers,

@@ -24,7 +24,7 @@ from lorax_flax.hub.checkpoints.entries import (
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers
+from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layers import DType, Model, check_length
 
@@ -102,9 +102,7 @@ class Attention(nn.Module):
       q_BxTxD /= number.astype(q_BxTxD.dtype)
     y_BxTxD = layers.attend(
       self,
-      q_BxTxD,
-      k_BxTxD,
-      v_BxTxD,
+      (q_BxTxD, k_BxTxD, v_BxTxD),
       mask_BxT,
       c.n_head,
       c.attn_pdrop,
@@ -177,7 +175,7 @@ class LanguageModel(Model):
     each = {}
     if c.scale_attn_by_inverse_layer_idx:
       each["number"] = jnp.arange(1, c.n_layer + 1, dtype=jnp.float32)
-    x_BxTxD = layers.stack(
+    x_BxTxD = stacking.stack(
       Layer,
       (c, dtype, deterministic),
       c.n_layer,

@@ -20,7 +20,7 @@ from lorax_flax.hub.files import gguf, gguf_header, safetensors
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import Adapter
-from lorax_flax.models import bert, deberta, distilbert, gpt2, layers, llama, t5, vit
+from lorax_flax.models import bert, deberta, distilbert, gpt2, llama, stacking, t5, vit
 from lorax_flax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -118,7 +118,7 @@ def load(
       config.json's.
     dtype: of computation: "float32", "bfloat16" or "float16".
     param_dtype: of the weights in memory; None keeps the stored dtype of each.
-    scan, remat: see `layers.stack`.
+    scan, remat: see `stacking.stack`.
     seed: for a head that the checkpoint does not have.
     new_head: replace a head of another width than `num_labels`; otherwise an error.
     shardings: (tree of logical axis names, tree of shapes) -> tree of shardings. Each
@@ -172,7 +172,7 @@ def outline(
 ) -> Outline:
   """The model of a config.json, without a checkpoint; arguments as of `load`."""
   family = of(hf_config)
-  layers.check_remat(remat)
+  stacking.check_remat(remat)
   overrides = {} if num_labels is None else {"num_labels": num_labels}
   if overrides and not family.has_labels:
     raise LoraxError(

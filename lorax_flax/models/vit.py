@@ -26,7 +26,7 @@ from lorax_flax.hub.checkpoints.entries import (
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers
+from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family
 from lorax_flax.models.layers import DType, Model
 
@@ -109,13 +109,13 @@ class Attention(nn.Module):
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
     c, bias = self.config, self.config.qkv_bias
     axes = ("embed", "heads")
-    qkv = [
+    qkv_BxTxD = [
       _dense(c, c.hidden_size, axes, self.dtype, name, bias=bias)(x_BxTxD)
       for name in ("q_proj", "k_proj", "v_proj")
     ]
     mask_BxT = jnp.ones(x_BxTxD.shape[:2], jnp.int32)
     heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
-    y_BxTxD = layers.attend(self, *qkv, mask_BxT, heads, rate)
+    y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, heads, rate)
     return _dense(c, c.hidden_size, axes[::-1], self.dtype, "o_proj")(y_BxTxD)
 
 
@@ -209,7 +209,7 @@ class ImageClassifier(Model):
         f"images of shape {shape}: the model takes {expected}, channels first"
       )
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(pixel_values)
-    x_BxTxD = layers.stack(
+    x_BxTxD = stacking.stack(
       Layer,
       (c, dtype, deterministic),
       c.num_hidden_layers,

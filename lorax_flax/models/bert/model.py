@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.models import layers, ops
+from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.bert import keys as bert_keys
 from lorax_flax.models.bert.config import EncoderConfig, from_hf
 from lorax_flax.models.family import Family, text_inputs
@@ -57,12 +57,12 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
-    qkv = [
+    qkv_BxTxD = [
       _dense(c, c.hidden_size, ("embed", "heads"), self.dtype, name)(x_BxTxD)
       for name in ("query", "key", "value")
     ]
     heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
-    y_BxTxD = layers.attend(self, *qkv, mask_BxT, heads, rate)
+    y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, heads, rate)
     y_BxTxD = _dense(c, c.hidden_size, ("heads", "embed"), self.dtype, "output")(
       y_BxTxD
     )
@@ -146,7 +146,7 @@ class SequenceClassifier(Model):
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
       input_ids, token_type_ids
     )
-    encoder = layers.Stack(
+    encoder = stacking.Stack(
       Layer,
       (c, dtype, deterministic),
       c.num_hidden_layers,

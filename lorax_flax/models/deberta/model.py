@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_flax.models import layers, ops
+from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.deberta import attention
 from lorax_flax.models.deberta import keys as deberta_keys
 from lorax_flax.models.deberta.config import DebertaConfig, from_hf
@@ -128,7 +128,7 @@ class Encoder(nn.Module):
       real_BxTx1 = real_BxT[..., None].astype(self.dtype)
       branch = Conv(*args, name="conv")(x_BxTxD, real_BxTx1)
       each = {"first": np.arange(c.num_hidden_layers) == 0}
-    return layers.stack(
+    return stacking.stack(
       Layer,
       args,
       c.num_hidden_layers,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.hub.checkpoints.keymap import KeyMap
-from lorax_flax.models import layers, ops
+from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.layers import DType, Model
 from lorax_flax.models.llama import keys as decoder_keys
 from lorax_flax.models.llama import moe
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
     if c.windows_differ:
       windows = [_ALL if window is None else window for window in c.windows]
       each["window"] = np.asarray(windows, np.int32)
-    x_BxTxD = layers.stack(
+    x_BxTxD = stacking.stack(
       Layer,
       (c, dtype, self.deterministic),
       c.num_hidden_layers,

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.models import layers, ops
+from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.family import Family
 from lorax_flax.models.layers import DType, Model
 from lorax_flax.models.t5 import keys as t5_keys
@@ -179,7 +179,7 @@ class Stack(nn.Module):
       bidirectional=self.bidirectional,
       max_distance=c.relative_attention_max_distance,
     )
-    x_BxTxD = layers.stack(
+    x_BxTxD = stacking.stack(
       self.layer,
       (c, self.dtype, self.deterministic),
       self.count,
