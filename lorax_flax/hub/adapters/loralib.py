@@ -22,7 +22,7 @@ import numpy as np
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import stacking
 from lorax_flax.hub.adapters.stacking import Index
 from lorax_flax.hub.checkpoints import entries as rows
@@ -37,7 +37,6 @@ FILE = "lora.bin"
 _FACTORS = re.compile(r"(.+)\.lora_([AB])")
 # The leaf of ours that each of the two is.
 _LEAVES = {x: LoRA.peft.keys["linear"][f"lora_{x}.weight"][0] for x in "AB"}
-_HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
 
 
 class Factors(NamedTuple):
@@ -94,10 +93,10 @@ def read_adapter(
     raise LoraxError(said if str(file) in said else f"{file}: {said}") from error
 
 
-def num_labels(file: str | Path) -> int | None:
-  """The number of outputs of a file's head; None where it brings none."""
+def num_labels(file: str | Path, keymap: km.KeyMap) -> int | None:
+  """The number of labels of the head in a file; None where it has none."""
   tensors = _load(Path(file).expanduser())
-  return next((len(tensors[key]) for key in _HEADS if key in tensors), None)
+  return km.num_labels(keymap, {key: x.shape for key, x in tensors.items()})
 
 
 def _load(file: Path) -> dict[str, np.ndarray]:
@@ -339,6 +338,6 @@ def write_adapter(
   """
   tensors, alpha = to_state_dict(adapter, keymap, enable_lora=enable_lora)
   is_ours = lambda old: (old / FILE).is_file()
-  with folders.writing(Path(folder).expanduser(), is_ours) as scratch:
+  with atomic.new_folder(Path(folder).expanduser(), is_ours) as scratch:
     torch_file.write(scratch / FILE, tensors)
   return alpha
