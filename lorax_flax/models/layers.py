@@ -160,6 +160,15 @@ def in_heads(x_BxTxD: jax.Array, heads: int) -> jax.Array:
   return x_BxTxD.reshape((*x_BxTxD.shape[:-1], heads, -1))
 
 
+def first_token(x_BxTxD: jax.Array) -> jax.Array:
+  """Activations of each row's first token, BxD, which a classifier reads.
+
+  Rows stay sharded as in the layers: else the gradient comes back sharded along the
+  features, and the compiler replicates it to get from there to rows.
+  """
+  return spread.rows_apart(x_BxTxD[:, 0])
+
+
 def dropout_rng(
   module: nn.Module, rate: float, deterministic: bool
 ) -> jax.Array | None:
