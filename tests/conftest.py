@@ -13,11 +13,15 @@ import pytest
 
 from tests import imports
 
+# Folder of published files that the project does not ship (loralib's released adapter,
+# GLUE's archive), for the tests marked real_data.
+REAL_DATA = os.environ.get("LORAX_FLAX_TEST_DATA")
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# Test files that import a package which is not installed (torch, beside the newest JAX),
-# with those packages. The others run; the summary says what was left out.
+# Test files that import what is not installed (torch, beside the newest JAX), with the
+# packages that each lacks. The others run; the summary says what was left out.
 LEFT_OUT = {p: m for p in imports.files("tests") if (m := imports.missing(p))}
 collect_ignore = [str(path) for path in LEFT_OUT]
 
@@ -32,6 +36,17 @@ def pytest_terminal_summary(terminalreporter):
       f"left out {len(files)} test files, since {', '.join(packages)} are not"
       f" installed: {names}"
     )
+
+
+def pytest_runtest_setup(item):
+  if item.get_closest_marker("real_data") and not REAL_DATA:
+    pytest.skip("LORAX_FLAX_TEST_DATA names no folder of published files")
+
+
+@pytest.fixture(scope="session")
+def real_data():
+  """Folder of published files, for the tests marked real_data."""
+  return Path(REAL_DATA)
 
 
 @pytest.fixture(scope="module")
