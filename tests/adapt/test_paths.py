@@ -45,7 +45,9 @@ def test_a_field_called_value_beside_others_keeps_its_name():
 
 
 def test_a_pattern_targets_what_lies_in_a_field_called_value():
-  params = {"attn": Attention({"weight": jnp.ones((6, 6))}, {"weight": jnp.ones((6, 6))})}
+  params = {
+    "attn": Attention({"weight": jnp.ones((6, 6))}, {"weight": jnp.ones((6, 6))})
+  }
 
   def fn(p, x):
     return (x @ p["attn"].query["weight"]) @ p["attn"].value["weight"]

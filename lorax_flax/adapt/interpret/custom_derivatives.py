@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
+from lorax_flax.adapt.interpret import call_rules
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import View, is_view
 from lorax_flax.errors import LoraxError
 
 
-def _ruled(run: Any, eqn: Any, operands: list[Any]) -> list[Any]:
+def _ruled(run: Any, eqn: Any, described: jx.Call, operands: list[Any]) -> list[Any]:
   name = jx.rule_name(eqn)
   for x in operands:
     if is_view(x) and x.bias is not None:
@@ -35,7 +36,7 @@ def _ruled(run: Any, eqn: Any, operands: list[Any]) -> list[Any]:
 
   @jax.custom_vjp
   def call(*operands):
-    return plain(inside.closed(jx.ruled(eqn), operands))
+    return call_rules.programs(inside, eqn, described)[0](*operands)
 
   def forward(*marked):
     moved = [_moved(x) for x in marked]
@@ -263,4 +264,4 @@ def _is_zero(eqn: Any) -> bool:
   )
 
 
-CALLS = {"custom_jvp_call": _ruled, "custom_vjp_call": _ruled}
+RULES = {"custom_jvp_call": _ruled, "custom_vjp_call": _ruled}
