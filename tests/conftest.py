@@ -1,6 +1,7 @@
 """Strict by default: no implicit rank or dtype promotion anywhere in a test."""
 
 import os
+import subprocess
 
 # libtpu is installed for the dry runs: nothing is to look for a TPU, in a test's own
 # processes neither.
@@ -57,3 +58,21 @@ def quick_to_compile():
   yield
   jax.config.update("jax_disable_most_optimizations", False)
   jax.clear_caches()  # The other tests' programs are to be their own.
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory):
+  """Makes folders that hold little: (size, mount options) -> folder."""
+  made = []
+
+  def mount(size: str, how: str = "rw"):
+    folder = tmp_path_factory.mktemp("disk")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},{how}", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+      pytest.skip("only a superuser can mount a small disk")
+    made.append(folder)
+    return folder
+
+  yield mount
+  for folder in made:
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -44,7 +44,7 @@ def _name(place, neighbours) -> str:
 
 def map_with_path(fn, tree: PyTree, *rest: PyTree) -> PyTree:
   """`fn(path, leaf, …)` over the leaves of trees alike, `path` being a slash path."""
-  structure = jax.tree.structure(tree)
+  structure: Any = jax.tree.structure(tree)
   columns = (structure.flatten_up_to(other) for other in rest)
   named = flatten(tree)
   results = map(fn, named.keys(), named.values(), *columns)

@@ -83,7 +83,6 @@ class Loop(NamedTuple):
   counts: tuple[int, int, int]
   length: int = 1
   options: Mapping[str, Any] = MappingProxyType({})
-  is_inline = False
 
   def split(self, operands: Sequence[Any]) -> Iterator[list[Any]]:
     """The four groups of the operands, in order."""
@@ -147,8 +146,8 @@ _CALLS: dict[str, Callable[[Any], Call | Loop]] = {
 }
 
 
-def call(eqn: Any) -> Call | Loop | None:
-  """What an equation calls; None for a primitive that computes by itself."""
+def call(eqn: Any) -> Any:
+  """A Call or a Loop; None for a primitive that computes by itself."""
   describe = _CALLS.get(eqn.primitive.name)
   return None if describe is None else describe(eqn.params)
 

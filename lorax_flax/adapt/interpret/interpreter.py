@@ -73,7 +73,8 @@ class Run:
     try:
       call = jx.call(eqn)
       if call is not None:
-        if not call.is_inline and any(v.is_abstract for v in views):
+        in_place = isinstance(call, jx.Call) and call.is_inline
+        if not in_place and any(v.is_abstract for v in views):
           raise Unsupported("a change of the weight alone does not go in")
         return CALL_RULES[name](self, eqn, call, operands)
       if name in layout_rules.RULES or product_rules.is_choice(eqn, operands):
