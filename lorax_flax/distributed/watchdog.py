@@ -23,10 +23,9 @@ from typing import Self
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from lorax_flax.distributed import processes
+from lorax_flax.distributed import coordinator, processes
 
 # Whoever connects says a secret that only the run knows, and its number.
 _TOKEN = 32
@@ -146,8 +145,7 @@ class Watch:
 def _listen() -> tuple[socket.socket, bytes]:
   """A socket to connect to; and its address, with a new secret, as JSON."""
   # As the cluster calls it: other machines may not know it by its own name.
-  address = distributed.global_state.coordinator_address
-  host = address.rpartition(":")[0] if address else socket.gethostname()
+  host = coordinator.host() or socket.gethostname()
   # Where the others reach this machine through another name, any address will do.
   local = host in ("127.0.0.1", "localhost")
   listener = socket.create_server((host if local else "", 0))

@@ -145,17 +145,17 @@ def _gradient(program: _Program, atom: Any, weight: View, name, with_base) -> Vi
   """
   run = program.run
   strict = replace(program, run=replace(run, strict=True))
-  # The gain's gradient needs the product with the weight itself.
+  # The out_scale's gradient needs the product with the weight itself.
   value = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-  value = value if weight.gain is None else weight.value
+  value = value if weight.out_scale is None else weight.value
 
   def products(parts):
-    a, b, gain = parts
-    moving = replace(weight, value=value, a=a, b=b, gain=gain)
+    a, b, out_scale = parts
+    moving = replace(weight, value=value, a=a, b=b, out_scale=out_scale)
     pairs = _paired(strict, atom, moving)
     return [y for y, _ in pairs], [c for _, c in pairs]
 
-  factors = weight.a, weight.b, weight.gain
+  factors = weight.a, weight.b, weight.out_scale
   try:
     _, pull, cotangents = jax.vjp(products, factors, has_aux=True)
   except Unsupported as e:
@@ -168,19 +168,21 @@ def _gradient(program: _Program, atom: Any, weight: View, name, with_base) -> Vi
     run.warn_dense(weight.path, name, str(e))
 
     def formed(parts):
-      a, b, gain = parts
-      return replace(weight, a=a, b=b, gain=gain).dense()
+      a, b, out_scale = parts
+      return replace(weight, a=a, b=b, out_scale=out_scale).dense()
 
     _, pull = jax.vjp(formed, factors)
     cotangents = program.read(atom)
-  ((a, b, gain),) = pull(cotangents)
+  ((a, b, out_scale),) = pull(cotangents)
   base = None
   if with_base:
     base = program.read(atom)
     base = (
-      base if weight.gain is None else base * weight.gain[..., 0].astype(base.dtype)
+      base
+      if weight.out_scale is None
+      else base * weight.out_scale[..., 0].astype(base.dtype)
     )
-  return replace(weight, value=base, a=a, b=b, gain=gain, index=None)
+  return replace(weight, value=base, a=a, b=b, out_scale=out_scale, index=None)
 
 
 # Operands in which a primitive is linear together, the others being held.
