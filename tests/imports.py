@@ -3,7 +3,6 @@
 import ast
 import functools
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,23 +37,13 @@ def file_of(name: str) -> Path | None:
 
 
 @functools.cache
-def imports(path: Path, within_functions: bool = True) -> tuple[str, ...]:
+def imports(path: Path) -> tuple[str, ...]:
   """Dotted names that a file imports: "jax.numpy", "lorax_flax.errors.unknown"."""
-
-  def nodes(parent: ast.AST) -> Iterator[ast.AST]:
-    for node in ast.iter_child_nodes(parent):
-      yield node
-      if within_functions or not isinstance(
-        node, (ast.FunctionDef, ast.AsyncFunctionDef)
-      ):
-        yield from nodes(node)
-
   found = []
-  for node in nodes(ast.parse(path.read_text(encoding="utf-8"))):
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
     if isinstance(node, ast.Import):
       found += [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom) and node.module:
-      assert node.level == 0, f"{path}: a relative import"
       found += [f"{node.module}.{alias.name}" for alias in node.names]
   return tuple(found)
 
@@ -65,13 +54,15 @@ def _is_installed(package: str) -> bool:
 
 
 def missing(path: Path) -> set[str]:
-  """Packages that importing a file needs, through the test files that it imports
-  too, and that are not installed."""
+  """Packages that are not installed, of those that a test file imports.
+
+  Files of the tests and of the benchmarks that it imports count as well.
+  """
   seen, todo, found = set(), [path], set()
   while todo:
     here = todo.pop()
     seen.add(here)
-    for name in imports(here, within_functions=False):
+    for name in imports(here):
       package = name.split(".")[0]
       if not _is_installed(package):
         found.add(package)
