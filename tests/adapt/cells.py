@@ -354,7 +354,7 @@ class EqxEmbedAttend(eqx.Module):
   def __call__(self, x_TxD):
     logits = x_TxD @ self.embed.weight.T
     ids = jnp.argmax(jax.lax.stop_gradient(logits), -1)
-    return x_TxD + jax.vmap(self.embed)(ids) + logits[..., :D]
+    return x_TxD + self.embed.weight[ids] + logits[..., :D]
 
 
 EQUINOX = {
@@ -451,8 +451,9 @@ def haiku(cell: str, mode: str, depth=3):
     run = hk.remat(step) if "remat" in mode else step
     if "scan" in mode:
       return hk.experimental.layer_stack(depth)(run)(x)
-    for _ in range(depth):
-      x = run(x)
+    for i in range(depth):
+      with hk.name_scope(f"layer_{i}"):
+        x = run(x)
     return x
 
   model = hk.without_apply_rng(hk.transform(forward))

@@ -205,7 +205,9 @@ def test_commands_end_with_the_process_that_started_them(tmp_path):
   file = tmp_path / "pid"
   inner = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); "
   command = [sys.executable, "-c", inner + "time.sleep(60)"]
-  outer = f"from experiments.sweeps import children; children.run({{'a': {command!r}}}, 1)"
+  outer = (
+    f"from experiments.sweeps import children; children.run({{'a': {command!r}}}, 1)"
+  )
   parent = subprocess.Popen([sys.executable, "-c", outer], cwd=tiny.ROOT)
   until = time.monotonic() + 30
   while not (file.exists() and file.read_text()) and time.monotonic() < until:
