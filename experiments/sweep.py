@@ -111,7 +111,7 @@ def main() -> int:
   usual = config_flag.default_workdir(spec)
   folder = bucket.folder(WORKDIR.value or f"{usual}-sweep")
   if TRIALS.value is not None:
-    processes.join(DISTRIBUTED.value)
+    processes.initialize(DISTRIBUTED.value)
     return runner.train(wanted, folder, _numbers(TRIALS.value))
   if DISTRIBUTED.value or processes.COORDINATOR in os.environ:
     raise LoraxError(

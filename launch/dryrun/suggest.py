@@ -158,7 +158,7 @@ def _try(
     useful: FLOPs of the wanted batch; another one needs more in proportion.
   """
   settings = option.of(wanted)
-  if option.batch % (spread.ways(option.sizes) * settings.train.accumulation):
+  if option.batch % (spread.num_shards(option.sizes) * settings.train.accumulation):
     return None
   job = shapes.job(settings, topology, cli.silent)
   needed = useful * option.batch / wanted.train.batch_size

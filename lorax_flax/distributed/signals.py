@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def heard(told: Callable[[int], None]) -> Iterator[None]:
-  """While entered, SIGTERM and SIGINT do not end this process; `told` gets them."""
+  """Context in which SIGTERM and SIGINT go to `told` instead of ending the process."""
   numbers = (signal.SIGTERM, signal.SIGINT)
   handler = lambda number, frame: told(number)
   before = {number: signal.signal(number, handler) for number in numbers}

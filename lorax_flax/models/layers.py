@@ -69,7 +69,7 @@ class Embed(nn.Embed):
     """BxTxD."""
     mesh = jax.sharding.get_abstract_mesh()
     rows = self.along == "embed" and ids_BxT.ndim == 2
-    rows = rows and spread.rows_come_out(mesh, ids_BxT)
+    rows = rows and spread.can_shard_rows(mesh, ids_BxT)
     if rows and self.features % mesh.shape["fsdp"] == 0:
       # Each device looks up its own columns for the rows of all that share the table,
       # which then change places, and only then are cut along what else there is. Left
@@ -78,7 +78,7 @@ class Embed(nn.Embed):
       ids_BxT = cut(ids_BxT, PartitionSpec("data", free))
       x_BxTxD = cut(super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp"))
       x_BxTxD = cut(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free))
-      return spread.rows_apart(x_BxTxD)
+      return spread.shard_rows(x_BxTxD)
     return super().__call__(ids_BxT)
 
 
@@ -166,7 +166,7 @@ def first_token(x_BxTxD: jax.Array) -> jax.Array:
   Rows stay sharded as in the layers: else the gradient comes back sharded along the
   features, and the compiler replicates it to get from there to rows.
   """
-  return spread.rows_apart(x_BxTxD[:, 0])
+  return spread.shard_rows(x_BxTxD[:, 0])
 
 
 def dropout_rng(
@@ -201,7 +201,7 @@ def stack(
     each: arrays (count, …) of which each layer takes its own row.
   """
   each = dict(each or {})
-  x = spread.rows_apart(x)
+  x = spread.shard_rows(x)
   if remat != "none":
     policy = REMAT_POLICIES[remat]
     layer = nn.remat(layer, policy=policy, prevent_cse=not scan)
@@ -209,12 +209,12 @@ def stack(
     for i in range(count):
       own = {name: rows[i] for name, rows in each.items()}
       x, _ = layer(*args, name=f"layer_{i}")(x, *shared, **own)
-      x = spread.rows_apart(x)
+      x = spread.shard_rows(x)
     return x
 
   def body(module, x, own, *shared):
     x, out = module(x, *shared, **own)
-    return spread.rows_apart(x), out
+    return spread.shard_rows(x), out
 
   run = nn.scan(
     body,

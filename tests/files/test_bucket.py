@@ -136,8 +136,8 @@ class _Breaking:
     return getattr(self._batches, name)
 
 
-# Writers that Orbax gives up report to an event loop that is gone, and hold buffers that
-# Python 3.13 warns of when it collects them: here, and not at the end of all tests.
+# Writers that Orbax gives up report to an event loop that is gone, and hold buffers
+# that Python 3.13 warns of when it collects them: here, not at the end of all tests.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_bucket_that_takes_nothing_any_more_is_one_error_and_keeps_what_it_has(
   bucket,

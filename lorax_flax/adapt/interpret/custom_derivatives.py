@@ -4,7 +4,7 @@ Where a weight goes into one, the rule is followed and not the derivative of wha
 function computes. The call is rebuilt: forward and backward program are those of the
 rule, rewritten. What the rule gives as the weight's gradient is never formed: it is
 followed back to the contraction of two smaller arrays that makes it, and these are
-contracted with the factors, by transposing the equations that lie between.
+contracted with the factors, by transposing the equations between.
 """
 
 from collections.abc import Sequence
@@ -89,14 +89,14 @@ def _is_marked(x: Any) -> bool:
 
 
 def _moved(x: Any) -> bool:
-  """Whether a derivative with respect to any part of an operand is wanted."""
+  """True where a derivative with respect to any part of an operand is requested."""
   return any(p.perturbed for p in jax.tree.leaves(x, is_leaf=_is_marked))
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True, eq=False)
 class _Static:
-  """What the backward half is told beside arrays: which operands have a gradient."""
+  """Static input of the backward half: which operands have a gradient."""
 
   bwd: Any
   moved: list[bool]

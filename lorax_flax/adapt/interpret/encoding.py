@@ -33,7 +33,7 @@ def bind(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
 
 
 def scope(eqn: Any) -> Any:
-  """The names (of modules, say) under which profiles show the equation."""
+  """Context of the equation's name stack, under which profiles show it."""
   name = str(eqn.source_info.name_stack)
   return jax.named_scope(name) if name else contextlib.nullcontext()
 
@@ -180,7 +180,7 @@ def rule(eqn: Any, moves: Sequence[bool]) -> Rule:
   """The rule of a custom_jvp or custom_vjp call, as JAX itself applies it.
 
   Args:
-    moves: for each operand, whether a derivative with respect to it is wanted.
+    moves: for each operand, whether a derivative with respect to it is requested.
   """
   avals = [struct(v.aval) for v in eqn.invars]
   outs = [struct(v.aval) for v in eqn.outvars]
@@ -201,11 +201,11 @@ def rule(eqn: Any, moves: Sequence[bool]) -> Rule:
 
   def bwd(leaves, cotangents):
     given = iter(cotangents)
-    whole = [
+    full = [
       next(given) if is_float(x) else numpy.zeros(x.shape, jax.dtypes.float0)
       for x in outs
     ]
-    return jax.tree.unflatten(tree, leaves)(whole)
+    return jax.tree.unflatten(tree, leaves)(full)
 
   return Rule(traced, _flat(jax.make_jaxpr(bwd)(structs, list(filter(is_float, outs)))))
 
@@ -248,7 +248,7 @@ def _woven(chosen, ones, others) -> list[Any]:
 
 
 def _flat(jaxpr: Any) -> Any:
-  """The same program with its calls run in place."""
+  """Inlines the calls of a program."""
 
   def run(jaxpr, values):
     open_, consts = open_jaxpr(jaxpr)

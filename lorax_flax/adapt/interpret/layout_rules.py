@@ -316,10 +316,10 @@ def _pad(eqn, operands, out):
   if view.a is None:
     return [replace(view, value=out[0])]
 
-  def padded(t, fill, whole=()):
-    sizes = [view.shape[i] if i in whole else n for i, n in enumerate(t.shape)]
+  def padded(t, fill, full=()):
+    sizes = [view.shape[i] if i in full else n for i, n in enumerate(t.shape)]
     t = jnp.broadcast_to(t, sizes)
-    how = [c if t.shape[i] != 1 or i in whole else (0, 0, 0) for i, c in with_rank]
+    how = [c if t.shape[i] != 1 or i in full else (0, 0, 0) for i, c in with_rank]
     return lax.pad(t, jnp.asarray(fill, t.dtype), how)
 
   with_rank = list(enumerate([*config, (0, 0, 0)]))

@@ -27,7 +27,7 @@ class Axes(NamedTuple):
 
 
 def axes_of(eqn: Any, operands: list[Any]) -> Axes:
-  """What a contraction does with the axes of the one view among its operands."""
+  """Sorts the axes of the one view among a contraction's operands."""
   where = [i for i, x in enumerate(operands) if is_view(x)]
   if len(where) != 1:
     raise Unsupported("a product of two adapted weights")
@@ -155,7 +155,7 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
     contracted.astype(x.dtype),
     **kwargs,
   )
-  # An axis of size 1 that neither factor names has nothing to say in the product.
+  # An axis of size 1 that neither factor names plays no part in the product.
   told = set(middle) | set(other_names)
   y = jnp.einsum(
     f"{''.join(middle)}z,{other_names}->{''.join(c for c in out if c in told)}",
@@ -171,7 +171,7 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
 
 
 def _merged(x, xs, out, free: str) -> tuple[jax.Array, list[str], list[str]]:
-  """x with its free axes as one, where they lie side by side; names of x and result.
+  """x with its free axes as one, where they are adjacent; names of x and result.
 
   The gradients of the factors then contract one axis: of several, XLA first makes the
   last, and so stores a transposed copy of what the large product's gradient is.
@@ -185,7 +185,7 @@ def _merged(x, xs, out, free: str) -> tuple[jax.Array, list[str], list[str]]:
 
 
 def _named_keeping(t, letters, always) -> tuple[jax.Array, str]:
-  """As `_named`, but keeps the contracted axes even where their size is 1."""
+  """Same as `_named`, but keeps the contracted axes even where their size is 1."""
   keep = [i for i in range(t.ndim - 1) if t.shape[i] != 1 or i in always]
   shape = [t.shape[i] for i in keep] + [t.shape[-1]]
   return t.reshape(shape), "".join(letters[i] for i in keep) + "z"
@@ -200,7 +200,7 @@ def look_up(eqn, t, indices) -> jax.Array:
 
 
 def is_choice(eqn, operands) -> bool:
-  """Whether a gather chooses whole weights from a stack, and contracts nothing yet."""
+  """True for a gather of full weights from a stack, which contracts nothing yet."""
   if eqn.primitive.name != "gather" or not is_view(operands[0]):
     return False
   axes = jx.param(eqn, "dimension_numbers").start_index_map
@@ -219,8 +219,8 @@ def choose(eqn, operands, out) -> list[View]:
 
   def on(t):
     # A joined weight may have a stack axis that one part alone carries.
-    whole = [view.shape[i] if i in carried else n for i, n in enumerate(t.shape)]
-    return look_up(eqn, jnp.broadcast_to(t, whole), indices)
+    full = [view.shape[i] if i in carried else n for i, n in enumerate(t.shape)]
+    return look_up(eqn, jnp.broadcast_to(t, full), indices)
 
   return [view.on_all(on, out[0], dims)]
 

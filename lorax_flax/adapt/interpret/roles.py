@@ -22,7 +22,7 @@ Through = frozenset[str]  # the contractions that a value last came through
 
 @dataclass
 class Usage:
-  """What a program does with one weight.
+  """Record of what a program does with one weight.
 
   Attributes:
     sites: for each contraction, (primitive, role of each kernel axis that it met).
@@ -55,7 +55,7 @@ def discover(
   """Runs the jaxpr abstractly.
 
   Args:
-    jaxpr: of the whole function.
+    jaxpr: of the full function.
     weights: operand number to (path, axes that are known to be stack axes).
     inputs: operand numbers that are data, not parameters.
   """

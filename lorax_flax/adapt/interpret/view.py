@@ -15,8 +15,8 @@ class Dim(NamedTuple):
   """One axis of a view.
 
   Attributes:
-    labels: the (path, axis) of the kernel axes that lie in this axis.
-    role: "in", "out" or "stack"; None of an axis that no kernel axis lies in; "?" while
+    labels: the (path, axis) of the kernel axes that this axis holds.
+    role: "in", "out" or "stack"; None of an axis that holds no kernel axis; "?" while
       the roles are being found.
   """
 
@@ -105,10 +105,10 @@ class View:
     """out_scale * (W + delta), formed."""
     delta = dense(self.a, self.b, jnp.float32)
     delta = jnp.broadcast_to(delta, self.shape)
-    whole = self.value.astype(jnp.float32) + delta
+    full = self.value.astype(jnp.float32) + delta
     if self.out_scale is not None:
-      whole = whole * self.out_scale[..., 0]
-    return whole.astype(self.dtype)
+      full = full * self.out_scale[..., 0]
+    return full.astype(self.dtype)
 
 
 def is_view(x: Any) -> bool:

@@ -66,7 +66,7 @@ class Experts(nn.Module):
     down_ExMxD = _param(self, c, "down_proj", axes, (e, m, d))
     # The expert is a batch axis of every product: that is how a LoRA finds a pair of
     # factors for each.
-    apart = spread.experts_apart
+    apart = spread.shard_experts
     x_ExNxD = apart(jnp.broadcast_to(x_NxD[None], (e, *x_NxD.shape)))
     made_ExNx2M = apart(
       jnp.einsum("END,EDM->ENM", x_ExNxD, up_ExDx2M.astype(self.dtype))
@@ -74,7 +74,7 @@ class Experts(nn.Module):
     y_ExNxM = apart(ops.gated(c.hidden_act, *jnp.split(made_ExNx2M, 2, axis=-1)))
     y_ExNxD = apart(jnp.einsum("ENM,EMD->END", y_ExNxM, down_ExMxD.astype(self.dtype)))
     y_NxD = jnp.einsum("END,NE->ND", y_ExNxD.astype(jnp.float32), weights_NxE)
-    return spread.rows_apart(y_NxD.astype(self.dtype))
+    return spread.shard_rows(y_NxD.astype(self.dtype))
 
 
 class Mixture(nn.Module):
