@@ -15,7 +15,7 @@ from lorax_flax.models import registry
 
 @dataclass(frozen=True)
 class Merged:
-  """A model, whole.
+  """A model with its adapter merged in.
 
   Attributes:
     loaded: the model; its params are the merged ones.
@@ -30,7 +30,7 @@ class Merged:
 
   @property
   def regression(self) -> bool:
-    """Whether the one output is a number."""
+    """True where the one output is a number."""
     return self.labels is not None and len(self.labels) == 1
 
 

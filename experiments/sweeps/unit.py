@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.sweeps import outcomes
-from experiments.sweeps.trials import Unit
+from experiments.sweeps.trials import Pack
 from lorax_flax.distributed import processes
 from lorax_flax.files import workdir as files
 from lorax_flax.jobs import build as job
@@ -15,7 +15,7 @@ from lorax_flax.train import trials as together
 from lorax_flax.train.logs.history import Diverged
 
 
-def run(unit: Unit, folder: Path) -> None:
+def run(unit: Pack, folder: Path) -> None:
   """Trains what is left of a unit's trials; each one's folder says how it ended.
 
   Args:
@@ -41,7 +41,7 @@ def run(unit: Unit, folder: Path) -> None:
         outcomes.write_failed(own, result)
 
 
-def _alone(unit: Unit, folder: Path) -> Any:
+def _alone(unit: Pack, folder: Path) -> Any:
   wanted = unit.trials[0].settings
   prepared = claim.prepare({folder: wanted}, lambda say: job.prepare(wanted, say))
   try:
@@ -50,7 +50,7 @@ def _alone(unit: Unit, folder: Path) -> Any:
     return error
 
 
-def _together(unit: Unit, folders: Sequence[Path], shared: Path) -> list[Any]:
+def _together(unit: Pack, folders: Sequence[Path], shared: Path) -> list[Any]:
   """`shared` is the folder of what the trials have in common."""
   wanted = [trial.settings for trial in unit.trials]
   jobs, batches = claim.prepare(

@@ -1,4 +1,4 @@
-"""A run's step for a slice, as shapes."""
+"""A run's training step for a slice, as shapes, and the FLOPs that it needs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from lorax_flax.jobs.build import kind_of
 from lorax_flax.jobs.settings import Settings
 
 
-def job(wanted: Settings, topology: Topology, say: Callable[[str], None]) -> Abstract:
-  """The step that training runs on such a slice; see `lorax_flax.jobs.abstract`."""
-  return abstract(wanted, topology.devices, say)
+def job(settings: Settings, topology: Topology, say: Callable[[str], None]) -> Abstract:
+  """The step that training runs on a slice; see `lorax_flax.jobs.abstract`."""
+  return abstract(settings, topology.devices, say)
 
 
-def experts(wanted: Settings) -> int:
-  """How many experts the model has side by side; 1 where it has none."""
-  model = shape.described(wanted, kind_of(wanted))
+def experts(settings: Settings) -> int:
+  """Number of experts of a layer; 1 for a model without experts."""
+  model = shape.described(settings, kind_of(settings))
   return getattr(model.config, "num_experts", None) or 1
 
 
-def useful_flops(wanted: Settings, topology: Topology) -> int:
-  """Matmul FLOPs of a step on all chips, were nothing computed twice."""
-  model = dataclasses.replace(wanted.model, remat="none")
-  once = job(dataclasses.replace(wanted, model=model), topology, cli.silent)
+def useful_flops(settings: Settings, topology: Topology) -> int:
+  """Matmul FLOPs of a step on all chips together, with nothing recomputed."""
+  model = dataclasses.replace(settings.model, remat="none")
+  once = job(dataclasses.replace(settings, model=model), topology, cli.silent)
   with jax.set_mesh(once.mesh):
     traced = once.step.trace(once.state, once.base, once.batch)
   return jaxpr_flops.matmul_flops(traced.jaxpr)

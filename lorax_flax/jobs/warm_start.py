@@ -9,8 +9,15 @@ import numpy as np
 from lorax_flax.adapt.paths import map_with_path
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.peft import folder as peft
-from lorax_flax.methods import Adapter, LowRank, Tuned
+from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LoRA, LowRank, Tuned
 from lorax_flax.models import registry
+
+# The flags that make a run train what an adapter has.
+_FLAGS: dict[type, str] = {
+  LoRA: "--noconfig.lora.use_dora --noconfig.lora.lora_bias",
+  DoRA: "--config.lora.use_dora",
+  BiasLoRA: "--config.lora.lora_bias",
+}
 
 
 def start_from(
@@ -71,7 +78,7 @@ def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) ->
     if type(delta) is not type(other):
       raise LoraxError(
         f"init_adapter {folder} has {type(other).__name__} at {path}, and this run "
-        f"{type(delta).__name__}"
+        f"{type(delta).__name__}: set {_FLAGS[type(other)]}"
       )
     if delta.rank != other.rank:
       raise LoraxError(

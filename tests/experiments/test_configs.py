@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
 from lorax_flax.data import tasks
 from lorax_flax.jobs import settings
 
@@ -67,7 +67,7 @@ SPECS = [
 
 
 def _settings(spec):
-  return settings.convert(config_flag.load(spec))
+  return config_dict.convert(config_flag.load(spec))
 
 
 def _docstring(name):
