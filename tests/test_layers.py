@@ -12,6 +12,7 @@ from tests import imports
 ROOMS = (
   "lorax_flax.version",
   "lorax_flax.errors",
+  "lorax_flax.text_table",
   "lorax_flax.files",
   "lorax_flax.distributed",
   "lorax_flax.quant",
