@@ -21,7 +21,7 @@ from experiments.cli import command as cli
 from experiments.cli import model_flags
 from lorax_flax import text_table
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.adapters import loralib, vllm
 from lorax_flax.hub.adapters import native as orbax_adapter
@@ -81,11 +81,12 @@ def convert(
     raise LoraxError(unknown("--format", form, FORMATS))
   if max_rank is not None and form != "vllm":
     raise LoraxError("--max_rank is vLLM's: it goes with --format=vllm")
-  folders.refuse_unless_free(folder, lambda old: overwrite)
+  atomic.refuse_unless_free(folder, lambda old: overwrite)
   if file.resolve().is_relative_to(folder.resolve()):
     raise LoraxError(f"--to={to} would replace {source}, which is read from")
-  outputs = adapters.num_labels(file)
   where = resolve(base)
+  model = registry.outline(registry.read_config(where))
+  outputs = adapters.num_labels(file, model.keymap)
   loaded = registry.load(where, num_labels=outputs, new_head=outputs is not None)
   if where.resolve().is_relative_to(folder.resolve()):
     raise LoraxError(f"--to={to} would replace {base}, which is read from")

@@ -14,7 +14,7 @@ from experiments.cli import command as cli
 from experiments.cli import model_flags
 from experiments.inference import merged
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.checkpoints import export
 
 FLAGS = flags.FlagValues()
@@ -29,7 +29,7 @@ def merge(base: str, adapter: str, out: str, *, overwrite: bool = False) -> Path
   folder = Path(out).expanduser()
   # Only a checkpoint is ever replaced: --out=~ --overwrite must not empty a home.
   may_replace = lambda old: overwrite and (old / "config.json").is_file()
-  folders.refuse_unless_free(folder, may_replace)
+  atomic.refuse_unless_free(folder, may_replace)
   model = merged.load(base, adapter)
   for source in (model.folder, Path(adapter).expanduser()):
     if source.resolve().is_relative_to(folder.resolve()):

@@ -17,9 +17,7 @@ The adapter is merged into the base first, so that it costs nothing per line.
 """
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from experiments.cli import model_flags
 from experiments.inference import lines, merged
 from experiments.inference import logits as inference
 from lorax_flax.errors import LoraxError
+from lorax_flax.files import atomic
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry
 
@@ -131,24 +130,11 @@ def _best(logits_C: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _write(target: Path, results: Iterator[Mapping[str, Any]]) -> None:
-  """Writes beside the target and renames: all of the file, or none of it."""
+  """Writes all of the file, or none of it."""
   target.parent.mkdir(parents=True, exist_ok=True)
-  number, scratch = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-  try:
-    with open(number, "w", encoding="utf-8") as stream:
-      for result in results:
-        stream.write(json.dumps(result, ensure_ascii=False) + "\n")
-    os.chmod(scratch, 0o666 & ~_umask())
-    os.replace(scratch, target)
-  except BaseException:
-    os.unlink(scratch)
-    raise
-
-
-def _umask() -> int:
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
+  with atomic.new_file(target) as stream:
+    for result in results:
+      stream.write((json.dumps(result, ensure_ascii=False) + "\n").encode())
 
 
 def main() -> None:

@@ -38,11 +38,13 @@ def start_from(
     LoraxError: the two differ in targets, rank or scale.
   """
   ours = getattr(loaded.config, "num_labels", None)  # Of a language model: none.
-  theirs = peft.num_labels(folder)
+  theirs = peft.num_labels(folder, loaded.keymap)
   params = loaded.params
   if theirs is not None and ours is not None and theirs != ours:
+    labels = loaded.keymap.label_paths
     params = map_with_path(
-      lambda path, leaf: _with_labels(path, leaf, ours, theirs), params
+      lambda path, leaf: _with_last_axis(leaf, theirs) if path in labels else leaf,
+      params,
     )
   found, _ = peft.read_adapter(folder, params, loaded.keymap)
   _check(folder, _factors(found), _factors(adapter))
@@ -93,10 +95,5 @@ def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) ->
       )
 
 
-def _with_labels(
-  path: str, leaf: jax.Array, ours: int, theirs: int
-) -> jax.ShapeDtypeStruct:
-  """A leaf's shape as it is in a model with another number of labels."""
-  outputs = path.startswith("classifier/") and "dense" not in path
-  shape = (*leaf.shape[:-1], theirs) if outputs else leaf.shape
-  return jax.ShapeDtypeStruct(shape, leaf.dtype)
+def _with_last_axis(leaf: jax.Array, size: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((*leaf.shape[:-1], size), leaf.dtype)
