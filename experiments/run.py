@@ -48,7 +48,7 @@ def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
   files.check(workdir, wanted.to_json())
   result = files.result(workdir)
   # A workdir that only the first process sees is enough for what is not a checkpoint.
-  if processes.first_says(result is not None):
+  if processes.broadcast(result is not None):
     if processes.first():
       print(f"{workdir} holds this run, finished; delete it to run again.")
     return result or {}
@@ -84,7 +84,7 @@ def main() -> int:
 
   workdir = bucket.folder(WORKDIR.value or config_flag.default_workdir(chosen.spec))
 
-  processes.join(DISTRIBUTED.value)
+  processes.initialize(DISTRIBUTED.value)
   if processes.first():
     print(f"Workdir: {workdir}", flush=True)
   try:

@@ -26,7 +26,7 @@ def run(unit: Pack, folder: Path) -> None:
     processes.Preempted: SIGTERM asked for it; all is saved.
   """
   over = all(outcome.over for outcome in outcomes.read(unit.trials, folder))
-  if processes.first_says(over):
+  if processes.broadcast(over):
     return
   folders = [folder / trial.name for trial in unit.trials]
   for own, trial in zip(folders, unit.trials, strict=True):

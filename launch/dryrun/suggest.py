@@ -100,7 +100,9 @@ def _try(
   Args:
     useful: FLOPs of the settings' own batch; others need more in proportion.
   """
-  if option.batch % (activations.ways(option.sizes) * settings.train.accumulation):
+  if option.batch % (
+    activations.num_shards(option.sizes) * settings.train.accumulation
+  ):
     return None
   job = shapes.job(option.of(settings), topology, cli.silent)
   needed = useful * option.batch / settings.train.batch_size

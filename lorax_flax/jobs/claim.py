@@ -35,5 +35,5 @@ def prepare(
   if processes.first():
     for folder, settings in wanted.items():
       files.claim(folder, settings.to_json())
-  processes.meet("the workdirs are claimed")
+  processes.barrier("the workdirs are claimed")
   return built

@@ -132,7 +132,7 @@ def batch(mesh: Mesh) -> NamedSharding:
 
 def check_batch(mesh: Mesh, name: str, size: int, parts: int = 1) -> None:
   """Raises LoraxError unless a batch, cut into parts, can be spread evenly."""
-  apart = spread.ways(mesh.shape)
+  apart = spread.num_shards(mesh.shape)
   if size % (parts * apart):
     cut = f" in {parts} parts (train.accumulation)" if parts > 1 else ""
     raise LoraxError(

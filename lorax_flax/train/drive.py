@@ -204,7 +204,7 @@ class Drive:
     if jax.process_count() == 1:
       return late
     # Processes have to agree, which takes a moment: where they wait anyway.
-    return number % self._config.log_steps == 0 and processes.first_says(late)
+    return number % self._config.log_steps == 0 and processes.broadcast(late)
 
   def _save(self, number: int, state: PyTree) -> None:
     self._drain()  # Nothing that is not finite is saved.

@@ -132,7 +132,7 @@ def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
     adapter = meshes.gather(base.adapter(state.trained))
     trained = states.trained_parameters(state)
     result = finish(job, ledger, adapter, trained, folder, drive.clock.seconds())
-    processes.meet("the result is written")
+    processes.barrier("the result is written")
   return result
 
 

@@ -151,7 +151,7 @@ def fit(
           drive.clock.seconds(),
         )
       )
-    processes.meet("the results are written")
+    processes.barrier("the results are written")
   return results
 
 
@@ -228,7 +228,7 @@ def make(trials: Sequence[Trial], plan: Durations, width: int | None) -> Program
 def _width(mesh: Mesh) -> stacked.Width:
   if jax.default_backend() == "cpu":
     return stacked.within(0)
-  return stacked.within(stacked.ROOM * spread.ways(mesh.shape))
+  return stacked.within(stacked.ROOM * spread.num_shards(mesh.shape))
 
 
 @jax.jit

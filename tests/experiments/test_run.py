@@ -24,7 +24,6 @@ from lorax_flax.models import registry
 from lorax_flax.tasks import classification
 from tests.experiments import peers
 
-GLUE = peers.ROOT.parent / "shared" / "data" / "glue"
 SHRUNK = {
   "model.path": "BASE",
   "data.max_length": 12,
@@ -381,14 +380,13 @@ def test_the_command_refuses_without_a_traceback_and_helps(tmp_path):
     assert text in helped.stdout
 
 
-def test_glue_rte_trains_on_the_real_rte(tmp_path):
-  if not GLUE.is_dir():
-    pytest.skip("the GLUE archive's files aren't here")
+@pytest.mark.real_data
+def test_glue_rte_trains_on_the_real_rte(real_data, tmp_path):
   peers.tiny("roberta", tmp_path / "base", head=False)
   done = _command(
     "--config=glue_rte.py",
     "--workdir=run",
-    f"--config.data.glue_dir={GLUE}",
+    f"--config.data.glue_dir={real_data / 'glue'}",
     "--config.model.path=base",
     "--config.data.max_length=16",
     "--config.train.steps=3",
