@@ -15,31 +15,25 @@ import dataclasses
 import jax
 
 from benchmarks import common
-from experiments.cli import command as cli
 from experiments.cli import config_flag
 from launch.dryrun import hlo, report, topology
 from launch.dryrun import step as shapes
-from lorax_flax.jobs import build as job
-from lorax_flax.jobs import settings, shape
-from lorax_flax.jobs.abstract import Abstract
-from lorax_flax.jobs.adapted import adapt
+from lorax_flax.jobs import settings
+from lorax_flax.jobs.abstract import DURATIONS, Abstract
+from lorax_flax.tasks import task as tasks
 from lorax_flax.train import stacked
 from lorax_flax.train import step as steps
-from lorax_flax.train.config import Durations
-
-_PLAN = Durations(total=1000, epoch=1000, warmup=100, save=None)
 
 
 def together(one: Abstract, wanted: settings.Settings, n: int) -> Abstract:
   """The step of n trials, from that of one."""
-  kind = job.kind_of(wanted)
-  _, forward = adapt(shape.described(wanted, kind), wanted)
+  objective = tasks.of(wanted.data).objective(wanted.train.label_smoothing)
   state, base, batch = stacked.abstract(one.state, one.base, one.batch, n)
   step = stacked.train_step(
-    forward, kind.loss, wanted.train, _PLAN, stacked.within(stacked.ROOM)
+    one.forward, objective, wanted.train, DURATIONS, stacked.within(stacked.ROOM)
   )
-  lies = jax.tree.map(lambda x: x.sharding, state)
-  jitted = steps.jitted(step, lies)
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  jitted = steps.jitted(step, shardings)
   return dataclasses.replace(one, step=jitted, state=state, base=base, batch=batch)
 
 
@@ -77,7 +71,7 @@ def measure(
   fields = config_flag.load(config)
   fields.train.batch_size = batch
   wanted = settings.convert(fields)
-  one = shapes.job(wanted, slice_, cli.silent)
+  one = shapes.job(wanted, slice_)
   step = one if n == 1 else together(one, wanted, n)
   with topology.quiet():
     compiled = step.compile()

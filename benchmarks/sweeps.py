@@ -11,6 +11,7 @@ least seconds of some such steps, for each trial. With --step the second alone.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -26,13 +27,11 @@ from typing import Any
 import jax
 
 from benchmarks import common
-from experiments.cli import command as cli
+from experiments import run
 from experiments.cli import config_flag, large_pages
 from experiments.sweeps import plan
 from experiments.sweeps.trials import Trial
-from lorax_flax.jobs import build as job
 from lorax_flax.train import loop
-from lorax_flax.train import trials as together
 from lorax_flax.train.config import durations
 
 _SPEC = "quickstart.py"
@@ -125,18 +124,15 @@ def _result(folder: Path) -> dict[str, Any]:
 
 def one_step(wanted: list[Trial]) -> str:
   """The second table."""
-  jobs, batches = job.prepare_several([t.settings for t in wanted], cli.silent)
-  first, config = jobs[0], wanted[0].settings.train
-  steps = durations(config, first.steps_per_epoch)
-  alone = loop.program_of(config, steps, first)
-  batch = next(batches)
-  pairs = zip(wanted, jobs, strict=True)
-  trials = [together.Trial(t.name, t.settings.train, j, Path()) for t, j in pairs]
-  base = sum(x.nbytes for x in jax.tree.leaves(first.params))
+  job = run.prepare({Path(t.name): t.settings for t in wanted})
+  plan = durations(job.runs[0].config, job.data.steps_per_epoch)
+  alone = loop.program_of(dataclasses.replace(job, runs=job.runs[:1]), plan)
+  batch = next(job.data.batches)
+  base = sum(x.nbytes for x in jax.tree.leaves(job.model.params))
   rows = []
 
   def add(name, step, state, base, batch, count):
-    with jax.set_mesh(first.mesh):
+    with jax.set_mesh(job.model.mesh):
       compiled = step.lower(state, base, batch).compile()
     seconds = []
     for _ in range(_TIMED):
@@ -150,11 +146,11 @@ def one_step(wanted: list[Trial]) -> str:
     rows.append([name, *cells, f"{min(seconds) / count:.3f}"])
 
   one = {name: x[0] for name, x in batch.items()}
-  add("one trial", alone.step, *alone.start(first.params, first.adapter), one, 1)
+  add("one trial", alone.step, *alone.start(), one, 1)
   for width in (1, len(wanted)):
-    made = together.make(trials, steps, width)
+    made = loop.program_of(job, plan, width)
     name = f"{len(wanted)} together, {width} at once"
-    add(name, made.step, made.state, made.base, batch, len(wanted))
+    add(name, made.step, *made.start(), batch, len(wanted))
   title = f"The compiled step, MB; the base alone: {base / _MEGABYTE:,.0f}"
   header = ["step", "arguments", "temporaries", "sum", "seconds a trial"]
   return common.table(title, header, rows)

@@ -1,17 +1,12 @@
 """Trains some trials of a sweep in this process: one alone, several together."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from experiments.run import train
 from experiments.sweeps import outcomes
 from experiments.sweeps.trials import Unit
 from lorax_flax.distributed import processes
 from lorax_flax.files import workdir as files
-from lorax_flax.jobs import build as job
-from lorax_flax.jobs import claim
-from lorax_flax.train import loop
-from lorax_flax.train import trials as together
 from lorax_flax.train.logs.history import Diverged
 
 
@@ -28,37 +23,12 @@ def run(unit: Unit, folder: Path) -> None:
   over = all(outcome.over for outcome in outcomes.read(unit.trials, folder))
   if processes.first_says(over):
     return
-  folders = [folder / trial.name for trial in unit.trials]
-  for own, trial in zip(folders, unit.trials, strict=True):
-    files.check(own, trial.settings.to_json())
-  if len(folders) == 1:
-    results = [_alone(unit, folders[0])]
-  else:
-    results = _together(unit, folders, folder / unit.name)
+  runs = {folder / trial.name: trial.settings for trial in unit.trials}
+  for own, settings in runs.items():
+    files.check(own, settings.to_json())
+  shared = folder / unit.name if len(runs) > 1 else next(iter(runs))
+  results = train(runs, shared)
   if processes.first():
-    for own, result in zip(folders, results, strict=True):
+    for own, result in zip(runs, results, strict=True):
       if isinstance(result, Diverged):
         outcomes.write_failed(own, result)
-
-
-def _alone(unit: Unit, folder: Path) -> Any:
-  wanted = unit.trials[0].settings
-  prepared = claim.prepare({folder: wanted}, lambda say: job.prepare(wanted, say))
-  try:
-    return loop.fit(wanted.train, prepared, folder)
-  except Diverged as error:
-    return error
-
-
-def _together(unit: Unit, folders: Sequence[Path], shared: Path) -> list[Any]:
-  """`shared` is the folder of what the trials have in common."""
-  wanted = [trial.settings for trial in unit.trials]
-  jobs, batches = claim.prepare(
-    dict(zip(folders, wanted, strict=True)),
-    lambda say: job.prepare_several(wanted, say),
-  )
-  trials = [
-    together.Trial(trial.name, trial.settings.train, own, folder)
-    for trial, own, folder in zip(unit.trials, jobs, folders, strict=True)
-  ]
-  return together.fit(trials, batches, shared)

@@ -23,7 +23,9 @@ def run(
   Raises:
     LoraxError: it does not fit.
   """
-  job = shapes.job(wanted, topology, print)
+  job = shapes.job(wanted, topology)
+  for line in job.notes:
+    print(line)
   report.show("")
   with report.working("compiling"):
     useful = shapes.useful_flops(wanted, topology)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from rich import table as rich_table
 
-from experiments.cli import command as cli
 from launch.dryrun import costs, report
 from launch.dryrun import step as shapes
 from launch.dryrun.topology import Topology
@@ -160,7 +159,7 @@ def _try(
   settings = option.of(wanted)
   if option.batch % (spread.ways(option.sizes) * settings.train.accumulation):
     return None
-  job = shapes.job(settings, topology, cli.silent)
+  job = shapes.job(settings, topology)
   needed = useful * option.batch / wanted.train.batch_size
   try:
     found, _ = costs.measure(job, topology, needed)

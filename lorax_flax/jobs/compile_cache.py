@@ -1,4 +1,4 @@
-"""Where compiled programs are kept for the next start."""
+"""The cache of compiled programs for the next start."""
 
 import jax
 

@@ -1,6 +1,6 @@
-"""Starting from an adapter that was trained before, on another task maybe."""
+"""Warm starts: adapters that were trained before, maybe on another task."""
 
-from collections.abc import Callable
+import logging
 from dataclasses import replace
 
 import jax
@@ -12,10 +12,10 @@ from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import Adapter, LowRank, Tuned
 from lorax_flax.models import registry
 
+log = logging.getLogger(__name__)
 
-def start_from(
-  folder: str, adapter: Adapter, loaded: registry.Loaded, say: Callable[[str], None]
-) -> Adapter:
+
+def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapter:
   """`adapter` with the weights of a PEFT folder.
 
   Its low-rank factors are taken, as the LoRA paper starts RTE, MRPC and STS-B from
@@ -25,7 +25,6 @@ def start_from(
   Args:
     folder: PEFT's.
     adapter: a fresh one, which says what is trained from here on.
-    say: takes a line for the user.
 
   Raises:
     LoraxError: the two differ in targets, rank or scale.
@@ -50,7 +49,7 @@ def start_from(
   if theirs is not None:
     same = theirs == ours
     head = "taken too" if same else f"new: it has {theirs} labels there and {ours} here"
-  say(f"starting from {folder}: {len(_factors(found))} deltas; the head is {head}")
+  log.info(f"starting from {folder}: {len(_factors(found))} deltas; the head is {head}")
   return start
 
 
@@ -89,7 +88,7 @@ def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) ->
 def _with_labels(
   path: str, leaf: jax.Array, ours: int, theirs: int
 ) -> jax.ShapeDtypeStruct:
-  """A leaf's shape as it is in a model with another number of labels."""
+  """The shape of a leaf in a model with another number of labels."""
   outputs = path.startswith("classifier/") and "dense" not in path
   shape = (*leaf.shape[:-1], theirs) if outputs else leaf.shape
   return jax.ShapeDtypeStruct(shape, leaf.dtype)

@@ -20,7 +20,7 @@ from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, LowRank, Rows
 from lorax_flax.sharding import activations as spread
 
-# Logical names of each leaf's axes, by the leaf's slash path.
+# Logical names of each leaf's axes, by the leaf's slash path; None: replicated.
 Axes = Mapping[str, tuple[str | None, ...]]
 
 AXES = ("data", "fsdp", "tensor", "expert")
@@ -247,12 +247,12 @@ def _cuts(mesh: Mesh, path: str, names, shape) -> Iterator[tuple[str | None, str
   """For each axis: what cuts it, what should have, and why that does not."""
   used: set[str] = set()
   for name, size in zip(names, shape, strict=True):
-    if name not in RULES:
+    if name is not None and name not in RULES:
       raise LoraxError(
         f"no rule says how to cut axis {name!r} of {path!r}: "
         f"{unknown('logical axis', str(name), RULES)}"
       )
-    axis = RULES[name]
+    axis = None if name is None else RULES[name]
     if axis is None or mesh.shape[axis] == 1:
       yield None, "", ""
     elif axis in used:
@@ -264,7 +264,7 @@ def _cuts(mesh: Mesh, path: str, names, shape) -> Iterator[tuple[str | None, str
       yield axis, axis, ""
 
 
-def kept_whole(mesh: Mesh, axes: Axes, params: PyTree) -> list[str]:
+def not_sharded(mesh: Mesh, axes: Axes, params: PyTree) -> list[str]:
   """A line for each reason why weights are not cut along an axis that a rule names."""
   found: dict[tuple[str, str], list[str]] = {}
   for path, leaf in flatten(params).items():
@@ -277,7 +277,7 @@ def kept_whole(mesh: Mesh, axes: Axes, params: PyTree) -> list[str]:
   ]
 
 
-def lying(shapes: PyTree, shardings: PyTree) -> PyTree:
+def abstract(shapes: PyTree, shardings: PyTree) -> PyTree:
   """ShapeDtypeStructs of a tree of shapes, with these shardings."""
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

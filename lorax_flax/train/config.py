@@ -57,7 +57,7 @@ class TrainConfig:
   log_steps: int = 20
   save_steps: int | None = None
   save_epochs: float | None = None
-  save_seconds: float = 300.0
+  save_seconds: float = 60.0
   on_nonfinite: str = "stop"
 
   def __post_init__(self):

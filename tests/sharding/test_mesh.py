@@ -76,7 +76,7 @@ def test_what_can_not_be_cut_stays_whole_and_is_said():
     "odd": ("fsdp",),
     "twice": ("tensor",),
   }
-  assert meshes.kept_whole(EIGHT, AXES, params) == [
+  assert meshes.not_sharded(EIGHT, AXES, params) == [
     "not cut along mesh.tensor, since vocab of 37 can't be cut into 2: odd",
     "not cut along mesh.tensor, since tensor cuts another of its axes: twice",
   ]
@@ -165,7 +165,7 @@ def test_an_axis_for_experts_is_for_models_that_have_some():
     "up": ("expert", None, "tensor"),
     "odd": (None, None, "tensor"),
   }
-  assert meshes.kept_whole(mesh, axes, params) == [
+  assert meshes.not_sharded(mesh, axes, params) == [
     "not cut along mesh.expert, since expert of 6 can't be cut into 4: odd"
   ]
   with pytest.raises(
