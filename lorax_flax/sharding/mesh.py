@@ -20,8 +20,9 @@ from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, LowRank, Rows
 from lorax_flax.sharding import activations as spread
 
-# Logical names of each leaf's axes, by the leaf's slash path; None: replicated.
-Axes = Mapping[str, tuple[str | None, ...]]
+# Logical names of each leaf's axes, by the leaf's slash path. Every axis has a name, so
+# that none is replicated because somebody forgot it.
+Axes = Mapping[str, tuple[str, ...]]
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -41,6 +42,7 @@ RULES: dict[str, str | None] = {
   "pooled": None,
   "positions": None,
   "rank": None,
+  "replicated": None,
   "single": None,
   "types": None,
   "vocab": "tensor",
@@ -155,7 +157,12 @@ def check_batch(mesh: Mesh, name: str, size: int, parts: int = 1) -> None:
     )
 
 
-def names_by_path(logical_axes: PyTree) -> dict[str, tuple[str | None, ...]]:
+def replicated_axes(params: PyTree) -> Axes:
+  """Names under which no axis of any leaf is sharded."""
+  return {path: ("replicated",) * leaf.ndim for path, leaf in flatten(params).items()}
+
+
+def names_by_path(logical_axes: PyTree) -> Axes:
   """Axis names by path of a tree as `Family.logical_axes` gives it."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(
     logical_axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
@@ -225,7 +232,7 @@ def _of_delta(mesh: Mesh, path: str, delta: Any, axes: Axes) -> Any:
   return replace(delta, **found)
 
 
-def _names(axes: Axes, path: str) -> tuple[str | None, ...]:
+def _names(axes: Axes, path: str) -> tuple[str, ...]:
   if path not in axes:
     raise LoraxError(unknown("path with named axes", path, axes))
   return axes[path]
@@ -247,12 +254,12 @@ def _cuts(mesh: Mesh, path: str, names, shape) -> Iterator[tuple[str | None, str
   """For each axis: what cuts it, what should have, and why that does not."""
   used: set[str] = set()
   for name, size in zip(names, shape, strict=True):
-    if name is not None and name not in RULES:
+    if name not in RULES:
       raise LoraxError(
         f"no rule says how to cut axis {name!r} of {path!r}: "
         f"{unknown('logical axis', str(name), RULES)}"
       )
-    axis = None if name is None else RULES[name]
+    axis = RULES[name]
     if axis is None or mesh.shape[axis] == 1:
       yield None, "", ""
     elif axis in used:

@@ -82,6 +82,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
   "accuracy": Metric(_accuracy),
+  "eval_loss": Metric(float, of_loss=True, better=operator.lt),
   "f1": Metric(_f1),
   "matthews_correlation": Metric(_matthews),
   "pearson": Metric(_correlation(scipy.stats.pearsonr)),
