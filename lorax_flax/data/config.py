@@ -7,7 +7,7 @@ from lorax_flax.errors import LoraxError
 
 @dataclass(frozen=True)
 class DataSettings:
-  """Which examples, and how they become batches.
+  """Choice of examples, and how they become batches.
 
   Attributes:
     task: a key of `lorax_flax.tasks.task.TASKS`: headlines, GLUE's, next_token, …

@@ -110,7 +110,7 @@ def rows(
 def padded_lengths(
   lengths_N: np.ndarray, count: int, model: registry.Outline
 ) -> tuple[int, ...]:
-  """At most `count` padded lengths, none of which the model does not take."""
+  """Padded lengths, at most `count`, none longer than the model takes."""
   chosen = pipeline.choose_buckets(lengths_N, count)
   return tuple(sorted({min(length, model.max_length) for length in chosen}))
 

@@ -12,7 +12,7 @@ REMAT = ("none", "full", "dots")
 
 @dataclass(frozen=True)
 class ModelSettings:
-  """Which model, and how it computes.
+  """Choice of model, and how it computes.
 
   Attributes:
     path: a folder, a name on the hub or an alias.

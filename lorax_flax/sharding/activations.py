@@ -1,4 +1,4 @@
-"""Where activations lie on a mesh, said where the compiler would choose worse."""
+"""Sharding constraints of activations, where the compiler would choose worse."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ def ways(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
 
 
 def rows_come_out(mesh: Any, x_Bx: jax.Array) -> bool:
-  """Whether there is a mesh that the rows of x can be cut along."""
+  """True where there is a mesh over which the rows of x can be sharded."""
   if not set(ROWS) <= set(mesh.axis_names):
     return False
   apart = ways(mesh.shape)

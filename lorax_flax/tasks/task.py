@@ -29,7 +29,7 @@ class Splits(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-  """What is learnt.
+  """A task: what is learnt, from which rows, and how it is judged.
 
   Attributes:
     name: the name in messages and titles.

@@ -21,7 +21,7 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class Progress:
-  """What a checkpoint holds of a run besides the arrays; JSON-able.
+  """The part of a checkpoint besides the arrays, for one run; JSON-able.
 
   Attributes:
     position: of the data iterator.

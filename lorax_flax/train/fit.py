@@ -133,8 +133,8 @@ def fit(
       folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     else:
       folder = Path(workdir)
-      settings = {"train": config, "lora": lora.config}
-      files.claim(folder, {n: dataclasses.asdict(x) for n, x in settings.items()})
+      settings = (dataclasses.asdict(config), dataclasses.asdict(lora.config))
+      files.claim(folder, dict(zip(("train", "lora"), settings, strict=True)))
     job = loop.Job(
       [Run(config, adapter, folder, export, "fit")],
       Model(forward, params, axes, made),

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Data:
-  """What is trained and evaluated on.
+  """Batches to train and to evaluate on.
 
   Attributes:
     batches: an endless iterator over training batches, with `get_state()`, which is
@@ -145,7 +145,7 @@ class _AllDiverged(Exception):
 
 
 class _Loop:
-  """What the loop carries on the host from step to step."""
+  """State of the loop on the host."""
 
   def __init__(
     self,

@@ -84,7 +84,7 @@ class Program:
   abstract: Callable[[], tuple[TrainState, Base]]
 
   def unstack(self, tree: PyTree) -> list[PyTree]:
-    """What each run has of a tree that a step takes or returns."""
+    """The part of each run in a tree that a step takes or returns."""
     return [tree]
 
   def keep_best(self, state: TrainState, improved: list[bool]) -> TrainState:
@@ -93,7 +93,7 @@ class Program:
     return state
 
   def best(self, last: TrainState, restored: Callable[[], TrainState]) -> list[Adapter]:
-    """What each run had trained at its best evaluation, from that checkpoint."""
+    """The trained leaves of each run's best evaluation, from its checkpoint."""
     del last
     return [restored().trained]
 

@@ -37,11 +37,11 @@ MAY_DIFFER = (*stacked.NUMBERS, "seed")
 
 @dataclass(frozen=True)
 class Run:
-  """What a run has of its own, where several train on one base.
+  """A run: everything that is its own where several train on one base.
 
   Attributes:
     config: how it trains; `MAY_DIFFER` names the fields that may be its own.
-    adapter: what is trained, as `lora.init` or a folder gave it. Leaves of the base
+    adapter: the adapter before the first step. Leaves of the base
       that are not the same in all runs (a new head, drawn by the seed) are trained in
       full.
     folder: claimed by this run.
@@ -80,7 +80,7 @@ class Program:
   adapters: Sequence[Adapter]
 
   def unstack(self, tree: PyTree) -> list[PyTree]:
-    """What each run has of a tree that a step takes or returns."""
+    """The part of each run in a tree that a step takes or returns."""
     return [stacked.one(tree, i) for i in range(len(self.adapters))]
 
   def keep_best(self, state: States, improved: Sequence[bool]) -> States:
@@ -89,7 +89,7 @@ class Program:
     return dataclasses.replace(state, best=best)
 
   def best(self, last: States, restored: Callable[[], States]) -> list[Adapter]:
-    """What each run had trained at its best evaluation, from the last state."""
+    """The trained leaves of each run's best evaluation, from the last state."""
     del restored
     best = meshes.gather(last.best)
     return [
