@@ -40,17 +40,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lorax_flax.run")
 
-CONFIG = config_flag.define(flags.FLAGS)
-flags.declare_key_flag("config")
+FLAGS = flags.FlagValues()
+CONFIG = config_flag.define(FLAGS)
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
   "Join the other processes that the cluster (Slurm, a TPU pod, …) has started.",
+  flag_values=FLAGS,
 )
 WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
   "Where all is written, a folder or gs://BUCKET/FOLDER; runs/CONFIG without it.",
+  flag_values=FLAGS,
 )
 
 
@@ -152,7 +154,7 @@ def main() -> int:
   config = config_flag.given(CONFIG)
   wanted = settings.convert(config, config_flag.overridden(sys.argv))
   large_pages.restart()
-  spec = config_flags.get_config_filename(flags.FLAGS["config"])
+  spec = config_flags.get_config_filename(FLAGS["config"])
   from lorax_flax.distributed import processes, watchdog
   from lorax_flax.files import bucket
   from lorax_flax.train.logs.console import log_to_console
@@ -176,4 +178,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main, flags.FLAGS, config_flag.help_text)
+  cli.run(main, FLAGS, config_flag.help_text)

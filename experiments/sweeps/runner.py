@@ -16,6 +16,7 @@ from experiments.sweeps.trials import Trial, Unit
 from lorax_flax.distributed import processes, watchdog
 from lorax_flax.errors import LoraxError
 from lorax_flax.files import workdir as files
+from lorax_flax.train.logs.console import log_to_console
 
 
 def run(
@@ -111,6 +112,7 @@ def train(plan: Plan, folder: Path, numbers: Sequence[int]) -> int:
 
 
 def _here(wanted: Unit, folder: Path) -> int:
+  log_to_console()
   try:
     with watchdog.Watch(cli.explain):
       unit.run(wanted, folder)
