@@ -11,7 +11,7 @@ from lorax_flax.train.logs.history import Diverged
 
 
 def run(unit: Unit, folder: Path) -> None:
-  """Trains what is left of a unit's trials; each one's folder says how it ended.
+  """Trains the trials of a program; each one's folder records how it ended.
 
   Args:
     folder: of the sweep.

@@ -1,6 +1,6 @@
 """Batches: bucketed by length, shuffled by seed and epoch, resumable.
 
-The whole order follows from (seed, epoch), so that a batch is a function of its number
+The order follows from (seed, epoch), so that a batch is a function of its number
 and the number of the next batch is the full position. Every process has the full batch:
 a run may resume with another number of processes.
 """
@@ -108,8 +108,8 @@ def training_order(
 ) -> np.ndarray:
   """One epoch's rows by batch: int64 (batches, batch_size), -1 fills the last one up.
 
-  A permutation of the rows is cut into windows of 50 batches; in each, rows are sorted
-  by bucket (and stay shuffled within a bucket); then the batches are shuffled.
+  A permutation of the rows is split into windows of 50 batches; in each, rows are
+  sorted by bucket (and stay shuffled within a bucket); then the batches are shuffled.
   """
   rng = np.random.default_rng((seed, epoch))
   rows = rng.permutation(len(lengths_N))
@@ -150,7 +150,7 @@ def _assemble(
 
 
 class _Training(Sequence[Batch]):
-  """Batch number i of the whole run, for grain to read ahead."""
+  """Batch number i of a run, for grain to read ahead."""
 
   def __init__(self, tokens: Rows, shape: Shape, seed: int):
     self._tokens, self._shape = tokens, shape

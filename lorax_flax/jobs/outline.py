@@ -87,7 +87,7 @@ def _check_same(stated: registry.Outline, found: registry.Outline, folder: str) 
   if differences:
     raise LoraxError(
       f"config.model.hf_config is not of this model: {'; '.join(differences)}. Name "
-      "another --config.model.path, or say what it is: --config.model.hf_config.FIELD"
+      "another --config.model.path, or describe it: --config.model.hf_config.FIELD"
     )
 
 

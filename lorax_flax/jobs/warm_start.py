@@ -24,7 +24,7 @@ def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapte
 
   Args:
     folder: PEFT's.
-    adapter: a fresh one, which says what is trained from here on.
+    adapter: a new one, with the weights that are trained from here on.
 
   Raises:
     LoraxError: the two differ in targets, rank or scale.

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-# The axes of a mesh along which the rows of a batch are cut, where there is a mesh.
+# The axes of a mesh along which the rows of a batch are sharded, where there is a mesh.
 ROWS = ("data", "fsdp", "expert")
 
 
 def ways(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
-  """Into how many parts these axes cut.
+  """Number of shards of the rows.
 
   Args:
     sizes: of a mesh's axes, by name.
@@ -24,31 +24,31 @@ def rows_come_out(mesh: Any, x_Bx: jax.Array) -> bool:
   """True where there is a mesh over which the rows of x can be sharded."""
   if not set(ROWS) <= set(mesh.axis_names):
     return False
-  apart = ways(mesh.shape)
-  return apart > 1 and x_Bx.ndim > 0 and x_Bx.shape[0] % apart == 0
+  shards = ways(mesh.shape)
+  return shards > 1 and x_Bx.ndim > 0 and x_Bx.shape[0] % shards == 0
 
 
 def rows_apart(x: Any) -> Any:
-  """Activations, a tree of arrays (B, …), with their rows cut along the mesh.
+  """Activations, a tree of arrays (B, …), with their rows sharded over the mesh.
 
-  Said between layers, since weights that are cut along the same axis would otherwise
+  Used between layers, since weights sharded along the same axis would otherwise
   tempt the compiler to gather the activations in their place. Without a mesh: x.
   """
   mesh = jax.sharding.get_abstract_mesh()
 
-  def cut(x):
+  def constrained(x):
     if not rows_come_out(mesh, x):
       return x
     rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *rest))
 
-  return jax.tree.map(cut, x)
+  return jax.tree.map(constrained, x)
 
 
 def experts_apart(x_ExNxD: jax.Array) -> jax.Array:
   """Tokens of each expert, put where on the mesh its weights are.
 
-  The batch is cut along the experts' axis too, and the compiler is to gather tokens
+  The batch is sharded along the experts' axis too, and the compiler is to gather tokens
   along it and not the experts, which are larger. Without such a mesh: x.
   """
   mesh = jax.sharding.get_abstract_mesh()

@@ -166,7 +166,7 @@ class Checkpoints:
     """
     with bucket.reaching(self._folder):
       steps = [entry for entry in self._folder.iterdir() if entry.name.isdecimal()]
-      if bucket.holds(self._folder):  # There its name does not say that it is complete.
+      if bucket.holds(self._folder):  # There an incomplete one may have the name.
         steps = [entry for entry in steps if (entry / _COMMITTED).exists()]
     return max((int(entry.name) for entry in steps), default=None)
 

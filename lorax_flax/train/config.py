@@ -89,7 +89,7 @@ class TrainConfig:
       )
     if self.batch_size % self.accumulation:
       raise LoraxError(
-        f"train.batch_size {self.batch_size} can't be cut into "
+        f"train.batch_size {self.batch_size} can't be split into "
         f"train.accumulation = {self.accumulation} equal parts"
       )
 
@@ -139,7 +139,7 @@ def durations(config: TrainConfig, steps_per_epoch: int) -> Durations:
   assert total is not None  # TrainConfig makes sure of it.
   warmup = _steps(config, DURATIONS[1], steps_per_epoch, total) or 0
   if warmup > total:
-    raise LoraxError(f"the warm-up takes {warmup} steps, and the whole run {total}")
+    raise LoraxError(f"the warm-up takes {warmup} steps, and the run {total}")
   save = _steps(config, DURATIONS[2], steps_per_epoch)
   return Durations(total, steps_per_epoch, warmup, save)
 
@@ -165,9 +165,9 @@ def _names(names: tuple[str, ...]) -> str:
 def _check_number(name: str, value: object) -> None:
   if name in _TEXTS or value is None:
     return
-  whole = name in _WHOLE
-  if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-    kind = "a whole number" if whole else "a number"
+  integer = name in _INTEGERS
+  if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+    kind = "a whole number" if integer else "a number"
     raise LoraxError(f"train.{name} must be {kind}, not {value!r}")
   if math.isnan(value):  # type: ignore[arg-type]
     raise LoraxError(f"train.{name} is not a number")
@@ -175,7 +175,7 @@ def _check_number(name: str, value: object) -> None:
     raise LoraxError(f"train.{name} must be finite")
 
 
-_WHOLE = (
+_INTEGERS = (
   *("steps", "batch_size", "eval_batch_size", "accumulation", "warmup_steps", "seed"),
   *("log_steps", "save_steps"),
 )

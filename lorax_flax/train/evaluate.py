@@ -50,17 +50,17 @@ def evaluate(
     LoraxError: a split without examples, or batches that miss or repeat one.
   """
   found: dict[str, float] = {}
-  whole = []
+  parts = []
   for split, batches in splits.items():
     part = _predict(outputs[split], split, batches)
-    whole.append(part)
+    parts.append(part)
     if len(splits) > 1:
       short = split.removeprefix("validation_")
       values = _metrics(names, part.rows, part.loss)
       found |= {f"{name}_{short}": value for name, value in values.items()}
-  loss = sum((part.loss for part in whole), Mean(0.0, 0.0))
-  overall = _metrics(names, _joined([part.rows for part in whole]), loss)
-  return Evaluation(overall | found, sum(part.examples for part in whole))
+  loss = sum((part.loss for part in parts), Mean(0.0, 0.0))
+  overall = _metrics(names, _joined([part.rows for part in parts]), loss)
+  return Evaluation(overall | found, sum(part.examples for part in parts))
 
 
 def _metrics(names: Sequence[str], rows: _Rows, loss: Mean) -> dict[str, float]:

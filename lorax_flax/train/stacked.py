@@ -153,10 +153,10 @@ def abstract(
       tree,
     )
 
-  whole = meshes.replicated(jax.tree.leaves(base)[0].sharding.mesh)
+  replicated = meshes.replicated(jax.tree.leaves(base)[0].sharding.mesh)
   own, shared = own_and_shared(base.rest)
-  number: Any = jax.ShapeDtypeStruct((n,), jnp.float32, sharding=whole)
-  alive = jax.ShapeDtypeStruct((n,), jnp.bool_, sharding=whole)
+  number: Any = jax.ShapeDtypeStruct((n,), jnp.float32, sharding=replicated)
+  alive = jax.ShapeDtypeStruct((n,), jnp.bool_, sharding=replicated)
   each = stack(state)
   return (
     States(each, each.trained, alive),  # type: ignore[arg-type]

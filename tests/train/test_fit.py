@@ -212,7 +212,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, stateful):
     (iter(list(_batches(3))), {}, "iterator over batches ended after 3"),
     (list(_batches(3)), {"lerning_rate": 1.0}, "did you mean 'learning_rate'"),
     (iter(list(_batches(3))), {"steps": None, "epochs": 2}, "give steps, not epochs"),
-    (list(_batches(3)), {"accumulation": 3}, "can't be cut into"),
+    (list(_batches(3)), {"accumulation": 3}, "can't be split into"),
     (list(_batches(3, rows=9)), {"batch_size": 8, "accumulation": 2}, "evenly"),
   ],
 )

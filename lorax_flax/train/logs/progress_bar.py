@@ -73,9 +73,9 @@ def _span(values: Sequence[float], form: str) -> str:
 
 def duration(seconds: float) -> str:
   """Seconds as 42s, 3m05s or 2h07m."""
-  whole = round(max(0.0, seconds))
-  if whole < 60:
-    return f"{whole}s"
-  if whole < 3600:
-    return f"{whole // 60}m{whole % 60:02}s"
-  return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+  rounded = round(max(0.0, seconds))
+  if rounded < 60:
+    return f"{rounded}s"
+  if rounded < 3600:
+    return f"{rounded // 60}m{rounded % 60:02}s"
+  return f"{rounded // 3600}h{rounded % 3600 // 60:02}m"
