@@ -27,10 +27,10 @@ from typing import Any
 import jax
 
 from benchmarks import common
-from experiments import run
 from experiments.cli import config_flag, large_pages
 from experiments.sweeps import plan
 from experiments.sweeps.trials import Trial
+from lorax_flax.jobs import train
 from lorax_flax.train import loop
 from lorax_flax.train.config import durations
 
@@ -124,7 +124,7 @@ def _result(folder: Path) -> dict[str, Any]:
 
 def one_step(wanted: list[Trial]) -> str:
   """The second table."""
-  job = run.prepare({Path(t.name): t.settings for t in wanted})
+  job = train.prepare({Path(t.name): t.settings for t in wanted})
   plan = durations(job.runs[0].config, job.data.steps_per_epoch)
   alone = loop.program_of(dataclasses.replace(job, runs=job.runs[:1]), plan)
   batch = next(job.data.batches)
