@@ -1,12 +1,12 @@
-"""What devices send one another in a training step, LoRA's against full fine-tuning's.
+"""Bytes that devices send in a training step, LoRA's against full fine-tuning's.
 
   python -m benchmarks.collectives
 
-Read from the compiled step of RoBERTa-base's shape on eight virtual devices, for each
-way to cut it: how many collectives of each kind run, and the bytes that each device
+Read from the compiled step of RoBERTa-base's shape on eight virtual devices, for some
+meshes: the number of collectives of each kind that run, and the bytes that each device
 sends, by the usual ring algorithms (see `hlo.Collective.sent`). The compiler is the
-CPU's: another backend packs and orders them in its own way, but has as much to send,
-less where it has a reduce-scatter for an all-reduce of which a part is used.
+CPU's. Another backend packs and orders collectives in its own way, but has as much to
+send, or less if it turns an all-reduce with a slice into a reduce-scatter.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from benchmarks.common import Shape
 from launch.dryrun import hlo
 from lorax_flax.sharding import mesh as meshes
 
-# Twelve heads come out even on four devices, not on eight.
+# Twelve heads can be sharded over four devices, not over eight.
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2))
 
 
 def measure(shape: Shape, method: str, sizes: tuple[int, int, int]) -> Counter[str]:
-  """Bytes that each device sends in a step, by kind, and how often as "n KIND"."""
+  """Bytes that each device sends in a step, by kind; the number of runs as "n KIND"."""
   mesh = meshes.make(meshes.MeshConfig(*sizes))
   text = common.job(shape, method, abstract=True, mesh=mesh).compile().as_text()
   found: Counter[str] = Counter()
@@ -56,6 +56,7 @@ def main() -> None:
   )
   header = ("data × fsdp × tensor", "method", *kinds, "sum", "of full")
   print(common.table(title, header, rows))
+  print(common.repeat())
 
 
 if __name__ == "__main__":

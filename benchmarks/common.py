@@ -1,8 +1,15 @@
-"""The training step that every benchmark measures: RoBERTa-base's shape."""
+"""The training step that the benchmarks measure, of RoBERTa-base's shape."""
 
 import contextlib
 import dataclasses
+import datetime
+import os
+import platform
+import re
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +26,7 @@ from lorax_flax.train import losses, optim
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 
-# Each way to train: the weights that get a delta, and those trained in full.
+# Ways to train: weights that get a delta, and weights trained in full.
 METHODS = {
   "query_value": {
     "targets": ".*/attention/(query|value)/kernel",
@@ -50,7 +57,7 @@ ROBERTA_BASE = Shape()
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A step and what it takes; arrays, or ShapeDtypeStructs where only compiled."""
+  """A step and its arguments: arrays, or ShapeDtypeStructs to compile only."""
 
   step: Any
   state: states.TrainState
@@ -94,13 +101,13 @@ def job(
   abstract: bool = False,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Job:
-  """The training step of `lorax_flax.train` for a method, and what it takes.
+  """The training step of `lorax_flax.train` for a method, and its arguments.
 
   Args:
     method: a key of `METHODS`.
-    dtype: of computing, and of the frozen weights in memory.
+    dtype: dtype of the computation, and of the frozen weights.
     abstract: makes shapes instead of arrays, to compile without running.
-    mesh: of devices that all is cut over as in training; only for shapes.
+    mesh: devices to shard over as in training; only for shapes.
   """
   assert abstract or mesh is None
   model = module(shape, dtype=dtype, scan=scan)
@@ -136,12 +143,13 @@ def job(
   shardings = None
   if mesh is not None:
     axes = meshes.names_by_path(_axes(model, ids_BxT))
-    lies = meshes.of_adapter(mesh, axes, base.adapter(state.trained))
-    shardings = states.shardings(state, optimizer, lies, mesh)
-    rest = partition(lies, trainable_mask(lies))[1]
+    adapter_shardings = meshes.of_adapter(mesh, axes, base.adapter(state.trained))
+    shardings = states.shardings(state, optimizer, adapter_shardings, mesh)
+    mask = trainable_mask(adapter_shardings)
+    rest = partition(adapter_shardings, mask)[1]
     params = meshes.of_params(mesh, axes, base.params)
-    state, base = _lying((state, base), (shardings, states.Base(params, rest)))
-    batch = _lying(batch, dict.fromkeys(batch, meshes.batch(mesh)))
+    state, base = _with_shardings((state, base), (shardings, states.Base(params, rest)))
+    batch = _with_shardings(batch, dict.fromkeys(batch, meshes.batch(mesh)))
   loss = losses.cross_entropy(0.0)
   step = steps.train_step(forward, loss, optimizer, _rate, 1, shardings)
   return Job(step, state, base, batch, plan, mesh)
@@ -152,7 +160,7 @@ def _axes(model, ids_BxT) -> Any:
   return nn.get_partition_spec(boxed)
 
 
-def _lying(shapes, shardings) -> Any:
+def _with_shardings(shapes, shardings) -> Any:
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     shapes,
@@ -185,7 +193,7 @@ def _batch(shape: Shape, abstract: bool) -> dict[str, Any]:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """Rows as text, the first column to the left and the others to the right."""
+  """A table as text: the first column left-aligned, the others right-aligned."""
   cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = [
@@ -196,6 +204,21 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> s
     for row in cells
   ]
   return "\n".join([title, *lines])
+
+
+def repeat() -> str:
+  """The last line of a benchmark: date, versions, processor, command to repeat it."""
+  cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+  name = sys.modules["__main__"].__spec__.name
+  facts = (
+    f"{datetime.date.today()}",
+    f"JAX {jax.__version__}",
+    f"Python {platform.python_version()}",
+    f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.machine()}",
+  )
+  return (
+    f"{', '.join(facts)}. Repeat: {shlex.join(['python', '-m', name, *sys.argv[1:]])}"
+  )
 
 
 def _rate(step: jax.Array) -> jax.Array:

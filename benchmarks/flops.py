@@ -1,9 +1,9 @@
-"""Matmul FLOPs of the LoRA step over the least that it can do.
+"""Matmul FLOPs of the LoRA step, over the minimum.
 
   python -m benchmarks.flops
 
 The floor is the forward pass, the gradients of all inputs, and the deltas' own
-products; no gradient of a frozen kernel. The strict floor also leaves out what lies
+products; no gradient of a frozen kernel. The strict floor also leaves out the gradients
 below the lowest trained weight; a scan, whose body is the same for every layer, cannot.
 The figures come from the compiled program, loops multiplied out.
 """
@@ -16,7 +16,7 @@ from launch.dryrun import hlo
 
 
 def floor(shape: Shape, plan, *, strict: bool) -> int:
-  """The least matmul FLOPs of one step: an encoder with deltas and a trained head."""
+  """Minimum of one step's matmul FLOPs: an encoder with deltas and a trained head."""
   tokens, d, f = shape.batch * shape.length, shape.hidden, shape.mlp
   kernels = {"query": (d, d), "key": (d, d), "value": (d, d)}
   kernels |= {"attention/output": (d, d), "intermediate": (d, f), "output": (f, d)}
@@ -24,15 +24,15 @@ def floor(shape: Shape, plan, *, strict: bool) -> int:
   products = 2 * tokens * shape.length * d  # of scores, and of weights with values
   total = 0
   for layer in range(shape.layers):
-    # Whether something that trains lies below this layer's input.
+    # True if a trained weight is below this layer's input.
     below = layer > 0 or not strict
     for name, (n_in, n_out) in kernels.items():
       product = 2 * tokens * n_in * n_out
       attends = name in ("query", "key", "value")
       total += product * (2 if below or not attends else 1)
       if name in adapted:
-        near, far = 2 * tokens * n_in * shape.rank, 2 * tokens * shape.rank * n_out
-        total += 3 * far + (3 if below or not attends else 2) * near
+        x_a, xa_b = 2 * tokens * n_in * shape.rank, 2 * tokens * shape.rank * n_out
+        total += 3 * xa_b + (3 if below or not attends else 2) * x_a
     # Scores and mixing forward; the gradients of weights, values, queries and keys.
     # Without a trained weight behind the first layer's keys, theirs is not needed.
     total += products * (2 + 4 - (not below and "key" not in adapted))
@@ -63,6 +63,7 @@ def main() -> None:
   title = f"{shape}\nMatmul FLOPs of one step, in 10^9"
   header = ("method", "compiled", "floor", "strict floor", "ratio", "strict ratio")
   print(common.table(title, header, rows))
+  print(common.repeat())
 
 
 if __name__ == "__main__":

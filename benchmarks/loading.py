@@ -7,10 +7,10 @@ A checkpoint of random float32 weights in the shape of SmolLM2-135M (Llama, 30 l
 tied embedding) is written to a temporary folder. The two sides load it in turns, each
 time in a fresh process, so that both find it in the file cache alike.
 
-transformers maps the file: its loading ends before a weight is read, and the first use
-reads them. So there are two times: of the call, and until every weight was read once
-(summed by numpy on both sides). Peak memory is of the latter, above what the process
-took when everything was imported; of it, a mapped file's pages count as the process's.
+transformers maps the file: its call returns before a weight is read, and the first use
+reads them. So two times are given: of the call, and until every weight was read once
+(summed by numpy on both sides). Peak memory is that of the latter, less the memory of
+the process after its imports. Pages of a mapped file count as the process's.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Load = Callable[[Path], Iterable[Any]]
 
 
 def write(folder: Path) -> None:
-  """Writes the checkpoint, in the process that this runs in."""
+  """Writes the checkpoint."""
   import transformers
 
   config = transformers.LlamaConfig(**SHAPE)
@@ -48,7 +48,7 @@ def write(folder: Path) -> None:
 
 
 def ours() -> Load:
-  """Imports what loading needs; its weights as numpy arrays, as they lie in memory."""
+  """Imports lorax_flax; returns a loader of its weights as numpy arrays."""
   import jax
   import numpy as np
 
@@ -64,7 +64,7 @@ def ours() -> Load:
 
 
 def theirs() -> Load:
-  """The same of transformers."""
+  """Imports transformers; returns a loader of its weights as numpy arrays."""
   import torch
   import transformers
 
@@ -80,9 +80,9 @@ def theirs() -> Load:
 
 
 def measure(load: Load, folder: Path) -> dict[str, float]:
-  """Seconds, by the clock and of the processor, and peak memory of one loading."""
+  """Wall seconds, processor seconds and peak memory (bytes) of one loading."""
   before = _status("VmRSS")
-  # The peak from here on; that of the imports may lie above what they left.
+  # Resets the peak, which the imports may have raised.
   Path("/proc/self/clear_refs").write_text("5")
   start, start_cpu = time.perf_counter(), time.process_time()
   leaves = load(folder)
@@ -110,8 +110,8 @@ def _status(name: str) -> int:
   raise RuntimeError(f"/proc/self/status has no {name}")
 
 
-def _apart(side: str, folder: Path) -> dict[str, float]:
-  """A side's measurement, or the writing, in a process of its own."""
+def _subprocess(side: str, folder: Path) -> dict[str, float]:
+  """Measures a side, or writes the checkpoint, in a fresh process."""
   command = [sys.executable, "-m", "benchmarks.loading", f"--{side}={folder}"]
   done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
   return json.loads(done.stdout or "{}")
@@ -122,7 +122,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--rounds", type=int, default=5)
-  for task in ("write", *SIDES):  # of the processes that this one starts
+  for task in ("write", *SIDES):  # flags of the processes that this one starts
     parser.add_argument(f"--{task}", type=Path, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.write:
@@ -136,17 +136,17 @@ def main() -> None:
 
 
 def compare(rounds: int) -> None:
-  """Both sides in turns, and the table."""
+  """Measures both sides in turns, and prints the table."""
   from benchmarks import common
 
   turns: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
   with tempfile.TemporaryDirectory() as folder:
-    _apart("write", Path(folder))
+    _subprocess("write", Path(folder))
     for side in SIDES:  # once each, so that no round is the file's first
-      _apart(side, Path(folder))
+      _subprocess(side, Path(folder))
     for _ in range(rounds):
       for side in SIDES:
-        turns[side].append(_apart(side, Path(folder)))
+        turns[side].append(_subprocess(side, Path(folder)))
   sums = [turn["sum"] for side in SIDES for turn in turns[side]]
   assert max(sums) - min(sums) < 1e-3 * abs(sums[0]) + 1, "not the same weights"
 
@@ -176,6 +176,7 @@ def compare(rounds: int) -> None:
       f"lorax_flax over transformers, {what}: {statistics.median(ratios):.2f}"
       f" ({min(ratios):.2f} to {max(ratios):.2f})"
     )
+  print(common.repeat())
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
   python -m benchmarks.memory
 
-Arguments, results and temporaries as the compiler lays them out; a result that takes a
-donated argument's place counts once.
+Arguments, results and temporaries by the compiler's memory analysis. A result that
+replaces a donated argument counts once.
 """
 
 import argparse
@@ -33,18 +33,19 @@ def main() -> None:
     method: memory(common.job(shape, method, abstract=True).compile())
     for method in common.METHODS
   }
-  whole = found["full"]["total"]
+  full = found["full"]["total"]
   rows = [
     (
       method,
       *(f"{n / 1e6:,.0f}" for n in parts.values()),
-      f"{parts['total'] / whole:.3f}",
+      f"{parts['total'] / full:.3f}",
     )
     for method, parts in found.items()
   ]
   title = f"{shape}\nMemory of the compiled step, in MB"
   header = ("method", "arguments", "outputs", "temporaries", "total", "of full")
   print(common.table(title, header, rows))
+  print(common.repeat())
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@
 Tiny models of transformers with odd sizes, padded batches where there is text. Columns:
 
   logits    ours and transformers', float32, the larger of layers looped and scanned
-  trip      tensors that come back other than they were read (0 of N)
+  trip      tensors that change when they are read and written (0 of N)
   in        logits under a random adapter that PEFT wrote and we read
   out       logits of PEFT under the adapter that we read and wrote again
   loss      three AdamW steps from the same start, ours and torch's: losses, relative
-  adapter   and the adapters at their end, relative to the way that they went
+  adapter   and the adapters at the end, relative to their change
 """
 
 import argparse
@@ -56,7 +56,7 @@ def measure(peer: Peer, folder: Path) -> dict[str, Any]:
   want = _torch(model, inputs)[real]
   found: dict[str, Any] = {
     "logits": max(
-      _apart(_logits(x, x.params, inputs)[real], want) for x in loaded.values()
+      _difference(_logits(x, x.params, inputs)[real], want) for x in loaded.values()
     ),
     "trip": _round_trip(loaded[True], folder, model),
   }
@@ -74,7 +74,7 @@ def measure(peer: Peer, folder: Path) -> dict[str, Any]:
     for scan, x in loaded.items()
   }
   found["in"] = max(
-    _apart(_adapted(x, read[scan][1])(x.params, read[scan][0], inputs)[real], want)
+    _difference(_adapted(x, read[scan][1])(x.params, read[scan][0], inputs)[real], want)
     for scan, x in loaded.items()
   )
   hub_peft.write_adapter(
@@ -85,7 +85,7 @@ def measure(peer: Peer, folder: Path) -> dict[str, Any]:
     task_type=peer.task_type,
   )
   again = peft.PeftModel.from_pretrained(peer.load(folder / "base"), folder / "ours")
-  found["out"] = _apart(_torch(again.eval(), inputs)[real], want)
+  found["out"] = _difference(_torch(again.eval(), inputs)[real], want)
   return found | training(peer, adapted, loaded[False], *read[False], folder)
 
 
@@ -161,12 +161,12 @@ def _adapted(
   return jax.jit(lx.adapt(apply_fn, config).apply)
 
 
-def _apart(got: Any, want: Any) -> float:
+def _difference(got: Any, want: Any) -> float:
   return float(np.abs(np.asarray(got) - want).max())
 
 
 def _round_trip(loaded: registry.Loaded, folder: Path, model) -> str:
-  """How many tensors differ once what we read is written, and read by transformers."""
+  """Number of tensors that differ after we write them and transformers reads them."""
   import torch
 
   labels = None
@@ -206,6 +206,7 @@ def main() -> None:
     rows.append((name, *(c if isinstance(c, str) else f"{c:.0e}" for c in cells)))
     print(f"{name}: done", flush=True)
   print(common.table("Largest errors, float32", HEADER, rows))
+  print(common.repeat())
 
 
 if __name__ == "__main__":

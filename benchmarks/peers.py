@@ -1,4 +1,4 @@
-"""A tiny random model of transformers for each family, and what it is fed."""
+"""A tiny random model of transformers for each family, and its inputs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ _T5 = {
   "num_heads": 3,
   "decoder_start_token_id": 0,
 }
-_SPREAD = 0.3  # of the weights of models whose config does not say
+_STD = 0.3  # of T5's weights, whose config gives no initializer_range
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Peer:
 
   Attributes:
     config, model: names of transformers' classes.
-    fields: of the config.
-    lora: PEFT's targets.
-    task_type: PEFT's.
+    fields: fields of the config.
+    lora: PEFT's targets, as arguments of its LoraConfig.
+    task_type: PEFT's task type.
     feed: "text", "text pair" of an encoder and a decoder, or "pixels".
+    pad: the padding token's id.
   """
 
   config: str
@@ -73,11 +74,11 @@ class Peer:
     if not self.fields.get("tie_word_embeddings", True):
       # transformers ties T5's all the same while it makes a model.
       model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    spread = _SPREAD if self.feed == "text pair" else 0.1
+    std = _STD if self.feed == "text pair" else 0.1
     with torch.no_grad():
       for parameter in model.parameters():
         if parameter.ndim == 1 or self.feed == "text pair":
-          parameter.add_(spread * torch.randn_like(parameter))
+          parameter.add_(std * torch.randn_like(parameter))
     model.eval().save_pretrained(folder)
     return model
 
@@ -87,7 +88,7 @@ class Peer:
     return getattr(transformers, self.model).from_pretrained(folder)
 
   def inputs(self, seed: int = 0) -> dict[str, np.ndarray]:
-    """A batch of three; texts are whole, and padded to the right and to the left."""
+    """A batch of three: texts without padding, padded right, and padded left."""
     rng = np.random.default_rng(seed)
     if self.feed == "pixels":
       return {"pixel_values": rng.normal(size=(3, 3, 10, 10)).astype(np.float32)}
@@ -103,7 +104,7 @@ class Peer:
     return found
 
   def real(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Which logits mean something: a mask over all their axes but the last."""
+    """Mask of the logits that are not of padding, over all axes but the last."""
     if self.task_type in ("SEQ_CLS", None):
       return np.ones(3, bool)
     if self.feed == "text pair":
@@ -118,7 +119,7 @@ class Peer:
 
   @staticmethod
   def tensors(inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The batch for torch, whose ids are 64 bits wide."""
+    """The batch as torch tensors, with int64 ids."""
     import torch
 
     found = {name: torch.tensor(x) for name, x in inputs.items()}

@@ -1,13 +1,13 @@
-"""How long a training step takes to compile, by how many layers it has.
+"""Compile time of a training step by its number of layers, scanned and looped.
 
   python -m benchmarks.scan_compile
   python -m benchmarks.scan_compile --topology=v5e:2x2
 
-Layers that are scanned are one body, however many there are; layers that are not are
-as many copies. Measured in seconds of processor time of all threads, tracing and
-compiling, so that what else runs here hardly matters; each in a fresh process. Widths
-are small, since a compiler minds the number of operations more than their sizes. With
---topology the compiler is a TPU's, for a slice that is only described.
+Scanned layers are one body for any number of layers; looped layers are one copy each.
+Measured in processor seconds of all threads, tracing and compiling, so that other
+programs hardly matter, each in a fresh process. Widths are small, since compile time
+depends on the number of operations more than on their sizes. With --topology the
+compiler is a TPU's, and no TPU is needed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ LAYERS = (12, 32, 80)
 
 
 def measure(layers: int, scan: bool, topology: str | None) -> tuple[float, float]:
-  """Seconds of tracing, and of compiling, in this process."""
+  """Processor seconds of tracing and of compiling, in this process."""
   mesh = None
   if topology is not None:
     from launch.dryrun import topology as topologies
@@ -31,7 +31,7 @@ def measure(layers: int, scan: bool, topology: str | None) -> tuple[float, float
     slice_ = topologies.describe(topology)
     mesh = meshes.make(meshes.MeshConfig(data=1, fsdp=slice_.size), slice_.devices)
   shape = common.Shape(layers, 256, 4, 1024, 1024, batch=8, length=128)
-  # What a process imports and sets up once is no matter of layers.
+  # Imports and set-up happen once per process, and are not measured.
   warm = common.Shape(1, 64, 4, 64, 64, batch=8, length=16)
   common.job(warm, "all_linear", scan=True, abstract=True, mesh=mesh).lower()
   start = time.process_time()
@@ -69,6 +69,7 @@ def main() -> None:
   title = f"Seconds of processor time for a step of an encoder, 256 wide, on {where}"
   header = ("", *("scanned: trace", "compile"), *("looped: trace", "compile"))
   print(common.table(title, header, rows))
+  print(common.repeat())
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
   python -m benchmarks.startup
   python -m benchmarks.startup --rounds=5 --config=glue_sst2.py --config.model.scan=True
 
-Each start is a fresh process of `experiments.run` (the quick start's, unless told
-otherwise), which is ended after its first step. "none" keeps no programs, "cold" finds
-an empty folder, and "warm" the one that "cold" has filled. The files that are read are
-in the system's cache for all of them: a start that is not counted comes first.
+Each start is a fresh process of `experiments.run` (by default the quick start's), which
+is killed after its first step. "none" has no compilation cache, "cold" an empty one,
+and "warm" the one that "cold" filled. A first start that is not counted brings the
+files into the system's cache.
 """
 
 import argparse
@@ -25,7 +25,7 @@ STARTS = ("none", "cold", "warm")
 
 
 def start(arguments: Sequence[str], folder: Path, cache: Path | None) -> list[float]:
-  """Seconds until the adapter is there, of compiling the step, and to the first step.
+  """Seconds to the adapter's start, of compiling the step, and to the first step.
 
   Raises:
     RuntimeError: the run ended before its first step.
@@ -39,9 +39,9 @@ def start(arguments: Sequence[str], folder: Path, cache: Path | None) -> list[fl
   )
   assert process.stdout is not None
   ready = compiling = 0.0
-  said = ""
+  printed = ""
   for line in process.stdout:
-    said += line
+    printed += line
     passed = time.perf_counter() - before
     if re.match(r"training .* parameters:", line):
       ready = passed
@@ -52,11 +52,11 @@ def start(arguments: Sequence[str], folder: Path, cache: Path | None) -> list[fl
       process.wait()
       process.stdout.close()
       return [ready, compiling, passed]
-  raise RuntimeError(f"no first step:\n{said}")
+  raise RuntimeError(f"no first step:\n{printed}")
 
 
 def measure(arguments: Sequence[str], rounds: int) -> dict[str, list[float]]:
-  """The medians of `start`, for each way to start."""
+  """Medians of `start` for each of STARTS."""
   found: dict[str, list[list[float]]] = {name: [] for name in STARTS}
   with tempfile.TemporaryDirectory() as scratch:
     start(arguments, Path(scratch) / "first", None)
@@ -89,6 +89,7 @@ def main() -> None:
   )
   gain = found["none"][2] / found["warm"][2]
   print(f"A warm start takes its first step {gain:.2f} times as soon as one without.")
+  print(common.repeat())
 
 
 if __name__ == "__main__":

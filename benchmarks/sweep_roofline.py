@@ -1,12 +1,12 @@
-"""What a chip gains by trials that train together: the dry run's roofline of the step.
+"""Rooflines of the training step of one trial, and of several together.
 
   python -m benchmarks.sweep_roofline [--topology=v5e:1x1] [--batches 1 2] [--trials=8]
 
 The quick start's step with small batches, of one trial and of several together, is
 compiled by the TPU's own compiler with no TPU (libtpu is needed). Times are
-`launch.dryrun`'s rooflines; the gain is how much longer the trials take one after
-another. As in training, no more trials go through the model at once than the chip's
-cache has room for; the others follow them.
+`launch.dryrun`'s rooflines; the speed-up is the ratio of one after another to together.
+As in training, only as many trials run at once as fit into the chip's cache; the others
+follow them.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import dataclasses
 import jax
 
 from benchmarks import common
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
 from launch.dryrun import hlo, report, topology
 from launch.dryrun import step as shapes
 from lorax_flax.jobs import settings
@@ -25,12 +25,12 @@ from lorax_flax.train import stacked
 from lorax_flax.train import step as steps
 
 
-def together(one: Abstract, wanted: settings.Settings, n: int) -> Abstract:
+def together(one: Abstract, requested: settings.Settings, n: int) -> Abstract:
   """The step of n trials, from that of one."""
-  objective = tasks.of(wanted.data).objective(wanted.train.label_smoothing)
+  objective = tasks.of(requested.data).objective(requested.train.label_smoothing)
   state, base, batch = stacked.abstract(one.state, one.base, one.batch, n)
   step = stacked.train_step(
-    one.forward, objective, wanted.train, DURATIONS, stacked.within(stacked.ROOM)
+    one.forward, objective, requested.train, DURATIONS, stacked.within(stacked.ROOM)
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   jitted = steps.jitted(step, shardings)
@@ -57,22 +57,35 @@ def main() -> None:
       step = max(products, traffic)
       one = one or step
       times = [f"{1e3 * x:.3f}" for x in (products, traffic, step, step / n)]
-      gain = f"{n * one / step:.2f}" if n > 1 else ""
-      rows.append([f"{n} of batch {batch}", *times, report.size(peak), gain])
-  header = ["trials", "products ms", "HBM ms", "step ms", "a trial ms", "HBM", "gain"]
+      speedup = f"{n * one / step:.2f}" if n > 1 else ""
+      rows.append([f"{n} of batch {batch}", *times, report.size(peak), speedup])
+  header = [
+    "trials",
+    "products ms",
+    "HBM ms",
+    "step ms",
+    "a trial ms",
+    "HBM",
+    "speed-up",
+  ]
   print(common.table(f"{found.config} on {found.topology}", header, rows))
+  print(common.repeat())
 
 
 def measure(
   config: str, slice_: topology.Topology, batch: int, n: int
 ) -> tuple[float, float, float]:
-  """Of a step of n trials with so many examples each: seconds of the products and of
-  the memory traffic, and bytes of memory."""
+  """Seconds of a step's products and of its memory traffic, and bytes of its memory.
+
+  Args:
+    batch: examples of each trial.
+    n: number of trials.
+  """
   fields = config_flag.load(config)
   fields.train.batch_size = batch
-  wanted = settings.convert(fields)
-  one = shapes.job(wanted, slice_)
-  step = one if n == 1 else together(one, wanted, n)
+  requested = config_dict.convert(fields)
+  one = shapes.job(requested, slice_)
+  step = one if n == 1 else together(one, requested, n)
   with topology.quiet():
     compiled = step.compile()
   text, memory = compiled.as_text(), compiled.memory_analysis()

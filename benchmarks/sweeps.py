@@ -2,12 +2,12 @@
 
   python -m benchmarks.sweeps [--steps=30] [--trials=8] [--step]
 
-One after another is `experiments.run` for each trial, in a process of its own as a
-person would; together is `experiments.sweep`, which trains them in one. Both train for
-so many steps, evaluate once and write all that they write. The first table has the
-wall time, by what it was spent on, and how many programs were compiled; the second what
-the step of one trial and that of all take in memory, read from the compiler, and the
-least seconds of some such steps, for each trial. With --step the second alone.
+One after another is `experiments.run` for each trial, in a process of its own; together
+is `experiments.sweep`, in one process. Both train the same number of steps, evaluate
+once and write all their outputs. The first table has the wall time by phase, and the
+number of programs that were compiled. The second has the memory of the step of one
+trial and of all, from the compiler, and the minimum of some steps' seconds a trial.
+--step prints the second alone.
 """
 
 import argparse
@@ -49,13 +49,11 @@ def sweep(add):
 
 
 def _chosen(count: int, steps: int) -> list[Trial]:
-  """The first trials of the quick start's sweep, cut short."""
-  config = config_flag.load(_SPEC)
-  config.train.steps = steps
-  wanted = plan.of(_SPEC, config, ["train.steps"])
-  if not 1 < count <= len(wanted.changes):
-    raise SystemExit(f"--trials: at least 2, and at most {len(wanted.changes)}")
-  return wanted.make(wanted.changes[:count])
+  """The first trials of the quick start's sweep, for a number of steps."""
+  chosen = plan.of(config_flag.choose(_SPEC, {"train.steps": str(steps)}))
+  if not 1 < count <= len(chosen.changes):
+    raise SystemExit(f"--trials: at least 2, and at most {len(chosen.changes)}")
+  return chosen.make(chosen.changes[:count])
 
 
 def _command(module: str, *arguments: str) -> tuple[float, str]:
@@ -71,7 +69,7 @@ def _command(module: str, *arguments: str) -> tuple[float, str]:
 
 
 def _row(name: str, wall: float, printed: str, results: list[dict[str, Any]]) -> list:
-  """A line of the first table; `results` have seconds of their own."""
+  """A row of the first table; `results` hold seconds by phase."""
   seconds: Counter[str] = Counter()
   for result in results:
     seconds.update(result["seconds"])
@@ -84,13 +82,13 @@ def _row(name: str, wall: float, printed: str, results: list[dict[str, Any]]) ->
   ]
 
 
-def measure(wanted: list[Trial], steps: int) -> str:
-  """The first table."""
+def measure(chosen: list[Trial], steps: int) -> str:
+  """The first table: wall time and programs."""
   given = [f"--config={_SPEC}", f"--config.train.steps={steps}"]
   with tempfile.TemporaryDirectory() as temporary:
     folder = Path(temporary)
     rows, results, walls, prints = [], [], 0.0, ""
-    for trial in wanted:
+    for trial in chosen:
       own = [f"--config.{name}={value}" for name, value in trial.changes.items()]
       here = folder / trial.name
       wall, printed = _command("run", *given, *own, f"--workdir={here}")
@@ -99,10 +97,10 @@ def measure(wanted: list[Trial], steps: int) -> str:
     rows.append(_row("one after another", walls, prints, results))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     sweep, listed = folder / "sweep", folder / "some.py"
-    listed.write_text(_SOME.format([dict(trial.changes) for trial in wanted]))
+    listed.write_text(_SOME.format([dict(trial.changes) for trial in chosen]))
     given[0] = f"--config={listed}"
     wall, printed = _command("sweep", *given, f"--workdir={sweep}")
-    ours = [_result(sweep / trial.name) for trial in wanted]
+    ours = [_result(sweep / trial.name) for trial in chosen]
     rows.append(_row("together", wall, printed, ours[:1]))
     largest = max(
       abs(a[name] - b[name])
@@ -110,7 +108,7 @@ def measure(wanted: list[Trial], steps: int) -> str:
       for name in ("accuracy", "eval_loss")
     )
   header = ["trials", "wall s", "compile", "steps", "evaluate", "save", "rest"]
-  title = f"{len(wanted)} trials of {_SPEC}, {steps} steps each, {os.cpu_count()} cores"
+  title = f"{len(chosen)} trials of {_SPEC}, {steps} steps each, {os.cpu_count()} cores"
   table = common.table(title, [*header, "programs"], rows)
   return (
     f"{table}\nlargest difference of accuracy and eval_loss: {largest:.1e}; "
@@ -122,9 +120,9 @@ def _result(folder: Path) -> dict[str, Any]:
   return json.loads((folder / "result.json").read_text())
 
 
-def one_step(wanted: list[Trial]) -> str:
-  """The second table."""
-  job = train.prepare({Path(t.name): t.settings for t in wanted})
+def one_step(chosen: list[Trial]) -> str:
+  """The second table: memory and seconds of the step."""
+  job = train.prepare({Path(t.name): t.settings for t in chosen})
   plan = durations(job.runs[0].config, job.data.steps_per_epoch)
   alone = loop.program_of(dataclasses.replace(job, runs=job.runs[:1]), plan)
   batch = next(job.data.batches)
@@ -147,10 +145,10 @@ def one_step(wanted: list[Trial]) -> str:
 
   one = {name: x[0] for name, x in batch.items()}
   add("one trial", alone.step, *alone.start(), one, 1)
-  for width in (1, len(wanted)):
+  for width in (1, len(chosen)):
     made = loop.program_of(job, plan, width)
-    name = f"{len(wanted)} together, {width} at once"
-    add(name, made.step, *made.start(), batch, len(wanted))
+    name = f"{len(chosen)} together, {width} at once"
+    add(name, made.step, *made.start(), batch, len(chosen))
   title = f"The compiled step, MB; the base alone: {base / _MEGABYTE:,.0f}"
   header = ["step", "arguments", "temporaries", "sum", "seconds a trial"]
   return common.table(title, header, rows)
@@ -165,10 +163,11 @@ def main() -> None:
   parser.add_argument("--step", action="store_true", help="the second table alone")
   found = parser.parse_args()
   large_pages.restart()
-  wanted = _chosen(found.trials, found.steps)
+  chosen = _chosen(found.trials, found.steps)
   if not found.step:
-    print(measure(wanted, found.steps), flush=True)
-  print(one_step(wanted))
+    print(measure(chosen, found.steps), flush=True)
+  print(one_step(chosen))
+  print(common.repeat())
 
 
 if __name__ == "__main__":

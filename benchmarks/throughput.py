@@ -4,15 +4,16 @@
   python -m benchmarks.throughput --dtype=bfloat16
   python -m benchmarks.throughput --method=all_linear --dropout=0.1
 
-Two processes, one of each side, take turns: a round is some steps of each, and the
-ratio is taken round by round. Who waits is stopped, so that no thread of it spins, and
-starts its turn with a step that isn't timed. The time to the first step counts from a
-process's start, imports and compilation included; the two start one after the other.
+Two processes, one a side, take turns: a round is some steps of each, and the ratio is
+taken round by round. The waiting process is stopped, so that its threads do not spin,
+and starts its turn with a step that isn't timed. The time to the first step counts from
+the start of the process, imports and compilation included; the two start one after the
+other.
 
-Both sides get large pages for large arrays, as the training command gives them to
-itself (experiments/cli/large_pages.py); --pages=plain leaves that out. The table also
-says how fast each side multiplies matrices on this machine: where both reach what the
-processor can, the two steps, which do the same products, cannot be far apart.
+Both sides get huge pages for large arrays, as the training command does
+(experiments/cli/large_pages.py), unless --pages=plain. The table also gives each side's
+rate of a matrix product on this machine: if both reach the processor's peak, the two
+steps, which compute the same products, cannot differ much.
 """
 
 import argparse
@@ -33,7 +34,7 @@ LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Worker:
-  """A side's process; it is stopped between its turns."""
+  """A process of one side, stopped between its turns."""
 
   def __init__(self, spec: dict[str, Any], environment: dict[str, str]):
     # Settings for an old OpenBLAS slow a current numpy, and neither side needs them.
@@ -50,7 +51,7 @@ class Worker:
     self._process.send_signal(signal.SIGSTOP)
 
   def steps(self, count: int) -> dict[str, float]:
-    """The seconds that `count` steps take, and the FLOP/s of a product after them."""
+    """Seconds of `count` steps, and the FLOP/s of a product after them."""
     assert self._process.stdin
     self._process.send_signal(signal.SIGCONT)
     self._process.stdin.write(f"{count}\n")
@@ -60,7 +61,7 @@ class Worker:
     return answer
 
   def end(self) -> float:
-    """Ends the process; its peak memory in MB."""
+    """Ends the process; returns its peak memory in MB."""
     assert self._process.stdin
     self._process.send_signal(signal.SIGCONT)
     self._process.stdin.close()
@@ -133,6 +134,7 @@ def main() -> None:
     f" peak memory {peaks['lorax_flax'] / peaks['peft']:.2f},"
     f" time to the first step {ours / theirs:.2f}"
   )
+  print(common.repeat())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One side of the throughput benchmark: steps on request, over standard streams.
 
-Reads lines "N" and answers each with the seconds that N steps took, after one that
-isn't timed, and with how fast it multiplies matrices just then; when input ends, says
+Reads lines "N", and answers each with the seconds of N steps, after one that isn't
+timed, and with the FLOP/s of a matrix product. At the end of its input it answers with
 its peak memory. Run by benchmarks/throughput.py.
 """
 
@@ -19,7 +19,7 @@ Call = Callable[[], None]
 
 
 def ours(spec: dict) -> tuple[Call, Call]:
-  """A step of lorax_flax, and a product of matrices; each returns when it is done."""
+  """A step of lorax_flax, and a matrix product; each returns when it is done."""
   import jax
   import jax.numpy as jnp
 
@@ -41,7 +41,7 @@ def ours(spec: dict) -> tuple[Call, Call]:
 
 
 def peft(spec: dict) -> tuple[Call, Call]:
-  """The same step of PEFT on torch, and the same product."""
+  """A step of PEFT on torch, and a matrix product, of the same sizes."""
   import contextlib
 
   import torch
@@ -99,7 +99,7 @@ def peft(spec: dict) -> tuple[Call, Call]:
 
 
 def product_sizes(shape: dict) -> tuple[tuple[int, int], tuple[int, int]]:
-  """Of the step's largest product: a batch's tokens by the kernel that widens them."""
+  """Sizes of the step's largest product: a batch's tokens, and the MLP's kernel."""
   return (shape["batch"] * shape["length"], shape["hidden"]), (
     shape["hidden"],
     shape["mlp"],
@@ -107,7 +107,7 @@ def product_sizes(shape: dict) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def flops_a_second(multiply: Call, shape: dict, times: int = 10) -> float:
-  """The best of some products."""
+  """The highest FLOP/s of some products."""
   (rows, inner), (_, columns) = product_sizes(shape)
   seconds = []
   for _ in range(times):

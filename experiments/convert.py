@@ -5,8 +5,8 @@
 
 A is a PEFT folder, a folder that this command wrote, or a state dict of loralib (.bin,
 .pt, .safetensors; it does not hold --alpha, nor --enable_lora where layers are merged).
-What was read is printed. DIR then holds the adapter, whole, or nothing is written. Our
-own form, orbax, keeps all that PEFT's says: the way back gives the same tensors.
+The adapter read is printed, and written to DIR atomically. Our own form, orbax, keeps
+all that PEFT's says: the way back gives the same tensors.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ import numpy as np
 from absl import flags
 
 from experiments.cli import command as cli
+from experiments.cli import model_flags
+from lorax_flax import text_table
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.adapters import loralib, vllm
 from lorax_flax.hub.adapters import native as orbax_adapter
@@ -33,19 +35,9 @@ from lorax_flax.models import registry
 FORMATS = ("orbax", "peft", "loralib", "vllm")
 
 FLAGS = flags.FlagValues()
-BASE = flags.DEFINE_string(
-  "base",
-  None,
-  "The base: a folder, a name on the Hugging Face hub, or an alias (minilm).",
-  flag_values=FLAGS,
-  required=True,
-)
-FROM = flags.DEFINE_string(
-  "from", None, "The adapter: a folder or a file.", flag_values=FLAGS, required=True
-)
-TO = flags.DEFINE_string(
-  "to", None, "The folder to write.", flag_values=FLAGS, required=True
-)
+BASE = model_flags.base(FLAGS)
+FROM = model_flags.adapter(FLAGS, "from", note="Or a loralib file.")
+TO = model_flags.out(FLAGS, "to")
 FORMAT = flags.DEFINE_string(
   "format", "orbax", f"What to write: {', '.join(FORMATS)}.", flag_values=FLAGS
 )
@@ -65,9 +57,7 @@ MAX_RANK = flags.DEFINE_integer(
   lower_bound=1,
   flag_values=FLAGS,
 )
-OVERWRITE = flags.DEFINE_bool(
-  "overwrite", False, "Replace an adapter that lies in --to.", flag_values=FLAGS
-)
+OVERWRITE = model_flags.overwrite(FLAGS, "an adapter in --to")
 
 
 def convert(
@@ -84,33 +74,34 @@ def convert(
   """Converts; see the flags.
 
   Returns:
-    What was read, the base's key map, and what to tell the user.
+    The adapter read, the base's key map, and lines for the user.
   """
-  folder, given = Path(to).expanduser(), Path(source).expanduser()
+  folder, file = Path(to).expanduser(), Path(source).expanduser()
   if form not in FORMATS:
     raise LoraxError(unknown("--format", form, FORMATS))
   if max_rank is not None and form != "vllm":
     raise LoraxError("--max_rank is vLLM's: it goes with --format=vllm")
-  folders.refuse_unless_free(folder, lambda old: overwrite)
-  if given.resolve().is_relative_to(folder.resolve()):
+  atomic.refuse_unless_free(folder, lambda old: overwrite)
+  if file.resolve().is_relative_to(folder.resolve()):
     raise LoraxError(f"--to={to} would replace {source}, which is read from")
-  outputs = adapters.num_labels(given)
   where = resolve(base)
+  model = registry.outline(registry.read_config(where))
+  outputs = adapters.num_labels(file, model.keymap)
   loaded = registry.load(where, num_labels=outputs, new_head=outputs is not None)
   if where.resolve().is_relative_to(folder.resolve()):
     raise LoraxError(f"--to={to} would replace {base}, which is read from")
-  is_loralib = adapters.form(given) == "loralib"
+  is_loralib = adapters.form(file) == "loralib"
   saved = adapters.read(
-    given,
+    file,
     loaded.params,
     loaded.keymap,
     alpha=alpha,
-    # Of what is read where that is loralib's, else of what is written.
+    # For reading where the source is loralib's, else for writing.
     enable_lora=enable_lora if is_loralib or form != "loralib" else None,
   )
   if is_loralib:
     saved = dataclasses.replace(saved, base_name=base)
-  said = []
+  notes = []
   if form == "orbax":
     orbax_adapter.write_adapter(folder, saved)
   elif form == "vllm":
@@ -134,21 +125,21 @@ def convert(
     used = loralib.write_adapter(
       folder, saved.adapter, loaded.keymap, enable_lora=enable_lora
     )
-    said.append(f"{folder / loralib.FILE} is for lora_alpha={used:g}, not stored there")
-  return saved, loaded.keymap, said
+    notes.append(
+      f"{folder / loralib.FILE} is for lora_alpha={used:g}, not stored there"
+    )
+  return saved, loaded.keymap, notes
 
 
 def table(saved: Saved, keymap: KeyMap) -> str:
-  """What was read: a line for each module, in columns."""
-  rows: list[tuple[str, ...]] = [
-    ("module", "method", "rank", "alpha", "shapes", "dtype")
-  ]
+  """A table of an adapter: a line for each module."""
+  rows = []
   for path, delta in saved.adapter.items():
     modules = path_to_modules(keymap, path)
     name = modules[0] if len(modules) == 1 else f"{modules[0]}, … ({len(modules)})"
     rows.append((name, *_row(path, delta, saved.config.use_rslora)))
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return "\n".join(_line(row, widths) for row in rows)
+  header = ("module", "method", "rank", "alpha", "shapes", "dtype")
+  return text_table.render(header, rows)
 
 
 def _row(path: str, delta: Delta, use_rslora: bool) -> tuple[str, ...]:
@@ -161,21 +152,16 @@ def _row(path: str, delta: Delta, use_rslora: bool) -> tuple[str, ...]:
   divisor = math.sqrt(delta.rank) if use_rslora else delta.rank
   alphas = sorted({float(scale) * divisor for scale in np.ravel(delta.scale)})
   shapes = " ".join(map(_shape, (delta.a.shape, delta.b.shape)))
-  said = ", ".join(f"{alpha:g}" for alpha in alphas)
-  return name, str(delta.rank), said, shapes, delta.a.dtype.name
+  spelled = ", ".join(f"{alpha:g}" for alpha in alphas)
+  return name, str(delta.rank), spelled, shapes, delta.a.dtype.name
 
 
 def _shape(shape: Iterable[int]) -> str:
   return "×".join(map(str, shape))
 
 
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-  cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-  return "  ".join(cells).rstrip()
-
-
 def _bools(texts: Sequence[str] | None) -> list[bool] | None:
-  """--enable_lora's words."""
+  """Values of --enable_lora's words."""
   if texts is None:
     return None
   known = {"true": True, "1": True, "false": False, "0": False}
@@ -186,7 +172,7 @@ def _bools(texts: Sequence[str] | None) -> list[bool] | None:
 
 
 def main() -> None:
-  saved, keymap, said = convert(
+  saved, keymap, notes = convert(
     BASE.value,
     FROM.value,
     TO.value,
@@ -197,7 +183,7 @@ def main() -> None:
     overwrite=OVERWRITE.value,
   )
   print(table(saved, keymap))
-  for line in (*said, f"Adapter ({FORMAT.value}): {TO.value}"):
+  for line in (*notes, f"Adapter ({FORMAT.value}): {TO.value}"):
     print(line)
 
 

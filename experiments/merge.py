@@ -3,7 +3,7 @@
   python -m experiments.merge --base=minilm --adapter=RUN/adapter --out=DIR
 
 DIR then holds config.json, model.safetensors and the base's tokenizer; transformers
-loads it as it would any other, and so does --base here. It is there whole, or not.
+loads it as it would any other, and so does --base here. It is written atomically.
 """
 
 from pathlib import Path
@@ -11,32 +11,17 @@ from pathlib import Path
 from absl import flags
 
 from experiments.cli import command as cli
+from experiments.cli import model_flags
 from experiments.inference import merged
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.checkpoints import export
 
 FLAGS = flags.FlagValues()
-BASE = flags.DEFINE_string(
-  "base",
-  None,
-  "The base: a folder, a name on the Hugging Face hub, or an alias (minilm).",
-  flag_values=FLAGS,
-  required=True,
-)
-ADAPTER = flags.DEFINE_string(
-  "adapter",
-  None,
-  "The adapter: a PEFT folder, or one that convert wrote.",
-  flag_values=FLAGS,
-  required=True,
-)
-OUT = flags.DEFINE_string(
-  "out", None, "The folder to write.", flag_values=FLAGS, required=True
-)
-OVERWRITE = flags.DEFINE_bool(
-  "overwrite", False, "Replace a checkpoint that lies in --out.", flag_values=FLAGS
-)
+BASE = model_flags.base(FLAGS)
+ADAPTER = model_flags.adapter(FLAGS)
+OUT = model_flags.out(FLAGS)
+OVERWRITE = model_flags.overwrite(FLAGS, "a checkpoint in --out")
 
 
 def merge(base: str, adapter: str, out: str, *, overwrite: bool = False) -> Path:
@@ -44,19 +29,19 @@ def merge(base: str, adapter: str, out: str, *, overwrite: bool = False) -> Path
   folder = Path(out).expanduser()
   # Only a checkpoint is ever replaced: --out=~ --overwrite must not empty a home.
   may_replace = lambda old: overwrite and (old / "config.json").is_file()
-  folders.refuse_unless_free(folder, may_replace)
-  whole = merged.load(base, adapter)
-  for source in (whole.folder, Path(adapter).expanduser()):
+  atomic.refuse_unless_free(folder, may_replace)
+  model = merged.load(base, adapter)
+  for source in (model.folder, Path(adapter).expanduser()):
     if source.resolve().is_relative_to(folder.resolve()):
       raise LoraxError(f"--out={out} would replace {source}, which is read from")
   export.write_checkpoint(
     folder,
-    whole.loaded.params,
-    whole.loaded.keymap,
-    whole.loaded.hf_config,
-    architecture=whole.loaded.family.architecture,
-    labels=whole.labels,
-    tokenizer_from=whole.folder,
+    model.loaded.params,
+    model.loaded.keymap,
+    model.loaded.hf_config,
+    architecture=model.loaded.family.architecture,
+    labels=model.labels,
+    tokenizer_from=model.folder,
     may_replace=may_replace,
   )
   return folder

@@ -17,9 +17,7 @@ The adapter is merged into the base first, so that it costs nothing per line.
 """
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,35 +28,29 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.cli import command as cli
+from experiments.cli import model_flags
 from experiments.inference import lines, merged
 from experiments.inference import logits as inference
 from lorax_flax.errors import LoraxError
+from lorax_flax.files import atomic
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry
 
 FLAGS = flags.FlagValues()
-BASE = flags.DEFINE_string(
-  "base",
-  None,
-  "The base: a folder, a name on the Hugging Face hub, or an alias (minilm).",
-  flag_values=FLAGS,
-  required=True,
-)
-ADAPTER = flags.DEFINE_string(
-  "adapter",
-  None,
-  "The adapter: a PEFT folder, or one that convert wrote. Without one, the base's own "
-  "head is used.",
-  flag_values=FLAGS,
+BASE = model_flags.base(FLAGS)
+ADAPTER = model_flags.adapter(
+  FLAGS, note="Without one, the base's own head is used.", required=False
 )
 INPUT = flags.DEFINE_string(
   "input", None, "The lines to read, JSON.", flag_values=FLAGS, required=True
 )
-OUT = flags.DEFINE_string(
-  "out", None, "The file to write.", flag_values=FLAGS, required=True
-)
+OUT = model_flags.out(FLAGS, kind="file")
 BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", 32, "Lines computed at once, at most.", lower_bound=1, flag_values=FLAGS
+  "batch_size",
+  32,
+  "Largest number of lines of a batch.",
+  lower_bound=1,
+  flag_values=FLAGS,
 )
 MAX_LENGTH = flags.DEFINE_integer(
   "max_length",
@@ -98,10 +90,10 @@ def predict(
     raise LoraxError(f"--all_positions: a {hf_config['model_type']} has no positions")
   known = lines.names(family, family.configure(hf_config))
   read = lines.read(Path(source).expanduser(), known)
-  whole = merged.load(base, adapter)
+  model = merged.load(base, adapter)
   try:
-    rows = lines.rows(read, whole.loaded, known, max_length)
-    _write(target, _results(rows, whole, batch_size, all_positions))
+    rows = lines.rows(read, model.loaded, known, max_length)
+    _write(target, _results(rows, model, batch_size, all_positions))
   except LoraxError as error:
     # An example's number is its line's: a line is never skipped.
     message = str(error).replace("example ", "line ", 1)
@@ -110,11 +102,11 @@ def predict(
 
 
 def _results(
-  rows: lines.Inputs, whole: merged.Merged, batch_size: int, every: bool
+  rows: lines.Inputs, model: merged.Merged, batch_size: int, every: bool
 ) -> Iterator[dict[str, Any]]:
-  """What is said of each row, in the rows' order."""
+  """The result of each row, in the rows' order."""
   count = max(1, len(rows))
-  found: Any = inference.logits(rows, whole.loaded, batch_size, every=every)
+  found: Any = inference.logits(rows, model.loaded, batch_size, every=every)
   if count > _LONG * batch_size:
     bar = Console(file=sys.stderr)
     found = track(found, "Predicting", total=count, console=bar)
@@ -126,8 +118,8 @@ def _results(
       None if each is None else [float(str(x)) for x in each] for each in positions
     ]
     result: dict[str, Any] = {"logits": texts if every else texts[0]}
-    if whole.labels and not whole.regression:
-      result |= _best(positions[0], whole.labels)
+    if model.labels and not model.regression:
+      result |= _best(positions[0], model.labels)
     yield result
 
 
@@ -138,24 +130,11 @@ def _best(logits_C: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _write(target: Path, results: Iterator[Mapping[str, Any]]) -> None:
-  """Writes beside the target and renames: the file is there whole, or not at all."""
+  """Writes all of the file, or none of it."""
   target.parent.mkdir(parents=True, exist_ok=True)
-  number, scratch = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-  try:
-    with open(number, "w", encoding="utf-8") as stream:
-      for result in results:
-        stream.write(json.dumps(result, ensure_ascii=False) + "\n")
-    os.chmod(scratch, 0o666 & ~_umask())
-    os.replace(scratch, target)
-  except BaseException:
-    os.unlink(scratch)
-    raise
-
-
-def _umask() -> int:
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
+  with atomic.new_file(target) as stream:
+    for result in results:
+      stream.write((json.dumps(result, ensure_ascii=False) + "\n").encode())
 
 
 def main() -> None:

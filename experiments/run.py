@@ -21,33 +21,22 @@ workdir may lie in a bucket, gs://BUCKET/FOLDER (with the extra gcs).
 """
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
-from rich import console as rich_console
-from rich import table as rich_table
 
 from experiments.cli import command as cli
-from experiments.cli import config_flag, large_pages
+from experiments.cli import config_flag, large_pages, run_flags
+from lorax_flax import text_table
 from lorax_flax.jobs import settings
 
 log = logging.getLogger("lorax_flax.run")
 
-CONFIG = config_flag.define(flags.FLAGS)
-flags.declare_key_flag("config")
-DISTRIBUTED = flags.DEFINE_bool(
-  "distributed",
-  False,
-  "Join the other processes that the cluster (Slurm, a TPU pod, …) has started.",
-)
-WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "Where all is written, a folder or gs://BUCKET/FOLDER; runs/CONFIG without it.",
-)
+FLAGS = flags.FlagValues()
+config_flag.define(FLAGS)
+DISTRIBUTED = run_flags.distributed(FLAGS)
+WORKDIR = run_flags.workdir(FLAGS, "runs/CONFIG")
 
 
 def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
@@ -76,31 +65,32 @@ def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
 
 def show(result: dict[str, Any], workdir: Path) -> None:
   """Prints the results, and where everything is."""
-  table = rich_table.Table(title="Result (best evaluation)", title_justify="left")
-  table.add_column("")
-  table.add_column("", justify="right")
-  for name, value in result.items():
-    if isinstance(value, float):
-      table.add_row(name, f"{value:,.4f}" if abs(value) < 100 else f"{value:,.0f}")
-    elif isinstance(value, int):
-      table.add_row(name, f"{value:,}")
-  console = rich_console.Console(highlight=False, soft_wrap=True)
-  console.print(table)
+  rows = [
+    (name, _number(x)) for name, x in result.items() if isinstance(x, int | float)
+  ]
+  print(text_table.render(("Result (best evaluation)", ""), rows, align="lr"))
   for path in sorted(workdir.iterdir()):
     if not path.name.startswith("."):
-      console.print(f"{path}{'/' if path.is_dir() else ''}", markup=False)
+      print(f"{path}{'/' if path.is_dir() else ''}")
+
+
+def _number(value: float) -> str:
+  return (
+    f"{value:,.4f}"
+    if isinstance(value, float) and abs(value) < 100
+    else f"{value:,.0f}"
+  )
 
 
 def main() -> int:
-  config = config_flag.given(CONFIG)
-  wanted = settings.convert(config, config_flag.overridden(sys.argv))
+  chosen = config_flag.read(FLAGS)
+  wanted = chosen.settings()
   large_pages.restart()
-  spec = config_flags.get_config_filename(flags.FLAGS["config"])
   from lorax_flax.distributed import processes, watchdog
   from lorax_flax.files import bucket
   from lorax_flax.train.logs.console import log_to_console
 
-  workdir = bucket.folder(WORKDIR.value or config_flag.default_workdir(spec))
+  workdir = bucket.folder(WORKDIR.value or config_flag.default_workdir(chosen.spec))
 
   processes.join(DISTRIBUTED.value)
   log_to_console()
@@ -119,4 +109,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-  cli.run(main, flags.FLAGS, config_flag.help_text)
+  cli.run(main, FLAGS, config_flag.help_text)

@@ -1,4 +1,4 @@
-"""Runs the trials of a config's sweep, those that can together, and makes one table.
+"""Trains the trials of a config's sweep, together where they can, and makes one table.
 
   python -m experiments.sweep --config=quickstart.py --workdir=DIR
   python -m experiments.sweep --config=quickstart.py --list
@@ -24,10 +24,8 @@ a folder as experiments.run leaves it: trial-000/ with result.json, metrics.json
 adapter/, … A trial that diverges does not stop the others. The same command goes on
 with a sweep that was interrupted. --config.NAME=VALUE is for all trials.
 
-  python -m experiments.sweep --config=… --workdir=gs://BUCKET/DIR
-    --launch="gcloud --name=pod --zone=us-west4-a --accelerator=v5litepod-16 --create"
-
-hands each program to a pod slice of its own; --table then makes the table.
+`python -m launch.sweep` hands each program to a job of its own, on a cluster or a pod
+slice; --table then makes the table.
 """
 
 import os
@@ -35,121 +33,102 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import config_flags
-from rich import console as rich_console
-from rich import table as rich_table
 
 from experiments.cli import command as cli
-from experiments.cli import config_flag, large_pages
+from experiments.cli import config_flag, large_pages, run_flags
 from experiments.sweeps import trials
-from experiments.sweeps.trials import Trial, Unit
+from experiments.sweeps.trials import Trial
+from lorax_flax import text_table
 from lorax_flax.errors import LoraxError, listing
 
-CONFIG = config_flag.define(flags.FLAGS)
-flags.declare_key_flag("config")
-WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "Where all is written; runs/CONFIG-sweep where it isn't given.",
-)
+FLAGS = flags.FlagValues()
+config_flag.define(FLAGS)
+WORKDIR = run_flags.workdir(FLAGS, "runs/CONFIG-sweep")
 LIST = flags.DEFINE_bool(
   "list",
   False,
   "Print the trials, which train together and why, and run nothing.",
+  flag_values=FLAGS,
 )
-AT_ONCE = flags.DEFINE_integer(
-  "at_once",
-  8,
-  "How many trials train together at most: each needs memory for its batch.",
-  lower_bound=1,
-)
+AT_ONCE = run_flags.at_once(FLAGS)
 JOBS = flags.DEFINE_integer(
   "jobs",
   1,
-  "How many processes run at a time, of trials that do not train together.",
+  "Number of processes at a time, for trials that do not train together.",
   lower_bound=1,
+  flag_values=FLAGS,
 )
 LAUNCH = flags.DEFINE_string(
-  "launch",
-  None,
-  "Hand each program to a launcher, one a job (a pod slice), and wait for none: "
-  '"slurm --nodes=2", or gcloud, xpk or sky, with the flags that '
-  "`python -m launch.slurm --help` lists; --name is the start of the jobs' names. DIR "
-  "has to be where those machines see it. --table shows later what is over.",
+  "launch", None, "Moved to `python -m launch.sweep`.", flag_values=FLAGS
 )
 TABLE = flags.DEFINE_bool(
-  "table", False, "Make the table of what is over in DIR, and run nothing."
+  "table",
+  False,
+  "Make the table of the trials that are over, and run nothing.",
+  flag_values=FLAGS,
 )
 TRIALS = flags.DEFINE_list(
   "trials",
   None,
-  "Train these alone, by number, which train together, and make no table: what a "
-  "sweep starts in a process of its own.",
+  "Train only these, by number, together, and make no table: the command of each "
+  "process that a sweep starts.",
+  flag_values=FLAGS,
 )
-DISTRIBUTED = flags.DEFINE_bool(
-  "distributed",
-  False,
-  "Join the other processes that the cluster (Slurm, a TPU pod, …) has started.",
-)
+DISTRIBUTED = run_flags.distributed(FLAGS)
 
 
 def main() -> int:
-  config = config_flag.given(CONFIG)
-  spec = config_flags.get_config_filename(flags.FLAGS["config"])
+  if LAUNCH.value is not None:
+    raise LoraxError(
+      "--launch is a command of its own now: python -m launch.sweep --config=… "
+      f"--workdir=… -- {LAUNCH.value}"
+    )
+  config = config_flag.read(FLAGS)
   from experiments.sweeps import plan
 
-  wanted = plan.of(spec, config, config_flag.overridden(sys.argv))
+  found = plan.of(config)
   if LIST.value:
-    _list(wanted.listed(), AT_ONCE.value)
+    _list(found.listed(), AT_ONCE.value)
     return 0
   large_pages.restart()
   from experiments.sweeps import runner
-  from launch import sweep
   from lorax_flax.distributed import processes
   from lorax_flax.files import bucket
 
-  usual = config_flag.default_workdir(spec)
-  folder = bucket.folder(WORKDIR.value or f"{usual}-sweep")
+  usual = f"{config_flag.default_workdir(config.spec)}-sweep"
+  folder = bucket.folder(WORKDIR.value or usual)
   if TRIALS.value is not None:
     processes.join(DISTRIBUTED.value)
-    return runner.train(wanted, folder, _numbers(TRIALS.value))
+    return runner.train(found, folder, _numbers(TRIALS.value))
   if DISTRIBUTED.value or processes.COORDINATOR in os.environ:
     raise LoraxError(
       "several processes train some trials together, and do not run a sweep: name "
       "the trials, --trials=0,1,2"
     )
   if TABLE.value:
-    return runner.table(wanted, folder)
-  if LAUNCH.value is not None:
-    return sweep.run(wanted, folder, AT_ONCE.value, LAUNCH.value, sys.argv[1:])
-  return runner.run(wanted, folder, AT_ONCE.value, JOBS.value, sys.argv[1:])
+    return runner.table(found, folder)
+  return runner.run(found, folder, AT_ONCE.value, JOBS.value, sys.argv[1:])
 
 
 def _numbers(texts: Sequence[str]) -> list[int]:
   if wrong := [text for text in texts if not text.isdecimal()]:
-    raise LoraxError(f"--trials wants numbers, not {listing(wrong)}")
+    raise LoraxError(f"--trials takes numbers, not {listing(wrong)}")
   return [int(text) for text in texts]
 
 
 def _list(found: Sequence[Trial], most: int) -> None:
-  units: list[Unit] = trials.units(found, most)
-  table = rich_table.Table()
-  for name in ("unit", "trial", "what it sets", "why it is not with the first"):
-    table.add_column(name, overflow="fold")
-  for number, unit in enumerate(units):
-    for trial in unit.trials:
-      first = trial is unit.trials[0]
-      table.add_row(
-        str(number) if first else "", trial.name, str(trial), unit.why if first else ""
-      )
-  console = rich_console.Console(highlight=False)
-  console.print(table)
-  console.print(f"{len(found)} trials in {_count(len(units), 'program')}")
-
-
-def _count(n: int, noun: str) -> str:
-  return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+  packs = trials.packs(found, most)
+  rows = [
+    (number, trial.name, trial, pack.why)
+    if trial is pack.trials[0]
+    else ("", trial.name, trial, "")
+    for number, pack in enumerate(packs)
+    for trial in pack.trials
+  ]
+  header = ("program", "trial", "changes", "why it is not in the first program")
+  print(text_table.render(header, rows))
+  print(f"{len(found)} trials in {len(packs)} program{'s' * (len(packs) != 1)}")
 
 
 if __name__ == "__main__":
-  cli.run(main, flags.FLAGS, config_flag.help_text)
+  cli.run(main, FLAGS, config_flag.help_text)

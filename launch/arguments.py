@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-  """What stands before the first `--`, and what after it."""
+  """The arguments before the first `--`, and those after it."""
   if "--" not in argv:
     return argv, ()
   at = list(argv).index("--")

@@ -3,14 +3,14 @@
   python -m launch.gcloud --name=pod --zone=us-west4-a --accelerator=v5litepod-16
     --create -- -m experiments.run --config=quickstart.py --workdir=gs://bucket/run
 
---create makes the TPU VMs first. The project's code is sent to each at every launch,
-and installed where it is not yet; what follows `--` is given to Python there, in the
-folder lorax_flax. The lines of all workers are shown until they end. A training run
-joins the others by itself, and its workdir has to be in a bucket.
+--create makes the TPU VMs first. Every launch sends the project's code to each worker,
+and installs it where it is not installed. The arguments after `--` go to Python there,
+in the folder lorax_flax. The output of all workers is shown until they end. A training
+run finds its other processes by itself, and its workdir has to be in a bucket.
 
-Told to stop (SIGTERM, which a pod gets before it is preempted), a run saves and exits
-with 143; a pod that is gone is made anew with --create, and the same command goes on.
-Pass --extra=--internal-ip, or any other flag, on to `ssh` and `scp`.
+On SIGTERM, which a pod gets before it is preempted, a run saves a checkpoint and exits
+with 143. To resume after that, give the same command again (with --create if the pod is
+gone). --extra=--internal-ip passes a flag on to `ssh` and `scp`.
 """
 
 import sys
@@ -18,10 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch import cluster
-from launch.cluster import REQUIRED, Call, option
+from launch.calls import Call, flags, python
+from launch.options import REQUIRED, SEND, Options, option
+from launch.project import install, packed
 from lorax_flax.errors import LoraxError, listing
 
-# The VM's software, by the accelerator.
+# The VM's software by accelerator.
 _RUNTIMES = {
   "v2": "tpu-ubuntu2204-base",
   "v3": "tpu-ubuntu2204-base",
@@ -35,38 +37,39 @@ _REMOTE = "lorax_flax"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(cluster.Options):
-  """Of a TPU VM; `name` is the pod slice's."""
+class Pod(Options):
+  """Options of a TPU pod slice, whose name is `name`."""
 
   zone: str = option(REQUIRED, "such as us-west4-a")
-  project: str | None = option(None, "Google Cloud's; gcloud's own setting without it")
+  project: str | None = option(
+    None, "the Google Cloud project; by default gcloud's own"
+  )
   accelerator: str | None = option(None, "such as v5litepod-16; for --create")
   create: bool = option(False, "make the TPU VMs first")
-  spot: bool = option(False, "with --create: cheaper, and may be taken away")
-  runtime: str | None = option(None, "the VM's software; follows from the accelerator")
-  send: tuple[str, ...] = option(
-    (), "a file or folder here that is sent as well, such as a config of yours"
+  spot: bool = option(False, "with --create: cheaper, and may be preempted")
+  runtime: str | None = option(None, "the VM's software; by default the accelerator's")
+  send: tuple[str, ...] = SEND
+  setup: str = option(
+    install("tpu,gcs"), "shell command that installs the code on a worker"
   )
-  setup: str = option(cluster.install("tpu,gcs"), "what installs the code on a worker")
 
   def __post_init__(self):
     super().__post_init__()
     if self.create and self.accelerator is None:
-      raise LoraxError("--create wants --accelerator, such as v5litepod-16")
+      raise LoraxError("--create needs --accelerator, such as v5litepod-16")
     if self.spot and not self.create:
-      raise LoraxError("--spot means nothing without --create")
+      raise LoraxError("--spot has no effect without --create")
 
 
-def render(command: Sequence[str], options: Options) -> list[Call]:
-  """The calls: make the VMs, pack the code, copy it, and run."""
-  line = cluster.python(".venv/bin/python", command, options.env, cluster=True)
+def render(command: Sequence[str], options: Pod) -> list[Call]:
+  """Calls that make the VMs, pack the code, copy it, and run the command."""
+  line = python(".venv/bin/python", command, options.env, cluster=True)
   remote = (
     f"mkdir -p {_REMOTE} && cd {_REMOTE} && tar -xzf ../{_ARCHIVE} && "
     f"{{ {options.setup}; }} && exec {line}"
   )
-  archive, pack = cluster.packed(options.name, options.send)
-  where = cluster.flags({"zone": options.zone, "project": options.project})
-  where.append("--quiet")
+  archive, pack = packed(options.name, options.send)
+  where = [*flags(options, "zone", "project"), "--quiet"]
   everywhere = [*where, "--worker=all", *options.extra]
   return [
     *_create(options, where),
@@ -76,7 +79,7 @@ def render(command: Sequence[str], options: Options) -> list[Call]:
   ]
 
 
-def _create(options: Options, where: Sequence[str]) -> list[Call]:
+def _create(options: Pod, where: Sequence[str]) -> list[Call]:
   if not options.create:
     return []
   spot = ["--spot"] if options.spot else []
@@ -84,14 +87,14 @@ def _create(options: Options, where: Sequence[str]) -> list[Call]:
   return [_tpu_vm("create", options.name, *where, *kind, *spot)]
 
 
-def _runtime(options: Options) -> str:
+def _runtime(options: Pod) -> str:
   if options.runtime is not None:
     return options.runtime
   family = (options.accelerator or "").partition("-")[0]
   if family not in _RUNTIMES:
     raise LoraxError(
-      f"--accelerator={options.accelerator}: no --runtime is known for it. There are "
-      f"accelerators {listing(_RUNTIMES)}, followed by -8, -16, …"
+      f"--accelerator={options.accelerator}: give its --runtime too. Known "
+      f"accelerators are {listing(_RUNTIMES)}, followed by -8, -16, …"
     )
   return _RUNTIMES[family]
 
@@ -104,7 +107,7 @@ ENGINE = cluster.Engine(
   name="gcloud",
   client="gcloud",
   install="install the Google Cloud CLI (its package is google-cloud-cli)",
-  options=Options,
+  options=Pod,
   render=render,
 )
 

@@ -1,16 +1,17 @@
-"""Runs a command as a Slurm job, one process a task, through sbatch and srun.
+"""Runs a command as a Slurm job, one process per task, through sbatch and srun.
 
   python -m launch.slurm --name=run --nodes=4 --gpus-per-node=8 --time=12:00:00
     -- -m experiments.run --config=quickstart.py --workdir=/shared/run
 
-Give it on a login node, with the project and the workdir in folders that all nodes see:
-the job starts in the folder where this is given, with the Python that runs this
-(--python names another). With GPUs each gets a process of its own.
+Run it on a login node, with the project and the workdir in folders that all nodes
+share: the job starts in the working directory, with the Python that runs this (--python
+names another). With GPUs, each GPU gets its own process.
 
-Some time before the job's time is up (--warn), and before it is preempted, Slurm sends
-SIGTERM: a run saves and exits with 143, and the job is queued again and goes on, up to
---max-restarts times. A job that loses a node is queued again too. A job that fails
-otherwise, or that scancel ends, is not. Any other flag of sbatch goes through --extra.
+Some time before the job's time limit (--warn), and before it is preempted, Slurm sends
+SIGTERM: a run saves a checkpoint and exits with 143, and the job is queued again and
+resumes, up to --max-restarts times. A job that loses a node is queued again too. A job
+that fails otherwise, or that scancel ends, is not. --extra passes on any other flag of
+sbatch.
 """
 
 import sys
@@ -18,48 +19,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launch import cluster
-from launch.cluster import Call, option
+from launch.calls import Call, flags, python
+from launch.options import Options, option
 from lorax_flax.distributed.processes import PREEMPTED
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(cluster.Options):
-  """Of a job; what is None is left to Slurm."""
+class Job(Options):
+  """Options of a job; None leaves an option to Slurm."""
 
-  nodes: int = option(1, "machines", least=1)
+  nodes: int = option(1, "number of nodes", least=1)
   tasks_per_node: int | None = option(
-    None, "processes on each; one for every GPU, and one without GPUs", least=1
+    None, "processes of each node; by default one per GPU, or one", least=1
   )
-  gpus_per_node: int | None = option(None, "GPUs of each", least=1)
-  cpus_per_task: int | None = option(None, "cores of each process", least=1)
-  partition: str | None = option(None, "where to queue")
-  account: str | None = option(None, "that is charged")
-  time: str | None = option(None, "how long at most, such as 12:00:00")
-  output: str | None = option(None, "the file of all lines; slurm-JOB.out without it")
-  warn: int = option(120, "seconds before the time is up to send SIGTERM")
-  max_restarts: int = option(100, "how often the job may be queued again")
-  python: str = option(sys.executable, "the interpreter, on the nodes")
+  gpus_per_node: int | None = option(None, "GPUs of each node", least=1)
+  cpus_per_task: int | None = option(None, "CPU cores of each process", least=1)
+  partition: str | None = option(None, "the partition to queue in")
+  account: str | None = option(None, "the account to charge")
+  time: str | None = option(None, "time limit, such as 12:00:00")
+  output: str | None = option(None, "file for the output; by default slurm-JOB.out")
+  warn: int = option(120, "seconds before the time limit to send SIGTERM")
+  max_restarts: int = option(100, "number of times that the job may be queued again")
+  python: str = option(sys.executable, "the interpreter on the nodes")
 
 
-def render(command: Sequence[str], options: Options) -> list[Call]:
-  """One call of sbatch, which reads the job's script."""
-  line = cluster.python(options.python, command, options.env, cluster=True)
+def render(command: Sequence[str], options: Job) -> list[Call]:
+  """One call of sbatch, with the job's script on standard input."""
+  line = python(options.python, command, options.env, cluster=True)
   tasks = options.tasks_per_node or options.gpus_per_node or 1
-  given = {
-    "gpus-per-node": options.gpus_per_node,
-    "cpus-per-task": options.cpus_per_task,
-    "partition": options.partition,
-    "account": options.account,
-    "time": options.time,
-    "output": options.output,
-  }
   return [
     Call(
       (
         *("sbatch", f"--job-name={options.name}", f"--nodes={options.nodes}"),
         f"--ntasks-per-node={tasks}",
-        *cluster.flags(given),
-        # The lines of a job that was queued again follow those before.
+        *flags(options, "gpus_per_node", "cpus_per_task", "partition"),
+        *flags(options, "account", "time", "output"),
+        # A job that is queued again appends to its output file.
         *("--requeue", "--open-mode=append", f"--signal=TERM@{options.warn}"),
         *options.extra,
       ),
@@ -69,8 +64,8 @@ def render(command: Sequence[str], options: Options) -> list[Call]:
 
 
 def _script(line: str, max_restarts: int) -> str:
-  # The other tasks may be saving still when the first has exited with 143: srun is not
-  # to kill them, whatever the cluster's usual setting. Those that must end do.
+  # Other tasks may still be saving when the first exits with 143, so srun must not kill
+  # them, whatever the cluster's default. Tasks that lose a peer end by themselves.
   return f"""#!/bin/bash
 srun --kill-on-bad-exit=0 {line}
 code=$?
@@ -85,8 +80,8 @@ exit "$code"
 ENGINE = cluster.Engine(
   name="slurm",
   client="sbatch",
-  install="it is on a Slurm cluster's login nodes; give this command there",
-  options=Options,
+  install="it is on a Slurm cluster's login nodes; run this command there",
+  options=Job,
   render=render,
 )
 

@@ -1,4 +1,4 @@
-"""What every command shares: flags, help, and errors without a traceback.
+"""Flags, help, and errors without a traceback, shared by all commands.
 
 A command keeps its flags in a `FlagValues` of its own, so that two commands can be
 imported into one process (tests do) although both have, say, `--base`:
@@ -20,6 +20,7 @@ from typing import NoReturn
 from absl import app, flags
 from absl import logging as absl_logging
 
+from experiments.cli import config_flag
 from lorax_flax.errors import LoraxError
 
 # The system's refusals that are the user's to mend, and not a fault of ours.
@@ -42,6 +43,7 @@ def run(
   main: Callable[[], int | None],
   values: flags.FlagValues,
   more_help: Callable[[Sequence[str]], str] | None = None,
+  argv: Sequence[str] | None = None,
 ) -> NoReturn:
   """Runs a command and exits: 0, or 1 with one message on standard error.
 
@@ -50,12 +52,18 @@ def run(
     values: the command's flags, parsed together with absl's own.
     more_help: takes the arguments and returns what `--help` prints after the
       module's docstring and its flags.
+    argv: the program's name and its arguments; sys.argv by default.
   """
-  if _asks_for_help(sys.argv):
-    print(_help(values, sys.argv, more_help))
+  argv = sys.argv if argv is None else argv
+  if _requests_help(argv):
+    print(_help(values, argv, more_help))
     sys.exit(0)
   try:
-    app.run(lambda argv: _quietly(main), flags_parser=lambda argv: parse(values, argv))
+    app.run(
+      lambda argv: _quietly(main),
+      argv=list(argv),
+      flags_parser=lambda argv: parse(values, argv),
+    )
   except KeyboardInterrupt as error:
     print(explain(error), file=sys.stderr)
     sys.exit(130)
@@ -69,7 +77,7 @@ def run(
 
 
 def explain(error: BaseException) -> str | None:
-  """What to tell the user of an error; None where it is a fault of ours."""
+  """Message of an error for the user; None where it is a fault of ours."""
   if isinstance(error, KeyboardInterrupt):
     return "interrupted"
   if isinstance(error, LoraxError):
@@ -104,7 +112,7 @@ def _quiet_writers() -> None:
 
 
 def silent(line: str) -> None:
-  """Takes a line for the user, who has been told it, or is by another process."""
+  """Drops a line for the user, who reads it elsewhere."""
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
@@ -116,19 +124,19 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
   Raises:
     LoraxError: an unknown, missing or mistyped flag, or a positional argument.
   """
+  if "config" in values:
+    config_flag.define_overrides(values, argv)
   # One parse for both: the absl flags (--v, --logtostderr) and the command's own.
-  known = flags.FLAGS
-  if values is not known:
-    known = flags.FlagValues()
-    known.append_flag_values(values)
-    for name in flags.FLAGS:
-      flag = flags.FLAGS[name]
-      if name == flag.name and name not in known:
-        known[name] = flag
+  known = flags.FlagValues()
+  known.append_flag_values(values)
+  for name in flags.FLAGS:
+    flag = flags.FLAGS[name]
+    if name == flag.name and name not in known:
+      known[name] = flag
   try:
     rest = known(list(argv))
   except flags.Error as error:
-    raise LoraxError(f"{_said(error)} (--help lists the flags)") from error
+    raise LoraxError(f"{_message(error)} (--help lists the flags)") from error
   values.mark_as_parsed()
   flags.FLAGS.mark_as_parsed()
   if rest[1:]:
@@ -139,13 +147,13 @@ def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
   return rest
 
 
-def _said(error: flags.Error) -> str:
+def _message(error: flags.Error) -> str:
   message = str(error).strip().rstrip(".")
   # absl names the flag twice where a validator speaks: keep the sentence.
   return re.sub(r"^flag --\w+=.*?: (?=Flag )", "", message)
 
 
-def _asks_for_help(argv: Sequence[str]) -> bool:
+def _requests_help(argv: Sequence[str]) -> bool:
   before = argv[: argv.index("--")] if "--" in argv else argv
   return not _HELP.isdisjoint(before[1:])
 
@@ -156,10 +164,7 @@ def _help(
   more_help: Callable[[Sequence[str]], str] | None,
 ) -> str:
   about = (sys.modules["__main__"].__doc__ or "").strip()
-  if values is flags.FLAGS:
-    text = values.main_module_help()
-  else:
-    text = values.get_help(include_special_flags=False)
+  text = values.get_help(include_special_flags=False)
   parts = [about, "Flags:", text.strip("\n")]
   if more_help is not None:
     parts.append(more_help(argv))

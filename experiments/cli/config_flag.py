@@ -4,22 +4,26 @@ import ast
 import contextlib
 import re
 import runpy
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from experiments.cli import config_dict, fields
 from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.jobs.settings import Settings
 
 FOLDER = Path(__file__).parents[1] / "configs"
 _NOT_CONFIGS = frozenset({"__init__", "common"})
+_INDENT = 6 * " "
 
 
 def names() -> dict[str, Path]:
-  """The configs that come with the project: name to file."""
+  """Configs that come with the project: name to file."""
   files = sorted(FOLDER.glob("*.py"))
   return {file.stem: file for file in files if file.stem not in _NOT_CONFIGS}
 
@@ -33,21 +37,21 @@ def find(spec: str) -> tuple[Path, str | None]:
     LoraxError: there is none.
   """
   name, colon, variant = spec.partition(":")
-  wanted = variant if colon else None
+  chosen = variant if colon else None
   for file in (Path(name), Path(f"{name}.py")):
     if file.is_file():
-      return file, wanted
+      return file, chosen
   known = names()
   stem = name.removesuffix(".py")
   if stem in known:
-    return known[stem], wanted
+    return known[stem], chosen
   if "/" in name:
     raise LoraxError(f"no file {name}. Configs by name: {listing(known)}")
   raise LoraxError(unknown("config", stem, known))
 
 
 def default_workdir(spec: str) -> Path:
-  """runs/quickstart-full of "quickstart.py:full"."""
+  """Folder of a config's runs: runs/quickstart-full of "quickstart.py:full"."""
   name, _, variant = spec.partition(":")
   parts = (Path(name).stem, variant)
   return Path("runs") / "-".join(re.sub(r"\W+", "_", p) for p in parts if p)
@@ -85,7 +89,7 @@ def function(spec: str, name: str) -> Callable[..., Any] | None:
 
 @contextlib.contextmanager
 def running(file: Path) -> Iterator[None]:
-  """While a user's file runs, of which anything may come: one message says what."""
+  """Context in which a user's file runs; whatever it raises becomes one LoraxError."""
   try:
     yield
   except LoraxError as error:
@@ -94,88 +98,94 @@ def running(file: Path) -> Iterator[None]:
     raise LoraxError(f"{file}: {type(error).__name__}: {error}") from error
 
 
-def define(
-  values: flags.FlagValues, sys_argv: list[str] | None = None
-) -> flags.FlagHolder:
-  """Defines --config, with overrides --config.NAME=VALUE.
-
-  Args:
-    values: where to.
-    sys_argv: the arguments that overrides are looked for in; sys.argv by default.
-  """
-  holder = config_flags.DEFINE_config_file(
+def define(values: flags.FlagValues) -> None:
+  """Defines --config; `read` reads it, with its overrides --config.NAME=VALUE."""
+  flags.DEFINE_string(
     "config",
     None,
     'What to run: "quickstart.py", "glue_rte.py:large", or a file of yours. '
     "--config.NAME=VALUE changes a field of it.",
     flag_values=values,
-    sys_argv=sys_argv,
   )
-  values["config"].parser = _Parser(sys_argv)
-  return holder
 
 
-def given(config: flags.FlagHolder) -> ConfigDict:
-  """The value of --config.
+def define_overrides(values: flags.FlagValues, argv: Sequence[str]) -> None:
+  """Defines the flags --config.NAME that are among the arguments.
+
+  Their names are not checked here, where an entry of a mapping may have any.
+  """
+  found = (re.match(r"--?(no)?(config\.[^=]+)", argument) for argument in argv)
+  for name in dict.fromkeys(match[2] for match in found if match):
+    if name in values:
+      continue
+    switch = fields.is_switch(name.removeprefix("config."))
+    kind: Any = flags.DEFINE_boolean if switch else flags.DEFINE_string
+    kind(name, None, "A field of the config.", flag_values=values)
+
+
+@dataclass(frozen=True)
+class Chosen:
+  """A config that the command line chose.
+
+  Attributes:
+    spec: "glue_rte.py:large", as --config has it.
+    values: value of each field, the overrides' too.
+    overridden: fields that --config.NAME=VALUE set.
+  """
+
+  spec: str
+  values: config_dict.Values
+  overridden: tuple[str, ...]
+
+  def settings(self) -> Settings:
+    """Settings of the config; raises LoraxError for a value that can't be."""
+    return config_dict.settings(self.values, self.overridden)
+
+
+def read(values: flags.FlagValues) -> Chosen:
+  """The config that the parsed flags choose.
 
   Raises:
-    LoraxError: it was not given; it names those there are.
+    LoraxError: --config was not given, then it names those there are; what `choose`
+      raises.
   """
-  if config.value is None:
+  spec = values["config"].value
+  if spec is None:
     known = ", ".join(f"{name}.py" for name in names())
     raise LoraxError(f"which config? --config=NAME; there are {known}")
-  return config.value
+  return choose(
+    spec,
+    {
+      name.removeprefix("config."): values[name].value
+      for name in values
+      if name.startswith("config.") and values[name].present
+    },
+  )
 
 
-class _Parser(flags.ArgumentParser):
-  """From the flag's text to a ConfigDict that has every field overridden."""
+def choose(spec: str, texts: Mapping[str, Any] | None = None) -> Chosen:
+  """The config of a name, with fields set as flags set them.
 
-  def __init__(self, argv: list[str] | None):
-    self._argv = argv
+  Args:
+    spec: "glue_rte.py:large", or a file.
+    texts: by field, the text of its flag, or a bool.
 
-  def parse(self, argument: str) -> ConfigDict:
-    config = load(argument)
-    for name in overridden(sys.argv if self._argv is None else self._argv):
-      check_field(config, name)
-    return config
-
-
-def overridden(argv: Sequence[str]) -> list[str]:
-  """The fields that --config.NAME=VALUE arguments name."""
-  found = (re.match(r"--?(no)?config\.([^=]+)", argument) for argument in argv)
-  return [match[2] for match in found if match]
-
-
-def check_field(config: ConfigDict, name: str) -> None:
-  """Raises LoraxError unless the config has this field, "train.steps"."""
-  fields = dict(_fields(config))
-  if any(field.startswith(f"{name}.") for field in fields):
-    inside = [field for field in fields if field.startswith(f"{name}.")]
-    raise LoraxError(
-      f"config.{name} is a section; give one of its fields: {listing(inside)}"
-    )
-  if name not in fields:
-    last = name.rpartition(".")[2]
-    # "rank" for "lora.rank" is no misspelling that letters show.
-    ends = [field for field in fields if field.rpartition(".")[2] == last]
-    if ends:
-      raise LoraxError(
-        f"unknown config field {name!r}; did you mean {' or '.join(map(repr, ends))}?"
-      )
-    raise LoraxError(unknown("config field", name, fields))
-
-
-def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
-  for name in config:
-    value = config[name]
-    if isinstance(value, ConfigDict):
-      yield from _fields(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name, value
+  Raises:
+    LoraxError: no such config, no such field, or a value of another type.
+  """
+  found = config_dict.values(load(spec))
+  texts = texts or {}
+  for name, text in texts.items():
+    try:
+      value = text if isinstance(text, bool) else fields.parse(name, text)
+      found = config_dict.change(found, name, value)
+    except LoraxError as error:
+      raise LoraxError(f"--config.{name}={text}: {error}") from error
+  return Chosen(spec, found, tuple(texts))
 
 
 def help_text(argv: Sequence[str]) -> str:
-  """What --help says of configs; with --config=… among the arguments, of its fields."""
+  """Configs for --help, and the fields of the one among the arguments."""
   lines = ["Configs (--config=NAME, variants after a colon):"]
   width = max(map(len, names())) + 3
   for name, file in names().items():
@@ -183,8 +193,11 @@ def help_text(argv: Sequence[str]) -> str:
     about = ast.get_docstring(module) or ""
     variants = ", ".join(dict.fromkeys(re.findall(r"`(:\w+)`", about)))
     lines.append(f"  {name + '.py':<{width}}  {about.splitlines()[0]}  [{variants}]")
-  asked = [a.partition("=")[2] for a in argv if re.match(r"--?config=", a)]
-  chosen = asked[-1] if asked else "quickstart.py"
-  lines += ["", f"Fields of {chosen} (--config.NAME=VALUE):"]
-  lines += [f"  {name} = {value!r}" for name, value in _fields(load(chosen))]
+  requested = [a.partition("=")[2] for a in argv if re.match(r"--?config=", a)]
+  spec = requested[-1] if requested else "quickstart.py"
+  lines += ["", f"Fields of {spec} (--config.NAME=VALUE, or .NAME.KEY of a mapping):"]
+  for name, value in config_dict.values(load(spec)).items():
+    lines.append(f"  {name} = {value!r}")
+    text = fields.known()[name].help
+    lines += textwrap.wrap(text, 88, initial_indent=_INDENT, subsequent_indent=_INDENT)
   return "\n".join(lines)

@@ -31,10 +31,10 @@ def restart() -> None:
 
 def with_large_pages(environment: Mapping[str, str]) -> MutableMapping[str, str]:
   """The environment, asking for large pages unless it says something of them itself."""
-  given = environment.get(_TUNABLES, "")
-  if _SETTING in given:
+  own = environment.get(_TUNABLES, "")
+  if _SETTING in own:
     return dict(environment)
-  tunables = ":".join(filter(None, (given, f"{_SETTING}=1")))
+  tunables = ":".join(filter(None, (own, f"{_SETTING}=1")))
   return {**environment, _TUNABLES: tunables}
 
 

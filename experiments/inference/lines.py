@@ -28,7 +28,7 @@ _TEXTS = ("text", "text_pair")
 
 @dataclass(frozen=True)
 class Names:
-  """What the lines of a model may hold.
+  """Names that the lines of a model may hold.
 
   Attributes:
     main: of the inputs as they are: "input_ids" or "pixel_values".
@@ -44,7 +44,7 @@ class Names:
 
 
 def names(family: Family, config: Any) -> Names:
-  """What the lines of a family may hold."""
+  """Names that the lines of a family may hold."""
   inputs = list(family.inputs(config))
   needed = set(inputs[1:]) - set(tokens.TEXT_INPUTS)
   texts = {*_TEXTS, *needed} if inputs[0] in tokens.TEXT_INPUTS else set()
@@ -101,10 +101,11 @@ def rows(
   known: Names,
   max_length: int | None,
 ) -> Inputs:
-  """What the model takes of lines; an error counts them as examples, from 1.
+  """Model inputs of the lines; an error counts lines as examples, from 1.
 
   Args:
-    max_length: texts are cut to so many tokens; None for what the model takes.
+    max_length: number of tokens that texts are truncated to; None for the most that
+      the model takes.
   """
   if pixels.INPUT in known.inputs:
     if max_length is not None:

@@ -93,14 +93,14 @@ def _sizes(
 
 
 def _positions(rows: Inputs) -> np.ndarray:
-  """How many positions each row has logits for."""
+  """Number of positions that each row has logits for."""
   if isinstance(rows, Tokens) and rows.decoder is not None:
     return rows.decoder.lengths_N
   return rows.lengths_N
 
 
 def _seen(rows: Inputs, batch: Batch) -> np.ndarray:
-  """Which positions of a language model's logits are of tokens: bool (B, T)."""
+  """Mask of the positions of a language model's logits that are tokens: bool (B, T)."""
   if "decoder_input_ids" not in batch:
     return batch["attention_mask"] != 0
   places_T = np.arange(batch["decoder_input_ids"].shape[1])

@@ -15,7 +15,7 @@ from lorax_flax.models import registry
 
 @dataclass(frozen=True)
 class Merged:
-  """A model, whole.
+  """A model with its adapter merged in.
 
   Attributes:
     loaded: the model; its params are the merged ones.
@@ -30,7 +30,7 @@ class Merged:
 
   @property
   def regression(self) -> bool:
-    """Whether the one output is a number."""
+    """True where the one output is a number."""
     return self.labels is not None and len(self.labels) == 1
 
 
@@ -41,8 +41,8 @@ def load(base: str, adapter: str | None) -> Merged:
     LoraxError: besides what the readers raise, weights that neither of the two has.
   """
   folder = resolve(base)
-  has_labels = registry.of(registry.read_config(folder)).has_labels
-  outputs = adapters.num_labels(adapter) if adapter and has_labels else None
+  model = registry.outline(registry.read_config(folder))
+  outputs = adapters.num_labels(adapter, model.keymap) if adapter else None
   loaded = registry.load(folder, num_labels=outputs, new_head=outputs is not None)
   brought: set[str] = set()
   own = None
@@ -58,6 +58,7 @@ def load(base: str, adapter: str | None) -> Merged:
       "random numbers. Give an adapter trained on this base with its head (--adapter), "
       "or a base that has one"
     )
+  has_labels = model.family.has_labels
   return Merged(loaded, _labels(loaded, adapter, own) if has_labels else None, folder)
 
 

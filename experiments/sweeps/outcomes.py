@@ -1,4 +1,4 @@
-"""What has become of a sweep's trials, read from their folders."""
+"""Outcomes of a sweep's trials, read from their folders."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ class Outcome:
   """A trial, and how it ended.
 
   Attributes:
-    result: of a trial that is done, its result.json.
-    failed: of one that ended before its time, the step and the reason.
+    result: content of result.json; None unless the trial is done.
+    failed: step and reason of a trial that ended early; None for others.
   """
 
   trial: Trial
@@ -31,12 +31,12 @@ class Outcome:
 
   @property
   def over(self) -> bool:
-    """Whether there is nothing left to do."""
+    """True where there is nothing left to do."""
     return self.result is not None or self.failed is not None
 
   @property
   def metrics(self) -> dict[str, float]:
-    """Of the best evaluation."""
+    """Metrics of the best evaluation."""
     # They come before the rest in result.json.
     named = (self.result or {}).items()
     return dict(itertools.takewhile(lambda item: item[0] != "primary_metric", named))
@@ -53,7 +53,7 @@ class Outcome:
 
 
 def read(trials: Sequence[Trial], folder: Path) -> list[Outcome]:
-  """How the trials of a sweep's folder ended, as far as they have."""
+  """Outcomes of the trials of a sweep's folder."""
   return [_read(trial, folder / trial.name) for trial in trials]
 
 

@@ -1,19 +1,18 @@
-"""Runs a sweep: its units, here or in processes of their own, and its table."""
+"""Runs a sweep: its packs, here or in processes of their own, and its table."""
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import console as rich_console
-
 from experiments.cli import command as cli
-from experiments.sweeps import children, outcomes, trials, unit
+from experiments.sweeps import outcomes, trials, unit
 from experiments.sweeps import page as sweep_page
 from experiments.sweeps import table as sweep_table
 from experiments.sweeps.outcomes import Outcome
 from experiments.sweeps.plan import Plan
-from experiments.sweeps.trials import Trial, Unit
-from lorax_flax.distributed import processes, watchdog
+from experiments.sweeps.trials import Pack, Trial
+from lorax_flax.distributed import processes, subprocesses, watchdog
 from lorax_flax.errors import LoraxError
 from lorax_flax.files import workdir as files
 from lorax_flax.train.logs.console import log_to_console
@@ -26,9 +25,9 @@ def run(
 
   Args:
     folder: of the sweep.
-    at_once: how many trials train together at most.
-    jobs: how many processes run at a time.
-    arguments: of this command, for those processes.
+    at_once: largest number of trials that train together.
+    jobs: number of processes that run at a time.
+    arguments: this command's, for those processes.
 
   Raises:
     LoraxError: the folder holds another sweep.
@@ -64,7 +63,7 @@ def run(
 
 
 def claim(plan: Plan, folder: Path) -> None:
-  """Takes the folder for this sweep, or goes on with it.
+  """Claims the folder for this sweep, or resumes the sweep that it holds.
 
   Raises:
     LoraxError: it holds another one.
@@ -77,10 +76,10 @@ def claim(plan: Plan, folder: Path) -> None:
 
 def left_of(
   plan: Plan, known: Sequence[Trial], folder: Path, at_once: int
-) -> list[Unit]:
-  """The units of which a trial is not over."""
-  units = [u for batch in plan.batches(known) for u in trials.units(batch, at_once)]
-  return [wanted for wanted in units if not _over(wanted, folder)]
+) -> list[Pack]:
+  """Packs of which a trial is not over."""
+  packs = [p for batch in plan.batches(known) for p in trials.packs(batch, at_once)]
+  return [pack for pack in packs if not _over(pack, folder)]
 
 
 def table(plan: Plan, folder: Path) -> int:
@@ -102,20 +101,20 @@ def train(plan: Plan, folder: Path, numbers: Sequence[int]) -> int:
   """Trains these trials together in this process; returns the exit code."""
   files.check(folder, plan.to_json())
   known = plan.make(plan.chosen(folder))
-  wanted = [trial for trial in known if trial.number in numbers]
-  if len(wanted) < len(set(numbers)):
+  chosen = [trial for trial in known if trial.number in numbers]
+  if len(chosen) < len(set(numbers)):
     raise LoraxError(f"--trials: there are trials 0 to {len(known) - 1}")
-  found = trials.units(wanted, len(wanted))
+  found = trials.packs(chosen, len(chosen))
   if len(found) > 1:
     raise LoraxError(f"--trials: they can't train together: {found[1].why}")
   return _here(found[0], folder)
 
 
-def _here(wanted: Unit, folder: Path) -> int:
+def _here(pack: Pack, folder: Path) -> int:
   log_to_console()
   try:
     with watchdog.Watch(cli.explain):
-      unit.run(wanted, folder)
+      unit.run(pack, folder)
   except processes.Preempted as told:
     if processes.first():
       print(told, flush=True)
@@ -123,36 +122,36 @@ def _here(wanted: Unit, folder: Path) -> int:
   return 0
 
 
-def _over(wanted: Unit, folder: Path) -> bool:
-  return all(end.over for end in outcomes.read(wanted.trials, folder))
+def _over(pack: Pack, folder: Path) -> bool:
+  return all(end.over for end in outcomes.read(pack.trials, folder))
 
 
 def _elsewhere(
-  units: Sequence[Unit], folder: Path, jobs: int, arguments: Sequence[str]
+  packs: Sequence[Pack], folder: Path, jobs: int, arguments: Sequence[str]
 ) -> tuple[int, dict[str, str]]:
-  """Runs units in processes of their own.
+  """Runs packs in processes of their own.
 
   Returns:
-    The exit code of all, and of each unit that could not be run the reason.
+    The exit code of all, and of each pack that could not be run the reason.
   """
   commands = {
-    str(wanted): [sys.executable, *command(wanted, folder, arguments)]
-    for wanted in units
+    str(pack): [sys.executable, *command(pack, folder, arguments)] for pack in packs
   }
-  ended = children.run(commands, jobs)
-  codes = [code for code, _ in ended.values()]
+  # One stream, so that an error is the last line.
+  ended = subprocesses.run(commands, jobs, stderr=subprocess.STDOUT)
+  codes = [end.code for end in ended.values()]
   reasons = {
-    name: said or f"exit code {code}"
-    for name, (code, said) in ended.items()
-    if code not in (0, processes.PREEMPTED)
+    name: end.last_line or f"exit code {end.code}"
+    for name, end in ended.items()
+    if end.code not in (0, processes.PREEMPTED)
   }
-  told = processes.PREEMPTED in codes or len(ended) < len(units)
-  return processes.PREEMPTED if told else max(map(abs, codes)), reasons
+  stopped = processes.PREEMPTED in codes or len(ended) < len(packs)
+  return processes.PREEMPTED if stopped else max(map(abs, codes)), reasons
 
 
-def command(wanted: Unit, folder: Path, arguments: Sequence[str]) -> list[str]:
-  """Python's arguments that train a unit, from those of the sweep's command."""
-  numbers = ",".join(str(trial.number) for trial in wanted.trials)
+def command(pack: Pack, folder: Path, arguments: Sequence[str]) -> list[str]:
+  """Python's arguments that train a pack, from those of the sweep's command."""
+  numbers = ",".join(str(trial.number) for trial in pack.trials)
   own = [f"--workdir={folder}", f"--trials={numbers}"]
   return ["-m", "experiments.sweep", *arguments, *own]
 
@@ -160,17 +159,13 @@ def command(wanted: Unit, folder: Path, arguments: Sequence[str]) -> list[str]:
 def write(plan: Plan, folder: Path, ends: Sequence[Outcome]) -> None:
   """Writes results.csv and results.html."""
   files.write_text(folder / "results.csv", sweep_table.to_csv(ends))
-  files.write_text(folder / "results.html", sweep_page.page(ends, plan.title))
+  files.write_text(folder / "results.html", sweep_page.page(ends, plan.config.spec))
 
 
 def show(ends: Sequence[Outcome], folder: Path) -> None:
   """Prints the table, and where everything is."""
-  console = rich_console.Console(highlight=False, soft_wrap=True)
-  if not console.is_terminal:
-    console = rich_console.Console(highlight=False, soft_wrap=True, width=160)
-  console.print(sweep_table.to_rich(ends))
-  medians = sweep_table.medians_to_rich(ends)
-  if medians is not None:
-    console.print(medians)
+  for text in (sweep_table.to_text(ends), sweep_table.medians_to_text(ends)):
+    if text is not None:
+      print(text, end="\n\n")
   for name in ("results.csv", "results.html"):
-    console.print(f"{folder / name}", markup=False)
+    print(folder / name)

@@ -26,12 +26,12 @@ from lorax_flax.train.metrics import METRICS
 
 @dataclass
 class Space:
-  """What a search may choose from.
+  """Bounds of a search.
 
   Attributes:
     bounds: by field of the config, (kind, arguments).
-    count: how many trials.
-    at_once: how many are chosen at a time.
+    count: number of trials.
+    at_once: number of trials that are chosen at a time.
   """
 
   bounds: dict[str, tuple[str, tuple]] = field(default_factory=dict)
@@ -39,11 +39,11 @@ class Space:
   at_once: int = 8
 
   def uniform(self, name: str, low: float, high: float) -> None:
-    """A number between two, each as likely as the other."""
+    """A number between two, uniformly."""
     self._add(name, "uniform", float(low), float(high))
 
   def log_uniform(self, name: str, low: float, high: float) -> None:
-    """The same of its logarithm."""
+    """A number between two, uniform in its logarithm."""
     self._add(name, "log_uniform", float(low), float(high))
     if low <= 0:
       raise LoraxError(f"search: {name} has no logarithm at {low}")
@@ -59,13 +59,13 @@ class Space:
     self._add(name, "choice", *values)
 
   def trials(self, count: int, at_once: int = 8) -> None:
-    """How many trials there shall be, and how many are chosen at a time."""
+    """Number of trials, and of those that are chosen at a time."""
     if count < 1 or at_once < 1:
       raise LoraxError("search: trials(count, at_once) must both be at least 1")
     self.count, self.at_once = count, at_once
 
   def to_json(self) -> dict[str, Any]:
-    """For the folder's config.json."""
+    """Content of the folder's config.json."""
     return {"bounds": self.bounds, "trials": self.count, "at_once": self.at_once}
 
   def first(self) -> dict[str, Any]:

@@ -7,22 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import table as rich_table
-
 from experiments.sweeps import outcomes as ends
 from experiments.sweeps.outcomes import Outcome
 from experiments.sweeps.trials import show
+from lorax_flax import text_table
 
-# What differs within a group over which a median is taken.
+# The field that differs within a group over which a median is taken.
 _SEED = "seed"
 
 
 @dataclass(frozen=True)
 class Median:
-  """The same settings under several seeds.
+  """Scores of the same settings under several seeds.
 
   Attributes:
-    changes: what they have in common.
+    changes: values that they have in common.
     median, spread: of their scores; the spread is the standard deviation of a sample,
       0 of one score.
     done, count: trials that are done, and all.
@@ -41,7 +40,7 @@ def fields(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def medians(outcomes: Sequence[Outcome]) -> list[Median]:
-  """Over the seeds of each setting; a trial that failed has no score."""
+  """Medians over the seeds of each setting; a trial that failed has no score."""
   groups: dict[str, list[Outcome]] = {}
   for outcome in outcomes:
     groups.setdefault(_setting(_changes(outcome)), []).append(outcome)
@@ -57,12 +56,12 @@ def medians(outcomes: Sequence[Outcome]) -> list[Median]:
 
 
 def _changes(outcome: Outcome) -> dict[str, Any]:
-  """What trials differ in, but for the seed."""
+  """Fields that trials differ in, but for the seed."""
   return {name: x for name, x in outcome.trial.fields.items() if name != _SEED}
 
 
 def _setting(changes: Mapping[str, Any]) -> str:
-  """The same for all seeds of a setting."""
+  """Key of a setting, the same for all its seeds."""
   return repr(sorted(changes.items()))
 
 
@@ -74,7 +73,7 @@ def best_median(outcomes: Sequence[Outcome]) -> Median | None:
 
 
 def status(outcome: Outcome) -> str:
-  """How it ended, in words."""
+  """Outcome in words: "done", "not run", "failed at step 3"."""
   if outcome.failed is not None:
     return f"failed at step {outcome.failed['step']}"
   return "done" if outcome.result is not None else "not run"
@@ -110,7 +109,7 @@ def rows(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
 
 
 def to_csv(outcomes: Sequence[Outcome]) -> str:
-  """All of it, numbers in full."""
+  """The full table as CSV, numbers in full."""
   header, lines = rows(outcomes)
   out = io.StringIO()
   writer = csv.writer(out, lineterminator="\n")
@@ -118,46 +117,47 @@ def to_csv(outcomes: Sequence[Outcome]) -> str:
   return out.getvalue()
 
 
-def to_rich(outcomes: Sequence[Outcome]) -> rich_table.Table:
-  """For a terminal; the best trial is marked."""
+def to_text(outcomes: Sequence[Outcome]) -> str:
+  """The table for a terminal; the best trial is marked."""
   named = fields(outcomes)
-  primary = ends.primary(outcomes)
-  table = rich_table.Table(title="Trials", title_justify="left")
-  for name in ("trial", *map(_short, named), primary, "best step", ""):
-    left = name in ("trial", "")
-    table.add_column(name, justify="left" if left else "right", no_wrap=True)
+  header = ("trial", *map(_short, named), ends.primary(outcomes), "best step", "")
   best = ends.best(outcomes)
+  lines = []
   for outcome in outcomes:
     score, result = outcome.score, outcome.result or {}
-    table.add_row(
-      outcome.trial.name,
-      *(show(outcome.trial.fields[name]) for name in named),
-      "" if score is None else f"{score:.4f}",
-      str(result.get("best_step", "")),
-      "best" if outcome is best else "" if result else status(outcome),
+    lines.append(
+      (
+        outcome.trial.name,
+        *(show(outcome.trial.fields[name]) for name in named),
+        "" if score is None else f"{score:.4f}",
+        result.get("best_step", ""),
+        "best" if outcome is best else "" if result else status(outcome),
+      )
     )
-  return table
+  align = f"l{'r' * len(named)}rrl"
+  return text_table.render(header, lines, align=align, title="Trials")
 
 
-def medians_to_rich(outcomes: Sequence[Outcome]) -> rich_table.Table | None:
+def medians_to_text(outcomes: Sequence[Outcome]) -> str | None:
   """The medians for a terminal; None where no setting has several seeds."""
   found = medians(outcomes)
   if all(median.count == 1 for median in found):
     return None
   named = [name for name in fields(outcomes) if name != _SEED]
-  table = rich_table.Table(title="Medians over seeds", title_justify="left")
-  for name in (*map(_short, named), "median", "±", "seeds", ""):
-    table.add_column(name, justify="right" if name else "left", no_wrap=True)
   best = best_median(outcomes)
-  for median in found:
-    table.add_row(
+  lines = [
+    (
       *(show(median.changes[name]) for name in named),
       "" if median.median is None else f"{median.median:.4f}",
       "" if median.spread is None else f"{median.spread:.4f}",
       f"{median.done} of {median.count}",
       "best" if median == best else "",
     )
-  return table
+    for median in found
+  ]
+  header = (*map(_short, named), "median", "±", "seeds", "")
+  align = f"{'r' * len(named)}rrrl"
+  return text_table.render(header, lines, align=align, title="Medians over seeds")
 
 
 def _short(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The trials of a sweep: listed by a config, as settings, and who trains together.
+"""Trials of a sweep: the listed ones, their settings, and packs that train together.
 
 A config's file lists them in a function beside `get_config` (big_vision's convention):
 
@@ -8,7 +8,6 @@ A config's file lists them in a function beside `get_config` (big_vision's conve
           add(**{"train.learning_rate": rate, "seed": seed})
 """
 
-import copy
 import dataclasses
 import json
 import zlib
@@ -17,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
+from experiments.cli.config_dict import Values
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import settings
 from lorax_flax.jobs.settings import Settings
 from lorax_flax.train import trials as together
 
@@ -40,7 +38,7 @@ class Trial:
     number: from 0.
     changes: fields of the config that it sets, "train.learning_rate", to values.
     fields: these, and those that other trials set, with the config's own values.
-    settings: what it is.
+    settings: the config with the changes.
   """
 
   number: int
@@ -50,7 +48,7 @@ class Trial:
 
   @property
   def name(self) -> str:
-    """Of its folder."""
+    """Name of its folder."""
     return f"trial-{self.number:03}"
 
   def __str__(self) -> str:
@@ -58,12 +56,12 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Unit:
+class Pack:
   """Trials that train together, in one program; or one alone.
 
   Attributes:
-    trials: in their order.
-    why: these are not with the first unit's.
+    trials: members, in the sweep's order.
+    why: reason that these are not in the first pack.
   """
 
   trials: tuple[Trial, ...]
@@ -71,7 +69,7 @@ class Unit:
 
   @property
   def name(self) -> str:
-    """Of the folder with what they have in common; other trials have another."""
+    """Name of the folder with what the trials share; other trials have another."""
     numbers = ",".join(str(trial.number) for trial in self.trials)
     return f"together-{self.trials[0].number:03}-{zlib.crc32(numbers.encode()):08x}"
 
@@ -81,7 +79,7 @@ class Unit:
 
 
 def listed(spec: str) -> list[dict[str, Any]] | None:
-  """The changes that the `sweep(add)` of a config's file lists; None: it has none.
+  """Changes that the `sweep(add)` of a config's file lists; None: it has none.
 
   Raises:
     LoraxError: what goes wrong in it; it lists nothing.
@@ -103,15 +101,15 @@ def listed(spec: str) -> list[dict[str, Any]] | None:
 
 
 def make(
-  config: ConfigDict,
+  config: Values,
   changes: Sequence[Mapping[str, Any]],
   overridden: Collection[str] = (),
 ) -> list[Trial]:
   """Trials of a config.
 
   Args:
-    config: what all have in common.
-    changes: what each sets, by field.
+    config: values that all have in common.
+    changes: values that each sets, by field.
     overridden: fields given on the command line, for all.
 
   Raises:
@@ -125,32 +123,26 @@ def make(
         raise LoraxError(
           f"config.{both[0]} is given for all trials, and is what they differ in"
         )
-      wanted = settings.convert(_changed(config, own), [*overridden, *own])
+      changed = config
+      for name, value in own.items():
+        changed = config_dict.change(changed, name, value)
+      settings = config_dict.settings(changed, [*overridden, *own])
     except LoraxError as error:
       raise LoraxError(f"trial {number} ({_of(own)}): {error}") from error
-    what = json.dumps(wanted.to_json(), sort_keys=True)
-    if what in found:
+    key = json.dumps(settings.to_json(), sort_keys=True)
+    if key in found:
       raise LoraxError(
-        f"trials {found[what].number} and {number} are the same: {_of(own)}"
+        f"trials {found[key].number} and {number} are the same: {_of(own)}"
       )
-    found[what] = Trial(number, own, own, wanted)
+    found[key] = Trial(number, own, own, settings)
   return [
     dataclasses.replace(t, fields=_fields(config, t, named)) for t in found.values()
   ]
 
 
-def _fields(config: ConfigDict, trial: Trial, names: Collection[str]) -> dict[str, Any]:
-  return {
-    name: trial.changes[name] if name in trial.changes else _value(config, name)
-    for name in names
-  }
-
-
-def _value(config: ConfigDict, name: str) -> Any:
-  value: Any = config
-  for part in name.split("."):
-    value = value[part]
-  return value
+def _fields(config: Values, trial: Trial, names: Collection[str]) -> dict[str, Any]:
+  own = trial.changes
+  return {n: own[n] if n in own else config_dict.value(config, n) for n in names}
 
 
 def _of(changes: Mapping[str, Any]) -> str:
@@ -158,23 +150,8 @@ def _of(changes: Mapping[str, Any]) -> str:
   return named or "no change"
 
 
-def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-  new = copy.deepcopy(config)
-  for name, value in changes.items():
-    config_flag.check_field(config, name)
-    section, _, field = name.rpartition(".")
-    within = _value(new, section) if section else new
-    try:
-      within[field] = value
-    except (TypeError, ValueError) as error:
-      raise LoraxError(
-        f"config.{name} can't be {show(value)}, in place of {within[field]!r}"
-      ) from error
-  return new
-
-
 def _plain(value: Any) -> Any:
-  """A number of numpy's as Python's own."""
+  """Python's own number of a NumPy scalar."""
   return value.item() if isinstance(value, np.generic) else value
 
 
@@ -183,8 +160,8 @@ def show(value: Any) -> str:
   return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def units(trials: Sequence[Trial], most: int) -> list[Unit]:
-  """Who trains with whom: those that differ in data alone, `most` at a time."""
+def packs(trials: Sequence[Trial], most: int) -> list[Pack]:
+  """Packs of trials that differ in data alone, `most` at a time."""
   groups: dict[str, list[Trial]] = {}
   for trial in trials:
     key = json.dumps(_shape(trial.settings), sort_keys=True, default=str)
@@ -201,13 +178,13 @@ def units(trials: Sequence[Trial], most: int) -> list[Unit]:
     for i in range(0, len(group), most):
       part = f"at most {most} at a time" if i else ""
       reasons = "; ".join(filter(None, (why, part)))
-      found.append(Unit(tuple(group[i : i + most]), reasons))
+      found.append(Pack(tuple(group[i : i + most]), reasons))
   return found
 
 
-def _shape(wanted: Settings) -> dict[str, Any]:
-  """All that trials which train together have in common, by field."""
-  values = dataclasses.asdict(wanted)
+def _shape(settings: Settings) -> dict[str, Any]:
+  """Everything that trials of one pack have in common, by field."""
+  values = dataclasses.asdict(settings)
   found = {
     f"{section}.{name}": value
     for section, fields in values.items()
@@ -215,21 +192,21 @@ def _shape(wanted: Settings) -> dict[str, Any]:
     for name, value in fields.items()
     if name not in _DATA.get(section, ())
   }
-  found["init_adapter"] = wanted.init_adapter
-  if _drops_by_length(wanted):
+  found["init_adapter"] = settings.init_adapter
+  if _drops_by_length(settings):
     # The order of the examples makes the lengths of the batches.
     found["seed (dropout's draws go by a batch's length: data.buckets=1 is one)"] = (
-      wanted.train.seed
+      settings.train.seed
     )
   return found
 
 
-def _drops_by_length(wanted: Settings) -> bool:
-  """Whether dropout draws other numbers where a batch is padded to another length.
+def _drops_by_length(settings: Settings) -> bool:
+  """True if dropout draws other numbers where a batch is padded to another length.
 
   A checkpoint's own rates are not known here, and count as dropout.
   """
-  if wanted.data.buckets == 1:
+  if settings.data.buckets == 1:
     return False
-  rates = (wanted.lora.dropout, wanted.model.dropout, wanted.model.head_dropout)
-  return wanted.model.dropout is None or any(rates)
+  rates = (settings.lora.dropout, settings.model.dropout, settings.model.head_dropout)
+  return settings.model.dropout is None or any(rates)

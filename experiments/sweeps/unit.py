@@ -3,15 +3,15 @@
 from pathlib import Path
 
 from experiments.sweeps import outcomes
-from experiments.sweeps.trials import Unit
+from experiments.sweeps.trials import Pack
 from lorax_flax.distributed import processes
 from lorax_flax.files import workdir as files
 from lorax_flax.jobs import train
 from lorax_flax.train.logs.history import Diverged
 
 
-def run(unit: Unit, folder: Path) -> None:
-  """Trains the trials of a program; each one's folder records how it ended.
+def run(pack: Pack, folder: Path) -> None:
+  """Trains the trials of a pack; each one's folder records how it ended.
 
   Args:
     folder: of the sweep.
@@ -20,13 +20,13 @@ def run(unit: Unit, folder: Path) -> None:
     LoraxError: what `experiments.run` raises, but for a trial that diverges.
     processes.Preempted: SIGTERM asked for it; all is saved.
   """
-  over = all(outcome.over for outcome in outcomes.read(unit.trials, folder))
+  over = all(outcome.over for outcome in outcomes.read(pack.trials, folder))
   if processes.first_says(over):
     return
-  runs = {folder / trial.name: trial.settings for trial in unit.trials}
+  runs = {folder / trial.name: trial.settings for trial in pack.trials}
   for own, settings in runs.items():
     files.check(own, settings.to_json())
-  shared = folder / unit.name if len(runs) > 1 else next(iter(runs))
+  shared = folder / pack.name if len(runs) > 1 else next(iter(runs))
   results = train.train(runs, shared)
   if processes.first():
     for own, result in zip(runs, results, strict=True):

@@ -1,64 +1,72 @@
-"""Compiles a run's training step for a TPU slice that is not there; says what it costs.
+"""Compiles a run's training step for an absent TPU slice, and prints its costs.
 
   python -m launch.dryrun --config=llama3_8b_instruct.py --topology=v5e:4x4
   python -m launch.dryrun --config=… --topology=v5p:4x4x4 --config.mesh.fsdp=64
   python -m launch.dryrun --config=… --topology=v5e:4x4 --suggest --minutes=30
 
-Needs libtpu (pip install 'lorax-flax[tpu]') and no TPU; neither weights nor examples
-are read. The step is the one that experiments.run trains with, compiled by the TPU's
-own compiler: memory is what it lays out, and FLOPs, memory traffic and collectives are
-read from the program. The time is a roofline: the longest of what the products, the
-traffic and the collectives, one after another, take at the chip's peak rates. Few steps
-come near it; it is there to compare ways to run by, and names what bounds them.
+Needs libtpu (pip install 'lorax-flax[tpu]') and no TPU, and reads neither weights nor
+examples. The step is the one that experiments.run trains with, compiled by the TPU's
+own compiler: memory is the compiler's own sum, and FLOPs, memory traffic and
+collectives are read from the compiled program. The time of a step is a roofline: the
+longest of its products, its memory traffic and its collectives (one after another) at
+the chip's peak rates. Real steps are slower. Use it to compare ways to run, and to see
+which of the three bounds them.
 
-Slices: v4, v5e, v5p, v6e, with the chips along each axis: v5e:16x16, v5p:4x4x8. GPUs,
-for memory and collectives alone: h100:8, h100:4x8 (hosts × GPUs), by JAX's plugin for
-CUDA, which needs no GPU. The exit code is 1 where the step does not fit.
+Slices: v4, v5e, v5p, v6e, with the number of chips along each axis: v5e:16x16,
+v5p:4x4x8. GPUs, for memory and collectives alone: h100:8, h100:4x8 (hosts × GPUs), with
+JAX's CUDA plugin and no GPU. The exit code is 1 if the step does not fit.
 """
 
-import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from experiments.cli import command as cli
 from experiments.cli import config_flag
 from launch.dryrun import topology as topologies
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import settings
 
-CONFIG = config_flag.define(flags.FLAGS)
-flags.declare_key_flag("config")
-TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:4x4, v5p:4x4x8, …")
-SUGGEST = flags.DEFINE_bool(
-  "suggest", False, "Try meshes, model.remat and batch sizes, and rank them."
+FLAGS = flags.FlagValues()
+config_flag.define(FLAGS)
+TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "The slice, such as v5e:4x4 or v5p:4x4x8.", flag_values=FLAGS
 )
-HLO = flags.DEFINE_string("hlo", None, "A file to write the program's text to.")
+SUGGEST = flags.DEFINE_bool(
+  "suggest",
+  False,
+  "Try meshes, remat policies and batch sizes, and rank them.",
+  flag_values=FLAGS,
+)
+HLO = flags.DEFINE_string(
+  "hlo", None, "A file to write the compiled program's text to.", flag_values=FLAGS
+)
 MINUTES = flags.DEFINE_float(
-  "minutes", 30.0, "With --suggest: start no other compilation after that.", 0.0
+  "minutes",
+  30.0,
+  "With --suggest: start no further compilation after these.",
+  lower_bound=0.0,
+  flag_values=FLAGS,
 )
 
 
 def main() -> None:
-  config = config_flag.given(CONFIG)
+  chosen = config_flag.read(FLAGS)
   if TOPOLOGY.value is None:
     kinds = ", ".join(topologies.CHIPS)
-    raise LoraxError(f"which slice? --topology=v5e:4x4, say; there are {kinds}")
-  wanted = settings.convert(config, config_flag.overridden(sys.argv))
+    raise LoraxError(f"--topology is missing, such as v5e:4x4; there are {kinds}")
+  settings = chosen.settings()
   topology = topologies.describe(TOPOLOGY.value)
-  spec = config_flags.get_config_filename(flags.FLAGS["config"])
-  title = f"{spec} on {topology.name}"
+  title = f"{chosen.spec} on {topology.name}"
   if HLO.value and not Path(HLO.value).parent.is_dir():
     raise LoraxError(f"--hlo={HLO.value}: there is no folder {Path(HLO.value).parent}")
-  # Here, since --help and mistakes in flags need not wait for them.
-  from launch.dryrun import single, suggest
+  # Imported here, so that --help and errors in flags do not wait for them.
+  from launch.dryrun import run, suggest
 
   if SUGGEST.value:
-    suggest.run(wanted, topology, title, minutes=MINUTES.value)
-    return
-  single.run(wanted, topology, title, HLO.value)
+    suggest.run(settings, topology, title, minutes=MINUTES.value)
+  else:
+    run.run(settings, topology, title, HLO.value)
 
 
 if __name__ == "__main__":
-  cli.run(main, flags.FLAGS, config_flag.help_text)
+  cli.run(main, FLAGS, config_flag.help_text)

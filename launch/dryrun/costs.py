@@ -1,4 +1,4 @@
-"""What a compiled step costs on each chip, and a roofline of its time."""
+"""Costs of a compiled step on each chip, and the roofline of its time."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from launch.dryrun.topology import Topology, quiet
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Tuned
 
-# What the compiler says of a program that is too large, in each of its ways.
+# The compilers' messages about a program that is too large.
 _USED = (
   re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
   re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"),
@@ -24,13 +24,13 @@ _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 @dataclass(frozen=True)
 class Arguments:
-  """Bytes on each chip of what a step takes, without the padding of tiles.
+  """Bytes of a step's arguments on each chip, without the padding of tiles.
 
   Attributes:
-    weights: of the base, and untrained parts of the adapter.
-    adapter: what is trained.
+    weights: the base, and the adapter's leaves that are not trained.
+    adapter: the trained leaves.
     optimizer: the optimiser's state.
-    batch: the batch, and what else is small.
+    batch: the batch, the step's number and the key.
   """
 
   weights: float
@@ -45,21 +45,21 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Costs:
-  """Of one step, per chip. Of a chip without rates, memory and collectives alone.
+  """Costs of one step, per chip; of a chip without rates, memory and collectives alone.
 
   Attributes:
-    arguments: bytes by part, as they are.
-    padding: bytes that the compiler's layouts add to them.
-    temporaries: bytes of all that a step computes and forgets: activations above all.
+    arguments: bytes of the arguments, by part.
+    padding: bytes that the compiler's layouts add to the arguments.
+    temporaries: bytes of temporaries, above all activations.
     code: bytes of the program itself.
-    results: bytes of results that take no argument's place.
-    flops: of the matrix products that the chip does, recomputed ones too.
-    useful: those that the step needs: nothing recomputed, cut evenly over the chips.
-    hbm: bytes to and from memory.
+    results: bytes of the results that do not replace a donated argument.
+    flops: matmul FLOPs that the chip executes, recomputed ones included.
+    useful: matmul FLOPs that the step needs: none recomputed, an even share per chip.
+    hbm: bytes read from and written to main memory.
     sent: bytes that the chip sends, by kind of collective.
-    runs: how many collectives of each kind run.
-    compute, memory, network: seconds that flops, hbm and sent take at the peak rates;
-      collectives one after another.
+    runs: number of collectives that run, by kind.
+    compute, memory, network: seconds that flops, hbm and sent take at the peak rates,
+      with the collectives one after another.
   """
 
   arguments: Arguments
@@ -78,23 +78,23 @@ class Costs:
 
   @property
   def peak(self) -> float:
-    """Bytes of memory in use at most."""
-    taken = self.arguments.total + self.padding + self.results
-    return taken + self.temporaries + self.code
+    """Peak memory in bytes."""
+    kept = self.arguments.total + self.padding + self.results
+    return kept + self.temporaries + self.code
 
   @property
   def utilization(self) -> float:
-    """Of the chip's peak, by the FLOPs that the step needs (MFU)."""
+    """Share of the peak FLOP/s that the needed FLOPs take (MFU)."""
     return self.compute / self.seconds * self.useful / self.flops
 
   @property
   def seconds(self) -> float:
-    """Of a step, by the roofline: all three at once, each at its peak rate."""
+    """Seconds of a step by the roofline: all three overlap, each at its peak rate."""
     return max(self.compute, self.memory, self.network)
 
   @property
   def bound(self) -> str:
-    """What takes that long."""
+    """Name of the longest of the three."""
     times = {
       "compute": self.compute,
       "HBM": self.memory,
@@ -104,28 +104,32 @@ class Costs:
 
 
 class TooLarge(LoraxError):
-  """The step does not fit into the memory of a chip.
+  """A step that does not fit into the memory of a chip.
 
   Attributes:
     used, available: bytes.
-    compiled: whether the compiler says so; else the arguments alone are too large.
+    compiled: true if the compiler refused it, false if the arguments alone are too
+      large.
   """
 
   def __init__(self, used: float, available: float, compiled: bool = True):
-    what = "the step needs" if compiled else "what the step takes needs"
+    subject = "the step needs" if compiled else "its arguments need"
     super().__init__(
-      f"{what} at least {used / 2**30:,.2f} GiB of each chip's memory, and there are"
+      f"{subject} at least {used / 2**30:,.2f} GiB of each chip's memory, and there are"
       f" {available / 2**30:,.2f} GiB"
     )
     self.used, self.available, self.compiled = used, available, compiled
 
 
 def measure(job: Any, topology: Topology, useful: float) -> tuple[Costs, str]:
-  """Compiles a step and reads its costs; also the program's text.
+  """Compiles a step.
 
   Args:
-    job: an `lorax_flax.jobs.abstract.Abstract`, or what is like it.
-    useful: FLOPs of the step on all chips, as `shapes.useful_flops` finds them.
+    job: a `lorax_flax.jobs.abstract.Abstract`, or an object with its attributes.
+    useful: FLOPs of the step on all chips, from `step.useful_flops`.
+
+  Returns:
+    Its costs, and the text of the program.
 
   Raises:
     TooLarge: it does not fit.
@@ -133,13 +137,13 @@ def measure(job: Any, topology: Topology, useful: float) -> tuple[Costs, str]:
   """
   text, memory = _compiled(job, topology)
   found = read(job, topology, useful, text, memory)
-  if found.peak > topology.chip.hbm:  # A TPU's compiler has said so before.
+  if found.peak > topology.chip.hbm:  # A TPU's compiler has refused it already.
     raise TooLarge(found.peak, topology.chip.hbm)
   return found, text
 
 
 def _compiled(job: Any, topology: Topology) -> tuple[str, Any]:
-  """The program's text, and how it lays out memory."""
+  """The text of the compiled program, and its memory analysis."""
   least = arguments(job).total
   if least > topology.chip.hbm:
     raise TooLarge(least, topology.chip.hbm, compiled=False)
@@ -147,7 +151,7 @@ def _compiled(job: Any, topology: Topology) -> tuple[str, Any]:
   try:
     with quiet():
       compiled = lowered.compile()
-  except Exception as error:  # JAX's kinds of errors differ between its versions.
+  except Exception as error:  # JAX's error types differ between versions.
     if too_large := _too_large(str(error)):
       raise too_large from error
     line = str(error).splitlines()[0][:500]
@@ -156,11 +160,11 @@ def _compiled(job: Any, topology: Topology) -> tuple[str, Any]:
 
 
 def read(job: Any, topology: Topology, useful: float, text: str, memory: Any) -> Costs:
-  """The costs of a compiled step; see `measure`.
+  """Costs of a compiled step; see `measure`.
 
   Args:
-    text: of the program.
-    memory: as `memory_analysis()` of the compiled step gives it.
+    text: the program, `compiled.as_text()`.
+    memory: `compiled.memory_analysis()`.
   """
   parts, chip = arguments(job), topology.chip
   sent: dict[str, float] = defaultdict(float)
@@ -200,9 +204,9 @@ def _too_large(message: str) -> TooLarge | None:
 
 
 def arguments(job: Any) -> Arguments:
-  """Bytes on each chip of a step's arguments; nothing is compiled."""
+  """Bytes of a step's arguments on each chip; compiles nothing."""
   small = (job.state.step, job.state.key, job.batch)
-  # What a weight that trains in full started from lies in the base's own buffer.
+  # The original of a weight that trains in full shares the base's buffer.
   rest = {p: d for p, d in job.base.rest.items() if not isinstance(d, Tuned)}
   return Arguments(
     weights=_size((job.base.params, rest)),

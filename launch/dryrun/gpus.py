@@ -1,14 +1,14 @@
-"""GPUs that are described only, for the compiler: what a driver says of a real one.
+"""Descriptions of GPUs for the compiler, in place of those that a driver gives.
 
-Figures are NVIDIA's, of the H100 SXM: its architecture's white paper, and the CUDA
-programming guide's table of compute capability 9.0.
+Source: NVIDIA's white paper on the H100 SXM's architecture, and the CUDA programming
+guide's table of compute capability 9.0.
 """
 
 from typing import Any
 
 from lorax_flax.errors import LoraxError
 
-# Bytes of memory that a program can have, by name.
+# Bytes of memory that a program can use, by name.
 MEMORY = {"h100": 84_942_979_072}
 
 _TARGETS = {
@@ -40,8 +40,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 }
 
 
-def devices(kind: str, hosts: int, each: int) -> list[Any]:
-  """So many hosts with so many GPUs each, as JAX describes them.
+def devices(kind: str, hosts: int, gpus_per_host: int) -> list[Any]:
+  """GPUs of some hosts, as JAX describes devices.
 
   Raises:
     LoraxError: JAX's plugin for CUDA is not installed.
@@ -50,12 +50,14 @@ def devices(kind: str, hosts: int, each: int) -> list[Any]:
 
   try:
     found = topologies.get_topology_desc(
-      platform="cuda", target_config=_TARGETS[kind], topology=f"1x{hosts}x{each}"
+      platform="cuda",
+      target_config=_TARGETS[kind],
+      topology=f"1x{hosts}x{gpus_per_host}",
     )
-  except Exception as error:  # JAX's kinds of errors differ between its versions.
+  except Exception as error:  # JAX's error types differ between versions.
     raise LoraxError(
-      "compiling for GPUs needs JAX's plugin for CUDA, and no GPU:"
-      " pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, of jax's own version."
+      "compiling for GPUs needs JAX's CUDA plugin, but no GPU: pip install --no-deps"
+      " jax-cuda12-plugin jax-cuda12-pjrt, in the version of jax."
       f" ({str(error).splitlines()[0][:200]})"
     ) from error
   return list(found.devices)

@@ -1,4 +1,4 @@
-"""Matmul FLOPs that a traced function needs, before any compiler has its way."""
+"""Matmul FLOPs of a traced function, before the compiler changes it."""
 
 import math
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ from lorax_flax.adapt.interpret import encoding
 
 
 def matmul_flops(jaxpr: Any) -> int:
-  """2 × the products of every dot_general and convolution, loops multiplied out.
+  """Counts 2 × the multiplications of all dots and convolutions, scans multiplied out.
 
   Args:
-    jaxpr: of `jitted.trace(…)`.
+    jaxpr: of the function, `jitted.trace(…).jaxpr`.
 
   Raises:
-    ValueError: a while loop with products in it: how often it runs is not known.
+    ValueError: a while loop with products in it, whose trip count is not known.
   """
   total = 0
   for equation in encoding.open_jaxpr(jaxpr)[0].eqns:
@@ -50,7 +50,7 @@ def _dot(equation: Any) -> int:
 
 
 def _convolution(equation: Any) -> int:
-  """Padding counts as input: an upper bound, exact for patches that do not overlap."""
+  """FLOPs with padding counted as input: exact for patches that do not overlap."""
   numbers = equation.params["dimension_numbers"]
   kernel = equation.invars[1].aval.shape
   made = math.prod(equation.outvars[0].aval.shape)

@@ -1,42 +1,31 @@
-"""A step's costs as a table."""
+"""Tables of a step's costs, and their units."""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 from rich import console as rich_console
-from rich import table as rich_table
 
 from launch.dryrun.costs import Costs, TooLarge, arguments
 from launch.dryrun.topology import GIB, Topology
+from lorax_flax import text_table
 
 
-def table(title: str, costs: Costs, job: Any, topology: Topology) -> rich_table.Table:
-  """One step on one chip.
+def table(title: str, costs: Costs, job: Any, topology: Topology) -> str:
+  """Costs of one step on one chip.
 
   Args:
-    job: whose costs they are, for its batch.
+    job: the step, whose batch the throughput counts.
   """
-  made = rich_table.Table(title=title, title_justify="left")
-  made.add_column("per chip")
-  made.add_column("", justify="right")
-  made.add_column("")
   times = _time(costs, job, topology) if topology.chip.timed else []
-  for row in (*_memory(costs, topology), None, *_collectives(costs), *times):
-    if row is None:
-      made.add_section()
-    else:
-      made.add_row(*row)
-  return made
+  rows = [*_memory(costs, topology), (), *_collectives(costs), *times]
+  return text_table.render(("per chip", "", ""), rows, align="lrl", title=title)
 
 
-def too_large(title: str, job: Any, error: TooLarge) -> rich_table.Table:
-  """What is known of a step that does not fit."""
+def too_large(title: str, job: Any, error: TooLarge) -> str:
+  """Memory by part of a step that does not fit."""
   a = arguments(job)
-  made = rich_table.Table(title=title, title_justify="left")
-  made.add_column("per chip")
-  made.add_column("", justify="right")
-  for row in (
+  rows = (
     ("weights", size(a.weights)),
     ("adapter", size(a.adapter)),
     ("optimiser", size(a.optimizer)),
@@ -44,16 +33,15 @@ def too_large(title: str, job: Any, error: TooLarge) -> rich_table.Table:
     ("the rest: activations, padding", size(max(0.0, error.used - a.total))),
     ("peak HBM", size(error.used)),
     ("the compiler has", size(error.available)),
-  ):
-    made.add_row(*row)
-  return made
+  )
+  return text_table.render(("per chip", ""), rows, align="lr", title=title)
 
 
 @contextlib.contextmanager
-def working(what: str) -> Iterator[None]:
-  """Shows that something is going on, on a terminal."""
-  # On standard output: the compiler's noise is kept from the other one.
-  with rich_console.Console().status(what):
+def spinner(text: str) -> Iterator[None]:
+  """Shows a spinner with a text while its block runs, on a terminal."""
+  # On standard output: the compiler writes its own lines to standard error.
+  with rich_console.Console().status(text):
     yield
 
 
@@ -67,23 +55,23 @@ def _memory(c: Costs, topology: Topology) -> list[tuple[str, str, str]]:
     ("adapter", size(a.adapter), "trained, float32"),
     ("optimiser", size(a.optimizer), ""),
     ("batch", size(a.batch), ""),
-    ("padding", size(c.padding), "of the above, to whole tiles"),
-    ("activations", size(c.temporaries), "temporaries: all that a step forgets"),
-    ("program", size(c.code + c.results), "and results in no argument's place"),
+    ("padding", size(c.padding), "of the above, to full tiles"),
+    ("activations", size(c.temporaries), "temporaries of the step"),
+    ("program", size(c.code + c.results), "and results not in place"),
     ("peak HBM", size(c.peak), fits),
   ]
 
 
 def _collectives(c: Costs) -> list[tuple[str, str, str]]:
   return [
-    (kind, size(c.sent[kind]), f"sent, in {c.runs[kind]:,} runs")
+    (kind, size(c.sent[kind]), f"sent, {c.runs[kind]:,} runs")
     for kind in sorted(c.sent, key=lambda k: -c.sent[k])
   ]
 
 
 def _time(c: Costs, job: Any, topology: Topology) -> list[tuple[str, str, str]]:
   chip = topology.chip
-  again = c.flops / c.useful - 1
+  recomputed = c.flops / c.useful - 1
   rows, length = job.batch["input_ids"].shape
   rate = rows * length / c.seconds / topology.size
   return [
@@ -96,7 +84,7 @@ def _time(c: Costs, job: Any, topology: Topology) -> list[tuple[str, str, str]]:
       "matmul FLOPs",
       f"{c.flops:.3g}",
       f"{time(c.compute)} at {chip.flops / 1e12:,.0f} TFLOP/s;"
-      f" {again:.0%} more than needed",
+      f" {recomputed:.0%} more than needed",
     ),
     (
       "HBM traffic",
@@ -110,7 +98,7 @@ def _time(c: Costs, job: Any, topology: Topology) -> list[tuple[str, str, str]]:
 
 
 def time(seconds: float) -> str:
-  """Seconds in a unit that suits them."""
+  """Seconds as text, in s, ms or µs."""
   for unit, name in ((1.0, "s"), (1e-3, "ms")):
     if seconds >= unit:
       return f"{seconds / unit:,.2f} {name}"
@@ -118,15 +106,8 @@ def time(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-  """Bytes in a unit that suits them."""
+  """Bytes as text, in GiB, MiB, KiB or B."""
   for unit, name in ((GIB, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")):
     if count >= unit:
       return f"{count / unit:,.2f} {name}"
   return f"{count:,.0f} B"
-
-
-def show(*parts: Any) -> None:
-  """Prints tables and lines."""
-  console = rich_console.Console(highlight=False, soft_wrap=True)
-  for part in parts:
-    console.print(part, markup=False) if isinstance(part, str) else console.print(part)

@@ -1,4 +1,4 @@
-"""A run's step for a slice, as shapes."""
+"""A run's training step for a slice, as shapes, and the FLOPs that it needs."""
 
 import dataclasses
 
@@ -12,22 +12,22 @@ from lorax_flax.jobs.settings import Settings
 from lorax_flax.tasks import task as tasks
 
 
-def job(wanted: Settings, topology: Topology) -> Abstract:
-  """The step that training runs on such a slice; see `lorax_flax.jobs.abstract`."""
-  return abstract(wanted, topology.devices)
+def job(settings: Settings, topology: Topology) -> Abstract:
+  """The step that training runs on a slice; see `lorax_flax.jobs.abstract`."""
+  return abstract(settings, topology.devices)
 
 
-def experts(wanted: Settings) -> int:
-  """How many experts the model has side by side; 1 where it has none."""
-  task = tasks.of(wanted.data)
-  model = outline.described(wanted.model, task, wanted.data.max_length)
+def experts(settings: Settings) -> int:
+  """Number of experts of a layer; 1 for a model without experts."""
+  task, length = tasks.of(settings.data), settings.data.max_length
+  model = outline.described(settings.model, task, length)
   return getattr(model.config, "num_experts", None) or 1
 
 
-def useful_flops(wanted: Settings, topology: Topology) -> int:
-  """Matmul FLOPs of a step on all chips, were nothing computed twice."""
-  model = dataclasses.replace(wanted.model, remat="none")
-  once = job(dataclasses.replace(wanted, model=model), topology)
+def useful_flops(settings: Settings, topology: Topology) -> int:
+  """Matmul FLOPs of a step on all chips together, with nothing recomputed."""
+  model = dataclasses.replace(settings.model, remat="none")
+  once = job(dataclasses.replace(settings, model=model), topology)
   with jax.set_mesh(once.mesh):
     traced = once.step.trace(once.state, once.base, once.batch)
   return jaxpr_flops.matmul_flops(traced.jaxpr)

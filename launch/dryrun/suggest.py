@@ -1,74 +1,33 @@
-"""Meshes, remat policies and batch sizes for a run on a slice, ranked."""
+"""Suggestions: meshes, remat policies and batch sizes for a run on a slice, ranked."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rich import table as rich_table
-
 from launch.dryrun import costs, report
 from launch.dryrun import step as shapes
+from launch.dryrun.options import REMAT, Option, meshes
 from launch.dryrun.topology import Topology
+from lorax_flax import text_table
 from lorax_flax.errors import LoraxError
 from lorax_flax.jobs.settings import Settings
-from lorax_flax.sharding import activations as spread
-from lorax_flax.sharding.mesh import AXES, MeshConfig, spell
+from lorax_flax.sharding import activations
+from lorax_flax.sharding.mesh import AXES
 
-# What is recomputed, from the most memory to the least.
-_REMAT = ("none", "dots", "full")
-# Meshes whose other options are tried.
+# Number of the best meshes whose other options are tried.
 _BEST = 2
 
 
 @dataclass(frozen=True)
-class Option:
-  """One way to run.
-
-  Attributes:
-    mesh: chips along each of its axes.
-    remat, batch: model.remat and train.batch_size.
-  """
-
-  mesh: tuple[int, ...]
-  remat: str
-  batch: int
-
-  @property
-  def sizes(self) -> dict[str, int]:
-    """Of the mesh's axes, by name."""
-    return dict(zip(AXES, self.mesh, strict=True))
-
-  def of(self, wanted: Settings) -> Settings:
-    """The settings with this option."""
-    return dataclasses.replace(
-      wanted,
-      mesh=MeshConfig(**self.sizes),
-      model=dataclasses.replace(wanted.model, remat=self.remat),
-      train=dataclasses.replace(
-        wanted.train, batch_size=self.batch, eval_batch_size=self.batch
-      ),
-    )
-
-  def needs_more_than(self, other: "Option") -> bool:
-    """Whether it takes at least the memory of another one on the same mesh."""
-    return (
-      self.mesh == other.mesh
-      and self.batch >= other.batch
-      and _REMAT.index(self.remat) <= _REMAT.index(other.remat)
-    )
-
-
-@dataclass(frozen=True)
 class Tried:
-  """An option, and what came of it.
+  """An option and its result.
 
   Attributes:
-    costs: None where it does not fit.
+    costs: None if it does not fit.
     used: bytes of a chip's memory.
-    rate: tokens per second and chip, by the roofline; 0 where it does not fit.
-    compiled: whether that is the compiler's word, and not the arguments' size alone.
+    rate: tokens per second and chip, by the roofline; 0 if it does not fit.
+    compiled: false if the arguments alone are too large, so that it was not compiled.
   """
 
   option: Option
@@ -78,89 +37,72 @@ class Tried:
   compiled: bool = True
 
 
-def run(wanted: Settings, topology: Topology, title: str, *, minutes: float) -> None:
-  """Tries options for so long, and prints them, the fastest first.
+def run(settings: Settings, topology: Topology, title: str, *, minutes: float) -> None:
+  """Tries options, and prints them with the fastest first.
+
+  Args:
+    minutes: after these, no further compilation is started.
 
   Raises:
-    LoraxError: no option suits the batch, or there are no rates to rank them by.
+    LoraxError: no option suits the batch, or the chip's rates are not known.
   """
   if not topology.chip.timed:
-    raise LoraxError(f"--suggest ranks by time, which is not reckoned of {title}")
+    raise LoraxError(f"--suggest ranks by time, which is not computed for {title}")
   until = time.monotonic() + 60 * minutes
   tried: list[Tried] = []
-  left, useful = 0, shapes.useful_flops(wanted, topology)
+  left, useful = 0, shapes.useful_flops(settings, topology)
   first = [
-    Option(mesh, wanted.model.remat, wanted.train.batch_size)
-    for mesh in meshes(topology.size, shapes.experts(wanted))
+    Option(mesh, settings.model.remat, settings.train.batch_size)
+    for mesh in meshes(topology.size, shapes.experts(settings))
   ]
-  for stage in (lambda: first, lambda: list(_around(wanted, tried))):
+  for stage in (lambda: first, lambda: list(_around(settings, tried))):
     options = stage()
     for number, option in enumerate(options, 1):
       if time.monotonic() > until:
         left += len(options) - number + 1
         break
-      what = f"{number} of {len(options)}: {describe(option)}"
+      name = f"{number} of {len(options)}: {option}"
       if any(option.needs_more_than(t.option) for t in tried if not t.costs):
         continue
-      with report.working(what):
-        found = _try(option, wanted, topology, useful)
+      with report.spinner(name):
+        found = _try(option, settings, topology, useful)
       if found is None:
         continue
       tried.append(found)
-      report.show(f"  {what}: {_outcome(found)}")
+      print(f"  {name}: {_outcome(found)}", flush=True)
   if not tried:
     raise LoraxError(
-      f"no mesh of {topology.size} chips suits a batch of {wanted.train.batch_size}"
+      f"no mesh of {topology.size} chips suits a batch of {settings.train.batch_size}"
     )
-  report.show("", table(title, tried, topology))
+  print(f"\n{table(title, tried, topology)}")
   if left:
-    report.show(f"{left} others were not tried: --minutes={minutes:g} had passed")
+    print(f"{left} others were not tried: --minutes={minutes:g} had passed")
 
 
-def meshes(chips: int, experts: int = 1) -> list[tuple[int, ...]]:
-  """Every way to cut so many chips, those first that are likely to be good.
-
-  Args:
-    experts: of the model, which their axis has to divide.
-  """
-  found = [
-    (data, fsdp, chips // expert // data // fsdp, expert)
-    for expert in _divisors(math.gcd(chips, experts))
-    for data in _divisors(chips // expert)
-    for fsdp in _divisors(chips // expert // data)
-  ]
-  return sorted(found, key=lambda sizes: (sizes[0], sizes[2], sizes[3]))
-
-
-def _divisors(n: int) -> list[int]:
-  return [i for i in range(1, n + 1) if n % i == 0]
-
-
-def _around(wanted: Settings, tried: Sequence[Tried]) -> Iterator[Option]:
-  """Other remat policies and batch sizes, on the best of the meshes that were tried."""
+def _around(settings: Settings, tried: Sequence[Tried]) -> Iterator[Option]:
+  """Yields other remat policies and batch sizes on the best meshes so far."""
   best = sorted(tried, key=lambda t: (-t.rate, t.used))[:_BEST]
   for found in best:
-    mesh, batch = found.option.mesh, wanted.train.batch_size
+    mesh, batch = found.option.mesh, settings.train.batch_size
     for size in (batch, 2 * batch, 4 * batch, batch // 2):
-      for remat in reversed(_REMAT):
+      for remat in reversed(REMAT):
         option = Option(mesh, remat, size)
         if option != found.option and size:
           yield option
 
 
 def _try(
-  option: Option, wanted: Settings, topology: Topology, useful: float
+  option: Option, settings: Settings, topology: Topology, useful: float
 ) -> Tried | None:
-  """What an option costs; None where the batch can't be spread over its mesh.
+  """Compiles an option; None if its mesh does not divide the batch.
 
   Args:
-    useful: FLOPs of the wanted batch; another one needs more in proportion.
+    useful: FLOPs of the settings' own batch; others need more in proportion.
   """
-  settings = option.of(wanted)
-  if option.batch % (spread.ways(option.sizes) * settings.train.accumulation):
+  if option.batch % (activations.ways(option.sizes) * settings.train.accumulation):
     return None
-  job = shapes.job(settings, topology)
-  needed = useful * option.batch / wanted.train.batch_size
+  job = shapes.job(option.of(settings), topology)
+  needed = useful * option.batch / settings.train.batch_size
   try:
     found, _ = costs.measure(job, topology, needed)
   except costs.TooLarge as error:
@@ -169,45 +111,32 @@ def _try(
   return Tried(option, found, found.peak, tokens / found.seconds / topology.size)
 
 
-def describe(option: Option) -> str:
-  mesh = spell(option.sizes) or "one chip"
-  return f"{mesh}, remat {option.remat}, batch {option.batch}"
-
-
 def _outcome(found: Tried) -> str:
   if found.costs is None:
-    more = "" if found.compiled else ", of arguments alone"
-    return f"does not fit, {report.size(found.used)}{more}"
+    more = "" if found.compiled else " of arguments alone"
+    return f"does not fit: {report.size(found.used)}{more}"
   return f"{found.rate:,.0f} tokens/s a chip, {report.size(found.used)}"
 
 
-def table(title: str, tried: Sequence[Tried], topology: Topology) -> rich_table.Table:
-  """The options, those that fit first, the fastest first."""
-  made = rich_table.Table(
-    title=f"{title}: per chip, by the roofline",
-    title_justify="left",
-    caption=f"mesh: {' × '.join(AXES)}; GiB: the peak of HBM",
-    caption_justify="left",
-  )
-  made.add_column("mesh", no_wrap=True)
-  columns = ("remat", "batch", "tokens/s", "step", "bound", "MFU", "GiB", "of it")
-  for name in columns:
-    made.add_column(name, justify="right")
+def table(title: str, tried: Sequence[Tried], topology: Topology) -> str:
+  """The options that fit, the fastest first, then those that do not."""
+  rows = []
   for found in sorted(tried, key=lambda t: (not t.costs, -t.rate, t.used)):
     option, c = found.option, found.costs
-    cells = ("×".join(map(str, option.mesh)), option.remat, str(option.batch))
+    cells = ("×".join(map(str, option.mesh)), option.remat, option.batch)
     least = "" if found.compiled else "> "
     used = f"{least}{found.used / 2**30:.2f}"
     if c is None:
-      made.add_row(*cells, "", "", "", "", used, "no")
+      rows.append((*cells, "", "", "", "", used, "no"))
       continue
-    made.add_row(
-      *cells,
-      f"{found.rate:,.0f}",
-      report.time(c.seconds),
-      c.bound,
-      f"{c.utilization:.0%}",
-      used,
-      f"{found.used / topology.chip.hbm:.0%}",
-    )
-  return made
+    times = (f"{found.rate:,.0f}", report.time(c.seconds), c.bound)
+    share = f"{found.used / topology.chip.hbm:.0%}"
+    rows.append((*cells, *times, f"{c.utilization:.0%}", used, share))
+  columns = ("mesh", "remat", "batch", "tokens/s", "step", "bound", "MFU", "GiB")
+  table = text_table.render(
+    (*columns, "of it"),
+    rows,
+    align="lrrrrrrrr",
+    title=f"{title}: per chip, by the roofline",
+  )
+  return f"{table}\nmesh: {' × '.join(AXES)}; GiB: the peak of HBM"

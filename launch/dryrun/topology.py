@@ -1,9 +1,9 @@
-"""Slices that are described only: their chips' figures, and how these are wired.
+"""Slices that need not exist: the rates of their chips, and the network between them.
 
-Figures are the vendor's, per chip: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}
+Sources, per chip: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}
 (peak bfloat16 FLOP/s, HBM size and bandwidth, bandwidth between chips), and the number
 of links: 3-D tori (v4, v5p) have six a chip, 2-D ones (v5e, v6e) four. v4's bandwidth
-between chips, 50 GB/s a link and direction, is of arXiv 2304.01433, table 4.
+between chips, 50 GB/s a link and direction, is from arXiv 2304.01433, table 4.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class Chip:
-  """What one chip can do.
+  """One chip's memory and peak rates, and its network.
 
   Attributes:
     hbm: bytes of memory.
-    flops: bfloat16 FLOP/s at its peak.
+    flops: peak bfloat16 FLOP/s.
     hbm_bandwidth: bytes/s.
-    link: bytes/s that one link carries in one direction.
-    dims: of the torus that links make; of GPUs, hosts and GPUs of each.
-    wraps: chips along an axis at which its ends are joined: a multiple of it (and on a
-      3-D torus, of every axis).
-    most: chips of the largest slice.
+    link: bytes/s of one link in one direction.
+    dims: number of axes of the torus; of GPUs 2, hosts and GPUs of each.
+    wraps: an axis whose number of chips is a multiple of this is a ring (on a 3-D
+      torus, if all axes are multiples).
+    most: number of chips of the largest slice.
   """
 
   hbm: float
@@ -46,7 +46,7 @@ class Chip:
 
   @property
   def timed(self) -> bool:
-    """Whether there are rates to reckon times from."""
+    """True if the rates are known, so that times can be computed."""
     return self.flops > 0
 
 
@@ -55,11 +55,11 @@ CHIPS = {
   "v5e": Chip(16 * GIB, 197e12, 0.819e12, 50e9, dims=2, wraps=16, most=256),
   "v5p": Chip(95 * GIB, 459e12, 2.765e12, 100e9, dims=3, wraps=4, most=6144),
   "v6e": Chip(32 * GIB, 918e12, 1.638e12, 100e9, dims=2, wraps=16, most=256),
-  # For memory alone: without a GPU its compiler tries no kernels out, so that the
-  # program is not the one that would run.
+  # For memory alone: without a GPU the compiler does not autotune, so that the program
+  # is not the one that would run.
   "h100": Chip(gpus.MEMORY["h100"], 0, 0, 0, dims=2, wraps=0, most=4096),
 }
-# Chips of a host, along each axis; a smaller slice lies on a part of one.
+# Chips of a host along each axis; a smaller slice is a part of a host.
 _HOST = (2, 2, 1)
 
 
@@ -69,9 +69,9 @@ class Topology:
 
   Attributes:
     name: "v5e:4x4".
-    chip: one of its chips.
-    shape: chips along each axis of the network.
-    devices: as JAX describes them, one a chip.
+    chip: its kind of chip.
+    shape: number of chips along each axis of the network.
+    devices: JAX's description of each chip.
   """
 
   name: str
@@ -81,34 +81,33 @@ class Topology:
 
   @property
   def size(self) -> int:
-    """How many chips."""
+    """Number of chips."""
     return len(self.devices)
 
   def links(self, members: Sequence[Any]) -> float:
-    """Links, each in one direction, that a group of devices can send over at once.
+    """Number of links, each in one direction, that a device of a group can use at once.
 
-    A ring needs one each way: two where the ends of an axis are joined, else one. A
-    group that spreads over several axes uses those of each.
+    Two along an axis that is a ring, else one; a group that spans several axes uses
+    the links of each.
     """
     coords = [tuple(device.coords) for device in members]
     found = 0
     for axis, size in enumerate(self.shape):
       along = {c[axis] for c in coords}
       if len(along) > 1:
-        found += 2 if len(along) == size and self._joined(size) else 1
+        found += 2 if len(along) == size and self._is_ring(size) else 1
     return found or 1
 
-  def _joined(self, size: int) -> bool:
-    whole = self.chip.wraps
-    every = self.shape if self.chip.dims == 3 else (size,)
-    return all(n % whole == 0 for n in every)
+  def _is_ring(self, size: int) -> bool:
+    sizes = self.shape if self.chip.dims == 3 else (size,)
+    return all(n % self.chip.wraps == 0 for n in sizes)
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
-  """The generation and the shape of "v5e:4x4".
+  """Generation and shape of "v5e:4x4".
 
   Raises:
-    LoraxError: no such generation, or no such slice of it.
+    LoraxError: unknown generation, or it has no such slice.
   """
   kind, colon, text = name.partition(":")
   if kind not in CHIPS:
@@ -121,10 +120,10 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
   if not chip.timed:
     shape = (1, *shape)[-2:] if len(shape) < 3 else shape
   if len(shape) != chip.dims:
-    what = f"a {kind}'s network has {chip.dims} axes"
+    rule = f"a {kind}'s network has {chip.dims} axes"
     if not chip.timed:
-      what = "GPUs are so many of one host, or hosts × GPUs of each"
-    raise LoraxError(f"topology {name!r}: {what}, as in {example}")
+      rule = "give the GPUs of one host, or hosts × GPUs of each"
+    raise LoraxError(f"topology {name!r}: {rule}, as in {example}")
   if math.prod(shape) > chip.most:
     raise LoraxError(
       f"topology {name!r} has {math.prod(shape)} chips, and a {kind} slice at most"
@@ -134,10 +133,10 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def describe(name: str) -> Topology:
-  """A slice by name, without any of its chips.
+  """A slice by name; needs none of its chips.
 
   Raises:
-    LoraxError: no such slice; libtpu is not installed.
+    LoraxError: no such slice; libtpu or JAX's CUDA plugin is not installed.
   """
   kind, shape = parse(name)
   chip = CHIPS[kind]
@@ -149,17 +148,17 @@ def describe(name: str) -> Topology:
 
   options: dict[str, Any] = {}
   if kind == "v4":
-    # A chip's two cores as one device, as training on it has them.
+    # One device for a chip's two cores, as on a real v4.
     options["chip_config_name"] = "megacore"
-  whole = (*shape, 1)[:3]
-  if math.prod(whole) < math.prod(_HOST):
-    options["chips_per_host_bounds"] = whole
+  bounds = (*shape, 1)[:3]
+  if math.prod(bounds) < math.prod(_HOST):
+    options["chips_per_host_bounds"] = bounds
   try:
     with quiet():
       found = topologies.get_topology_desc(
         platform="tpu", topology_name=name, **options
       )
-  except Exception as error:  # JAX's kinds of errors differ between its versions.
+  except Exception as error:  # JAX's error types differ between versions.
     raise LoraxError(
       f"topology {name!r}: {str(error).splitlines()[0][:300]}"
     ) from error
@@ -167,7 +166,7 @@ def describe(name: str) -> Topology:
 
 
 def prepare(chip: Chip) -> None:
-  """Sets up JAX to compile for what is not there, before it looks for devices.
+  """Sets JAX up to compile for absent chips, before it looks for devices.
 
   Raises:
     LoraxError: libtpu is not installed.
@@ -184,18 +183,18 @@ def prepare(chip: Chip) -> None:
       "compiling for TPUs needs libtpu, which is not installed:"
       " pip install 'lorax-flax[tpu]'"
     )
-  # Two processes may compile at once; nothing asks the cloud what this machine is.
+  # Lets two processes compile at once, and keeps libtpu from querying the cloud.
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Withholds what libtpu's C++ writes to standard error: its errors are raised too."""
+  """Discards what libtpu's C++ writes to standard error; its errors are also raised."""
   sys.stderr.flush()
   before = os.dup(2)
-  with open(os.devnull, "w") as nowhere:
-    os.dup2(nowhere.fileno(), 2)
+  with open(os.devnull, "w") as null:
+    os.dup2(null.fileno(), 2)
   try:
     yield
   finally:

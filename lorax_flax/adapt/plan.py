@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax_flax import text_table
 from lorax_flax.adapt import targets as tg
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.interpret import roles as disc
@@ -102,7 +103,7 @@ class Plan:
     return "in full" if layers is None else f"layers {_said(layers)} in full"
 
   def __str__(self) -> str:
-    rows = [("path", "shape", "roles", "rank", "alpha", "trained")]
+    rows: list[tuple[str, ...]] = []
     for t in self.targets:
       note = (
         f" (W + delta formed at {', '.join(t.materialized)})" if t.materialized else ""
@@ -116,11 +117,8 @@ class Plan:
       for r in self.rows
     ]
     rows += [(path, "", "", "", "", self._in_full(path)) for path in self.tuned]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-      "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-      for row in rows
-    )
+    header = ("path", "shape", "roles", "rank", "alpha", "trained")
+    return text_table.render(header, rows)
 
 
 def _tuned_layers(

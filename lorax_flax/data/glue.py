@@ -1,8 +1,8 @@
 """GLUE through tensorflow-datasets, as array_record, with no TensorFlow.
 
 TFDS reads and writes array_record without TensorFlow, but unpacks archives with it, and
-retries for minutes where there is no network. So it is told that data is there, or is
-given the files: from a folder of TSVs, or unpacked here from the archive it fetched.
+retries for minutes without a network. So it only reads prepared data, or is given the
+files: from a folder of TSVs, or unpacked here from the archive that it fetched.
 """
 
 import contextlib
@@ -10,8 +10,6 @@ import fcntl
 import hashlib
 import io
 import os
-import shutil
-import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,12 +22,14 @@ from lorax_flax.data import glue_tsv
 from lorax_flax.data.examples import Example, Splits
 from lorax_flax.data.tasks import Task
 from lorax_flax.errors import LoraxError
+from lorax_flax.files import atomic
 from lorax_flax.hub import assets
 
 _FORMAT = "array_record"
+_HINT = f"; {assets.CACHE_VARIABLE}=FOLDER names another place"
 # Seconds for the archive's server to answer, name resolution included.
 _PATIENCE = 4.0
-# Part of the prepared data's key: a new number prepares anew.
+# Part of the prepared data's key: incremented to prepare again.
 _REVISION = 1
 
 
@@ -41,34 +41,33 @@ def load(
   Args:
     task: one whose source is "glue".
     glue_dir: a folder of TSVs in the public archive's layout. They are checked, and
-      prepared once, in the cache, in TFDS's form; the key is the files' hash.
-    tfds_dir: without `glue_dir`: where TFDS keeps prepared data; None is TFDS's own
-      choice ($TFDS_DATA_DIR, else ~/tensorflow_datasets). What isn't there is
-      downloaded.
+      prepared once, in the cache, in TFDS's format; the key is the files' hash.
+    tfds_dir: without `glue_dir`: TFDS's folder of prepared data; None is TFDS's default
+      ($TFDS_DATA_DIR, else ~/tensorflow_datasets). Missing data is downloaded.
 
   Raises:
-    LoraxError: a malformed or missing file, or data that isn't there and can't be
-      downloaded; that is found out within seconds.
+    LoraxError: a malformed or missing file, or missing data that can't be downloaded;
+      that is detected within seconds.
   """
   if glue_dir is not None:
     return _read(task, _from_tsv(task, glue_tsv.files(task, glue_dir)))
   builder = _builder(task, tfds_dir)
   if not _prepared(builder):
     _download(task, builder)
-    # A builder knows only what was there when it was made.
+    # A builder reads the prepared data when it is constructed.
     builder = _builder(task, tfds_dir)
   return _read(task, builder)
 
 
 def _builder(task: Task, data_dir: str | Path | None) -> Any:
-  # Slow to import, and of no use to a run without GLUE.
+  # Slow to import, and unused in a run without GLUE.
   import tensorflow_datasets as tfds
   import tensorflow_datasets.text.glue as tfds_glue
 
-  # Off by default in newer releases: asking Google's bucket hangs without network.
+  # The default in newer releases: access to Google's bucket hangs without a network.
   tfds.core.utils.gcs_utils._is_gcs_disabled = True
   root = None if data_dir is None else Path(data_dir).expanduser()
-  # The class by itself: finding it by name would look through TFDS's whole list.
+  # The class itself: look-up by name would search TFDS's full list.
   return tfds_glue.Glue(config=task.name, data_dir=root)
 
 
@@ -89,7 +88,7 @@ def _read(task: Task, builder: Any) -> Splits:
     if split not in source:
       raise LoraxError(f"glue/{task.name} in {builder.data_path} has no split {split}")
     # TFDS stores rows in the order of a hash; idx is the row in the file.
-    # All at once: one by one each costs a read of its own.
+    # All at once: one by one, each would be a read of its own.
     rows = source[split].__getitems__(range(len(source[split])))
     return [_example(task, row) for row in sorted(rows, key=lambda row: row["idx"])]
 
@@ -122,8 +121,7 @@ def _from_tsv(task: Task, files: dict[str, Path]) -> Any:
         _prepare(task, files, root)
   except OSError as error:
     raise LoraxError(
-      f"can't keep prepared data in {home}: {error.strerror or error}; "
-      f"{assets.CACHE_VARIABLE}=FOLDER names another place"
+      f"cannot write {home}: {error.strerror or error}{_HINT}"
     ) from error
   return _builder(task, root)
 
@@ -139,18 +137,9 @@ def _digest(files: dict[str, Path]) -> str:
 
 
 def _prepare(task: Task, files: dict[str, Path], root: Path) -> None:
-  # Beside the final folder, then renamed: it is there complete, or not at all.
-  scratch = Path(tempfile.mkdtemp(prefix=".preparing-", dir=root.parent))
-  try:
-    _generate(_builder(task, scratch), lambda _: _generators(task, files))
-    with contextlib.suppress(OSError):
-      # It fails only where the lock has no effect (some network file systems) and
-      # another process was first; its data is as good as ours.
-      scratch.rename(root)
-    if not _prepared(_builder(task, root)):
-      raise LoraxError(f"can't place the prepared data: {root} is in the way")
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
+  complete = lambda folder: _prepared(_builder(task, folder))
+  with atomic.cached_folder(root, complete, hint=_HINT) as fresh:
+    _generate(_builder(task, fresh), lambda _: _generators(task, files))
 
 
 def _generators(task: Task, files: dict[str, Path]) -> dict[str, Any]:
@@ -158,12 +147,12 @@ def _generators(task: Task, files: dict[str, Path]) -> dict[str, Any]:
 
 
 def _generate(builder: Any, generators: Callable[[Any], Any]) -> None:
-  """Has TFDS write what `generators(download manager)` gives."""
+  """Prepares data with TFDS from `generators(download manager)`."""
   import tensorflow_datasets as tfds
 
   builder._split_generators = generators
   config = tfds.download.DownloadConfig(try_download_gcs=False)
-  # TFDS prints and draws bars, and our commands' output is their own.
+  # TFDS's prints and progress bars would mix with our commands' output.
   tfds.disable_progress_bar()
   with contextlib.redirect_stdout(io.StringIO()):
     builder.download_and_prepare(download_config=config, file_format=_FORMAT)
@@ -199,7 +188,7 @@ def _download(task: Task, builder: Any) -> None:
       if not _prepared(builder):
         generators = builder._split_generators
         _generate(builder, lambda manager: generators(_Unpacking(manager)))
-  # Whatever goes wrong on the way, in requests, zipfile or TFDS, the advice is one.
+  # Any error on the way, of requests, zipfile or TFDS, has the same advice.
   except Exception as error:
     raise LoraxError(
       f"downloading glue/{task.name} from {url} failed: {error!r:.500}. {_advice(task)}"
@@ -224,24 +213,24 @@ def _advice(task: Task) -> str:
 
 
 def _unreachable(url: str) -> str | None:
-  """Why the server doesn't give the file, or None; within `_PATIENCE` seconds."""
+  """The reason why the server can't be reached, or None, within `_PATIENCE` seconds."""
   import requests
 
-  said: list[str | None] = []
+  found: list[str | None] = []
 
-  def ask() -> None:
+  def request() -> None:
     try:
       answer = requests.head(url, timeout=_PATIENCE, allow_redirects=True)
-      said.append(None if answer.ok else f"{url} answers {answer.status_code}")
+      found.append(None if answer.ok else f"{url} answers {answer.status_code}")
     except requests.RequestException as error:
-      said.append(f"no connection to {url} ({type(error).__name__})")
+      found.append(f"no connection to {url} ({type(error).__name__})")
 
-  # Name resolution knows no time limit, so the question is asked in a thread that may
-  # be left behind.
-  thread = threading.Thread(target=ask, daemon=True)
+  # Name resolution has no timeout, so the request runs in a thread that may be
+  # abandoned.
+  thread = threading.Thread(target=request, daemon=True)
   thread.start()
   thread.join(_PATIENCE)
-  return said[0] if said else f"no answer from {url} in {_PATIENCE:g} s"
+  return found[0] if found else f"no answer from {url} in {_PATIENCE:g} s"
 
 
 class _Unpacking:

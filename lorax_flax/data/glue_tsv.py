@@ -11,16 +11,16 @@ from lorax_flax.errors import LoraxError, listing, unknown
 
 @dataclass(frozen=True)
 class Layout:
-  """Where one task's texts and labels stand.
+  """The files and columns of one task.
 
   Attributes:
     folder: in the archive.
     text: the columns of the texts, in the task's order.
     label: the column of the label.
-    columns: of a file that has no header.
+    columns: of a file without a header.
     files: split -> file.
-    broken: the share of rows that may have a wrong number of columns. They are left
-      out, as TFDS and the GLUE baselines do.
+    broken: the share of rows that may have a wrong number of columns. These are
+      skipped, as by TFDS and the GLUE baselines.
   """
 
   folder: str
@@ -64,14 +64,16 @@ LAYOUTS: Mapping[str, Layout] = {
 
 
 def files(task: Task, glue_dir: str | Path) -> dict[str, Path]:
-  """The task's files that are there, by split. Only the test splits may be missing.
+  """The task's files, by split. Only those of the test splits may be missing.
 
   Raises:
     LoraxError: no such folder, no folder of the task in it, or a missing file.
   """
   root, layout = Path(glue_dir).expanduser(), LAYOUTS[task.name]
   if not root.is_dir():
-    raise LoraxError(f"no folder {root}: --config.data.glue_dir holds one a GLUE task")
+    raise LoraxError(
+      f"no folder {root}: --config.data.glue_dir has a sub-folder for each GLUE task"
+    )
   folder = root / layout.folder
   if not folder.is_dir():
     there = [entry.name for entry in root.iterdir() if entry.is_dir()]
@@ -95,14 +97,14 @@ def files(task: Task, glue_dir: str | Path) -> dict[str, Path]:
 
 
 def read(task: Task, split: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-  """Rows as TFDS has them: (row number, {text columns…, "label", "idx"}).
+  """Reads rows in TFDS's form: (row number, {text columns…, "label", "idx"}).
 
-  There is no quoting: a quotation mark is a character as any other.
+  There is no quoting: a quotation mark is an ordinary character.
 
   Args:
-    task: which one.
+    task: the task.
     split: of it; the test splits have no labels, and get -1.
-    file: as `files` gives it.
+    file: of `files`.
 
   Yields:
     The row's number in the file, from 0, and its features.
@@ -150,7 +152,7 @@ def read(task: Task, split: str, file: Path) -> Iterator[tuple[int, dict[str, An
 
 
 def _lines(file: Path) -> Iterator[str]:
-  # Only "\n" ends a line: str.splitlines and universal newlines would break texts at
+  # Only "\n" ends a line: str.splitlines and universal newlines would split texts at
   # other characters too.
   number = 0
   try:
@@ -163,13 +165,13 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _label(task: Task, value: str, where: str) -> int | float:
-  """The class's number, written as a name or as a number; or the score."""
+  """The class's number, given as a name or as a number; or the score."""
   if task.regression:
     try:
       score = float(value)
     except ValueError:
       score = float("nan")
-    # GLUE's one regression task, STS-B, scores from 0 to 5. Not a number isn't either.
+    # GLUE's one regression task, STS-B, has scores from 0 to 5; NaN fails too.
     if not 0 <= score <= 5:
       raise LoraxError(f"{where}: the score is a number from 0 to 5, not {value!r}")
     return score

@@ -1,4 +1,4 @@
-"""News headlines, sarcastic or sincere: 8,000 to train on and 3,000 held out."""
+"""News headlines, sarcastic or sincere: 8,000 for training and 3,000 held out."""
 
 import hashlib
 import json
@@ -39,20 +39,20 @@ def _read(file: Path) -> Iterable[Example]:
 def split(examples: Iterable[Example]) -> Splits:
   """Drops repeated headlines, and splits the rest by the hash of their text.
 
-  Neither the order of the lines nor how often one is repeated changes the splits: the
-  texts with the smallest hashes train, the next ones are held out.
+  The texts with the smallest hashes are for training, the next ones are held out: the
+  splits depend neither on the order of the lines nor on repetitions.
   """
   by_key: dict[bytes, Example] = {}
   for example in examples:
     text = " ".join(example["text"].split())
     key = hashlib.sha256(text.lower().encode("utf-8")).digest()
-    # Of spellings that differ in case alone, whichever sorts first.
+    # Among spellings that differ only in case, the first in order is kept.
     if key not in by_key or text < by_key[key]["text"]:
       by_key[key] = {**example, "text": text}
   ordered = [by_key[key] for key in sorted(by_key)]
   if len(ordered) < TRAIN + HELD_OUT:
     raise LoraxError(
-      f"{len(ordered)} different headlines, and {TRAIN + HELD_OUT} are wanted"
+      f"{len(ordered)} different headlines, and {TRAIN + HELD_OUT} are needed"
     )
   return Splits(
     train=ordered[:TRAIN],

@@ -1,4 +1,4 @@
-"""The front door: a task's examples by name."""
+"""The examples of a task, by its name."""
 
 from pathlib import Path
 
@@ -14,18 +14,18 @@ def load(
 
   Args:
     name: a key of `tasks.TASKS`.
-    glue_dir, tfds_dir: where GLUE is, as in `glue.load`; of no use to other tasks.
+    glue_dir, tfds_dir: folders of GLUE, see `glue.load`; an error for other tasks.
 
   Returns:
     Splits; the evaluation splits are those of `tasks.get(name).evaluation`.
 
   Raises:
-    LoraxError: an unknown task, data that is missing or malformed, or a folder of GLUE
-      given for a task that isn't GLUE's.
+    LoraxError: an unknown task, missing or malformed data, or a folder of GLUE for
+      another task.
   """
   task = tasks.get(name)
   if task.source == "glue":
     return glue.load(task, glue_dir=glue_dir, tfds_dir=tfds_dir)
   if glue_dir is not None or tfds_dir is not None:
-    raise LoraxError(f"task {name} is no GLUE task: it has no use for a GLUE folder")
+    raise LoraxError(f"task {name} is not a GLUE task, and takes no GLUE folder")
   return headlines.load()

@@ -1,4 +1,4 @@
-"""Images as a model takes them: all of one size, so that nothing is padded."""
+"""Images as model inputs: all of one size, so that none is padded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +27,16 @@ class Pixels:
 
   @property
   def lengths_N(self) -> np.ndarray:
-    """One each: an image is as long as any other."""
+    """Ones: all images have the same length."""
     return np.ones(len(self), np.int64)
 
   def batch(self, index_B: np.ndarray, length: int) -> Batch:
-    """pixel_values: float32 (B, C, H, W), zeros in a row -1; weights and index as
-    `Tokens.batch` has them."""
+    """A batch.
+
+    Returns:
+      pixel_values: float32 (B, C, H, W), zeros in a padding row; weights, index: as of
+      `Tokens.batch`.
+    """
     del length
     shape = self.values_NxCxHxW[0].shape
     out_BxCxHxW = np.zeros((len(index_B), *shape), np.float32)
@@ -47,21 +51,21 @@ class Pixels:
 
 
 def from_nested(values: Any) -> np.ndarray:
-  """Nested lists of numbers as a float32 array; ragged, or no numbers: LoraxError."""
+  """Nested lists of numbers as a float32 array; ragged or not numbers: LoraxError."""
   try:
     array = np.asarray(values)
   except (ValueError, OverflowError) as error:
     raise LoraxError(f"{INPUT} are lists of different lengths") from error
   if array.dtype.kind not in "fiu":
-    raise LoraxError(f"{INPUT} hold what is no number")
-  with np.errstate(over="ignore"):  # it is infinite then, and looked for
+    raise LoraxError(f"{INPUT} hold a value that is not a number")
+  with np.errstate(over="ignore"):  # infinities are refused later
     return array.astype(np.float32)
 
 
 def from_inputs(
   examples: Sequence[Mapping[str, np.ndarray]], shape: Sequence[int]
 ) -> Pixels:
-  """Model inputs as they are: `{"pixel_values": …}`, each of the shape (C, H, W).
+  """Rows of model inputs: `{"pixel_values": …}`, each of the shape (C, H, W).
 
   Raises:
     LoraxError: another shape, or a number that is not finite; it names the example,

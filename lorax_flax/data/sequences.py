@@ -1,7 +1,7 @@
-"""Token ids to be predicted one after another: rows of JSON lines, and batches of them.
+"""Token ids for next-token prediction: rows of JSON lines, and batches of them.
 
 A line is `{"input_ids": […]}`, and may have a `"loss_mask"` of the same length: 1 where
-a token is to be learnt, 0 where it is only read, as a prompt is.
+a token is a target, 0 where it is only context, as in a prompt.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from lorax_flax.data.tokens import Batch, Column, Tokens, integers, ragged
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.files import strict_json
 
-# Of a label that is none: padding, or a prompt that is not learnt (transformers' too).
+# The label of padding and of prompts, which are not predicted; as in transformers.
 IGNORED = -100
 
 _IDS, _MASK = "input_ids", "loss_mask"
@@ -27,8 +27,8 @@ class Sequences:
 
   Attributes:
     tokens: the rows.
-    labels_S: int32, each id again where it is to be predicted, else IGNORED. The first
-      of a row has nothing before it, and is never predicted.
+    labels_S: int32, the id where it is to be predicted, else IGNORED. The first of a
+      row is never predicted.
   """
 
   tokens: Tokens
@@ -45,13 +45,13 @@ class Sequences:
     """Rows padded on the right to one length.
 
     Args:
-      index_B: row numbers; -1 is a row that isn't there: all padding, weight 0.
+      index_B: row numbers; -1 is a padding row, with weight 0.
       length: T, at least the longest of the rows.
 
     Returns:
-      input_ids, attention_mask, labels: int32 (B, T); weights: float32 (B,), how many
-      tokens of the row are predicted, so that a weighted mean is over tokens; index:
-      int32 (B,), as given.
+      input_ids, attention_mask, labels: int32 (B, T); weights: float32 (B,), the number
+      of tokens of the row that are predicted, so that a weighted mean is over tokens;
+      index: int32 (B,), as given.
     """
     batch = self.tokens.batch(index_B, length)
     column = Column(self.labels_S, self.tokens.offsets)
@@ -61,7 +61,7 @@ class Sequences:
 
 
 class Cut(NamedTuple):
-  """What was left out of rows that are too long: of how many, and how many tokens."""
+  """The number of rows that were truncated, and of tokens that were cut off."""
 
   rows: int
   tokens: int
@@ -73,13 +73,13 @@ def read(
   """Reads a file of JSON lines.
 
   Args:
-    max_length: longer rows are cut to so many tokens, at their end.
-    vocab_size: ids are below it.
-    pad_id: what pads rows in a batch.
+    max_length: longer rows are truncated, at their end.
+    vocab_size: upper bound of ids, exclusive.
+    pad_id: the id of padding.
 
   Raises:
-    LoraxError: no such file, an empty one, or a line that is no such row, or of which
-      nothing is predicted; it names the line.
+    LoraxError: no such file, an empty one, or a line that is malformed or has no
+      token to predict; it names the line.
   """
   ids: list[np.ndarray] = []
   labels: list[np.ndarray] = []
@@ -105,7 +105,7 @@ def read(
 
 
 def blank(length: int) -> Sequences:
-  """One row of that many tokens, for its shapes."""
+  """One row of `length` tokens, for its shapes."""
   zeros_S = np.zeros(length, np.int32)
   offsets = np.array([0, length], np.int64)
   return Sequences(Tokens(zeros_S, offsets, pad_id=0), zeros_S)
@@ -132,7 +132,7 @@ def _row(
 
 
 def _check(name: str, values_T: np.ndarray, end: int, number: int) -> None:
-  # JAX clamps an index that is out of bounds: look before.
+  # JAX would clamp an index that is out of bounds.
   wrong = values_T[(values_T < 0) | (values_T >= end)]
   if len(wrong):
     raise LoraxError(

@@ -1,4 +1,4 @@
-"""What each task is: its texts, its labels, its metrics and its splits."""
+"""Table of tasks: their texts, labels, metrics and splits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from lorax_flax.errors import LoraxError, unknown
 
 @dataclass(frozen=True)
 class Task:
-  """One task, as a table row.
+  """One row of the table.
 
   Attributes:
     name: as in a config.
     source: "glue" (tensorflow-datasets, or a folder of TSVs) or "headlines".
     text: the columns of the one text, or of the two.
     labels: the classes by number; empty for regression.
-    metrics: what evaluation reports, under GLUE's names.
+    metrics: of evaluation, by GLUE's names.
     primary: the metric that picks the best step. With several evaluation splits it is
-      taken over all their examples together (the paper's "overall accuracy" of MNLI).
+      computed over all their examples (the paper's "overall accuracy" of MNLI).
     evaluation: the evaluation splits.
     train: the training split.
   """
@@ -43,7 +43,7 @@ class Task:
 
   @property
   def num_labels(self) -> int:
-    """Outputs of the head: one a class, or the one number."""
+    """Outputs of the head: one per class, or the one number."""
     return len(self.labels) or 1
 
   @property
@@ -140,7 +140,7 @@ def get(name: str) -> Task:
   """The task of that name.
 
   Raises:
-    LoraxError: there is none; the message has the nearest names.
+    LoraxError: no such task; the message has the nearest names.
   """
   if name not in TASKS:
     raise LoraxError(unknown("task", name, TASKS))

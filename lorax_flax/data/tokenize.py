@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer, and a split tokenised once."""
+"""A checkpoint's own tokenizer, and splits tokenised with it."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from lorax_flax.data.tokens import Tokens, ragged
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.files import gguf_header, gguf_tokenizer
 
-# Texts go to the tokenizer's threads so many at a time.
+# Texts that go to the tokenizer's threads at once.
 _CHUNK = 2048
 # Fewer examples than this take about a second, and need no progress bar.
 _LONG = 20_000
@@ -23,17 +23,16 @@ _PAD_TOKENS = ("[PAD]", "<pad>")
 
 
 def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
-  """The tokenizer that lies in a checkpoint's folder.
+  """Loads the tokenizer of a checkpoint's folder.
 
-  Read from tokenizer.json; or else built from vocab.txt (BERT's WordPiece) or from
+  It is read from tokenizer.json; or built from vocab.txt (BERT's WordPiece) or from
   vocab.json and merges.txt (byte-level BPE: RoBERTa's where `<s>` and `</s>` are in the
-  vocabulary, else GPT-2's) with what tokenizer_config.json says; or else taken from a
-  GGUF file, which may also be named in the folder's place. Truncation and padding
-  that a tokenizer.json has baked in are switched off: how long a text may be is for a
-  config to say.
+  vocabulary, else GPT-2's) with the fields of tokenizer_config.json; or else taken from
+  a GGUF file, which may also be given instead of the folder. Truncation and padding in
+  a tokenizer.json are switched off: lengths are decided by our config.
 
   Raises:
-    LoraxError: none of these files is there, or one can't be read.
+    LoraxError: none of these files exists, or one can't be read.
   """
   folder = Path(folder)
   for files, build in _BUILDERS.items():
@@ -42,7 +41,7 @@ def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
         tokenizer = build(folder)
       except LoraxError:
         raise
-      # The tokenizers library raises bare Exception for what it can't parse.
+      # The tokenizers library raises bare Exception for a file that it can't parse.
       except Exception as error:
         raise LoraxError(
           f"can't read the tokenizer in {folder / files[0]}: {error}"
@@ -52,16 +51,16 @@ def load_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
       return tokenizer
   if (file := gguf_header.find(folder)) is not None:
     return gguf_tokenizer.load(file)
-  wanted = "; or ".join(" and ".join(files) for files in _BUILDERS)
+  expected = "; or ".join(" and ".join(files) for files in _BUILDERS)
   there = listing(p.name for p in folder.iterdir()) if folder.is_dir() else ""
   raise LoraxError(
-    f"no tokenizer in {folder}: it has neither {wanted}.{_sentencepiece(folder)} "
+    f"no tokenizer in {folder}: it has neither {expected}.{_sentencepiece(folder)} "
     f"There are: {there or 'none'}"
   )
 
 
 def _sentencepiece(folder: Path) -> str:
-  """The way out where only SentencePiece's own file is there, as a sentence."""
+  """A sentence of advice where there is only SentencePiece's own file."""
   if not (found := sorted(path.name for path in folder.glob("*.model"))):
     return ""
   return (
@@ -72,10 +71,10 @@ def _sentencepiece(folder: Path) -> str:
 
 
 def pad_id(tokenizer: tokenizers.Tokenizer) -> int:
-  """The id that pads: of `[PAD]` or `<pad>`; 0 in a vocabulary that has neither.
+  """The id of padding: of `[PAD]` or `<pad>`; 0 in a vocabulary without these.
 
-  Padding is masked wherever it stands, so that the value matters only to models that
-  find positions by it (RoBERTa), and these have the token.
+  Padding is masked, so that the value matters only to models that derive positions from
+  it (RoBERTa), and these have the token.
   """
   ids = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
   return next((i for i in ids if i is not None), 0)
@@ -94,18 +93,18 @@ def tokenize(
 
   Args:
     examples: texts or pairs of texts; labels in all of them, or in none.
-    tokenizer: as `load_tokenizer` gives it.
-    max_length: more ids than this are cut off, special tokens included, from the longer
-      text of a pair first.
+    tokenizer: of `load_tokenizer`.
+    max_length: ids beyond this number, special tokens included, are cut off, from the
+      longer text of a pair first.
     token_types: whether the model has more than one token type.
     regression: labels are float32 numbers, not int32 classes.
-    description: stands by the progress bar, which only a long split has.
+    description: of the progress bar, which only a long split has.
 
   Returns:
     Tokens, row i being example i.
 
   Raises:
-    LoraxError: an example without text, some labels missing, or a max_length with no
+    LoraxError: an example without text, some labels missing, or a max_length without
       room for text.
   """
   pair = any(example.get("text_pair") is not None for example in examples)
@@ -139,7 +138,7 @@ def tokenize(
 def _encoded(tokenizer: tokenizers.Tokenizer, texts: Sequence[Any]) -> Sequence[Any]:
   try:
     return tokenizer.encode_batch_fast(texts)
-  # The tokenizers library raises bare Exception for what its file leaves out.
+  # The tokenizers library raises bare Exception where its file is incomplete.
   except Exception as error:
     raise LoraxError(f"this tokenizer can't encode the texts: {error}") from error
 
@@ -171,7 +170,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def _special(settings: dict[str, Any], name: str, default: str) -> str:
-  """A special token's text: written as a string, or as an AddedToken's fields."""
+  """A special token's text, stored as a string or as an AddedToken's fields."""
   token = settings.get(name) or default
   return token["content"] if isinstance(token, dict) else token
 
@@ -181,7 +180,7 @@ def _from_json(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _word_piece(folder: Path) -> tokenizers.Tokenizer:
-  """BERT's: the settings' defaults are those of transformers' BertTokenizer."""
+  """BERT's tokenizer; defaults are those of transformers' BertTokenizer."""
   settings = _tokenizer_config(folder)
   unk, sep, pad, cls, mask = (
     _special(settings, f"{name}_token", f"[{name.upper()}]")
@@ -197,19 +196,19 @@ def _word_piece(folder: Path) -> tokenizers.Tokenizer:
   )
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   tokenizer.decoder = decoders.WordPiece()
-  _demand(vocab, [unk, cls, sep], folder / "vocab.txt")
+  _require(vocab, [unk, cls, sep], folder / "vocab.txt")
   tokenizer.post_processor = processors.TemplateProcessing(
     single=f"{cls}:0 $A:0 {sep}:0",
     pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
     special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
   )
-  # Only what the vocabulary has: another would get an id beyond the embedding.
+  # Only tokens of the vocabulary: another would get an id beyond the embedding.
   tokenizer.add_special_tokens([t for t in (unk, sep, pad, cls, mask) if t in vocab])
   return tokenizer
 
 
 def _byte_level(folder: Path) -> tokenizers.Tokenizer:
-  """RoBERTa's or GPT-2's."""
+  """RoBERTa's or GPT-2's tokenizer."""
   settings = _tokenizer_config(folder)
   vocab, merges = models.BPE.read_file(
     str(folder / "vocab.json"), str(folder / "merges.txt")
@@ -232,7 +231,7 @@ def _byte_level(folder: Path) -> tokenizers.Tokenizer:
     plain = [_special(settings, "eos_token", "<|endoftext|>")]
   tokenizer.add_special_tokens([token for token in plain if token in vocab])
   mask = settings.get("mask_token") or "<mask>"
-  # RoBERTa's mask swallows the space before it, where the settings say so.
+  # RoBERTa's mask strips the space before it, if set so.
   fields = {"content": mask} if isinstance(mask, str) else mask
   if fields["content"] in vocab:
     mask_token = tokenizers.AddedToken(
@@ -242,7 +241,7 @@ def _byte_level(folder: Path) -> tokenizers.Tokenizer:
   return tokenizer
 
 
-def _demand(vocab: dict[str, int], tokens: Sequence[str], file: Path) -> None:
+def _require(vocab: dict[str, int], tokens: Sequence[str], file: Path) -> None:
   if missing := [token for token in tokens if token not in vocab]:
     raise LoraxError(f"{file} has no {listing(missing)}: it can't be BERT's vocabulary")
 

@@ -35,7 +35,7 @@ class Column:
     starts, counts = self.offsets[rows], self.lengths_N[rows]
     if len(rows) and counts.max() > length:
       raise LoraxError(f"a row of {counts.max()} tokens doesn't fit length {length}")
-    # Every real id's place: its row and column in the batch, and where it is stored.
+    # For every id: its row and column in the batch, and its index in the values.
     column = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     out_BxT = np.full((len(index_B), length), fill, np.int32)
     out_BxT[np.repeat(real, counts), column] = self.values_S[
@@ -56,12 +56,12 @@ class Tokens:
   Attributes:
     input_ids_S: int32, the rows one after another.
     offsets: int64 (N + 1,): row i is `[offsets[i]:offsets[i + 1]]`.
-    pad_id: what pads `input_ids` in a batch.
-    token_type_ids_S: int32, or None where the model uses none.
-    attention_mask_S: int32, or None where every id counts.
+    pad_id: the id of padding in `input_ids`.
+    token_type_ids_S: int32, or None where the model has no types.
+    attention_mask_S: int32, or None for ones.
     labels_N: int32 classes or float32 numbers; None where there are none.
     decoder: the decoder's rows, where a model has one.
-    decoder_length: what these are padded to.
+    decoder_length: padded length of these.
   """
 
   input_ids_S: np.ndarray
@@ -84,14 +84,14 @@ class Tokens:
     """Rows padded on the right to one length.
 
     Args:
-      index_B: row numbers; -1 is a row that isn't there: all padding, weight 0.
+      index_B: row numbers; -1 is a padding row, with weight 0.
       length: T, at least the longest of the rows.
 
     Returns:
       input_ids, attention_mask, token_type_ids (if any): int32 (B, T);
       decoder_input_ids (if any): int32 (B, decoder_length); labels (if any):
-      int32 or float32 (B,); weights: float32 (B,), 1 for a real row and 0 for one that
-      isn't there; index: int32 (B,), as given.
+      int32 or float32 (B,); weights: float32 (B,), 1 for a real row and 0 for padding;
+      index: int32 (B,), as given.
     """
     padded = lambda values_S, fill: Column(values_S, self.offsets).padded(
       index_B, length, fill
@@ -103,13 +103,12 @@ class Tokens:
       "input_ids": padded(self.input_ids_S, self.pad_id),
       "attention_mask": padded(mask_S, 0),
     }
-    # A row with nothing to attend to gives a softmax over nothing: let padding rows
-    # look at their first token. Their weight is 0 all the same.
+    # Padding rows attend to their first token, since a softmax over no token is NaN.
     batch["attention_mask"][index_B < 0, 0] = 1
     if self.token_type_ids_S is not None:
       batch["token_type_ids"] = padded(self.token_type_ids_S, 0)
     if self.decoder is not None:
-      # What comes behind a token is hidden from it, so that no mask is needed.
+      # The decoder is causal, so that padding behind a row needs no mask.
       batch["decoder_input_ids"] = self.decoder.padded(
         index_B, self.decoder_length, self.pad_id
       )
@@ -140,7 +139,7 @@ class Tokens:
 
 
 def marks(index_B: np.ndarray) -> Batch:
-  """What says of a batch's rows whether they are there, and which they are."""
+  """The weights and the index of a batch's rows."""
   return {
     "weights": (index_B >= 0).astype(np.float32),
     "index": index_B.astype(np.int32),
@@ -159,7 +158,7 @@ def ragged(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.n
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 DECODER_INPUT = "decoder_input_ids"
-_MULTIPLE = 8  # that the decoder's rows are padded to, for the sake of vector units
+_MULTIPLE = 8  # of the decoder's padded length, for vector units
 
 
 def from_inputs(
@@ -169,16 +168,16 @@ def from_inputs(
   token_types: bool,
   decoder: bool = False,
 ) -> Tokens:
-  """Model inputs as they are: `{"input_ids": […], "attention_mask": […], …}`.
+  """Rows of model inputs: `{"input_ids": […], "attention_mask": […], …}`.
 
   Args:
     examples: each has `input_ids`, and may have the other two, of the same length.
-    pad_id: what pads them.
-    token_types: whether the model uses token types; where an example has none: zeros.
+    pad_id: the id of padding.
+    token_types: whether the model has token types; zeros where an example has none.
     decoder: whether each has `decoder_input_ids` too, of a length of their own.
 
   Raises:
-    LoraxError: an unknown name, unequal lengths, an empty row, a value that is no
+    LoraxError: an unknown name, unequal lengths, an empty row, a value that is not an
       integer; it names the example, counted from 1.
   """
   names = (*TEXT_INPUTS, DECODER_INPUT) if decoder else TEXT_INPUTS
@@ -223,7 +222,7 @@ def with_decoder(tokens: Tokens, examples: Sequence[Mapping[str, Any]]) -> Token
 
 
 def integers(example: Mapping[str, Any], name: str, number: int) -> Sequence[int]:
-  """A row of ids of one example, counted from 1; LoraxError where it is none."""
+  """A row of ids of one example, which is counted from 1; otherwise LoraxError."""
   values = example.get(name, [])
   if not isinstance(values, list):
     raise LoraxError(f"example {number}: {name} is a list, not {values!r:.80}")

@@ -1,9 +1,9 @@
-"""Folders in buckets (gs://…), and what a bucket does otherwise than a disk.
+"""Folders in buckets (gs://…), and their differences from a disk.
 
-An object is written whole or not at all, like a file that is renamed into place; but
-nothing can be renamed, and nothing appended to: files that grow are kept here and
-copied (`Mirror`), and so are folders that others write (`staging`). A folder is there
-as soon as something is in it.
+An object is written completely or not at all, like a file that is renamed into place;
+but objects can't be renamed or appended to: files that grow are kept on the local disk
+and copied (`Mirror`), and so are folders that others write (`staging`). A folder exists
+as soon as there is an object in it.
 """
 
 import contextlib
@@ -20,45 +20,45 @@ _SCHEME = "gs://"
 
 
 def folder(text: str | Path) -> Path:
-  """A folder on a disk or, of "gs://bucket/…", in a bucket, with `Path`'s methods.
+  """A folder on a disk, or in a bucket for "gs://bucket/…", with `Path`'s methods.
 
   Raises:
-    LoraxError: a bucket of another kind; what reads buckets is not installed.
+    LoraxError: a bucket of another kind; the extra for buckets is not installed.
   """
   text = str(text)
   if "://" not in text:
     return Path(text).expanduser()
   if not text.startswith(_SCHEME) or text == _SCHEME:
-    raise LoraxError(f"{text}: of buckets, gs://BUCKET/FOLDER is supported")
+    raise LoraxError(f"{text}: only buckets gs://BUCKET/FOLDER are supported")
   if importlib.util.find_spec("gcsfs") is None:
-    raise LoraxError(f"{text} wants the extra gcs: pip install 'lorax-flax[gcs]'")
-  # One way to buckets, whether or not TensorFlow happens to be installed.
+    raise LoraxError(f"{text} needs the extra gcs: pip install 'lorax-flax[gcs]'")
+  # The same client, whether or not TensorFlow is installed.
   os.environ.setdefault("EPATH_USE_TF", "false")
   import fsspec
   from etils import epath
 
-  # What Orbax, or another process, writes is to be seen.
+  # A cached listing would miss objects that Orbax or another process writes.
   fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
   return cast(Path, epath.Path(text))
 
 
 def holds(path: Path) -> bool:
-  """Whether the path is in a bucket."""
+  """True where the path is in a bucket."""
   return str(path).startswith(_SCHEME)
 
 
 @contextlib.contextmanager
 def reaching(path: Path) -> Iterator[None]:
-  """Of what goes wrong with a bucket, whatever it is, makes an error for the user.
+  """Turns any error of a bucket into one for the user.
 
   Raises:
-    LoraxError: in the place of any error, where the path is in a bucket.
+    LoraxError: instead of any other error, if the path is in a bucket.
   """
   try:
     yield
   except LoraxError:
     raise
-  except Exception as error:  # Three libraries, each with errors of its own.
+  except Exception as error:  # of three libraries, each with its own kinds
     if not holds(path):
       raise
     raise LoraxError(
@@ -67,7 +67,7 @@ def reaching(path: Path) -> Iterator[None]:
 
 
 class Mirror:
-  """Files that grow, in a folder here, which `send` copies into a bucket."""
+  """A local folder of files that grow, which `send` copies into a bucket."""
 
   def __init__(self, target: Path):
     self._target = target
@@ -76,10 +76,10 @@ class Mirror:
     self._sent: dict[Path, int] = {}
 
   def send(self) -> None:
-    """Copies what has grown since.
+    """Copies the files that have grown since the last call.
 
     Raises:
-      LoraxError: the bucket does not take it.
+      LoraxError: the bucket can't be written.
     """
     with reaching(self._target):
       for file in sorted(self.folder.rglob("*")):
@@ -91,15 +91,15 @@ class Mirror:
           self._sent[file] = len(content)
 
   def close(self) -> None:
-    """Deletes the folder here; what was not sent is lost."""
+    """Deletes the local folder, with anything that was not sent."""
     self._made.cleanup()
 
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-  """Where to write what is to lie in `target`: there, or here where it is a bucket.
+  """A folder for writing: `target` itself, or a local one if that is in a bucket.
 
-  What was written here is in the bucket once the block has ended without an error.
+  A local folder is copied when the block ends without an error.
   """
   if not holds(target):
     yield target

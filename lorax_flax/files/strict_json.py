@@ -1,4 +1,4 @@
-"""JSON files of others: of bounded size, no name twice, and finite numbers only."""
+"""JSON files of others: bounded size, no duplicate names, and finite numbers only."""
 
 import collections
 import json
@@ -16,12 +16,12 @@ _MOST_BYTES = 32 << 20  # a header of 200,000 tensors, read in half a second
 def parse(text: str | bytes) -> Any:
   """The value of a JSON text.
 
-  Python's own reader takes the last of two values of one name, and NaN: two readers
-  would then see two different files.
+  Python's own parser accepts NaN, and keeps the last of two values of one name: two
+  parsers could see different content.
 
   Raises:
-    ValueError: no JSON in UTF-8, a name twice in one object, a number that is not
-      finite, or more brackets in one another than can be followed.
+    ValueError: not JSON in UTF-8, a duplicate name in an object, a number that is not
+      finite, or too deep a nesting.
   """
   if isinstance(text, bytes):
     text = text.decode("utf-8")
@@ -40,12 +40,11 @@ def read(file: Path, *, most_bytes: int = _MOST_BYTES) -> Any:
   """The value of a JSON file.
 
   Raises:
-    LoraxError: no such file, one that is larger than `most_bytes`, or what `parse`
-      refuses.
+    LoraxError: no such file, one larger than `most_bytes`, or an error of `parse`.
   """
   try:
     with file.open("rb") as stream:
-      # Of the file's own size, for reading takes as much memory as it may fill.
+      # Bounded by the file's size, since `read` allocates its argument.
       text = stream.read(min(os.fstat(stream.fileno()).st_size, most_bytes) + 1)
     if len(text) > most_bytes:
       raise ValueError(f"it is larger than {most_bytes:,} bytes")
@@ -63,11 +62,11 @@ def read_object(file: Path, *, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
 
 
 def lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-  """The objects of a file of JSON lines, and their numbers from 1.
+  """The line numbers, from 1, and objects of a file of JSON lines.
 
   Raises:
-    LoraxError: no such file, an empty one, or a line that is blank or no JSON object;
-      it names the line.
+    LoraxError: no such file, an empty one, or a line that is not a JSON object; it
+      names the line.
   """
   if not file.is_file():
     raise LoraxError(f"no file {file}")
@@ -100,7 +99,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   if len(found) != len(pairs):
     counts = collections.Counter(name for name, _ in pairs)
     twice = counts.most_common(1)[0][0]
-    raise ValueError(f"{twice!r} stands twice in one object")
+    raise ValueError(f"{twice!r} is there twice in one object")
   return found
 
 

@@ -1,14 +1,12 @@
-"""A run's folder, on a disk or in a bucket: whose it is, and its files."""
+"""A run's folder, on a disk or in a bucket: its config, which claims it, and files."""
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import bucket
+from lorax_flax.files import atomic, bucket
 
 CONFIG = "config.json"
 RESULT = "result.json"
@@ -19,7 +17,7 @@ TENSORBOARD = "tensorboard"
 
 
 def check(workdir: Path, config: Mapping[str, Any]) -> None:
-  """Raises LoraxError where `claim` would; before the work, so that none is lost."""
+  """Raises LoraxError where `claim` would, before any work is done."""
   file = workdir / CONFIG
   with bucket.reaching(workdir):
     if workdir.exists() and not workdir.is_dir():
@@ -34,11 +32,11 @@ def check(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_writable(workdir: Path) -> None:
-  """Makes the folder and writes into it; before the work, as `check`.
+  """Makes the folder and checks that it can be written, before any work is done.
 
   Raises:
-    OSError: it can't be written to.
-    LoraxError: nor can the bucket.
+    OSError: the folder can't be written.
+    LoraxError: the bucket can't be written.
   """
   with bucket.reaching(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
@@ -48,13 +46,13 @@ def check_writable(workdir: Path) -> None:
 
 
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
-  """Makes the folder, or goes on with a run of the very same config.
+  """Makes the folder, or accepts that of a run with the same config, to resume it.
 
   Args:
     config: nested dicts and JSON values; written to config.json.
 
   Raises:
-    LoraxError: the folder holds a run of another config; it names what differs.
+    LoraxError: the folder holds a run of another config; it names the differences.
   """
   check(workdir, config)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -62,7 +60,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def result(workdir: Path) -> dict[str, Any] | None:
-  """The result of a run that is finished, None of one that is not."""
+  """The result of a finished run, or None."""
   file = workdir / RESULT
   with bucket.reaching(file):
     return read_json(file) if file.exists() else None
@@ -80,34 +78,17 @@ def write_text(file: Path, text: str) -> None:
 
 def write_bytes(file: Path, content: bytes) -> None:
   """Writes a file, all of it or nothing."""
-  if bucket.holds(file):
-    with bucket.reaching(file):
-      file.write_bytes(content)
-    return
-  part = file.with_name(f".{file.name}.part")
-  with naming(part):
-    part.write_bytes(content)
-    os.replace(part, file)
-
-
-@contextlib.contextmanager
-def naming(file: Path) -> Iterator[None]:
-  """The system says of a full disk not where it is: adds the file to such an error."""
-  try:
-    yield
-  except OSError as error:
-    if error.filename is not None or error.errno is None:
-      raise
-    raise OSError(error.errno, error.strerror, str(file)) from error
+  with atomic.new_file(file) as stream:
+    stream.write(content)
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-  """As reading it back gives it: tuples are lists, for one."""
+  """The config after a round trip through JSON: tuples become lists."""
   return json.loads(json.dumps(config))
 
 
 def read_json(file: Path) -> dict[str, Any]:
-  """An object from a file. Damaged: LoraxError."""
+  """Reads an object from a JSON file. Damaged: LoraxError."""
   try:
     value = json.loads(file.read_text("utf-8"))
   except ValueError as error:

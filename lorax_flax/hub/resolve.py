@@ -1,4 +1,4 @@
-"""From what a user calls a model to a local folder with its files."""
+"""Local folders of models, by path, alias or name on the hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from lorax_flax.errors import LoraxError, listing, nearest
 from lorax_flax.hub import assets
 from lorax_flax.hub.files import gguf_header
 
-# Short names: of an asset in a registry wheel, or of a model on the hub.
+# Short names of assets in wheels, and of models on the hub.
 ALIASES: Mapping[str, str] = {
   "minilm": "asset:minilm",
   "smollm2": "asset:smollm2",
@@ -15,9 +15,9 @@ ALIASES: Mapping[str, str] = {
   "roberta_large": "FacebookAI/roberta-large",
 }
 
-# What a model needs, from the top folder alone: repositories hold the same weights
-# in other forms too (ONNX, TensorFlow), often larger than these.
-_WANTED = (
+# Files that a model needs, from the top folder alone: repositories hold the same
+# weights in other formats too (ONNX, TensorFlow), often larger than these.
+_PATTERNS = (
   "config.json",
   "*.safetensors",
   "*.safetensors.index.json",
@@ -27,7 +27,7 @@ _WANTED = (
   "vocab.txt",
   "vocab.json",
   "merges.txt",
-  "*.model",  # SentencePiece's, which a tokenizer.json can be made of
+  "*.model",  # SentencePiece, from which a tokenizer.json can be made
   "chat_template.jinja",
   "generation_config.json",
   "preprocessor_config.json",
@@ -36,17 +36,17 @@ _TIMEOUT = 3.0  # seconds, for the hub's first answer
 
 
 def resolve(spec: str) -> Path:
-  """The folder of a model: config.json, *.safetensors and its tokenizer's files.
+  """The folder of a model: config.json, *.safetensors and the tokenizer's files.
 
-  Or one with a GGUF file, which is all of these; or that file itself.
+  A GGUF file holds all of these: the folder with it, or the file itself, will do.
 
   Args:
     spec: an existing folder or GGUF file; an alias (see `ALIASES`); or a name on the
-      Hugging Face hub, "organisation/name". What was fetched once is found again
-      without a network.
+      Hugging Face hub, "organisation/name". A model that was fetched once is found
+      in the cache without a network.
 
   Raises:
-    LoraxError: nothing of that name, in seconds; or a folder that holds no model.
+    LoraxError: no such model, within seconds; or a folder that holds none.
   """
   folder = Path(spec).expanduser()
   if folder.is_dir():
@@ -72,7 +72,7 @@ def _looks_like_a_path(spec: str) -> bool:
 
 
 def _beside(folder: Path) -> str:
-  """The folders that a mistyped one may have meant, as the end of a message."""
+  """Folders with a similar name, as the end of a message."""
   parent = folder.parent
   while not parent.is_dir():
     folder, parent = parent, parent.parent
@@ -80,8 +80,8 @@ def _beside(folder: Path) -> str:
     names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
   except OSError:
     return ""
-  if near := nearest(folder.name, names):
-    return f"; did you mean {' or '.join(str(parent / name) for name in near)}?"
+  if similar := nearest(folder.name, names):
+    return f"; did you mean {' or '.join(str(parent / name) for name in similar)}?"
   shown = [name for name in names if not name.startswith(".")]
   return f"; folders in {parent.resolve()}: {listing(shown, most=8) or 'none'}."
 
@@ -102,7 +102,7 @@ def _checked(folder: Path) -> Path:
     name.endswith((".safetensors", ".safetensors.index.json")) for name in names
   ):
     pickled = any(name.endswith(".bin") for name in names)
-    hint = "; .bin files are pickles and are not read, save as safetensors" * pickled
+    hint = "; .bin files are pickles, which are not read: save as safetensors" * pickled
     raise LoraxError(f"no weights (*.safetensors) in {folder}{hint}. {holds}")
   return folder
 
@@ -117,7 +117,7 @@ def _from_hub(name: str) -> Path:
       hub.snapshot_download(
         name,
         local_files_only=local_files_only,
-        allow_patterns=list(_WANTED),
+        allow_patterns=list(_PATTERNS),
         ignore_patterns=["*/*"],
       )
     )
@@ -126,7 +126,7 @@ def _from_hub(name: str) -> Path:
   why = "HF_HUB_OFFLINE is set"
   try:
     if not constants.HF_HUB_OFFLINE:
-      # Asked first, since this call alone keeps to its timeout where a host is silent.
+      # This call comes first: it alone keeps to its timeout where a host is silent.
       hub.HfApi().model_info(name, timeout=_TIMEOUT)
       return _checked(snapshot(local_files_only=False))
   except errors.HFValidationError as error:
@@ -160,5 +160,5 @@ def _from_hub(name: str) -> Path:
 
 
 def _alias_hint(name: str) -> str:
-  near = [] if name in ALIASES.values() else nearest(name, ALIASES)
-  return f" Did you mean the alias {' or '.join(near)}?" if near else ""
+  similar = [] if name in ALIASES.values() else nearest(name, ALIASES)
+  return f" Did you mean the alias {' or '.join(similar)}?" if similar else ""

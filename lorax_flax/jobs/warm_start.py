@@ -9,10 +9,17 @@ import numpy as np
 from lorax_flax.adapt.paths import map_with_path
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.peft import folder as peft
-from lorax_flax.methods import Adapter, LowRank, Tuned
+from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LoRA, LowRank, Tuned
 from lorax_flax.models import registry
 
 log = logging.getLogger(__name__)
+
+# The flags that make a run train what an adapter has.
+_FLAGS: dict[type, str] = {
+  LoRA: "--noconfig.lora.use_dora --noconfig.lora.lora_bias",
+  DoRA: "--config.lora.use_dora",
+  BiasLoRA: "--config.lora.lora_bias",
+}
 
 
 def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapter:
@@ -30,11 +37,13 @@ def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapte
     LoraxError: the two differ in targets, rank or scale.
   """
   ours = getattr(loaded.config, "num_labels", None)  # Of a language model: none.
-  theirs = peft.num_labels(folder)
+  theirs = peft.num_labels(folder, loaded.keymap)
   params = loaded.params
   if theirs is not None and ours is not None and theirs != ours:
+    labels = loaded.keymap.label_paths
     params = map_with_path(
-      lambda path, leaf: _with_labels(path, leaf, ours, theirs), params
+      lambda path, leaf: _with_last_axis(leaf, theirs) if path in labels else leaf,
+      params,
     )
   found, _ = peft.read_adapter(folder, params, loaded.keymap)
   _check(folder, _factors(found), _factors(adapter))
@@ -70,7 +79,7 @@ def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) ->
     if type(delta) is not type(other):
       raise LoraxError(
         f"init_adapter {folder} has {type(other).__name__} at {path}, and this run "
-        f"{type(delta).__name__}"
+        f"{type(delta).__name__}: set {_FLAGS[type(other)]}"
       )
     if delta.rank != other.rank:
       raise LoraxError(
@@ -85,10 +94,5 @@ def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) ->
       )
 
 
-def _with_labels(
-  path: str, leaf: jax.Array, ours: int, theirs: int
-) -> jax.ShapeDtypeStruct:
-  """The shape of a leaf in a model with another number of labels."""
-  outputs = path.startswith("classifier/") and "dense" not in path
-  shape = (*leaf.shape[:-1], theirs) if outputs else leaf.shape
-  return jax.ShapeDtypeStruct(shape, leaf.dtype)
+def _with_last_axis(leaf: jax.Array, size: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct((*leaf.shape[:-1], size), leaf.dtype)

@@ -3,7 +3,7 @@
 BERT's encoder without token types or a pooler, and with fewer dropouts. Source: arXiv
 1910.01108, as transformers computes it (DistilBertForSequenceClassification).
 
-Shapes: B batch, T tokens, D dim, H heads, K head size, C labels.
+Shapes: B batch, T tokens, D dim, C labels.
 """
 
 import dataclasses
@@ -14,13 +14,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.models import distilbert_keys, layers, ops
+from lorax_flax.hub.checkpoints.entries import embedding, linear, norm, weight_and_bias
+from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
+from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model, check_length
+from lorax_flax.models.layers import DType, Model, check_length
 
-_EPS = 1e-12  # Of every norm; config.json does not say.
+_EPS = 1e-12  # of every norm; config.json has no field for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +33,22 @@ class DistilBertConfig:
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
-  vocab_size: int = 30522
-  dim: int = 768
-  n_layers: int = 6
-  n_heads: int = 12
-  hidden_dim: int = 3072
-  max_position_embeddings: int = 512
-  activation: str = "gelu"
-  dropout: float = 0.1
-  attention_dropout: float = 0.1
-  seq_classif_dropout: float = 0.2
-  initializer_range: float = 0.02
-  num_labels: int = 2
+  vocab_size: fields.Size = 30522
+  dim: fields.Size = 768
+  n_layers: fields.Layers = 6
+  n_heads: fields.Size = 12
+  hidden_dim: fields.Size = 3072
+  max_position_embeddings: fields.Size = 512
+  activation: fields.Activation = "gelu"
+  dropout: fields.Rate = 0.1
+  attention_dropout: fields.Rate = 0.1
+  seq_classif_dropout: fields.Rate = 0.2
+  initializer_range: fields.Positive = 0.02
+  num_labels: fields.Size = 2
 
   def __post_init__(self):
-    sizes = ["vocab_size", "dim", "n_heads", "hidden_dim", "num_labels"]
-    fields.check_layers(self, ["n_layers"])
-    fields.check_sizes(self, [*sizes, "max_position_embeddings"])
-    rates = ["dropout", "attention_dropout", "seq_classif_dropout"]
-    fields.check_rates(self, rates)
-    fields.check_positive(self, ["initializer_range"])
+    fields.check_fields(self)
     fields.check_multiple(self, "dim", of="n_heads")
-    fields.check_activation(self, "activation")
 
 
 _ALIASES = {
@@ -63,9 +58,9 @@ _ALIASES = {
 }
 
 
-def from_hf(hf_config: Mapping[str, Any], **asked: Any) -> DistilBertConfig:
+def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> DistilBertConfig:
   """Reads a config.json that is already parsed; see `fields.read`."""
-  return fields.read(DistilBertConfig, hf_config, aliases=_ALIASES, **asked)
+  return fields.read(DistilBertConfig, hf_config, aliases=_ALIASES, **overrides)
 
 
 def _dense(config: DistilBertConfig, features: int, axes, dtype, name: str) -> nn.Dense:
@@ -82,42 +77,16 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
-    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (
-      layers.in_heads(
-        _dense(c, c.dim, ("embed", "heads"), self.dtype, name)(x_BxTxD), c.n_heads
-      )
+    qkv_BxTxD = [
+      _dense(c, c.dim, ("embed", "heads"), self.dtype, name)(x_BxTxD)
       for name in ("q_lin", "k_lin", "v_lin")
-    )
-    y_BxTxHxK = ops.attention(
-      q_BxTxHxK,
-      k_BxTxHxK,
-      v_BxTxHxK,
-      mask_BxT,
-      dropout_rate=c.attention_dropout,
-      dropout_rng=layers.dropout_rng(self, c.attention_dropout, self.deterministic),
-    )
-    y_BxTxD = y_BxTxHxK.reshape(x_BxTxD.shape)
+    ]
+    y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, c.n_heads, c.attention_dropout)
     return _dense(c, c.dim, ("heads", "embed"), self.dtype, "out_lin")(y_BxTxD)
 
 
-class FeedForward(nn.Module):
-  """Two dense layers."""
-
-  config: DistilBertConfig
-  dtype: DType
-  deterministic: bool
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    c = self.config
-    up = _dense(c, c.hidden_dim, ("embed", "mlp"), self.dtype, "lin1")
-    down = _dense(c, c.dim, ("mlp", "embed"), self.dtype, "lin2")
-    y_BxTxD = down(ops.activation(c.activation)(up(x_BxTxD)))
-    return nn.Dropout(c.dropout)(y_BxTxD, self.deterministic)
-
-
 class Layer(nn.Module):
-  """One layer, in the form that nn.scan asks for."""
+  """One layer, in the form of nn.scan."""
 
   config: DistilBertConfig
   dtype: DType
@@ -125,33 +94,22 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
-    made_with = (self.config, self.dtype, self.deterministic)
-    y_BxTxD = Attention(*made_with, name="attention")(x_BxTxD, mask_BxT)
+    c = self.config
+    attend = Attention(c, self.dtype, self.deterministic, name="attention")
+    y_BxTxD = attend(x_BxTxD, mask_BxT)
     x_BxTxD = layers.Norm(_EPS, name="sa_layer_norm")(x_BxTxD + y_BxTxD)
-    y_BxTxD = FeedForward(*made_with, name="ffn")(x_BxTxD)
-    return layers.Norm(_EPS, name="output_layer_norm")(x_BxTxD + y_BxTxD), None
-
-
-class Transformer(nn.Module):
-  """All layers, one after another or stacked and scanned."""
-
-  config: DistilBertConfig
-  dtype: DType
-  scan: bool
-  remat: str
-  deterministic: bool
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    return layers.stack(
-      Layer,
-      (self.config, self.dtype, self.deterministic),
-      self.config.n_layers,
-      x_BxTxD,
-      mask_BxT,
-      scan=self.scan,
-      remat=self.remat,
+    feed = layers.MLP(
+      ("lin1", "lin2"),
+      c.hidden_dim,
+      c.activation,
+      self.dtype,
+      c.initializer_range,
+      c.dropout,
+      self.deterministic,
+      name="ffn",
     )
+    y_BxTxD = feed(x_BxTxD)
+    return layers.Norm(_EPS, name="output_layer_norm")(x_BxTxD + y_BxTxD), None
 
 
 class Embeddings(nn.Module):
@@ -197,22 +155,71 @@ class SequenceClassifier(Model):
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
-      token_type_ids: not looked at, for the model has no types; there so that all
-        classifiers of text are called alike.
+      token_type_ids: ignored, since the model has no types; all text classifiers have
+        the same arguments.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """
     del token_type_ids
     c, dtype = self.config, self.dtype
     check_length(input_ids, c.max_position_embeddings)
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(input_ids)
-    x_BxTxD = Transformer(
-      c, dtype, self.scan, self.remat, deterministic, name="transformer"
-    )(x_BxTxD, attention_mask)
+    transformer = stacking.Stack(
+      Layer,
+      (c, dtype, deterministic),
+      c.n_layers,
+      self.scan,
+      self.remat,
+      name="transformer",
+    )
+    x_BxTxD = transformer(x_BxTxD, attention_mask)
     dense = _dense(c, c.dim, ("embed", "pooled"), dtype, "pre_classifier")
     x_BxD = nn.relu(dense(x_BxTxD[:, 0]))
     x_BxD = nn.Dropout(c.seq_classif_dropout)(x_BxD, deterministic)
     head = _dense(c, c.num_labels, ("embed", "labels"), dtype, "classifier")
     return head(x_BxD).astype(jnp.float32)
+
+
+# Names in a checkpoint
+
+_LAYER = "transformer/layer_{i}"
+_KEY = "transformer.layer.{i}"
+
+_ENTRIES = (
+  embedding("embeddings/word_embeddings", "embeddings.word_embeddings"),
+  embedding("embeddings/position_embeddings", "embeddings.position_embeddings"),
+  *norm("embeddings/layer_norm", "embeddings.LayerNorm"),
+  *(
+    entry
+    for name in ("q_lin", "k_lin", "v_lin", "out_lin")
+    for entry in linear(f"{_LAYER}/attention/{name}", f"{_KEY}.attention.{name}")
+  ),
+  *norm(f"{_LAYER}/sa_layer_norm", f"{_KEY}.sa_layer_norm"),
+  *linear(f"{_LAYER}/ffn/lin1", f"{_KEY}.ffn.lin1"),
+  *linear(f"{_LAYER}/ffn/lin2", f"{_KEY}.ffn.lin2"),
+  *norm(f"{_LAYER}/output_layer_norm", f"{_KEY}.output_layer_norm"),
+  *linear("pre_classifier", "pre_classifier", part="head"),
+  *linear("classifier", "classifier", part="head", labels=True),
+)
+
+# The masked-language head of pretraining; question answering's.
+_OTHER = weight_and_bias(
+  "vocab_transform", "vocab_layer_norm", "vocab_projector", "qa_outputs"
+)
+
+
+def keymap(num_layers: int, scan: bool = False) -> KeyMap:
+  """The key map of a DistilBERT with `num_layers` layers."""
+  return KeyMap(
+    family="distilbert",
+    prefix="distilbert.",
+    entries=_ENTRIES,
+    counts={"i": num_layers},
+    scan=scan,
+    anchor="embeddings.word_embeddings.weight",
+    buffers=("embeddings.position_ids",),
+    other_heads=_OTHER,
+    head_groups=("pre_classifier", "classifier"),
+  )
 
 
 FAMILIES = {
@@ -221,7 +228,7 @@ FAMILIES = {
     architecture="DistilBertForSequenceClassification",
     configure=from_hf,
     build=SequenceClassifier,
-    keymap=lambda config, scan: distilbert_keys.keymap(config.n_layers, scan),
+    keymap=lambda config, scan: keymap(config.n_layers, scan),
     inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
     dropout=("dropout", "attention_dropout"),

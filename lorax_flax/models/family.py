@@ -1,4 +1,4 @@
-"""What the registry knows of a model family."""
+"""A model family, as the registry knows it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ Task = Literal[
 
 @dataclass(frozen=True)
 class Family:
-  """How a checkpoint of one `model_type` becomes a model. A family's file makes one.
+  """Functions that turn a checkpoint of one `model_type` into a model.
 
   A config is the family's own frozen dataclass, under Hugging Face's field names, and
   validates itself. Every module is called with its inputs by name and `deterministic`.
 
   Attributes:
-    task: what the outputs are: (batch, labels), or (batch, tokens, vocabulary).
-    architecture: transformers' name of the model that a written checkpoint is.
-    configure: (config.json, fields that the caller decides) -> config.
-    build: (config, dtype of computing, scan, remat) -> module.
+    task: decides the outputs: (batch, labels), or (batch, tokens, vocabulary).
+    architecture: transformers' class of a written checkpoint.
+    configure: (config.json, overrides of its fields) -> config.
+    build: (config, dtype of computation, scan, remat) -> module.
     keymap: (config, scan) -> names in a checkpoint, ours and PEFT's.
     inputs: (config) -> ShapeDtypeStructs of the smallest inputs, by name.
-    max_length: (config) -> how many tokens a text may have; 0 where it takes no text.
-    dropout: fields of the config that are rates of dropout inside the model.
-    head_dropout: those that are rates before the classifier.
+    max_length: (config) -> maximal number of tokens of a text; 0 if the input is none.
+    dropout: fields of the config that are dropout rates inside the model.
+    head_dropout: those before the classifier.
   """
 
   task: Task
@@ -47,11 +47,11 @@ class Family:
 
   @property
   def has_labels(self) -> bool:
-    """Whether the outputs are classes, or a regression, of the whole input."""
+    """True where the outputs are classes, or a regression, of the full input."""
     return self.task.endswith("-classification")
 
   def abstract_params(self, module: nn.Module) -> Any:
-    """Shapes of the parameters, boxed with their logical axis names; no FLOPs."""
+    """Shapes of the parameters, boxed with their logical axis names; traced only."""
     inputs = self.inputs(module.config)  # type: ignore[attr-defined]
     init = lambda key, inputs: module.init(key, **inputs)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -71,7 +71,7 @@ class Family:
 
 
 def text_inputs(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-  """The smallest inputs of a model of text that has one stack of layers."""
+  """The smallest inputs of a text model with one stack of layers."""
   del config
   ids_BxT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   return {"input_ids": ids_BxT, "attention_mask": ids_BxT}

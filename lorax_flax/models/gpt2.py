@@ -1,10 +1,10 @@
 """GPT-2, a causal language model.
 
-Learned positions, norms before attention and MLP, and a head that is the table of the
-tokens again. Source: Radford et al. 2019, "Language models are unsupervised multitask
+Learned positions, norms before attention and MLP, and a head tied to the token
+embeddings. Source: Radford et al. 2019, "Language models are unsupervised multitask
 learners", as transformers computes it (GPT2LMHeadModel).
 
-Shapes: B batch, T tokens, D n_embd, H heads, K head size, V vocab_size.
+Shapes: B batch, T tokens, D n_embd, V vocab_size.
 """
 
 import dataclasses
@@ -15,11 +15,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.models import gpt2_keys, layers, ops
+from lorax_flax.hub.checkpoints.entries import (
+  Entry,
+  embedding,
+  linear,
+  norm,
+  weight_and_bias,
+)
+from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
+from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model, check_length
+from lorax_flax.models.layers import DType, Model, check_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,37 +36,30 @@ class GPT2Config:
   Attributes:
     n_inner: features inside the MLP; None takes 4 · n_embd.
     scale_attn_weights: attention's logits are divided by sqrt(head size).
-    scale_attn_by_inverse_layer_idx: and by the number of their layer, from 1 on.
-    tie_word_embeddings: the head is the table of the tokens, not a layer of its own.
+    scale_attn_by_inverse_layer_idx: and by the number of their layer, from 1.
+    tie_word_embeddings: the head is the token embeddings, not a layer of its own.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
-  vocab_size: int = 50257
-  n_positions: int = 1024
-  n_embd: int = 768
-  n_layer: int = 12
-  n_head: int = 12
-  n_inner: int | None = None
-  activation_function: str = "gelu_new"
-  resid_pdrop: float = 0.1
-  embd_pdrop: float = 0.1
-  attn_pdrop: float = 0.1
-  layer_norm_epsilon: float = 1e-5
-  initializer_range: float = 0.02
+  vocab_size: fields.Size = 50257
+  n_positions: fields.Size = 1024
+  n_embd: fields.Size = 768
+  n_layer: fields.Layers = 12
+  n_head: fields.Size = 12
+  n_inner: fields.Size | None = None
+  activation_function: fields.Activation = "gelu_new"
+  resid_pdrop: fields.Rate = 0.1
+  embd_pdrop: fields.Rate = 0.1
+  attn_pdrop: fields.Rate = 0.1
+  layer_norm_epsilon: fields.Positive = 1e-5
+  initializer_range: fields.Positive = 0.02
   scale_attn_weights: bool = True
   scale_attn_by_inverse_layer_idx: bool = False
   tie_word_embeddings: bool = True
 
   def __post_init__(self):
-    sizes = ["vocab_size", "n_positions", "n_embd", "n_head"]
-    fields.check_layers(self, ["n_layer"])
-    fields.check_sizes(self, [*sizes, *["n_inner"] * (self.n_inner is not None)])
-    fields.check_rates(self, ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
-    fields.check_positive(self, ["layer_norm_epsilon", "initializer_range"])
-    scales = ["scale_attn_weights", "scale_attn_by_inverse_layer_idx"]
-    fields.check_flags(self, [*scales, "tie_word_embeddings"])
+    fields.check_fields(self)
     fields.check_multiple(self, "n_embd", of="n_head")
-    fields.check_activation(self, "activation_function")
 
 
 _ALIASES = {
@@ -70,13 +70,13 @@ _ALIASES = {
 }
 
 
-def from_hf(hf_config: Mapping[str, Any], **asked: Any) -> GPT2Config:
+def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> GPT2Config:
   """Reads a config.json that is already parsed; see `fields.read`.
 
-  reorder_and_upcast_attn is left alone: attention's softmax is always float32.
+  reorder_and_upcast_attn is ignored: attention's softmax is always float32.
   """
   only = {"add_cross_attention": False}
-  return fields.read(GPT2Config, hf_config, aliases=_ALIASES, only=only, **asked)
+  return fields.read(GPT2Config, hf_config, aliases=_ALIASES, only=only, **overrides)
 
 
 def _dense(config: GPT2Config, features: int, axes, dtype, name: str) -> nn.Dense:
@@ -94,48 +94,27 @@ class Attention(nn.Module):
   def __call__(
     self, x_BxTxD: jax.Array, mask_BxT: jax.Array, number: jax.Array | None
   ) -> jax.Array:
-    """Args: number: what attention's logits are divided by, if anything."""
+    """BxTxD. number: divisor of attention's logits, or None."""
     c = self.config
     fused = _dense(c, 3 * c.n_embd, ("embed", "heads"), self.dtype, "c_attn")
-    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (
-      layers.in_heads(y_BxTxD, c.n_head)
-      for y_BxTxD in jnp.split(fused(x_BxTxD), 3, axis=-1)
-    )
+    q_BxTxD, k_BxTxD, v_BxTxD = jnp.split(fused(x_BxTxD), 3, axis=-1)
     if number is not None:
-      q_BxTxHxK /= number.astype(q_BxTxHxK.dtype)
-    y_BxTxHxK = ops.attention(
-      q_BxTxHxK,
-      k_BxTxHxK,
-      v_BxTxHxK,
+      q_BxTxD /= number.astype(q_BxTxD.dtype)
+    y_BxTxD = layers.attend(
+      self,
+      (q_BxTxD, k_BxTxD, v_BxTxD),
       mask_BxT,
+      c.n_head,
+      c.attn_pdrop,
       causal=True,
       scale=None if c.scale_attn_weights else 1.0,
-      dropout_rate=c.attn_pdrop,
-      dropout_rng=layers.dropout_rng(self, c.attn_pdrop, self.deterministic),
     )
-    y_BxTxD = y_BxTxHxK.reshape(x_BxTxD.shape)
     y_BxTxD = _dense(c, c.n_embd, ("heads", "embed"), self.dtype, "c_proj")(y_BxTxD)
     return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
 
 
-class MLP(nn.Module):
-  """Two dense layers."""
-
-  config: GPT2Config
-  dtype: DType
-  deterministic: bool
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    c = self.config
-    up = _dense(c, c.n_inner or 4 * c.n_embd, ("embed", "mlp"), self.dtype, "c_fc")
-    down = _dense(c, c.n_embd, ("mlp", "embed"), self.dtype, "c_proj")
-    y_BxTxD = down(ops.activation(c.activation_function)(up(x_BxTxD)))
-    return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
-
-
 class Layer(nn.Module):
-  """One layer, in the form that nn.scan asks for."""
+  """One layer, in the form of nn.scan."""
 
   config: GPT2Config
   dtype: DType
@@ -145,11 +124,22 @@ class Layer(nn.Module):
   def __call__(
     self, x_BxTxD: jax.Array, mask_BxT: jax.Array, number: jax.Array | None = None
   ):
-    c, made_with = self.config, (self.config, self.dtype, self.deterministic)
+    c = self.config
     y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_1")(x_BxTxD)
-    x_BxTxD += Attention(*made_with, name="attn")(y_BxTxD, mask_BxT, number)
+    attend = Attention(c, self.dtype, self.deterministic, name="attn")
+    x_BxTxD += attend(y_BxTxD, mask_BxT, number)
     y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_2")(x_BxTxD)
-    return x_BxTxD + MLP(*made_with, name="mlp")(y_BxTxD), None
+    feed = layers.MLP(
+      ("c_fc", "c_proj"),
+      c.n_inner or 4 * c.n_embd,
+      c.activation_function,
+      self.dtype,
+      c.initializer_range,
+      c.resid_pdrop,
+      self.deterministic,
+      name="mlp",
+    )
+    return x_BxTxD + feed(y_BxTxD), None
 
 
 class LanguageModel(Model):
@@ -169,23 +159,23 @@ class LanguageModel(Model):
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
-        Positions count from the first column on, whatever the mask says.
+        Positions count from the first column, whatever the mask.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
 
     Raises:
-      LoraxError: a text longer than the positions.
+      LoraxError: a text with more tokens than positions.
     """
     c, dtype, std = self.config, self.dtype, self.config.initializer_range
     check_length(input_ids, c.n_positions)
     words = layers.embed(c.vocab_size, c.n_embd, "wte", axis="vocab", std=std)
-    places = layers.embed(c.n_positions, c.n_embd, "wpe", axis="positions", std=std)
+    positions = layers.embed(c.n_positions, c.n_embd, "wpe", axis="positions", std=std)
     positions_1xT = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
-    x_BxTxD = words(input_ids).astype(dtype) + places(positions_1xT).astype(dtype)
+    x_BxTxD = words(input_ids).astype(dtype) + positions(positions_1xT).astype(dtype)
     x_BxTxD = nn.Dropout(c.embd_pdrop)(x_BxTxD, deterministic)
     each = {}
     if c.scale_attn_by_inverse_layer_idx:
       each["number"] = jnp.arange(1, c.n_layer + 1, dtype=jnp.float32)
-    x_BxTxD = layers.stack(
+    x_BxTxD = stacking.stack(
       Layer,
       (c, dtype, deterministic),
       c.n_layer,
@@ -203,13 +193,64 @@ class LanguageModel(Model):
     return head(x_BxTxD).astype(jnp.float32)
 
 
+# Names in a checkpoint
+
+_LAYER = "layer_{i}"
+_KEY = "h.{i}"
+_HEAD = "lm_head.weight"
+
+# Causal masks in old checkpoints, for each layer.
+_MASKS = ("attn.bias", "attn.masked_bias")
+
+# Heads of classifiers, of questions' spans and of multiple choice.
+_OTHER = (
+  "score.weight",
+  *weight_and_bias("classifier", "qa_outputs", "multiple_choice_head.summary"),
+)
+
+
+def _conv1d(path: str, key: str) -> tuple[Entry, ...]:
+  """The entries of a transformers Conv1D: a linear layer whose weight is (in, out)."""
+  kernel = Entry(f"{path}/kernel", f"{key}.weight")
+  return kernel, Entry(f"{path}/bias", f"{key}.bias")
+
+
+_ENTRIES = (
+  embedding("wte", "wte"),
+  embedding("wpe", "wpe"),
+  *norm(f"{_LAYER}/ln_1", f"{_KEY}.ln_1"),
+  *_conv1d(f"{_LAYER}/attn/c_attn", f"{_KEY}.attn.c_attn"),
+  *_conv1d(f"{_LAYER}/attn/c_proj", f"{_KEY}.attn.c_proj"),
+  *norm(f"{_LAYER}/ln_2", f"{_KEY}.ln_2"),
+  *_conv1d(f"{_LAYER}/mlp/c_fc", f"{_KEY}.mlp.c_fc"),
+  *_conv1d(f"{_LAYER}/mlp/c_proj", f"{_KEY}.mlp.c_proj"),
+  *norm("ln_f", "ln_f"),
+)
+
+
+def keymap(num_layers: int, tied: bool, scan: bool = False) -> KeyMap:
+  """The key map of a GPT-2; a tied head is its token embeddings."""
+  head = linear("lm_head", "lm_head", bias=False, part="head")
+  return KeyMap(
+    family="gpt2",
+    prefix="transformer.",
+    entries=_ENTRIES if tied else (*_ENTRIES, *head),
+    counts={"i": num_layers},
+    scan=scan,
+    anchor="wte.weight",
+    buffers=tuple(f"h.{i}.{name}" for i in range(num_layers) for name in _MASKS),
+    other_heads=_OTHER,
+    ties={_HEAD: "wte.weight"} if tied else {},
+  )
+
+
 FAMILIES = {
   "gpt2": Family(
     task="causal-lm",
     architecture="GPT2LMHeadModel",
     configure=from_hf,
     build=LanguageModel,
-    keymap=lambda config, scan: gpt2_keys.keymap(
+    keymap=lambda config, scan: keymap(
       config.n_layer, config.tie_word_embeddings, scan
     ),
     inputs=text_inputs,

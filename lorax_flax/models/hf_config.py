@@ -2,8 +2,9 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import ops
@@ -14,7 +15,7 @@ T = TypeVar("T")
 MOST_LAYERS = 1000
 _MOST = 2**31
 
-# What no family computes.
+# Fields that no family supports, with the value that turns them off.
 _ONLY: Mapping[str, Any] = {"pruned_heads": {}, "quantization_config": None}
 
 
@@ -31,15 +32,14 @@ def read(
 
   Args:
     kind: a dataclass under Hugging Face's field names.
-    hf_config: the JSON object. Fields without an effect on the numbers are left alone.
+    hf_config: the JSON object. Fields without an effect on the numbers are ignored.
     defaults: of the family, for fields that config.json leaves out.
-    only: what else would change the numbers, with the one value that we compute;
-      beside pruned heads and quantised weights, which no family reads.
-    aliases: other names that transformers takes for a field: that name to the field's.
+    only: further fields that change the numbers, with the one supported value.
+    aliases: other names of fields that transformers accepts, to the field's.
     **overrides: fields that the caller decides (num_labels).
 
   Raises:
-    LoraxError: a field we cannot honour, one of a wrong type, or a missing one.
+    LoraxError: an unsupported field, one of a wrong type, or a missing one.
   """
   _refuse(hf_config, {**_ONLY, **(only or {})})
   fields = dataclasses.fields(kind)  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def _refuse(hf_config: Mapping[str, Any], only: Mapping[str, Any]) -> None:
 
 
 def labels_in(hf_config: Mapping[str, Any]) -> int | None:
-  """How many labels a config.json declares, by id2label or num_labels, or None."""
+  """The number of labels in a config.json, by id2label or num_labels, or None."""
   names = hf_config.get("id2label")
   if names is None:
     return hf_config.get("num_labels")
@@ -91,54 +91,62 @@ def labels_in(hf_config: Mapping[str, Any]) -> int | None:
 
 
 def check(
-  name: str, value: Any, kind: type, says: str, good: Callable[[Any], Any]
+  name: str, value: Any, kind: type, expected: str, good: Callable[[Any], Any]
 ) -> None:
-  """Raises LoraxError unless `value` is a `kind` (ints pass for floats) and good."""
+  """Raises LoraxError unless `value` is a `kind` (ints pass for floats) and good.
+
+  Args:
+    expected: the values that are good, for the message.
+  """
   kinds = (int, float) if kind is float else kind
   typed = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
   if typed and kind is float:
     typed = abs(value) <= sys.float_info.max  # NaN is not; an int has no largest
   if not typed or not good(value):
-    raise LoraxError(f"config: {name} must be {says}, not {value!r}")
+    raise LoraxError(f"config: {name} must be {expected}, not {value!r}")
 
 
-def check_layers(config: Any, names: Sequence[str]) -> None:
-  """Numbers of layers."""
-  for name in names:
-    says = f"from 1 to {MOST_LAYERS}"
-    good = lambda x: 1 <= x <= MOST_LAYERS
-    check(name, getattr(config, name), int, says, good)
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A rule for a field's values, an annotation of the field: see `check`."""
+
+  expected: str
+  good: Callable[[Any], Any]
 
 
-def check_sizes(config: Any, names: Sequence[str], least: int = 1) -> None:
-  """Sizes of axes and other counts."""
-  says = "a positive integer" if least == 1 else f"an integer from {least} on"
-  for name in names:
-    check(name, getattr(config, name), int, says, lambda x: least <= x < _MOST)
+def at_least(least: int) -> Rule:
+  """The rule of an integer from `least` on."""
+  return Rule(f"an integer from {least} on", lambda x: least <= x < _MOST)
 
 
-def check_rates(config: Any, names: Sequence[str]) -> None:
-  """Dropout rates; None is left to its default."""
-  for name in names:
-    rate = getattr(config, name)
-    if rate is not None:
-      check(name, rate, float, "in [0, 1)", lambda x: 0 <= x < 1)
+Layers = Annotated[
+  int, Rule(f"from 1 to {MOST_LAYERS}", lambda x: 1 <= x <= MOST_LAYERS)
+]
+Size = Annotated[int, Rule("a positive integer", lambda x: 1 <= x < _MOST)]
+Rate = Annotated[float, Rule("in [0, 1)", lambda x: 0 <= x < 1)]
+Positive = Annotated[float, Rule("a positive number", lambda x: x > 0)]
+Activation = Annotated[str, Rule("a name", lambda x: x and ops.activation(x))]
+_Flag = Annotated[bool, Rule("true or false", lambda x: True)]
 
 
-def check_positive(config: Any, names: Sequence[str]) -> None:
-  """Positive numbers: an epsilon, a standard deviation."""
-  for name in names:
-    check(name, getattr(config, name), float, "a positive number", lambda x: x > 0)
+def check_fields(config: Any) -> None:
+  """Checks the fields of a config that are annotated with a `Rule`, or bool.
 
-
-def check_flags(config: Any, names: Sequence[str]) -> None:
-  """True or false."""
-  for name in names:
-    check(name, getattr(config, name), bool, "true or false", lambda x: True)
+  Raises:
+    LoraxError: a field of another type or value.
+  """
+  for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+    value = getattr(config, name)
+    options = typing.get_args(hint) if type(None) in typing.get_args(hint) else [hint]
+    if value is None and len(options) > 1:
+      continue
+    annotated: Any = _Flag if options[0] is bool else options[0]
+    for rule in getattr(annotated, "__metadata__", ()):
+      check(name, value, annotated.__origin__, rule.expected, rule.good)
 
 
 def check_token(config: Any, name: str) -> None:
-  """An id of the vocabulary."""
+  """Checks an id of the vocabulary."""
   check(
     name,
     getattr(config, name),
@@ -149,15 +157,9 @@ def check_token(config: Any, name: str) -> None:
 
 
 def check_multiple(config: Any, name: str, of: str) -> None:
-  """One field is a multiple of another."""
+  """Checks that one field is a multiple of another."""
   if getattr(config, name) % getattr(config, of):
     raise LoraxError(
       f"config: {name} {getattr(config, name)} is not a multiple of {of} "
       f"{getattr(config, of)}"
     )
-
-
-def check_activation(config: Any, name: str) -> None:
-  """The name of an activation that there is."""
-  check(name, getattr(config, name), str, "a name", bool)
-  ops.activation(getattr(config, name))

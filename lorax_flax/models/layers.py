@@ -1,33 +1,40 @@
-"""What every family's modules are made of; kernels are (in, out), their axes named."""
+"""Modules and functions that families share; kernels are (in, out), with named axes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.core import meta
 from jax.sharding import PartitionSpec
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError
 from lorax_flax.models import ops
 from lorax_flax.sharding import activations as spread
 
 DType = Any
 
-# What nn.remat keeps for the backward pass.
-REMAT_POLICIES: dict[str, Callable[..., bool]] = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  # Products with kernels are kept, attention's and the element-wise rest recomputed.
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+
+class Model(nn.Module):
+  """A full model; a family's own is called with its inputs by name.
+
+  Attributes:
+    config: the family's own; see `lorax_flax.models.family.Family`.
+    dtype: of computation; norms, softmax and logits are float32.
+    scan: the layers are stacked under "…/layers" and scanned.
+    remat: recomputation in the backward pass: "none", "full" or "dots".
+  """
+
+  config: Any
+  dtype: DType = jnp.float32
+  scan: bool = False
+  remat: str = "none"
 
 
-def check_remat(remat: str) -> None:
-  """Raises LoraxError unless `remat` is "none" or a policy."""
-  if remat != "none" and remat not in REMAT_POLICIES:
-    raise LoraxError(unknown("remat", remat, ["none", *REMAT_POLICIES]))
+def check_length(input_ids_BxT: jax.Array, most: int) -> None:
+  """Raises LoraxError for texts with more tokens than the model has positions."""
+  if (length := input_ids_BxT.shape[1]) > most:
+    raise LoraxError(f"a text of {length} tokens: the model takes at most {most}")
 
 
 def dense(
@@ -43,8 +50,8 @@ def dense(
 
   Args:
     axes: logical names of the kernel's two axes.
-    dtype: of computing.
-    std: of the normal that a fresh kernel is drawn from.
+    dtype: of computation.
+    std: standard deviation of a fresh kernel.
   """
   return nn.Dense(
     features,
@@ -57,7 +64,7 @@ def dense(
 
 
 class Embed(nn.Embed):
-  """A table, of which what is looked up lies as activations do on a mesh.
+  """An embedding table, whose rows are sharded like activations after the look-up.
 
   Attributes:
     along: logical name of the features.
@@ -71,13 +78,15 @@ class Embed(nn.Embed):
     rows = self.along == "embed" and ids_BxT.ndim == 2
     rows = rows and spread.rows_come_out(mesh, ids_BxT)
     if rows and self.features % mesh.shape["fsdp"] == 0:
-      # Each device looks up its own columns for the rows of all that share the table,
-      # which then change places, and only then are cut along what else there is. Left
-      # alone, the compiler copies all rows everywhere.
-      cut, free = jax.lax.with_sharding_constraint, PartitionSpec.UNCONSTRAINED
-      ids_BxT = cut(ids_BxT, PartitionSpec("data", free))
-      x_BxTxD = cut(super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp"))
-      x_BxTxD = cut(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free))
+      # Each device looks up its own columns for the tokens of all devices that share
+      # the table; then an all-to-all exchanges them, and only then are they sharded
+      # along the other axes. By itself the compiler would all-gather every row.
+      constrain, free = jax.lax.with_sharding_constraint, PartitionSpec.UNCONSTRAINED
+      ids_BxT = constrain(ids_BxT, PartitionSpec("data", free))
+      x_BxTxD = constrain(
+        super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp")
+      )
+      x_BxTxD = constrain(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free))
       return spread.rows_apart(x_BxTxD)
     return super().__call__(ids_BxT)
 
@@ -91,20 +100,52 @@ def embed(
   along: str = "embed",
   std: float = 0.02,
 ) -> nn.Embed:
-  """A table, one vector a row; cast what is looked up, for a dtype casts the table.
+  """An embedding table, one vector a row.
+
+  Cast the rows that are looked up: an nn.Embed with a dtype would cast the full table.
 
   Args:
     axis, along: logical names of the rows and of the features.
-    std: of the normal that a fresh table is drawn from.
+    std: standard deviation of a fresh table.
   """
   init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, along))
   return Embed(rows, features, embedding_init=init, name=name, along=along)
 
 
 def logits(x_BxTxD: jax.Array, table: nn.Embed) -> jax.Array:
-  """Scores of every row of a table, BxTxV float32: a head tied to its embeddings."""
+  """Logits of a head that is tied to the embeddings, BxTxV float32."""
   table_VxD = table.embedding.astype(x_BxTxD.dtype)
   return jnp.einsum("BTD,VD->BTV", x_BxTxD, table_VxD).astype(jnp.float32)
+
+
+class MLP(nn.Module):
+  """Two dense layers with an activation between, and dropout behind.
+
+  Attributes:
+    names: the two layers', in and out.
+    features: between the two.
+    activation: its name, see `ops.activation`.
+    dtype, std: see `dense`.
+    rate: of the dropout.
+  """
+
+  names: tuple[str, str]
+  features: int
+  activation: str
+  dtype: DType
+  std: float
+  rate: float = 0.0
+  deterministic: bool = True
+
+  @nn.compact
+  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    name, name_out = self.names
+    up = dense(self.features, ("embed", "mlp"), self.dtype, name, std=self.std)
+    down = dense(
+      x_BxTxD.shape[-1], ("mlp", "embed"), self.dtype, name_out, std=self.std
+    )
+    y_BxTxD = down(ops.activation(self.activation)(up(x_BxTxD)))
+    return nn.Dropout(self.rate)(y_BxTxD, self.deterministic)
 
 
 class Norm(nn.Module):
@@ -139,7 +180,7 @@ class RmsNorm(nn.Module):
 
 
 class NormWeights(nn.Module):
-  """The scale and the bias, D each, of a layer norm that is computed elsewhere."""
+  """The scale and the bias, (D,) each, of a layer norm that is computed elsewhere."""
 
   @nn.compact
   def __call__(self, features: int) -> tuple[jax.Array, jax.Array]:
@@ -163,57 +204,35 @@ def in_heads(x_BxTxD: jax.Array, heads: int) -> jax.Array:
 def dropout_rng(
   module: nn.Module, rate: float, deterministic: bool
 ) -> jax.Array | None:
-  """A key for `ops.attention`, or None where nothing is dropped."""
+  """A key for `ops.attention`, or None without dropout."""
   return None if deterministic or rate == 0.0 else module.make_rng("dropout")
 
 
-def stack(
-  layer: Any,
-  args: Sequence[Any],
-  count: int,
-  x: Any,
-  *shared: Any,
-  scan: bool,
-  remat: str,
-  each: Mapping[str, jax.Array | np.ndarray] | None = None,
-) -> Any:
-  """Runs x through `count` layers; to be called from a compact method.
-
-  The parameters are "layer_{i}/…" of each layer, or with `scan` one stacked tree under
-  "layers", whose leading axis has the logical name "layers".
+def attend(
+  module: Any,
+  qkv_BxTxD: Sequence[jax.Array],
+  mask_BxT: jax.Array,
+  heads: int,
+  rate: float,
+  **options: Any,
+) -> jax.Array:
+  """Self-attention of projected features, BxTxD; to be called from a compact method.
 
   Args:
-    layer: a module class whose call takes (x, *shared), and `each` by name where it is
-      given, and returns (x, None).
-    args: that its instances are made with.
-    x: the carry: an array or a tree of them.
-    shared: what every layer takes as it is.
-    scan, remat: see REMAT_POLICIES.
-    each: arrays (count, …) of which each layer takes its own row.
+    module: the caller; its `deterministic` decides dropout.
+    qkv_BxTxD: queries, keys and values.
+    mask_BxT: nonzero where a token is attended to.
+    rate: of the dropout of attention's weights.
+    **options: of `ops.attention`.
   """
-  each = dict(each or {})
-  x = spread.rows_apart(x)
-  if remat != "none":
-    policy = REMAT_POLICIES[remat]
-    layer = nn.remat(layer, policy=policy, prevent_cse=not scan)
-  if not scan:
-    for i in range(count):
-      own = {name: rows[i] for name, rows in each.items()}
-      x, _ = layer(*args, name=f"layer_{i}")(x, *shared, **own)
-      x = spread.rows_apart(x)
-    return x
-
-  def body(module, x, own, *shared):
-    x, out = module(x, *shared, **own)
-    return spread.rows_apart(x), out
-
-  run = nn.scan(
-    body,
-    variable_axes={"params": 0},
-    split_rngs={"params": True, "dropout": True},
-    in_axes=(0, *(nn.broadcast for _ in shared)),
-    length=count,
-    metadata_params={meta.PARTITION_NAME: "layers"},
+  q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (in_heads(x, heads) for x in qkv_BxTxD)
+  y_BxTxHxK = ops.attention(
+    q_BxTxHxK,
+    k_BxTxHxK,
+    v_BxTxHxK,
+    mask_BxT,
+    dropout_rate=rate,
+    dropout_rng=dropout_rng(module, rate, module.deterministic),
+    **options,
   )
-  own = {name: jnp.asarray(rows) for name, rows in each.items()}
-  return run(layer(*args, name="layers"), x, own, *shared)[0]
+  return y_BxTxHxK.reshape(qkv_BxTxD[0].shape)

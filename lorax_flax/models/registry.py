@@ -1,4 +1,4 @@
-"""From a folder to a model: the families there are, and how one is loaded."""
+"""Model families, and loading of models from folders."""
 
 import dataclasses
 import functools
@@ -20,19 +20,15 @@ from lorax_flax.hub.files import gguf, gguf_header, safetensors
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import Adapter
-from lorax_flax.models import distilbert, gpt2, layers, vit
-from lorax_flax.models.bert import model as bert
-from lorax_flax.models.deberta import model as deberta
+from lorax_flax.models import bert, deberta, distilbert, gpt2, llama, stacking, t5, vit
 from lorax_flax.models.family import Family
-from lorax_flax.models.llama import variants
-from lorax_flax.models.t5 import model as t5
 
 FAMILIES: dict[str, Family] = {
   **bert.FAMILIES,
   **deberta.FAMILIES,
   **distilbert.FAMILIES,
   **gpt2.FAMILIES,
-  **variants.FAMILIES,
+  **llama.FAMILIES,
   **t5.FAMILIES,
   **vit.FAMILIES,
 }
@@ -44,10 +40,10 @@ class Outline:
   """A model without its weights.
 
   Attributes:
-    family: what it is one of.
-    module: call it as module.apply({"params": params}, **inputs).
-    config: the model's shape.
-    hf_config: config.json as it was read.
+    family: of the model.
+    module: called as module.apply({"params": params}, **inputs).
+    config: the family's config.
+    hf_config: the content of config.json.
     keymap: names in a checkpoint, ours and PEFT's.
   """
 
@@ -59,12 +55,12 @@ class Outline:
 
   @property
   def max_length(self) -> int:
-    """How many tokens the model takes; 0 where it takes no text."""
+    """Maximal number of tokens of a text; 0 where the input is none."""
     return self.family.max_length(self.config)
 
   @property
   def token_types(self) -> bool:
-    """Whether token types tell the model anything."""
+    """True where the model distinguishes token types."""
     return getattr(self.config, "type_vocab_size", 0) > 1
 
   def from_peft(self, source: str | Path | Mapping[str, Any]) -> LoraConfig:
@@ -84,17 +80,17 @@ class Loaded(Outline):
   Attributes:
     params: the tree of weights.
     new_paths: leaves that the checkpoint did not have, freshly initialised.
-    passed_over: stored keys that hold no weight of this model.
-    folder: where it came from; its tokenizer lies there.
+    ignored_keys: stored keys that are not weights of this model.
+    folder: that it was read from, with its tokenizer.
   """
 
   params: Any
   new_paths: tuple[str, ...]
-  passed_over: tuple[str, ...]
+  ignored_keys: tuple[str, ...]
   folder: Path
 
   def reseeded(self, seed: int) -> "Loaded":
-    """The same with what the checkpoint lacks drawn as `load` draws it by this seed."""
+    """A copy with its new leaves drawn again, as `load` draws them with this seed."""
     params = hub_load.redrawn(
       self.params, self.new_paths, std=_std(self.config), seed=seed
     )
@@ -120,34 +116,34 @@ def load(
     folder: with config.json and safetensors, or with a GGUF file; or that file.
     num_labels: outputs of a classifier's head, 1 for a regression; None takes
       config.json's.
-    dtype: of computing: "float32", "bfloat16" or "float16".
-    param_dtype: of the weights in memory; None leaves each as it is stored.
-    scan, remat: see `layers.stack`.
-    seed: of a head that the checkpoint does not have.
-    new_head: a head of another width than asked for is replaced, not an error.
+    dtype: of computation: "float32", "bfloat16" or "float16".
+    param_dtype: of the weights in memory; None keeps the stored dtype of each.
+    scan, remat: see `stacking.stack`.
+    seed: for a head that the checkpoint does not have.
+    new_head: replace a head of another width than `num_labels`; otherwise an error.
     shardings: (tree of logical axis names, tree of shapes) -> tree of shardings. Each
-      process then reads its own parts of the weights, and no more.
-    untie: a head that is the table of the tokens becomes a weight of its own, a copy.
-      Adapters of PEFT that change one of the two need that.
+      process then reads only the shards of its devices.
+    untie: make a tied head a copy of the token embeddings, with a weight of its own.
+      PEFT adapters that change one of the two need that.
 
   Raises:
-    LoraxError: an unknown family, a config or a key that does not fit.
+    LoraxError: an unknown family, an unsupported config, or keys that do not match.
   """
   folder = Path(folder)
   hf_config = read_config(folder)
-  described = functools.partial(
+  outline_of = functools.partial(
     outline, num_labels=num_labels, dtype=dtype, scan=scan, remat=remat
   )
-  model = described(hf_config)
+  model = outline_of(hf_config)
   ties: Mapping[str, str] = {}
   if untie:
     _check_tied(model)
     ties = model.keymap.ties
-    model = described({**hf_config, "tie_word_embeddings": False})
+    model = outline_of({**hf_config, "tie_word_embeddings": False})
   # The keys first: a config that claims a thousand layers takes long to trace.
   found = hub_load.find(_open(folder), model.keymap, ties)
   shapes = _shapes(model)
-  lies = shardings and shardings(model.family.logical_axes(model.module), shapes)
+  axes = model.family.logical_axes
   weights = hub_load.load(
     found,
     shapes,
@@ -155,13 +151,13 @@ def load(
     std=_std(model.config),
     seed=seed,
     new_head=new_head,
-    shardings=lies,
+    shardings=shardings and shardings(axes(model.module), shapes),
   )
   return Loaded(
     **vars(model),
     params=weights.params,
     new_paths=weights.new_paths,
-    passed_over=weights.passed_over,
+    ignored_keys=weights.ignored_keys,
     folder=folder,
   )
 
@@ -174,24 +170,24 @@ def outline(
   scan: bool = False,
   remat: str = "none",
 ) -> Outline:
-  """What a config.json says, without a checkpoint; arguments as `load` has them."""
+  """The model of a config.json, without a checkpoint; arguments as of `load`."""
   family = of(hf_config)
-  layers.check_remat(remat)
-  asked = {} if num_labels is None else {"num_labels": num_labels}
-  if asked and not family.has_labels:
+  stacking.check_remat(remat)
+  overrides = {} if num_labels is None else {"num_labels": num_labels}
+  if overrides and not family.has_labels:
     raise LoraxError(
       f"a {hf_config['model_type']} is a {family.task} model: it has no num_labels"
     )
-  config = family.configure(hf_config, **asked)
+  config = family.configure(hf_config, **overrides)
   module = family.build(config, _float("dtype", dtype), scan, remat)
   return Outline(family, module, config, hf_config, family.keymap(config, scan))
 
 
 def abstract_params(model: Outline, param_dtype: str | None = None) -> Any:
-  """The tree of weights that a checkpoint would give, of ShapeDtypeStructs.
+  """The tree of a checkpoint's weights, of ShapeDtypeStructs.
 
   Args:
-    param_dtype: as in `load`; None takes what config.json says the checkpoint has.
+    param_dtype: as of `load`; None takes the dtype in config.json.
   """
   stored = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
   dtype = _float("dtype", param_dtype or stored or "float32")
@@ -205,7 +201,7 @@ def _shapes(model: Outline) -> Any:
   family, keymap = model.family, model.keymap
   if keymap.scan:
     return family.shapes(model.module)
-  # Of all layers, one is traced: tracing takes longer than reading.
+  # With stacked layers only one is traced: tracing takes longer than reading.
   module: Any = model.module
   scanned = family.build(model.config, module.dtype, True, "none")
   stacked = family.keymap(model.config, True)
@@ -215,8 +211,7 @@ def _shapes(model: Outline) -> Any:
 def _check_tied(model: Outline) -> None:
   if getattr(model.config, "tie_word_embeddings", None) is not True:
     raise LoraxError(
-      f"untie: a {model.hf_config['model_type']} of this config has no head that could"
-      " get a weight of its own"
+      f"untie: a {model.hf_config['model_type']} of this config has no tied head"
     )
 
 
@@ -229,7 +224,7 @@ def of(hf_config: Mapping[str, Any]) -> Family:
 
 
 def _std(config: Any) -> float:
-  """Of the normal that new kernels are drawn from."""
+  """Standard deviation of new kernels."""
   return getattr(config, "initializer_range", 0.02)
 
 
@@ -245,7 +240,7 @@ def _open(folder: Path) -> safetensors.Reader:
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
-  """The config.json of a folder, an object; or what a GGUF file says in its place."""
+  """The object in a folder's config.json, or its equivalent of a GGUF file."""
   if (file := gguf_header.find(folder)) is not None:
     return gguf.read_config(file)
   return strict_json.read_object(folder / "config.json")

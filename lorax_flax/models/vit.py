@@ -1,11 +1,11 @@
 """ViT with an image classifier.
 
-An image is cut into patches, each a token; a learned token before them is read by the
-head. Norms come before attention and MLP. Source: arXiv 2010.11929, as transformers
+An image is split into patches, each a token; the head reads a learned token before
+them. Norms come before attention and MLP. Source: arXiv 2010.11929, as transformers
 computes it (ViTForImageClassification).
 
-Shapes: B batch, C channels, H and W pixels, T tokens (patches and one more), D
-hidden_size, N heads, K head size.
+Shapes: B batch, C channels, H and W pixels, T tokens (the patches and one), D
+hidden_size.
 """
 
 import dataclasses
@@ -17,11 +17,18 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.hub.checkpoints.entries import (
+  CONV_2D,
+  Entry,
+  linear,
+  norm,
+  weight_and_bias,
+)
+from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers, ops, vit_keys
+from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model
+from lorax_flax.models.layers import DType, Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,39 +36,32 @@ class ViTConfig:
   """ViT's shape, under Hugging Face's field names.
 
   Attributes:
-    image_size, patch_size: in pixels, (height, width); one number stands for both.
+    image_size, patch_size: in pixels, (height, width); one number is taken for both.
     qkv_bias: whether query, key and value have a bias.
     num_labels: width of the classifier's output; 1 for regression.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
-  hidden_size: int = 768
-  num_hidden_layers: int = 12
-  num_attention_heads: int = 12
-  intermediate_size: int = 3072
+  hidden_size: fields.Size = 768
+  num_hidden_layers: fields.Layers = 12
+  num_attention_heads: fields.Size = 12
+  intermediate_size: fields.Size = 3072
   image_size: tuple[int, int] = (224, 224)
   patch_size: tuple[int, int] = (16, 16)
-  num_channels: int = 3
+  num_channels: fields.Size = 3
   qkv_bias: bool = True
-  hidden_act: str = "gelu"
-  hidden_dropout_prob: float = 0.0
-  attention_probs_dropout_prob: float = 0.0
-  initializer_range: float = 0.02
-  layer_norm_eps: float = 1e-12
-  num_labels: int = 2
+  hidden_act: fields.Activation = "gelu"
+  hidden_dropout_prob: fields.Rate = 0.0
+  attention_probs_dropout_prob: fields.Rate = 0.0
+  initializer_range: fields.Positive = 0.02
+  layer_norm_eps: fields.Positive = 1e-12
+  num_labels: fields.Size = 2
 
   def __post_init__(self):
     for name in ("image_size", "patch_size"):
       object.__setattr__(self, name, _pair(name, getattr(self, name)))
-    fields.check_layers(self, ["num_hidden_layers"])
-    sizes = ["hidden_size", "num_attention_heads", "intermediate_size", "num_channels"]
-    fields.check_sizes(self, [*sizes, "num_labels"])
-    rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
-    fields.check_rates(self, rates)
-    fields.check_positive(self, ["initializer_range", "layer_norm_eps"])
-    fields.check_flags(self, ["qkv_bias"])
+    fields.check_fields(self)
     fields.check_multiple(self, "hidden_size", of="num_attention_heads")
-    fields.check_activation(self, "hidden_act")
     if any(p > n for p, n in zip(self.patch_size, self.image_size, strict=True)):
       raise LoraxError(
         f"config: patch_size {self.patch_size} is larger than image_size "
@@ -70,7 +70,7 @@ class ViTConfig:
 
   @property
   def patches(self) -> int:
-    """How many patches an image has; pixels left over at its ends are not seen."""
+    """The number of patches of an image; pixels left over at its ends are ignored."""
     (height, width), (high, wide) = self.image_size, self.patch_size
     return (height // high) * (width // wide)
 
@@ -81,14 +81,14 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     len(pair) == 2 and all(type(n) is int and 1 <= n <= 2**16 for n in pair)
   )
   if not good(pair):
-    says = "a number of pixels, or two: height and width"
-    raise LoraxError(f"config: {name} must be {says}, not {value!r}")
+    expected = "a number of pixels, or two: height and width"
+    raise LoraxError(f"config: {name} must be {expected}, not {value!r}")
   return pair
 
 
-def from_hf(hf_config: Mapping[str, Any], **asked: Any) -> ViTConfig:
+def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> ViTConfig:
   """Reads a config.json that is already parsed; see `fields.read`."""
-  return fields.read(ViTConfig, hf_config, only={"head_dim": None}, **asked)
+  return fields.read(ViTConfig, hf_config, only={"head_dim": None}, **overrides)
 
 
 def _dense(
@@ -109,42 +109,18 @@ class Attention(nn.Module):
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
     c, bias = self.config, self.config.qkv_bias
     axes = ("embed", "heads")
-    q_BxTxNxK, k_BxTxNxK, v_BxTxNxK = (
-      layers.in_heads(
-        _dense(c, c.hidden_size, axes, self.dtype, name, bias=bias)(x_BxTxD),
-        c.num_attention_heads,
-      )
+    qkv_BxTxD = [
+      _dense(c, c.hidden_size, axes, self.dtype, name, bias=bias)(x_BxTxD)
       for name in ("q_proj", "k_proj", "v_proj")
-    )
-    rate = c.attention_probs_dropout_prob
-    y_BxTxNxK = ops.attention(
-      q_BxTxNxK,
-      k_BxTxNxK,
-      v_BxTxNxK,
-      jnp.ones(x_BxTxD.shape[:2], jnp.int32),
-      dropout_rate=rate,
-      dropout_rng=layers.dropout_rng(self, rate, self.deterministic),
-    )
-    y_BxTxD = y_BxTxNxK.reshape(x_BxTxD.shape)
+    ]
+    mask_BxT = jnp.ones(x_BxTxD.shape[:2], jnp.int32)
+    heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
+    y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, heads, rate)
     return _dense(c, c.hidden_size, axes[::-1], self.dtype, "o_proj")(y_BxTxD)
 
 
-class MLP(nn.Module):
-  """Two dense layers."""
-
-  config: ViTConfig
-  dtype: DType
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    c = self.config
-    up = _dense(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "fc1")
-    down = _dense(c, c.hidden_size, ("mlp", "embed"), self.dtype, "fc2")
-    return down(ops.activation(c.hidden_act)(up(x_BxTxD)))
-
-
 class Layer(nn.Module):
-  """One layer, in the form that nn.scan asks for."""
+  """One layer, in the form of nn.scan."""
 
   config: ViTConfig
   dtype: DType
@@ -152,17 +128,26 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array):
-    c, made_with = self.config, (self.config, self.dtype)
+    c = self.config
     drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
     y_BxTxD = layers.Norm(c.layer_norm_eps, name="layernorm_before")(x_BxTxD)
-    y_BxTxD = Attention(*made_with, self.deterministic, name="attention")(y_BxTxD)
+    attend = Attention(c, self.dtype, self.deterministic, name="attention")
+    y_BxTxD = attend(y_BxTxD)
     x_BxTxD += drop(y_BxTxD)
     y_BxTxD = layers.Norm(c.layer_norm_eps, name="layernorm_after")(x_BxTxD)
-    return x_BxTxD + drop(MLP(*made_with, name="mlp")(y_BxTxD)), None
+    feed = layers.MLP(
+      ("fc1", "fc2"),
+      c.intermediate_size,
+      c.hidden_act,
+      self.dtype,
+      c.initializer_range,
+      name="mlp",
+    )
+    return x_BxTxD + drop(feed(y_BxTxD)), None
 
 
 class Embeddings(nn.Module):
-  """Patches projected, after the token that the head reads; positions added."""
+  """The learned token and the projected patches, with positions added."""
 
   config: ViTConfig
   dtype: DType
@@ -211,19 +196,20 @@ class ImageClassifier(Model):
     """Logits, batch x num_labels, float32.
 
     Args:
-      pixel_values: BxCxHxW floats, normalised as the checkpoint's preprocessor says.
+      pixel_values: BxCxHxW floats, normalised by the checkpoint's preprocessor config.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
 
     Raises:
       LoraxError: images of another size than the model's.
     """
     c, dtype = self.config, self.dtype
-    if (shape := pixel_values.shape[1:]) != (want := (c.num_channels, *c.image_size)):
+    shape, expected = pixel_values.shape[1:], (c.num_channels, *c.image_size)
+    if shape != expected:
       raise LoraxError(
-        f"images of shape {shape}: the model takes {want}, channels first"
+        f"images of shape {shape}: the model takes {expected}, channels first"
       )
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(pixel_values)
-    x_BxTxD = layers.stack(
+    x_BxTxD = stacking.stack(
       Layer,
       (c, dtype, deterministic),
       c.num_hidden_layers,
@@ -242,15 +228,77 @@ def inputs(config: ViTConfig) -> dict[str, jax.ShapeDtypeStruct]:
   return {"pixel_values": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
+# Names in a checkpoint
+
+_LAYER = "layer_{i}"
+_KEY = "layers.{i}"
+
+# Each layer's linear modules: the name in transformers and PEFT, to that in files.
+_LINEAR = {
+  "attention.q_proj": "attention.attention.query",
+  "attention.k_proj": "attention.attention.key",
+  "attention.v_proj": "attention.attention.value",
+  "attention.o_proj": "attention.output.dense",
+  "mlp.fc1": "intermediate.dense",
+  "mlp.fc2": "output.dense",
+}
+_QKV = ("q_proj", "k_proj", "v_proj")
+_NORMS = ("layernorm_before", "layernorm_after")
+_ON_DISK = _LINEAR | {name: name for name in _NORMS}
+
+# The encoder's pooler; pretraining's head for masked patches.
+_OTHER = (
+  "embeddings.mask_token",
+  *weight_and_bias("pooler.dense", "decoder.0"),
+)
+
+
+def _entries(qkv_bias: bool) -> tuple[Entry, ...]:
+  projection = "embeddings.patch_embeddings.projection"
+  biased = {name: qkv_bias or not name.endswith(_QKV) for name in _LINEAR}
+  return (
+    Entry("embeddings/cls_token", "embeddings.cls_token"),
+    Entry("embeddings/position_embeddings", "embeddings.position_embeddings"),
+    Entry("embeddings/projection/kernel", f"{projection}.weight", CONV_2D),
+    Entry("embeddings/projection/bias", f"{projection}.bias"),
+    *(
+      entry
+      for name, has_bias in biased.items()
+      for entry in linear(
+        f"{_LAYER}/{name.replace('.', '/')}", f"{_KEY}.{name}", bias=has_bias
+      )
+    ),
+    *(entry for name in _NORMS for entry in norm(f"{_LAYER}/{name}", f"{_KEY}.{name}")),
+    *norm("layernorm", "layernorm"),
+    *linear("classifier", "classifier", part="head", labels=True),
+  )
+
+
+def keymap(num_layers: int, qkv_bias: bool, scan: bool = False) -> KeyMap:
+  """The key map of a ViT; with `qkv_bias`, query, key and value have biases."""
+  return KeyMap(
+    family="vit",
+    prefix="vit.",
+    entries=_entries(qkv_bias),
+    counts={"i": num_layers},
+    scan=scan,
+    anchor="embeddings.cls_token",
+    other_heads=_OTHER,
+    head_groups=("classifier",),
+    on_disk={
+      f"{_KEY}.{module}": f"encoder.layer.{{i}}.{old}"
+      for module, old in _ON_DISK.items()
+    },
+  )
+
+
 FAMILIES = {
   "vit": Family(
     task="image-classification",
     architecture="ViTForImageClassification",
     configure=from_hf,
     build=ImageClassifier,
-    keymap=lambda config, scan: vit_keys.keymap(
-      config.num_hidden_layers, config.qkv_bias, scan
-    ),
+    keymap=lambda config, scan: keymap(config.num_hidden_layers, config.qkv_bias, scan),
     inputs=inputs,
     max_length=lambda config: 0,
     dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),

@@ -253,5 +253,5 @@ def test_data_prepared_in_another_format_is_an_error_with_the_command(
 
 
 def test_a_glue_folder_for_the_headlines_is_an_error(tmp_path):
-  with pytest.raises(LoraxError, match="headlines is no GLUE task"):
+  with pytest.raises(LoraxError, match="headlines is not a GLUE task"):
     load.load("headlines", glue_dir=tmp_path)

@@ -9,7 +9,6 @@ import os
 import signal
 
 import jax
-from absl import flags
 
 from experiments import run
 from experiments.cli import command as cli
@@ -45,4 +44,4 @@ if __name__ == "__main__":
   if "SABOTAGE" in os.environ:
     number, deed, step = os.environ["SABOTAGE"].split()
     harm(int(number), deed, int(step))
-  cli.run(run.main, flags.FLAGS, config_flag.help_text)
+  cli.run(run.main, run.FLAGS, config_flag.help_text)

@@ -14,9 +14,8 @@ from jax.experimental import multihost_utils
 
 from experiments import run
 from experiments.cli import command as cli
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
 from lorax_flax.distributed import processes
-from lorax_flax.jobs import settings
 from tests.train import tiny
 
 # One worker runs them all: what they share is made once.
@@ -36,7 +35,7 @@ def alone(config, tmp_path_factory):
 
 
 def _here(config, workdir):
-  run.run(settings.convert(config_flag.load(str(config))), workdir)
+  run.run(config_dict.convert(config_flag.load(str(config))), workdir)
   return workdir
 
 

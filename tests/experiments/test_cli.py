@@ -13,7 +13,7 @@ from tests.experiments import peers
 COMMAND = '''"""Adds one."""
 import logging
 from absl import flags
-from experiments import cli
+from experiments.cli import command as cli
 from lorax_flax.errors import LoraxError
 FLAGS = flags.FlagValues()
 N = flags.DEFINE_integer("n", 1, "A number.", flag_values=FLAGS)

@@ -3,8 +3,7 @@ import re
 
 import pytest
 
-from experiments.cli import config_flag
-from lorax_flax.jobs import settings
+from experiments.cli import config_dict, config_flag
 from lorax_flax.tasks import task as tasks
 
 # The LoRA paper's table 9: batch, epochs, learning rate × 1e-4, and length for large.
@@ -67,7 +66,7 @@ SPECS = [
 
 
 def _settings(spec):
-  return settings.convert(config_flag.load(spec))
+  return config_dict.convert(config_flag.load(spec))
 
 
 def _docstring(name):

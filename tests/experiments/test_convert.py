@@ -122,10 +122,11 @@ def test_labels_survive_the_way(base, saved, tmp_path):
 def test_a_head_of_another_width_comes_along(base, tmp_path):
   peers.tiny("roberta", tmp_path / "five", num_labels=5)
   _peft_folder(tmp_path / "five", tmp_path / "adapter")
+  keymap = registry.load(base).keymap
   convert(str(base), str(tmp_path / "adapter"), str(tmp_path / "ours"))
-  assert adapters.num_labels(tmp_path / "ours") == 5
+  assert adapters.num_labels(tmp_path / "ours", keymap) == 5
   convert(str(base), str(tmp_path / "ours"), str(tmp_path / "lora"), "loralib")
-  assert adapters.num_labels(tmp_path / "lora") == 5
+  assert adapters.num_labels(tmp_path / "lora", keymap) == 5
   back = tmp_path / "back"
   convert(str(base), str(tmp_path / "lora"), str(back), "peft", alpha=8)
   want, got = load_file(tmp_path / "adapter" / WEIGHTS), load_file(back / WEIGHTS)

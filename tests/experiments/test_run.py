@@ -13,14 +13,14 @@ import transformers
 from absl import flags
 
 from experiments import run
-from experiments.cli import config_flag
+from experiments.cli import command, config_dict, config_flag
 from experiments.inference import merged
 from lorax_flax import hub
 from lorax_flax.data import tasks as datasets
 from lorax_flax.data.examples import Splits
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import settings, train
+from lorax_flax.jobs import train
 from lorax_flax.models import registry
 from lorax_flax.tasks import classification
 from lorax_flax.tasks.task import TASKS
@@ -84,7 +84,7 @@ def _settings(spec, base, **changes):
     for name, value in values.items():
       section, _, field = name.rpartition(".")
       (config[section] if section else config)[field] = value
-  return settings.convert(config)
+  return config_dict.convert(config)
 
 
 def _prepare(settings):
@@ -104,10 +104,10 @@ def _logits(whole, examples):
 
 def _parse(*arguments):
   """What the command makes of its arguments."""
-  values, argv = flags.FlagValues(), ["run", *arguments]
-  holder = config_flag.define(values, argv)
-  values(argv)
-  return settings.convert(holder.value, config_flag.overridden(argv))
+  values = flags.FlagValues()
+  config_flag.define(values)
+  command.parse(values, ["run", *arguments])
+  return config_flag.read(values).settings()
 
 
 def test_the_quick_start_shrunk_writes_all_that_it_says(trained):
@@ -213,6 +213,24 @@ def test_starting_from_an_adapter_of_another_shape_is_an_error(
   source = str(trained / "adapter")
   with pytest.raises(LoraxError, match=message):
     _prepare(_settings("quickstart.py", base, init_adapter=source, **changes))
+
+
+def test_a_run_starts_from_an_adapter_of_dora_where_the_flag_says_so(tmp_path, base):
+  dora = {"lora.use_dora": True, "train.steps": 1}
+  run.run(_settings("quickstart.py", base, **dora), tmp_path / "first")
+  start = {"init_adapter": str(tmp_path / "first" / "adapter"), "train.steps": 1}
+  with pytest.raises(LoraxError, match=r"has DoRA .*: set --config\.lora\.(.*)$") as e:
+    run.run(_settings("quickstart.py", base, **start), tmp_path / "refused")
+  flag = str(e.value).rpartition("set ")[2]
+  complying = dataclasses.replace(
+    _settings("quickstart.py", base, **start),
+    lora=_parse("--config=quickstart.py", flag).lora,
+  )
+  run.run(complying, tmp_path / "second")
+  tensors = safetensors.numpy.load_file(
+    tmp_path / "second" / "adapter/adapter_model.safetensors"
+  )
+  assert any("magnitude" in name for name in tensors)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import safetensors.numpy
 from experiments import run
 from experiments.cli import config_flag
 from experiments.sweeps import plan, runner, trials
+from lorax_flax.distributed import subprocesses
 from lorax_flax.errors import LoraxError
 from tests.train import tiny
 
@@ -53,7 +54,7 @@ def _plan(config, text=None, folder=None):
     base = config.read_text().removesuffix(SWEEP)
     config = folder / "config.py"
     config.write_text(base + text)
-  return plan.of(str(config), config_flag.load(str(config)), [])
+  return plan.of(config_flag.choose(str(config)))
 
 
 @pytest.fixture(scope="module")
@@ -80,25 +81,26 @@ def _in_this_process(monkeypatch, wanted, folder):
   """What has a process of its own is done here; returns the list of its commands."""
   commands = []
 
-  def here(found, most):
+  def here(found, at_once, *, stderr):
     ended = {}
     for name, command in found.items():
       commands.append(command)
       numbers = command[-1].removeprefix("--trials=").split(",")
       try:
-        ended[name] = runner.train(wanted, folder, [*map(int, numbers)]), ""
+        code = runner.train(wanted, folder, [*map(int, numbers)])
+        ended[name] = subprocesses.End(code, "")
       except LoraxError as error:
-        ended[name] = 1, str(error)
+        ended[name] = subprocesses.End(1, str(error))
     return ended
 
-  monkeypatch.setattr(runner.children, "run", here)
+  monkeypatch.setattr(runner.subprocesses, "run", here)
   return commands
 
 
 @pytest.mark.parametrize("number", [3, 4])
 def test_each_trial_equals_its_own_separate_run(config, swept, tmp_path, number):
   found = _plan(config).listed()
-  assert len(trials.units(found, 8)) == 1
+  assert len(trials.packs(found, 8)) == 1
   ours = swept / found[number].name
   result = run.run(found[number].settings, tmp_path)
   a, b = _lines(tmp_path), _lines(ours)

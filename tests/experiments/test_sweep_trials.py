@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import config_flag
-from experiments.sweeps import children, outcomes, plan, runner, search, trials
+from experiments.sweeps import outcomes, plan, runner, search, trials
 from experiments.sweeps import page as sweep_page
 from experiments.sweeps import table as sweep_table
 from experiments.sweeps.outcomes import Outcome
-from launch import cluster, sweep
+from launch import calls, sweep
+from lorax_flax.distributed import subprocesses
 from lorax_flax.errors import LoraxError
 from tests.train import tiny
 
@@ -29,23 +30,23 @@ def get_config():
 """
 
 
-def _plan(folder, text, *overridden):
+def _plan(folder, text, overridden=None):
   file = folder / "config.py"
   file.write_text(_BASE + text)
-  return plan.of(str(file), config_flag.load(str(file)), overridden)
+  return plan.of(config_flag.choose(str(file), overridden))
 
 
 def _sweep(*changes):
   return "\ndef sweep(add):\n" + "\n".join(f"  add(**{own!r})" for own in changes)
 
 
-def _units(folder, *changes, most=8):
-  found = trials.units(_plan(folder, _sweep(*changes)).listed(), most)
-  return [[trial.number for trial in unit.trials] for unit in found], found
+def _packs(folder, *changes, most=8):
+  found = trials.packs(_plan(folder, _sweep(*changes)).listed(), most)
+  return [[trial.number for trial in pack.trials] for pack in found], found
 
 
 def test_what_is_data_trains_together_and_the_rest_apart(tmp_path):
-  numbers, units = _units(
+  numbers, packs = _packs(
     tmp_path,
     {"train.learning_rate": 1e-3, "seed": 1},
     {"lora.targets": "query,value"},
@@ -55,7 +56,7 @@ def test_what_is_data_trains_together_and_the_rest_apart(tmp_path):
     {"train.learning_rate": 3e-3, "lora.alpha": 2.0, "lora.use_rslora": True},
   )
   assert numbers == [[0, 2, 5], [1], [3], [4]]
-  assert [unit.why for unit in units] == [
+  assert [pack.why for pack in packs] == [
     "",
     "lora.targets ('query', 'value')",
     "train.batch_size 16",
@@ -64,24 +65,24 @@ def test_what_is_data_trains_together_and_the_rest_apart(tmp_path):
 
 
 def test_not_too_many_train_at_once(tmp_path):
-  numbers, units = _units(tmp_path, *({"seed": i} for i in range(5)), most=2)
+  numbers, packs = _packs(tmp_path, *({"seed": i} for i in range(5)), most=2)
   assert numbers == [[0, 1], [2, 3], [4]]
-  assert units[2].why == "at most 2 at a time"
+  assert packs[2].why == "at most 2 at a time"
 
 
 def test_dropout_keeps_seeds_apart_where_batches_have_several_lengths(tmp_path):
   # Its draws go by the batch's length, and the order of examples by the seed.
   pair = ({"seed": 0}, {"seed": 1}, {"seed": 1, "train.learning_rate": 0.1})
   drop = [own | {"lora.dropout": 0.1} for own in pair]
-  numbers, units = _units(tmp_path, *drop)
+  numbers, packs = _packs(tmp_path, *drop)
   assert numbers == [[0], [1, 2]]
-  assert "data.buckets=1 is one" in units[1].why
-  assert _units(tmp_path, *(own | {"data.buckets": 1} for own in drop))[0] == [
+  assert "data.buckets=1 is one" in packs[1].why
+  assert _packs(tmp_path, *(own | {"data.buckets": 1} for own in drop))[0] == [
     [0, 1, 2]
   ]
   unknown = [own | {"model.dropout": None} for own in pair]
-  assert _units(tmp_path, *unknown)[0] == [[0], [1, 2]]
-  assert _units(tmp_path, *pair)[0] == [[0, 1, 2]]
+  assert _packs(tmp_path, *unknown)[0] == [[0], [1, 2]]
+  assert _packs(tmp_path, *pair)[0] == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_dropout_keeps_seeds_apart_where_batches_have_several_lengths(tmp_path):
 )
 def test_a_mistake_in_a_sweep_is_named(tmp_path, text, message):
   with pytest.raises(LoraxError, match=message):
-    _plan(tmp_path, text, "train.eps")
+    _plan(tmp_path, text, {"train.eps": "1e-8"})
 
 
 SEARCH = """
@@ -192,9 +193,9 @@ def test_commands_run_some_at_a_time_and_say_whose_line_it_is(capfd):
   commands = {
     f"c{code}": [sys.executable, "-c", program.format(code)] for code in (0, 3)
   }
-  ended = children.run(commands, 1)
-  assert {name: code for name, (code, _) in ended.items()} == {"c0": 0, "c3": 3}
-  assert ended["c3"][1] == "why"
+  ended = subprocesses.run(commands, 1, stderr=subprocess.STDOUT)
+  assert {name: end.code for name, end in ended.items()} == {"c0": 0, "c3": 3}
+  assert ended["c3"].last_line == "why"
   assert capfd.readouterr().out.split() == [
     *("[c0]", "out", "[c0]", "why", "[c3]", "out", "[c3]", "why")
   ]
@@ -205,7 +206,10 @@ def test_commands_end_with_the_process_that_started_them(tmp_path):
   file = tmp_path / "pid"
   inner = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); "
   command = [sys.executable, "-c", inner + "time.sleep(60)"]
-  outer = f"from experiments import children; children.run({{'a': {command!r}}}, 1)"
+  outer = (
+    "from lorax_flax.distributed import subprocesses; "
+    f"subprocesses.run({{'a': {command!r}}}, 1)"
+  )
   parent = subprocess.Popen([sys.executable, "-c", outer], cwd=tiny.ROOT)
   until = time.monotonic() + 30
   while not (file.exists() and file.read_text()) and time.monotonic() < until:
@@ -229,17 +233,17 @@ def test_each_program_is_handed_to_a_job_of_its_own(tmp_path, monkeypatch):
   scripts, code = [], 3
 
   def submit(engine, command, options):
-    scripts.append(cluster.script(engine.render(command, options)))
+    scripts.append(calls.script(engine.render(command, options)))
     return code
 
   monkeypatch.setattr(sweep.cluster, "submit", submit)
-  text = "slurm --name=try --nodes=2 --python=python3 --extra='--qos=a b'"
-  arguments = ["--config=C", f"--launch={text}"]
+  launcher = ["slurm", "--name=try", "--nodes=2", "--python=python3"]
+  launcher += ["--extra=--qos=a b"]
   # What a cluster does not take is submitted again, and what it does is not.
-  assert sweep.run(found, folder, 8, text, arguments) == 3
+  assert sweep.run(found, folder, 8, launcher, ["--config=C"]) == 3
   scripts, code = [], 0
-  assert sweep.run(found, folder, 8, text, arguments) == 0
-  assert sweep.run(found, folder, 8, text, arguments) == 0
+  assert sweep.run(found, folder, 8, launcher, ["--config=C"]) == 0
+  assert sweep.run(found, folder, 8, launcher, ["--config=C"]) == 0
   for script, number, numbers in zip(
     scripts, ("000", "001"), ("0,2", "1"), strict=True
   ):
@@ -255,17 +259,21 @@ def test_each_program_is_handed_to_a_job_of_its_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
   ("text", "message"),
-  [("slrum --nodes=2", "did you mean 'slurm'"), ("slurm --nodes=0", "at least 1")],
+  [
+    ("slrum --nodes=2", "did you mean 'slurm'"),
+    ("slurm --nodes=0", "at least 1"),
+    ("", "which launcher.*there are gcloud, sky, slurm, xpk"),
+  ],
 )
 def test_a_mistake_in_launch_is_named(tmp_path, text, message):
   found = _plan(tmp_path, _sweep({"seed": 0}))
   with pytest.raises(LoraxError, match=message):
-    sweep.run(found, tmp_path / "sweep", 8, text, [])
+    sweep.run(found, tmp_path / "sweep", 8, text.split(), [])
 
 
 def test_a_search_is_not_launched(tmp_path):
   with pytest.raises(LoraxError, match="does not wait"):
-    sweep.run(_plan(tmp_path, SEARCH), tmp_path / "sweep", 8, "slurm", [])
+    sweep.run(_plan(tmp_path, SEARCH), tmp_path / "sweep", 8, ["slurm"], [])
 
 
 def test_there_is_no_table_of_nothing(tmp_path):

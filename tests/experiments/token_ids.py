@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 
-from experiments.cli import config_flag
-from lorax_flax.jobs import settings
+from experiments.cli import config_dict, config_flag
 
 STEPS, BATCH, RATE, CLIP, DECAY, SMOOTHING = 8, 4, 0.02, 0.5, 0.1, 0.1
 VOCAB, LONGEST = 24, 16
@@ -59,4 +58,4 @@ def shrunk(spec, base, data, **changes):
     for name, value in (values | changes).items():
       section, _, field = name.rpartition(".")
       (config[section] if section else config)[field] = value
-  return settings.convert(config)
+  return config_dict.convert(config)

@@ -168,7 +168,7 @@ def test_a_folder_is_local_unless_it_says_otherwise(monkeypatch):
   assert str(places.folder("gs://bucket/a/b") / "c") == "gs://bucket/a/b/c"
   assert places.holds(places.folder("gs://bucket/a"))
   assert not places.holds(places.folder("gs/bucket"))
-  with pytest.raises(LoraxError, match="s3://b/c: of buckets, gs://BUCKET/FOLDER is"):
+  with pytest.raises(LoraxError, match="s3://b/c: only buckets gs://BUCKET/FOLDER are"):
     places.folder("s3://b/c")
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(LoraxError, match=r"pip install 'lorax-flax\[gcs\]'"):

@@ -80,7 +80,7 @@ def read_base(folder):
 
 def read_adapter(folder, loaded):
   adapter, _ = hub_peft.read_adapter(folder, loaded.params, loaded.keymap)
-  hub_peft.num_labels(folder)
+  hub_peft.num_labels(folder, loaded.keymap)
   # What multiplies A B may have been changed, and nobody could tell.
   return {
     f"{path}/{name}": getattr(delta, name)
@@ -294,7 +294,7 @@ def test_a_key_twice_in_a_header(tmp_path):
   entry = '"a": {"dtype": "U8", "shape": [%d], "data_offsets": [%d, %d]}'
   header = f"{{{entry % (1, 0, 1)}, {entry % (3, 1, 4)}}}".encode()
   (tmp_path / WEIGHTS).write_bytes(packed(header, b"1234"))
-  with pytest.raises(lx.LoraxError, match="'a' stands twice"):
+  with pytest.raises(lx.LoraxError, match="'a' is there twice"):
     safetensors.open_folder(tmp_path)
 
 

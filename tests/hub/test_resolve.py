@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import folders
 from lorax_flax.hub import assets
 from lorax_flax.hub.resolve import resolve
 
@@ -150,31 +149,3 @@ def test_a_name_that_the_hub_could_not_have_lists_the_aliases(tmp_path):
   done = _elsewhere("not a name", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
   assert "no valid name on the hub" in done.stderr
   assert "roberta_base" in done.stderr
-
-
-def test_a_failed_write_leaves_the_old_folder_and_no_scratch(tmp_path):
-  folder = tmp_path / "out"
-  folder.mkdir()
-  (folder / "old").write_text("old")
-
-  def fail():
-    with folders.writing(folder, lambda old: True) as scratch:
-      (scratch / "new").write_text("half")
-      raise KeyError("in the middle")
-
-  with pytest.raises(KeyError):
-    fail()
-  assert [entry.name for entry in tmp_path.rglob("*")] == ["out", "old"]
-
-
-def test_a_write_replaces_the_whole_folder_only_where_it_may(tmp_path):
-  folder = tmp_path / "a/out"
-  for content in ("first", "second"):
-    with folders.writing(folder, lambda old: True) as scratch:
-      (scratch / content).write_text(content)
-  assert [entry.name for entry in folder.parent.rglob("*")] == ["out", "second"]
-  with (
-    pytest.raises(LoraxError, match="not empty: it holds second"),
-    folders.writing(folder, lambda old: False),
-  ):
-    pass

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
 from lorax_flax.data.examples import Splits
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import abstract, settings, train
+from lorax_flax.jobs import abstract, train
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.sharding.mesh import AXES
 from lorax_flax.tasks import classification
@@ -67,7 +67,7 @@ LARGE = {
 @pytest.mark.parametrize("spec", LARGE)
 def test_large_models_have_the_sizes_that_are_known(spec):
   mesh, (whole, trained) = LARGE[spec]
-  wanted = settings.convert(config_flag.load(spec))
+  wanted = config_dict.convert(config_flag.load(spec))
   said = []
   made = abstract.abstract(wanted, _mesh(*mesh), said.append)
   assert _sizes(made.base.params) == whole
@@ -96,7 +96,7 @@ def test_the_totals_are_those_that_the_models_publish():
 @pytest.mark.parametrize("spec", LARGE)
 def test_trained_in_full_all_weights_have_masters_and_moments(spec):
   mesh, (whole, _) = LARGE[spec]
-  wanted = settings.convert(config_flag.load(f"{spec}:full"))
+  wanted = config_dict.convert(config_flag.load(f"{spec}:full"))
   made = abstract.abstract(wanted, _mesh(*mesh))
   assert _sizes(made.state.trained) == whole
   assert 3 * 4 * whole <= sum(
@@ -112,7 +112,7 @@ def test_a_scanned_program_does_not_grow_with_its_layers():
     config = config_flag.load("gpt3_175b.py")
     config.model.hf_config.n_layer = layers
     config.mesh.fsdp = config.mesh.tensor = 1
-    wanted = settings.convert(config)
+    wanted = config_dict.convert(config)
     made = abstract.abstract(wanted, jax.devices()[:1])
     texts.append(made.lower().as_text())
   assert texts[0] != texts[1]

@@ -8,9 +8,9 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import compile_cache, settings
+from lorax_flax.jobs import compile_cache
 from lorax_flax.train.loop import fit
 from tests.train import toy
 
@@ -83,13 +83,13 @@ def test_models_and_adapters_in_buckets_are_refused_by_name():
     with config.unlocked():
       (config[section] if section else config)[name] = "gs://bucket/x"
     with pytest.raises(LoraxError, match=f"{name} is gs://bucket/x: models and adapt"):
-      settings.convert(config)
+      config_dict.convert(config)
 
 
 def test_a_run_may_go_on_with_another_place_for_its_programs():
   config = config_flag.load("quickstart.py")
   with config.unlocked():
     config.compilation_cache = "gs://bucket/programs"
-  wanted = settings.convert(config)
+  wanted = config_dict.convert(config)
   assert wanted.compilation_cache == "gs://bucket/programs"
   assert "programs" not in json.dumps(wanted.to_json())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import cluster, engines
+from launch import cluster, engines, project
 from lorax_flax.errors import LoraxError
 from tests.launch.standins import StandIns
 
@@ -246,7 +246,7 @@ def test_own_files_are_sent_along(clients, tmp_path, capsys):
   assert _launch("gcloud", *read, flags=flags) == 0
   assert _there("gcloud", clients.calls(), tmp_path) == "# mine\n"
   assert _launch("gcloud", "-c", "", flags=["--send=mine/none.py"]) == 1
-  assert "--send=mine/none.py: a file or folder below" in capsys.readouterr().err
+  assert "--send=mine/none.py: give a file or folder below" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -255,21 +255,21 @@ def test_own_files_are_sent_along(clients, tmp_path, capsys):
     ("slurm", ["--name=My_Job"], "--name=My_Job: small letters"),
     ("slurm", ["--name=a", "--nodes=0"], "--nodes must be at least 1, not 0"),
     ("slurm", ["--name=a", "--warn=-1"], "--warn must be at least 0, not -1"),
-    ("slurm", ["--name=a", "--env=A"], "--env=A: NAME=VALUE is wanted"),
-    ("gcloud", ["--name=a", "--zone=z", "--create"], "--create wants --accelerator"),
-    ("gcloud", ["--name=a", "--zone=z", "--spot"], "--spot means nothing without"),
+    ("slurm", ["--name=a", "--env=A"], "--env=A: write it as NAME=VALUE"),
+    ("gcloud", ["--name=a", "--zone=z", "--create"], "--create needs --accelerator"),
+    ("gcloud", ["--name=a", "--zone=z", "--spot"], "--spot has no effect without"),
     (
       "gcloud",
       ["--name=a", "--zone=z", "--create", "--accelerator=v9-8"],
-      "no --runtime is known for it. There are accelerators v2, v3,",
+      "give its --runtime too. Known accelerators are v2, v3,",
     ),
     (
       "xpk",
       ["--name=a", "--cluster=c", "--tpu-type=t", "--image=i", "--base-image=b"],
       "give --image or --base-image, not both",
     ),
-    ("sky", ["--name=a", "--max-restarts=1"], "--max-restarts means nothing without"),
-    ("sky", ["--name=a", "--managed", "--down"], "--down means nothing with --managed"),
+    ("sky", ["--name=a", "--max-restarts=1"], "--max-restarts has no effect without"),
+    ("sky", ["--name=a", "--managed", "--down"], "--down has no effect with --managed"),
     (
       "sky",
       ["--name=a", "--accelerators=tpu-v4-8", "--nodes=2"],
@@ -288,7 +288,7 @@ def test_a_mistake_is_one_message(name, flags, message, clients, capsys):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--name=a"], "what shall run?"),
+    (["--name=a"], "nothing to run"),
     (["--", "-c", ""], "the following arguments are required: --name"),
     (["--name=a", "--nods=2", "--", "-c", ""], "unrecognized arguments: --nods=2"),
     (["--name=a", "--nodes=two", "--", "-c", ""], "invalid int value: 'two'"),
@@ -331,7 +331,7 @@ def test_help_shows_the_docstring_and_every_flag(name, capsys):
 
 def test_code_is_installed_once(clients, monkeypatch):
   clients.recorder("python3")
-  line = cluster.install("tpu,gcs")
+  line = project.install("tpu,gcs")
   subprocess.run(["bash", "-c", f"{line} && touch installed"], check=True)
   pip, venv, install = clients.calls()
   assert pip[1:4] == ["-m", "pip", "install"]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,11 @@ import jax
 import pytest
 
 from benchmarks import common
-from experiments.cli import config_flag
-from launch.dryrun import costs, hlo, single, suggest
+from experiments.cli import config_dict, config_flag
+from launch.dryrun import costs, hlo, options, run, suggest
 from launch.dryrun import step as shapes
 from launch.dryrun import topology as topologies
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import settings
 from lorax_flax.jobs.abstract import abstract
 from lorax_flax.sharding import mesh as meshes
 
@@ -60,7 +60,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wanted(config):
-  return settings.convert(config_flag.load(str(config)))
+  return config_dict.convert(config_flag.load(str(config)))
 
 
 @functools.cache
@@ -201,14 +201,14 @@ def test_a_step_that_does_not_fit_says_so_with_both_figures(wanted, capsys):
   train = dataclasses.replace(wanted.train, batch_size=2**16, eval_batch_size=8)
   huge = dataclasses.replace(_with(wanted, 1, 4, 1, remat="none"), train=train)
   with pytest.raises(LoraxError, match=r"at least [\d.]+ GiB .* are 15\.\d+ GiB"):
-    single.run(huge, _topology("v5e:2x2"), "huge")
+    run.run(huge, _topology("v5e:2x2"), "huge")
   assert "activations, padding" in capsys.readouterr().out
 
 
 def test_arguments_that_do_not_fit_need_no_compiler(wanted, capsys):
   table = dict(wanted.model.hf_config, vocab_size=2**20, hidden_size=2**15)
-  with pytest.raises(LoraxError, match=r"what the step takes needs at least \d+"):
-    single.run(_with(wanted, 1, 4, 1, hf_config=table), _topology("v5e:2x2"), "huge")
+  with pytest.raises(LoraxError, match=r"its arguments need at least \d+"):
+    run.run(_with(wanted, 1, 4, 1, hf_config=table), _topology("v5e:2x2"), "huge")
   assert "weights" in capsys.readouterr().out
 
 
@@ -231,7 +231,7 @@ def test_what_the_compiler_says_of_too_much_is_understood(message, used, availab
 
 def test_a_batch_that_does_not_come_out_even_is_refused(wanted):
   with pytest.raises(LoraxError, match=r"train\.batch_size is 8, and can't be spread"):
-    single.run(wanted, _topology("v5e:4x4"), "title")
+    run.run(wanted, _topology("v5e:4x4"), "title")
 
 
 # Suggestions
@@ -271,8 +271,8 @@ def pretend(monkeypatch):
 
 
 def _rows(out):
-  lines = [line for line in out.splitlines() if line.startswith("│")]
-  return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+  lines = [line for line in out.splitlines() if re.match(r"\d+×\d+×", line)]
+  return [re.split(r"\s{2,}", line) for line in lines]
 
 
 def test_suggestions_are_ranked_and_those_that_do_not_fit_are_last(
@@ -308,10 +308,10 @@ def test_what_time_did_not_suffice_for_is_said(wanted, pretend, monkeypatch, cap
 
 
 def test_every_way_to_cut_the_chips_is_thought_of():
-  found = suggest.meshes(8)
+  found = options.meshes(8)
   assert len(found) == len(set(found)) == 10
   assert all(math.prod(sizes) == 8 for sizes in found)
   assert found[0] == (1, 8, 1, 1)
-  cut = suggest.meshes(8, experts=12)
+  cut = options.meshes(8, experts=12)
   assert len(cut) == len(set(cut)) == 10 + 6 + 3
   assert all(math.prod(sizes) == 8 and 12 % sizes[3] == 0 for sizes in cut)

@@ -209,5 +209,5 @@ def test_the_traced_count_is_what_the_compiler_does_where_it_recomputes_nothing(
 
 
 def test_text_that_is_no_program_is_refused():
-  with pytest.raises(ValueError, match="not that of a compiled program"):
+  with pytest.raises(ValueError, match="not the text of a compiled program"):
     hlo.matmul_flops("nothing")

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launch import local
+from lorax_flax.distributed import subprocesses
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,18 +72,25 @@ def test_when_one_fails_the_others_are_ended_and_its_code_is_the_launchers():
   assert "process 2 has not ended, and is killed" in err
 
 
-class Ended:
-  def __init__(self, code):
-    self.poll = lambda: code
+def _ends(*codes):
+  """The exit code and the lines, where processes have ended at the same time."""
+  lines = []
+  processes = iter([SimpleNamespace(poll=lambda code=code: code) for code in codes])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      subprocesses, "_start", lambda *args: subprocesses._Process(next(processes))
+    )
+    patch.setattr(
+      local, "print", lambda line, **kwargs: lines.append(line), raising=False
+    )
+    code = local.run(["-c", ""], len(codes), grace=1)
+  return code, lines
 
 
 def test_one_that_a_signal_ended_is_named_before_those_that_failed_of_it():
-  said = []
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(local, "_say", said.append)
-    code = local._wait([Ended(1), Ended(-signal.SIGKILL), Ended(0)], grace=1)
+  code, said = _ends(1, -signal.SIGKILL, 0)
   assert code == 128 + signal.SIGKILL
-  assert said == ["process 1 of 3 was ended by SIGKILL"]
+  assert said == ["launch: process 1 of 3 was ended by SIGKILL"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -120,6 +129,4 @@ def test_a_mistake_in_the_arguments_is_named(arguments, message, capsys):
 
 
 def test_of_several_at_once_a_mistake_is_named_before_those_that_lost_it():
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(local, "_say", lambda line: None)
-    assert local._wait([Ended(144), Ended(1), Ended(144)], grace=1) == 1
+  assert _ends(144, 1, 144)[0] == 1

@@ -73,7 +73,7 @@ def test_a_pretraining_checkpoint_gets_a_new_head(tmp_path):
     "pre_classifier",
     "classifier",
   }
-  assert "vocab_transform.weight" in loaded.passed_over
+  assert "vocab_transform.weight" in loaded.ignored_keys
 
 
 def test_names_that_transformers_takes_for_a_field_are_read(tmp_path):

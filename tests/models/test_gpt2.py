@@ -88,7 +88,7 @@ def test_an_old_checkpoint_without_prefix_and_with_masks_is_read(tmp_path):
     stored[f"h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
   save_file(stored, path)
   loaded = family.check_logits(tmp_path, model, [batch()], real=real)
-  assert len(loaded.passed_over) == 2 * SIZES["n_layer"]
+  assert len(loaded.ignored_keys) == 2 * SIZES["n_layer"]
 
 
 def test_a_tied_head_that_says_otherwise_is_an_error(tmp_path):
@@ -97,7 +97,7 @@ def test_a_tied_head_that_says_otherwise_is_an_error(tmp_path):
   stored = load_file(path)
   stored["lm_head.weight"] = stored["transformer.wte.weight"]
   save_file(stored, path)
-  assert "lm_head.weight" in registry.load(tmp_path).passed_over
+  assert "lm_head.weight" in registry.load(tmp_path).ignored_keys
   save_file(stored | {"lm_head.weight": stored["lm_head.weight"] + 1}, path)
   with pytest.raises(lx.LoraxError, match=r"ties 'lm_head\.weight'"):
     registry.load(tmp_path)
@@ -113,7 +113,7 @@ def test_lora_on_every_linear_layer_less_the_head(tmp_path):
 
 def test_a_classifiers_checkpoint_has_no_labels_here(tmp_path):
   save(tmp_path, transformers.GPT2ForSequenceClassification)
-  assert registry.load(tmp_path).passed_over == ("score.weight",)
+  assert registry.load(tmp_path).ignored_keys == ("score.weight",)
   with pytest.raises(lx.LoraxError, match="gpt2 is a causal-lm model"):
     registry.load(tmp_path, num_labels=3)
 

@@ -166,7 +166,7 @@ def test_attention_keeps_one_array_of_the_weights_size_and_no_repeated_keys(soft
   ("heads", "options", "message"),
   [
     (3, {"causal": True}, "3 heads of queries over 2 heads of keys"),
-    (2, {"window": 2}, "a window is one of causal attention"),
+    (2, {"window": 2}, "a window needs causal attention"),
   ],
 )
 def test_an_attention_that_there_is_not_is_an_error(heads, options, message):

@@ -89,7 +89,9 @@ def test_buckets_are_those_of_transformers(count, farthest, both_ways):
   want = T5Attention._relative_position_bucket(
     torch.tensor(ahead), both_ways, count, farthest
   )
-  got = positions.buckets(ahead, both_ways=both_ways, count=count, farthest=farthest)
+  got = positions.buckets(
+    ahead, bidirectional=both_ways, count=count, max_distance=farthest
+  )
   np.testing.assert_array_equal(got, want)
   assert set(got) <= set(range(count))
 
@@ -119,7 +121,7 @@ def test_an_old_checkpoint_with_repeats_and_an_unused_table_is_read(tmp_path):
   stored |= dict.fromkeys(repeats, stored["shared.weight"])
   save_file(stored | {unused: np.zeros((9, 3), np.float32)}, path)
   loaded = family.check_logits(tmp_path, model, [batch()], real=real)
-  assert sorted(loaded.passed_over) == sorted([*repeats, unused])
+  assert sorted(loaded.ignored_keys) == sorted([*repeats, unused])
   # One of the names is enough.
   save_file({k: v for k, v in stored.items() if k != "shared.weight"}, path)
   family.check_logits(tmp_path, model, [batch()], real=real)

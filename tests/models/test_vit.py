@@ -95,7 +95,7 @@ def test_a_pretraining_checkpoint_gets_a_new_head(tmp_path, kind, other):
   save(tmp_path, kind)
   loaded = registry.load(tmp_path, num_labels=4)
   assert set(loaded.new_paths) == {"classifier/kernel", "classifier/bias"}
-  assert other in loaded.passed_over
+  assert other in loaded.ignored_keys
   assert family.logits(loaded, batch()).shape == (3, 4)
 
 

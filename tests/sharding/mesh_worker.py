@@ -19,7 +19,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
 from launch.dryrun import hlo
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.files.safetensors import Reader
@@ -77,7 +77,7 @@ def prepare(
     for name, value in (changes | values).items():
       section, _, field = name.partition(".")
       config[section][field] = value
-  wanted = settings.convert(config)
+  wanted = config_dict.convert(config)
   devices = jax.devices()[: math.prod(sizes)]
   with mock.patch.object(jax, "devices", return_value=devices):
     return wanted, train.prepare({Path(): wanted})

@@ -1,6 +1,6 @@
-"""What a compiled program costs, read from the compiler's own text of it.
+"""Costs of a compiled program, read from its HLO text.
 
-XLA's cost analysis counts a loop's body once; here it counts as often as it runs.
+XLA's own cost analysis counts a loop's body once; here it counts once for each trip.
 """
 
 from launch.dryrun.hlo.collectives import KINDS, Collective, collectives

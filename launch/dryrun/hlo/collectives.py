@@ -1,4 +1,4 @@
-"""What the devices of a compiled program send one another."""
+"""Collectives of a compiled program, and the bytes that they send."""
 
 import math
 import re
@@ -10,8 +10,8 @@ import numpy as np
 from launch.dryrun.hlo import loops, program
 from launch.dryrun.hlo.program import Array, Computation, Instruction
 
-# What devices do together, by the name that XLA gives it; some backends start it in one
-# instruction and finish it in another.
+# XLA's names. Some backends start a collective in one instruction and finish it in
+# another.
 KINDS = (
   *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
   *("collective-permute", "collective-broadcast", "ragged-all-to-all"),
@@ -25,11 +25,11 @@ class Collective:
 
   Attributes:
     kind: one of KINDS.
-    shapes: of its results on one device, (dtype, sizes) each.
-    members: the devices of one of its groups, as places in the program's order; of a
-      permutation, those of one pair.
-    times: how often it runs.
-    source: the operation of the program that it was made for.
+    shapes: (dtype, sizes) of each of its results on one device.
+    members: the devices of one of its groups, as indices into the program's devices;
+      of a permutation, those of one pair.
+    times: number of runs.
+    source: name of the operation that it was made for.
   """
 
   kind: str
@@ -40,12 +40,12 @@ class Collective:
 
   @property
   def group(self) -> int:
-    """How many devices do it together."""
+    """Number of devices in a group."""
     return len(self.members)
 
   @property
   def size(self) -> float:
-    """Bytes of the results on one device, of one run."""
+    """Bytes of the results of one run on one device."""
     return sum(Array(dtype, dims).size for dtype, dims in self.shapes)
 
   @property
@@ -55,21 +55,21 @@ class Collective:
     share = {
       "all-gather": (n - 1) / n,
       "all-reduce": 2 * (n - 1) / n,
-      "reduce-scatter": n - 1,  # The result is an n-th of what goes in.
+      "reduce-scatter": n - 1,  # The result is 1 / n of the operand.
       "all-to-all": (n - 1) / n,
     }
     return self.times * self.size * share.get(self.kind, 1.0)
 
 
 def collectives(text: str) -> list[Collective]:
-  """Every collective of a program, `compiled.as_text()`.
+  """Lists every collective of a program, `compiled.as_text()`.
 
-  A TPU's compiler spreads one over several fusions, each of which names it again
-  beside what is computed meanwhile; it counts where it starts.
+  A TPU's compiler may spread one collective over several fusions, each of which names
+  it beside the computation that it overlaps with; it is counted where it starts.
 
   Raises:
-    ValueError: a loop with no known trip count; groups in a form that is not known; a
-      collective that goes on but was never started.
+    ValueError: a loop with no known trip count; device groups in an unknown form; a
+      collective that is continued but never started.
   """
   parsed = program.parse(text)
   runs = loops.count(parsed).all
@@ -118,8 +118,8 @@ def _read(kind: str, instruction: Instruction, times: int) -> Collective:
 
 def _pair(instruction: Instruction) -> tuple[int, ...]:
   pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attributes)
-  apart = [(int(a), int(b)) for a, b in pairs if a != b]
-  return apart[0] if apart else (0, 0)
+  moved = [(int(a), int(b)) for a, b in pairs if a != b]
+  return moved[0] if moved else (0, 0)
 
 
 def _members(instruction: Instruction) -> tuple[int, ...]:
@@ -137,27 +137,27 @@ def _members(instruction: Instruction) -> tuple[int, ...]:
   # replica_groups={{0,1},{2,3}}
   if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
     return tuple(_numbers(listed[1]))
-  # replica_groups=mesh['a'=4,'b'=2] {'a'}, with a part of an axis as 'b':(1)2.
+  # replica_groups=mesh['a'=4,'b'=2] {'a'}, with a sub-axis as 'b':(1)2.
   if named := re.search(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((?P<ids>[^)]*)\))?"
     r"[^{]*\{([^}]*)\}",
     text,
   ):
     return tuple(_along(named[1], named[3], instruction))
-  raise ValueError(f"groups of an unknown form: {str(instruction)[:300]}")
+  raise ValueError(f"device groups of an unknown form: {str(instruction)[:300]}")
 
 
 def _along(mesh: str, axes: str, instruction: Instruction) -> Iterator[int]:
-  """The ids that a mesh's first group has: those along some of its axes."""
+  """Yields the ids of a mesh's first group, which spans some of its axes."""
   sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
   parts = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
   dims: list[int] = []
   along: list[int] = []
   for name, size in sizes.items():
     own = [(int(before), int(n)) for a, before, n in parts if a == name and n]
-    whole = any(a == name and not n for a, _, n in parts)
+    full = any(a == name and not n for a, _, n in parts)
     if not own:
-      along += [len(dims)] if whole else []
+      along += [len(dims)] if full else []
       dims.append(size)
       continue
     # 'b':(before)n is the middle of before × n × rest.

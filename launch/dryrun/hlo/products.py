@@ -6,15 +6,15 @@ import re
 from launch.dryrun.hlo import loops, program
 from launch.dryrun.hlo.program import Computation, Instruction
 
-# What multiplies matrices in a way that this file cannot count.
+# Custom calls that multiply matrices, whose sizes their text does not give.
 _OPAQUE = re.compile(r'custom_call_target="([^"]*(?:matmul|gemm|conv|dot)[^"]*)"', re.I)
 
 
 def matmul_flops(text: str) -> int:
-  """2 × the products of every dot and convolution that runs, loops multiplied out.
+  """Counts 2 × the multiplications of every dot and convolution, loops multiplied out.
 
   Args:
-    text: of `compiled.as_text()`.
+    text: the program, `compiled.as_text()`.
 
   Raises:
     ValueError: a loop with no known trip count, or a product hidden in a custom call.
@@ -29,7 +29,7 @@ def matmul_flops(text: str) -> int:
 
 
 def flops(instruction: Instruction, inside: Computation) -> int:
-  """Of one run of one instruction; 0 unless it multiplies matrices."""
+  """FLOPs of one run of one instruction; 0 unless it multiplies matrices."""
   if instruction.op == "dot":
     return _dot(instruction, inside)
   if instruction.op == "convolution":
@@ -53,19 +53,19 @@ def _dot(instruction: Instruction, inside: Computation) -> int:
 
 
 def _convolution(instruction: Instruction, inside: Computation) -> int:
-  """A TPU's compiler writes every dot so, batch axes as dilated windows.
+  """FLOPs of a convolution; a TPU's compiler writes every dot as one.
 
-  A window's places outside of the input, and in the holes of a dilated one, are no
-  products.
+  Batch axes become dilated windows. A window's positions outside of the input, or in
+  the holes of a dilated input, cost nothing.
   """
   labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
   if labels is None:
     raise ValueError(f"a convolution without labels: {instruction}")
   left, kernel = (_dims(inside, name) for name in instruction.operands[:2])
   out = instruction.arrays[0].dims
-  places = 1
+  positions = 1
   for axis in filter(str.isdigit, labels[1]):
-    places *= _overlaps(
+    positions *= _overlaps(
       left[labels[1].index(axis)],
       kernel[labels[2].index(axis)],
       out[labels[3].index(axis)],
@@ -73,11 +73,11 @@ def _convolution(instruction: Instruction, inside: Computation) -> int:
     )
   rows = out[labels[3].index("b")] * out[labels[3].index("f")]
   groups = int(instruction.attribute("batch_group_count") or 1)
-  return 2 * rows * kernel[labels[2].index("i")] * places // groups
+  return 2 * rows * kernel[labels[2].index("i")] * positions // groups
 
 
 def _window(instruction: Instruction, axis: int) -> tuple[int, int, int, int]:
-  """Stride, padding before, and the dilation of input and of kernel, of one axis."""
+  """Stride, low padding, and dilation of the input and of the kernel, of one axis."""
   found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
   fields = dict(f.split("=") for f in found[1].split()) if found else {}
 
@@ -96,7 +96,7 @@ def _window(instruction: Instruction, axis: int) -> tuple[int, int, int, int]:
 def _overlaps(
   size: int, width: int, out: int, window: tuple[int, int, int, int]
 ) -> int:
-  """Pairs of a result's place and a kernel's where there is input."""
+  """Number of (result, kernel) positions of one axis that read an input element."""
   stride, low, holes, spread = window
   last = (size - 1) * holes
   if width == 1 and not low and holes == 1:

@@ -1,4 +1,4 @@
-"""The text of a compiled program as computations, instructions and arrays."""
+"""Parser of HLO text: a program's computations, instructions and arrays."""
 
 import functools
 import math
@@ -21,12 +21,12 @@ _CALLED = re.compile(
 
 @dataclass(frozen=True)
 class Array:
-  """An array as it lies in memory.
+  """An array and its layout in memory.
 
   Attributes:
-    dtype: XLA's name of it.
-    dims: its logical sizes.
-    layout: what stands in braces after them; "" where nothing does.
+    dtype: XLA's name, "bf16".
+    dims: logical sizes.
+    layout: the text in braces after the sizes; "" where there is none.
   """
 
   dtype: str
@@ -40,20 +40,20 @@ class Array:
 
   @property
   def padded(self) -> float:
-    """Bytes, with the two most minor dimensions rounded up to whole tiles."""
+    """Bytes, with the most minor dimensions rounded up to full tiles."""
     order, _, rest = self.layout.partition(":")
     tile = _TILE.match(rest)
     if not tile or not order:
       return self.size
-    laid = [self.dims[int(i)] for i in reversed(order.split(","))]
+    sizes = [self.dims[int(i)] for i in reversed(order.split(","))]
     for i, n in enumerate(reversed([int(n) for n in tile[1].split(",")]), 1):
-      if i <= len(laid):
-        laid[-i] = -(-laid[-i] // n) * n
-    return _bytes(self.dtype) * math.prod(laid)
+      if i <= len(sizes):
+        sizes[-i] = -(-sizes[-i] // n) * n
+    return _bytes(self.dtype) * math.prod(sizes)
 
   @property
   def in_hbm(self) -> bool:
-    """Whether it lies in the device's main memory, and not in one of its caches."""
+    """True for the device's main memory, false for one of its caches."""
     space = _MEMORY.search(self.layout)
     return space is None or space[1] == "0"
 
@@ -63,10 +63,11 @@ class Instruction:
   """One line of a computation.
 
   Attributes:
-    name, op: its own, and what it does ("fusion").
-    shape: text of its result's type.
+    name: unique in the program.
+    op: the operation, "fusion".
+    shape: text of the result's type.
     rest: text after the operation's opening parenthesis.
-    root: whether it is the computation's result.
+    root: true for the computation's result.
   """
 
   name: str
@@ -77,7 +78,7 @@ class Instruction:
 
   @functools.cached_property
   def arrays(self) -> tuple[Array, ...]:
-    """Its results; one, or a tuple's, nested ones in a row."""
+    """The result, or the leaves of a tuple."""
     return tuple(
       Array(dtype, tuple(map(int, filter(None, dims.split(",")))), layout)
       for dtype, dims, layout in _ARRAY.findall(self.shape)
@@ -85,7 +86,7 @@ class Instruction:
 
   @functools.cached_property
   def _closed(self) -> int:
-    """Where in `rest` the operands end."""
+    """Index in `rest` of the parenthesis that closes the operands."""
     depth = 1
     for at, char in enumerate(self.rest):
       depth += (char == "(") - (char == ")")
@@ -95,12 +96,12 @@ class Instruction:
 
   @functools.cached_property
   def operands(self) -> tuple[str, ...]:
-    """Names of the instructions that it takes."""
+    """Names of the instructions that are its operands."""
     return tuple(re.findall(r"%([\w.\-]+)", self.rest[: self._closed]))
 
   @property
   def literal(self) -> str:
-    """What stands between its parentheses: a parameter's number, a constant."""
+    """Text between the parentheses: a parameter's number, a constant's value."""
     return self.rest[: self._closed]
 
   @functools.cached_property
@@ -109,7 +110,7 @@ class Instruction:
     return self.rest[self._closed :]
 
   def attribute(self, name: str) -> str | None:
-    """The text of one that is a single word."""
+    """The value of an attribute that is a single word."""
     found = re.search(rf"\b{name}=%?([^\s,]+)", self.attributes)
     return found[1] if found else None
 
@@ -130,20 +131,20 @@ class Computation:
 
   @functools.cached_property
   def parameters(self) -> dict[int, Instruction]:
-    """By number."""
+    """Parameters by number."""
     found = (i for i in self.instructions.values() if i.op == "parameter")
     return {int(i.literal): i for i in found}
 
 
 @dataclass
 class Program:
-  """Computations by name, and the name of the one that is run."""
+  """Computations by name, and the name of the entry computation."""
 
   computations: dict[str, Computation]
   entry: str
 
   def called(self, instruction: Instruction) -> list[str]:
-    """Computations that an instruction runs."""
+    """Names of the computations that an instruction calls."""
     groups = [a or b for a, b in _CALLED.findall(instruction.attributes)]
     names = [name.strip().lstrip("%") for group in groups for name in group.split(",")]
     return [name for name in names if name in self.computations]
@@ -151,10 +152,10 @@ class Program:
 
 @functools.lru_cache(maxsize=2)
 def parse(text: str) -> Program:
-  """A program's text, `compiled.as_text()`.
+  """Parses `compiled.as_text()`.
 
   Raises:
-    ValueError: there is no program in it.
+    ValueError: the text holds no entry computation.
   """
   program = Program({}, "")
   current = None
@@ -167,7 +168,7 @@ def parse(text: str) -> Program:
       root, name, shape, op, rest = found.groups()
       current.instructions[name] = Instruction(name, op, shape, rest, bool(root))
   if not program.entry:
-    raise ValueError("this text is not that of a compiled program")
+    raise ValueError("this is not the text of a compiled program")
   return program
 
 

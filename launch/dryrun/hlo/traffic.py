@@ -3,8 +3,8 @@
 from launch.dryrun.hlo import loops, program
 from launch.dryrun.hlo.program import Computation, Instruction, Program
 
-# What moves nothing: it names memory, or its two ends are counted elsewhere.
-_STILL = frozenset(
+# Operations that move nothing: they name memory, or are counted elsewhere.
+_FREE = frozenset(
   {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while"),
     *("conditional", "call", "after-all", "partition-id", "replica-id", "iota"),
@@ -13,19 +13,19 @@ _STILL = frozenset(
     *("add-dependency", "send-done", "recv-done"),
   }
 )
-_READS_A_PART = frozenset({"dynamic-slice", "slice", "gather"})
+_SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 _SAME = frozenset({"bitcast", "reshape", "transpose", "copy"})
 
 
 def hbm_bytes(text: str) -> float:
-  """Bytes read from and written to main memory, loops multiplied out.
+  """Counts the bytes read from and written to main memory, loops multiplied out.
 
-  Each instruction reads its operands and writes its results once; what lies in a cache
-  (a memory space other than 0) moves nothing. A fusion that takes a slice of an operand
-  reads that slice, and one that updates a part of an array writes that part.
+  Each instruction reads its operands and writes its results once; arrays in a cache (a
+  memory space other than 0) cost nothing. A fusion that slices an operand reads the
+  slice, and one that updates a slice of an array writes the slice.
 
   Args:
-    text: of `compiled.as_text()`.
+    text: the program, `compiled.as_text()`.
 
   Raises:
     ValueError: a loop with no known trip count.
@@ -41,17 +41,17 @@ def hbm_bytes(text: str) -> float:
 
 
 def _moved(parsed: Program, inside: Computation, instruction: Instruction) -> float:
-  if instruction.op in _STILL:
+  if instruction.op in _FREE:
     return 0.0
   if instruction.op == "custom-call" and not instruction.operands:
-    return 0.0  # Room, with nothing in it yet.
+    return 0.0  # An allocation, still empty.
   if instruction.op == "fusion":
     fused = parsed.computations[parsed.called(instruction)[0]]
     return _of_fusion(parsed, fused)
   if instruction.op == "dynamic-update-slice":
     update = _array_bytes(inside.instructions[instruction.operands[1]])
     return 2 * update if _hbm(instruction) else update
-  if instruction.op in _READS_A_PART:
+  if instruction.op in _SLICES:
     source = inside.instructions[instruction.operands[0]]
     part = _padded(instruction)
     return part * _hbm(source) + _array_bytes(instruction)
@@ -86,10 +86,10 @@ def _of_fusion(parsed: Program, fused: Computation) -> float:
 
 
 def _read(parsed: Program, fused: Computation, name: str) -> float:
-  """Bytes that are read of an instruction's result, by what takes it."""
-  whole = _padded(fused.instructions[name])
+  """Bytes of an instruction's result that its users read."""
+  full = _padded(fused.instructions[name])
   if fused.instructions[name].root:
-    return whole
+    return full
   total = 0.0
   for user in fused.instructions.values():
     for place, operand in enumerate(user.operands):
@@ -97,14 +97,14 @@ def _read(parsed: Program, fused: Computation, name: str) -> float:
         continue
       if user.op in _SAME:
         total += _read(parsed, fused, user.name)
-      elif user.op in _READS_A_PART and place == 0:
+      elif user.op in _SLICES and place == 0:
         total += _padded(user)
       elif user.op == "fusion":
         inner = parsed.computations[parsed.called(user)[0]]
         total += _read(parsed, inner, inner.parameters[place].name)
-      elif user.op != "dynamic-update-slice" or place:  # Which is done in place.
-        total += whole
-  return min(whole, total)
+      elif user.op != "dynamic-update-slice" or place:  # It updates in place.
+        total += full
+  return min(full, total)
 
 
 def _padded(instruction: Instruction) -> float:
@@ -112,7 +112,7 @@ def _padded(instruction: Instruction) -> float:
 
 
 def _written(fused: Computation, result: Instruction) -> float:
-  """Bytes of a result that are new."""
+  """Bytes of a result that are written."""
   if not _hbm(result):
     return 0.0
   source = result

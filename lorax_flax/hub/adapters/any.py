@@ -10,6 +10,7 @@ from lorax_flax.hub.adapters import native as orbax_adapter
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import Tuned
 
@@ -88,7 +89,7 @@ def read(
       raise LoraxError(f"{name} is for loralib's files, and {source} says it itself")
   if kind == "orbax":
     return orbax_adapter.read_adapter(source, params)
-  said = peft_config.read_config(source)
+  said = config_file.read(source)
   adapter, config = peft.read_adapter(source, params, keymap)
   labels = peft.read_labels(source)
   return Saved(
@@ -102,14 +103,14 @@ def read(
   )
 
 
-def num_labels(source: str | Path) -> int | None:
-  """How many outputs the head has that an adapter brings; None where it brings none."""
+def num_labels(source: str | Path, keymap: KeyMap) -> int | None:
+  """The number of labels of an adapter's head; None where it has no head."""
   source, kind = Path(source).expanduser(), form(source)
   if kind == "peft":
-    return peft.num_labels(source)
+    return peft.num_labels(source, keymap)
   if kind == "orbax":
-    return orbax_adapter.num_labels(source)
-  return loralib.num_labels(_state_dict(source))
+    return orbax_adapter.num_labels(source, keymap)
+  return loralib.num_labels(_state_dict(source), keymap)
 
 
 def _state_dict(source: Path) -> Path:
@@ -117,7 +118,6 @@ def _state_dict(source: Path) -> Path:
 
 
 def _brings_head(tuned: set[str], keymap: KeyMap) -> bool:
-  """Whether all of the sequence classifier's head is among these paths."""
-  names = peft_config.HEAD_NAMES
-  head = {path for path in keymap.keys if path.partition("/")[0] in names}
-  return bool(head) and head <= tuned
+  """The classifier, all of it, is among these paths."""
+  heads = [{*paths} for paths in keymap.heads.values() if keymap.label_paths & {*paths}]
+  return any(head <= tuned for head in heads)

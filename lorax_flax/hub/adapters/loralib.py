@@ -22,7 +22,7 @@ import numpy as np
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import stacking
 from lorax_flax.hub.adapters.stacking import Factors, Layer
 from lorax_flax.hub.checkpoints import entries as rows
@@ -35,7 +35,6 @@ from lorax_flax.methods import Adapter, LoRA, Tuned
 # The file of a folder that we write.
 FILE = "lora.bin"
 _FACTORS = re.compile(r"(.+)\.lora_([AB])")
-_HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
 
 
 def is_state_dict(path: Path) -> bool:
@@ -84,10 +83,10 @@ def read_adapter(
     raise LoraxError(said if str(file) in said else f"{file}: {said}") from error
 
 
-def num_labels(file: str | Path) -> int | None:
-  """How many outputs the head has that a file brings; None where it brings none."""
+def num_labels(file: str | Path, keymap: km.KeyMap) -> int | None:
+  """The number of labels of the head in a file; None where it has none."""
   tensors = _load(Path(file).expanduser())
-  return next((len(tensors[key]) for key in _HEADS if key in tensors), None)
+  return km.num_labels(keymap, {key: x.shape for key, x in tensors.items()})
 
 
 def _load(file: Path) -> dict[str, np.ndarray]:
@@ -323,6 +322,6 @@ def write_adapter(
   """
   tensors, alpha = to_state_dict(adapter, keymap, enable_lora=enable_lora)
   is_ours = lambda old: (old / FILE).is_file()
-  with folders.writing(Path(folder).expanduser(), is_ours) as scratch:
+  with atomic.new_folder(Path(folder).expanduser(), is_ours) as scratch:
     torch_file.write(scratch / FILE, tensors)
   return alpha

@@ -21,7 +21,8 @@ import orbax.checkpoint as ocp
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
+from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.methods import Adapter, BiasLoRA, Delta, DoRA, LoRA, Rows, Tuned
 from lorax_flax.methods.low_rank import sizes_of
 
@@ -32,7 +33,6 @@ _MOST_BYTES = 64 << 20  # of adapter.json: a line or two for each delta
 _METHODS: Mapping[str, Any] = {
   m.__name__: m for m in (LoRA, BiasLoRA, DoRA, Rows, Tuned)
 }
-_HEADS = ("classifier/out_proj/kernel", "classifier/kernel", "score/kernel")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def write_adapter(folder: str | Path, saved: Saved) -> None:
     "deltas": {path: _about(delta) for path, delta in saved.adapter.items()},
     **{name: getattr(saved, name) for name in _SAID},
   }
-  with folders.writing(Path(folder).expanduser(), is_ours) as scratch:
+  with atomic.new_folder(Path(folder).expanduser(), is_ours) as scratch:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save((scratch / ARRAYS).absolute(), arrays)
     about["files"] = _digests(scratch / ARRAYS)
@@ -111,14 +111,14 @@ def read_adapter(folder: str | Path, params: Any) -> Saved:
   return Saved(adapter, config, **said)
 
 
-def num_labels(folder: str | Path) -> int | None:
-  """How many outputs the head has that a folder brings; None where it brings none."""
+def num_labels(folder: str | Path, keymap: KeyMap) -> int | None:
+  """The number of labels of the head in a folder; None where it has none."""
   folder = Path(folder).expanduser()
   about = _read(folder)
   try:
     deltas = about["deltas"]
-    heads = [deltas[path]["arrays"]["value"][0] for path in _HEADS if path in deltas]
-    return int(heads[0][-1]) if heads else None
+    heads = [deltas[path] for path in keymap.label_paths if path in deltas]
+    return int(heads[0]["arrays"]["value"][0][-1]) if heads else None
   except (KeyError, TypeError, IndexError, ValueError) as error:
     raise _damaged(folder / FILE, error) from error
 

@@ -17,11 +17,12 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import stacking
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.peft.config import PeftConfig
 from lorax_flax.hub.peft.layout import PREFIX
@@ -59,7 +60,7 @@ def write_adapter(
   """
   _check(saved, keymap, max_rank)
   is_adapter = lambda old: (old / peft_config.CONFIG_FILE).is_file()
-  with folders.writing(Path(folder).expanduser(), is_adapter) as scratch:
+  with atomic.new_folder(Path(folder).expanduser(), is_adapter) as scratch:
     peft.write_adapter(
       scratch,
       saved.adapter,
@@ -69,9 +70,9 @@ def write_adapter(
       revision=saved.revision,
       task_type=saved.task_type,
     )
-    config = peft_config.read_config(scratch)
+    config = config_file.read(scratch)
     config, tensors = fold(config, load_file(scratch / peft.WEIGHTS_FILE))
-    text = json.dumps(peft_config.dump(config), indent=2, sort_keys=True)
+    text = json.dumps(config_file.dump(config), indent=2, sort_keys=True)
     (scratch / peft_config.CONFIG_FILE).write_text(text, encoding="utf-8")
     save_file(tensors, scratch / peft.WEIGHTS_FILE, metadata={"format": "pt"})
 

@@ -1,4 +1,4 @@
-"""The rows of a key map: how one stored tensor and one of our leaves correspond."""
+"""Entries of a key map: how one stored tensor and one of our leaves correspond."""
 
 import dataclasses
 import string
@@ -8,11 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 Part = Literal["body", "head"]
-
-
 Kind = Literal["linear", "conv", "embedding", "norm", "raw"]
 
-# The stored axis that each of ours is: our (in, out) of torch's (out, in), and our
+# The stored axis of each of our axes: our (in, out) of torch's (out, in), and our
 # (height, width, in, out) of torch's (out, in, height, width).
 LINEAR = (1, 0)
 CONV_1D = (2, 1, 0)
@@ -23,15 +21,16 @@ EXPERTS = (0, 2, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One leaf, or a slice of one; with `{i}` in its key, one for each i.
+  """One leaf, or a slice of one; an `{i}` in its key makes one for each i.
 
   Attributes:
     path: our slash path, unscanned; its name "layer_{i}" stands for all layers.
     key: the bare checkpoint key. Each placeholder is counted in `KeyMap.counts`.
-    axes: our array is the stored one, transposed so; None: as it is.
+    axes: the transposition from the stored array to ours; None: none.
     part: "body" keys carry the family's prefix in a full key, "head" keys do not.
     piece: (k, n): the k-th of n equal slices of our leaf's last axis, for a leaf that
       holds several stored tensors side by side.
+    labels: the last axis of our leaf has one position for each label.
   """
 
   path: str
@@ -39,6 +38,7 @@ class Entry:
   axes: tuple[int, ...] | None = None
   part: Part = "body"
   piece: tuple[int, int] = (0, 1)
+  labels: bool = False
 
   def to_ours(self, stored: np.ndarray) -> np.ndarray:
     """The stored tensor as our array (a slice of our leaf)."""
@@ -56,13 +56,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-  """Where one checkpoint key lives in a params tree.
+  """The place of one checkpoint key in a params tree.
 
   Attributes:
     path: our leaf path, in the tree's own form (scanned or not).
-    index: on the leaf's leading axes: of its layer where layers are scanned, and of its
+    index: on the leaf's leading axes: the layer where layers are scanned, and the
       expert where experts are stacked.
-    entry: the table's row.
+    entry: of the key map.
   """
 
   path: str
@@ -71,7 +71,7 @@ class Site:
 
   @property
   def layer(self) -> int | None:
-    """The first of the index, None where there is none."""
+    """The first number of the index, or None."""
     return self.index[0] if self.index else None
 
   def place(self, shape: Sequence[int]) -> tuple[int | slice, ...]:
@@ -96,24 +96,29 @@ def placeholders(key: str) -> list[str]:
 
 
 def linear(path: str, key: str, *, bias: bool = True, **rest: Any) -> tuple[Entry, ...]:
-  """The rows of a torch linear layer, whose weight is (out, in)."""
+  """The entries of a torch linear layer, whose weight is (out, in)."""
   kernel = Entry(f"{path}/kernel", f"{key}.weight", LINEAR, **rest)
   return (kernel, Entry(f"{path}/bias", f"{key}.bias", **rest))[: 2 if bias else 1]
 
 
 def norm(path: str, key: str, *, bias: bool = True, **rest: Any) -> tuple[Entry, ...]:
-  """The rows of a norm: a scale, and a bias where it has one."""
+  """The entries of a norm: a scale, and a bias where it has one."""
   scale = Entry(f"{path}/scale", f"{key}.weight", **rest)
   return (scale, Entry(f"{path}/bias", f"{key}.bias", **rest))[: 2 if bias else 1]
 
 
 def embedding(path: str, key: str, **rest: Any) -> Entry:
-  """The row of an embedding: one vector a row, as torch has it."""
+  """The entry of an embedding, one vector a row as in torch."""
   return Entry(f"{path}/embedding", f"{key}.weight", **rest)
 
 
+def weight_and_bias(*modules: str) -> tuple[str, ...]:
+  """The two keys of each module."""
+  return tuple(f"{name}.{part}" for name in modules for part in ("weight", "bias"))
+
+
 def kind(entry: Entry) -> Kind:
-  """What the module of a weight's row is."""
+  """The kind of module that a weight's entry belongs to."""
   if entry.axes in (CONV_1D, CONV_2D):
     return "conv"
   kinds: dict[str, Kind] = {

@@ -12,13 +12,13 @@ from safetensors.numpy import save_file
 
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import folders
+from lorax_flax.files import atomic
 from lorax_flax.hub.checkpoints.keymap import KeyMap, file_key
 from lorax_flax.hub.files import gguf_header, gguf_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
 
-# Files of a base that its inputs are made with, or its outputs; copied as they are.
+# The base's tokenizer, preprocessor and generation settings, copied as they are.
 _BESIDE = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -46,23 +46,23 @@ def write_checkpoint(
   tokenizer_from: Path,
   may_replace: Callable[[Path], bool],
 ) -> None:
-  """Writes config.json, model.safetensors and the tokenizer; whole, or not at all.
+  """Writes config.json, model.safetensors and the tokenizer; all of it or nothing.
 
   Args:
-    folder: where it shall lie.
-    params: the model's tree; each leaf is stored in the dtype that it has.
+    folder: the destination.
+    params: the model's tree; each leaf is stored in its own dtype.
     keymap: of the model.
-    hf_config: of the base; what it says of the head is replaced.
-    architecture: transformers' name of the model, which says how the weights are read.
+    hf_config: of the base; its fields of the head are replaced.
+    architecture: transformers' class of the model.
     labels: names of the head's outputs; None where they are not classes.
-    tokenizer_from: a folder whose tokenizer's files are copied; of a GGUF file, they
-      are made.
-    may_replace: whether a folder that lies there, and isn't empty, may go.
+    tokenizer_from: a folder whose tokenizer files are copied; a GGUF file's are
+      converted.
+    may_replace: whether an existing folder, which isn't empty, may be replaced.
 
   Raises:
-    LoraxError: the place is taken or can't be written.
+    LoraxError: the destination is taken, or can't be written.
   """
-  with folders.writing(Path(folder), may_replace) as scratch:
+  with atomic.new_folder(Path(folder), may_replace) as scratch:
     config = to_hf_config(hf_config, architecture, labels)
     text = json.dumps(config, indent=2, sort_keys=True)
     (scratch / "config.json").write_text(f"{text}\n", encoding="utf-8")
@@ -82,9 +82,9 @@ def write_checkpoint(
 def to_hf_config(
   hf_config: Mapping[str, Any], architecture: str, labels: Sequence[str] | None
 ) -> dict[str, Any]:
-  """The base's config.json, made one of this architecture, with these outputs."""
+  """The base's config.json with another architecture and other outputs."""
   config = dict(hf_config)
-  # Without the base's dtype, which transformers would cast to, it takes the weights'.
+  # transformers would cast to the base's dtype; without it, it keeps the weights'.
   for name in ("_name_or_path", "dtype", "torch_dtype"):
     config.pop(name, None)
   config["architectures"] = [architecture]
@@ -102,7 +102,7 @@ def to_hf_config(
 
 
 def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
-  """The checkpoint's tensors of a tree, under its keys."""
+  """The tensors of a checkpoint, by key, of a params tree."""
   leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
   tensors = {}
   for bare, site in keymap.sites.items():

@@ -1,13 +1,13 @@
-"""A family's names in a Hugging Face checkpoint, as a table, and its two uses.
+"""A family's names in a Hugging Face checkpoint, as a table.
 
 A key map pairs our leaf paths ("encoder/layer_{i}/attention/query/kernel") with
 checkpoint keys ("encoder.layer.{i}.attention.self.query.weight"). It reads and
 writes checkpoints, and it translates the module names of PEFT into our paths.
 
-Names come in two forms. A *bare* key has no prefix ("encoder.layer.0. …"); it is how
-the table is written, and what any stored prefix is reduced to. A *full* key is what
-the family's model has in transformers and in PEFT ("bert.encoder.layer.0. …", but
-"classifier.weight"), and what we write, save where files keep other names.
+Keys come in two forms. A *bare* key has no prefix ("encoder.layer.0. …"): the table is
+written in these, and any stored prefix is stripped. A *full* key is that of the model
+in transformers and in PEFT ("bert.encoder.layer.0. …", but "classifier.weight"), and is
+written, unless files keep another name.
 """
 
 import dataclasses
@@ -22,26 +22,26 @@ from lorax_flax.hub.checkpoints.entries import Entry, Kind, Site, kind, placehol
 
 @dataclasses.dataclass(frozen=True)
 class KeyMap:
-  """The table of one model: a family's rows, and how often this model repeats them.
+  """The table of one model: a family's entries, and how often it repeats them.
 
   Attributes:
     family: for messages.
     prefix: of the body's full keys, with its dot ("bert.").
-    entries: the rows.
-    counts: of each placeholder in the rows: {"i": 12} for twelve layers.
+    entries: the table.
+    counts: the range of each placeholder: {"i": 12} for twelve layers.
     scan: our tree holds the layers stacked, under "layers", instead of "layer_{i}".
     anchor: a bare key that every checkpoint has; it shows the stored prefix.
-    buffers: bare keys that hold no weights and are passed over.
-    other_heads: bare keys of other tasks' heads; passed over, and reported.
-    head_groups: first names of our paths that may be absent from a checkpoint, each
-      as a whole ("classifier", "pooler"); they are new then.
+    buffers: bare keys that hold no weights and are ignored.
+    other_heads: bare keys of other tasks' heads; ignored, and reported.
+    head_groups: first names of our paths ("classifier", "pooler"). A checkpoint may
+      lack all leaves of a group, which are freshly initialised then.
     aliases: (old ending, new ending) of bare keys, for old checkpoints.
-    ties: bare keys that say again what another key says ("lm_head.weight" of a tied
-      head): key to that other key.
-    other_form: a map of the same leaves to keys that some files have in their place;
+    ties: bare keys that repeat another key's weight ("lm_head.weight" of a tied head),
+      to that other key.
+    other_form: a map of the same leaves to keys that some files have instead; it is
       read, and not written.
-    on_disk: modules that transformers has renamed since: the row's module to the one
-      that checkpoints have, now as before.
+    on_disk: modules that transformers has renamed: the entry's module to the one that
+      checkpoints still have.
   """
 
   family: str
@@ -52,7 +52,7 @@ class KeyMap:
   anchor: str
   buffers: tuple[str, ...] = ()
   other_heads: tuple[str, ...] = ()
-  head_groups: tuple[str, ...] = ("classifier",)
+  head_groups: tuple[str, ...] = ()
   aliases: tuple[tuple[str, str], ...] = ()
   ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
   on_disk: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -68,7 +68,7 @@ class KeyMap:
     return sites
 
   def _numbers(self, entry: Entry) -> Iterator[dict[str, int]]:
-    """Every value of a row's placeholders."""
+    """Every combination of values of an entry's placeholders."""
     names = placeholders(entry.key)
     for numbers in itertools.product(*(range(self.counts[name]) for name in names)):
       yield dict(zip(names, numbers, strict=True))
@@ -87,7 +87,7 @@ class KeyMap:
 
   @functools.cached_property
   def keys(self) -> dict[str, list[str]]:
-    """Bare keys of each path of our tree: one, or several where they are stacked."""
+    """Bare keys of each path of our tree; more than one where they are stacked."""
     keys: dict[str, list[str]] = {}
     for key, site in self.sites.items():
       keys.setdefault(site.path, []).append(key)
@@ -95,7 +95,7 @@ class KeyMap:
 
   @functools.cached_property
   def stored(self) -> dict[str, str]:
-    """The bare key in a file of each bare key that has another one there."""
+    """The bare key in files, for each bare key that differs from it."""
     found = {}
     for entry in self.entries:
       module, _, leaf = entry.key.rpartition(".")
@@ -109,6 +109,19 @@ class KeyMap:
   def renamed(self) -> dict[str, str]:
     """The inverse of `stored`."""
     return {old: new for new, old in self.stored.items()}
+
+  @functools.cached_property
+  def heads(self) -> dict[str, list[str]]:
+    """Paths of each of the `head_groups`."""
+    return {
+      group: [path for path in self.keys if path.split("/")[0] == group]
+      for group in self.head_groups
+    }
+
+  @functools.cached_property
+  def label_paths(self) -> frozenset[str]:
+    """Paths of the leaves whose last axis is the labels'; none in a language model."""
+    return frozenset(site.path for site in self.sites.values() if site.entry.labels)
 
   @functools.cached_property
   def leaves(self) -> dict[str, str]:
@@ -169,7 +182,7 @@ def _renew(keymap: KeyMap, bare: str) -> str:
 
 
 def key_to_path(keymap: KeyMap, key: str) -> tuple[str, int | None]:
-  """Our path of a checkpoint key, full or bare, and its layer where stacked.
+  """The path of a checkpoint key, full or bare, and its layer where stacked.
 
   "bert.encoder.layer.3.attention.self.query.bias" gives
   ("encoder/layer_3/attention/query/bias", None), or where layers are scanned
@@ -184,12 +197,12 @@ def key_to_path(keymap: KeyMap, key: str) -> tuple[str, int | None]:
 
 
 def module_to_path(keymap: KeyMap, name: str) -> tuple[str, int | None]:
-  """Our path of a module's weight, and its layer where stacked.
+  """The path of a module's weight, and its layer where stacked.
 
   "bert.encoder.layer.3.attention.self.query", with the prefix or without it, gives
   ("encoder/layer_3/attention/query/kernel", None), or where layers are scanned
   ("encoder/layers/attention/query/kernel", 3). A module without a weight of its own
-  (or an unknown one): LoraxError; see `leaves_under` for containers.
+  (or an unknown one): LoraxError.
   """
   bare = name.removeprefix(keymap.prefix)
   if bare not in keymap.leaves:
@@ -200,7 +213,7 @@ def module_to_path(keymap: KeyMap, name: str) -> tuple[str, int | None]:
 def modules(keymap: KeyMap) -> dict[str, Kind]:
   """Full names of all modules that own a weight, in the table's order, and kinds.
 
-  What PEFT's target_modules rules are matched against.
+  PEFT matches its target_modules against these.
   """
   return {
     module_of(full_key(keymap, key)): kind(keymap.sites[key].entry)
@@ -208,28 +221,26 @@ def modules(keymap: KeyMap) -> dict[str, Kind]:
   }
 
 
-def leaves_under(keymap: KeyMap, module: str) -> dict[str, tuple[str, int | None]]:
-  """Every leaf of a module, containers included: full key to (our path, layer).
+def num_labels(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> int | None:
+  """The number of labels by the shapes of stored tensors, torch's (labels, in).
 
-  "classifier" gives RoBERTa's classifier.dense.weight, classifier.dense.bias,
-  classifier.out_proj.weight, classifier.out_proj.bias. Nothing there: LoraxError.
+  Args:
+    shapes: by full key; those of the head may be missing.
+
+  Returns:
+    None without a head among them, or for a model without labels.
   """
-  inside = module.removeprefix(keymap.prefix) + "."
-  found = {
-    full_key(keymap, key): (site.path, site.layer)
-    for key, site in keymap.sites.items()
-    if key.startswith(inside)
-  }
-  if not found:
-    raise LoraxError(unknown(f"{keymap.family} module", module, modules(keymap)))
-  return found
+  for bare, site in keymap.sites.items():
+    if site.entry.labels and (shape := shapes.get(full_key(keymap, bare))):
+      return shape[0]
+  return None
 
 
 def bare_keys(keymap: KeyMap, stored: Iterable[str]) -> dict[str, str]:
   """Bare keys of a checkpoint's stored keys: bare key to stored key.
 
-  Whatever precedes the anchor key is the body's prefix ("", "bert.", "model.bert.");
-  what precedes the family's own prefix in that ("model.") also precedes the heads.
+  The body's prefix ("", "bert.", "model.bert.") is what precedes the anchor key; a part
+  of it before the family's own prefix ("model.") also precedes the heads.
 
   Raises:
     LoraxError: no anchor, two prefixes, or two stored keys for one bare key.

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors into a params tree: every key used, every leaf filled."""
+"""Checkpoints read into params trees: every key is used, every leaf filled."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,34 +18,34 @@ from lorax_flax.hub.checkpoints import shards
 from lorax_flax.hub.files import safetensors
 from lorax_flax.hub.files.safetensors import Reader
 
-_GROUP = 64 << 20  # bytes that are handed to a device at once
-_THREADS = 2  # that read; more wait for one another's new pages
+_GROUP = 64 << 20  # bytes that are transferred to a device at once
+_THREADS = 2  # more readers wait for one another's new pages
 
 
 @dataclass(frozen=True)
 class Weights:
-  """What a checkpoint gave.
+  """The weights of a checkpoint.
 
   Attributes:
-    params: the tree, whole.
+    params: the full tree.
     new_paths: leaves that the checkpoint does not have, freshly initialised.
-    passed_over: stored keys of other tasks' heads and of buffers.
+    ignored_keys: stored keys of other tasks' heads and of buffers.
   """
 
   params: Any
   new_paths: tuple[str, ...]
-  passed_over: tuple[str, ...]
+  ignored_keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Found:
-  """A checkpoint whose keys are a key map's.
+  """A checkpoint whose keys are those of a key map.
 
   Attributes:
     reader: of its tensors.
     keymap: of the model.
-    keys: stored keys by bare key.
-    absent: paths of heads that it lacks.
+    keys: stored key by bare key.
+    absent: paths of the heads that it lacks.
   """
 
   reader: Reader
@@ -87,20 +87,20 @@ def load(
 ) -> Weights:
   """Fills a tree from a checkpoint, some tensors at a time.
 
-  All shapes are looked at before the first number is read.
+  All shapes are checked before the first number is read.
 
   Args:
-    found: as `find` gives it.
+    found: of `find`.
     shapes: the tree, of ShapeDtypeStructs.
-    dtype: that the leaves get; None leaves each the dtype that it is stored in.
-    std: of the normal that the kernels of a new head are drawn from; biases are zero.
+    dtype: of the leaves; None keeps the stored dtype of each.
+    std: standard deviation of a new head's kernels; biases are zero.
     seed: a new leaf is a function of (seed, path).
-    new_head: a head of another shape is replaced by a new one, not an error.
-    shardings: the tree, of shardings. Of each leaf only the parts that lie on this
-      process's devices are read, one after another.
+    new_head: replace a head of another shape by a new one; otherwise it is an error.
+    shardings: the tree, of shardings. Only the shards of this process's devices are
+      read, one after another.
 
   Raises:
-    LoraxError: a mis-shaped key, or one that holds no floating-point numbers.
+    LoraxError: a key of the wrong shape, or without floating-point numbers.
   """
   leaves = flatten(shapes)
   absent = found.absent
@@ -112,51 +112,52 @@ def load(
       _check(found, site, key, leaves[site.path].shape)
 
   def read(path, leaf):
-    return lambda: _leaf(found, path, leaf.shape, dtype, shards.whole(leaf.shape))
+    return lambda: _leaf(found, path, leaf.shape, dtype, shards.full(leaf.shape))
 
   def fill(path, leaf, sharding=None):
     if path in absent:
       new = _fresh(path, leaf.shape, dtype or jnp.float32, std, seed)
       if sharding is None:
         return new
-      return _in_shards(new, sharding)
+      return _sharded(new, sharding)
     if sharding is None:
-      return next(whole)
-    part = lambda block: _leaf(found, path, leaf.shape, dtype, block)
-    return shards.in_shards(leaf.shape, sharding, part)
+      return next(full)
+    shard = lambda block: _leaf(found, path, leaf.shape, dtype, block)
+    return shards.make_array(leaf.shape, sharding, shard)
 
-  wanted = {path: leaf for path, leaf in leaves.items() if path not in absent}
-  jobs = [read(*item) for item in wanted.items()] if shardings is None else []
-  whole = _on_device(_ahead(jobs))
+  present = {path: leaf for path, leaf in leaves.items() if path not in absent}
+  jobs = [read(*item) for item in present.items()] if shardings is None else []
+  full = _on_device(_ahead(jobs))
   sites = found.keymap.sites
   used = {found.keys[bare] for bare in sites if bare in found.keys}
-  passed_over = tuple(key for key in found.reader if key not in used)
+  ignored = tuple(key for key in found.reader if key not in used)
   new = tuple(path for path in leaves if path in absent)
   rest = () if shardings is None else (shardings,)
-  return Weights(map_with_path(fill, shapes, *rest), new, passed_over)
+  return Weights(map_with_path(fill, shapes, *rest), new, ignored)
 
 
 def unstacked(shapes: Any, stacked: km.KeyMap, keymap: km.KeyMap) -> Any:
-  """The tree of a model's shapes by that of the same model with its layers stacked.
+  """The tree of a model's shapes, from that of the same model with stacked layers.
 
   Args:
     shapes: the stacked tree, of ShapeDtypeStructs.
-    stacked, keymap: of the two trees.
+    stacked: the key map of the stacked tree.
+    keymap: of the tree that is returned.
   """
   leaves, found = flatten(shapes), {}
   if leaves.keys() != stacked.keys.keys():
     raise AssertionError(f"{stacked.family}: the key map's leaves are not the model's")
   for bare, site in keymap.sites.items():
-    whole = stacked.sites[bare]
-    leaf = leaves[whole.path]
+    source = stacked.sites[bare]
+    leaf = leaves[source.path]
     # Axes of layers come first, and an axis of experts stays.
-    shape = leaf.shape[len(whole.index) - len(site.index) :]
+    shape = leaf.shape[len(source.index) - len(site.index) :]
     found[tuple(site.path.split("/"))] = jax.ShapeDtypeStruct(shape, leaf.dtype)
   return traverse_util.unflatten_dict(found)
 
 
 def _ahead(jobs: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
-  """Results in order; a few jobs at once, since reading and turning wait for memory."""
+  """Results in order, a few jobs at once: reading and transposing wait for memory."""
   waiting: collections.deque[futures.Future[np.ndarray]] = collections.deque()
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     for job in jobs:
@@ -168,7 +169,7 @@ def _ahead(jobs: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
 
 
 def _on_device(arrays: Iterable[np.ndarray]) -> Iterator[jax.Array]:
-  """The arrays, many handed over at once: each call costs as much as a small leaf."""
+  """The arrays on a device, many a call: a call costs as much as a small leaf."""
   group: list[np.ndarray] = []
   for array in arrays:
     group.append(array)
@@ -181,7 +182,7 @@ def _on_device(arrays: Iterable[np.ndarray]) -> Iterator[jax.Array]:
 def _untied(
   keymap: km.KeyMap, stored: Mapping[str, str], reader: Reader
 ) -> dict[str, str]:
-  """`stored` without the keys that repeat another's weight, or in its place."""
+  """`stored` without keys that repeat another's weight, or renamed to that other."""
   found = dict(stored)
   for repeat, main in keymap.ties.items():
     if repeat not in found:
@@ -198,10 +199,9 @@ def _untied(
 
 
 def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
-  """Paths of heads that the checkpoint lacks as a whole."""
+  """Paths of the heads of which the checkpoint has no key."""
   absent: set[str] = set()
-  for group in keymap.head_groups:
-    paths = [p for p in keymap.keys if p.split("/")[0] == group]
+  for paths in keymap.heads.values():
     if not any(bare in stored for p in paths for bare in keymap.keys[p]):
       absent |= set(paths)
   missing = [
@@ -211,8 +211,8 @@ def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
     if bare not in stored and path not in absent
   ]
   if missing:
-    near = nearest(missing[0], stored)
-    hint = f"; nearest there: {', '.join(near)}" if near else ""
+    similar = nearest(missing[0], stored)
+    hint = f"; nearest there: {', '.join(similar)}" if similar else ""
     raise LoraxError(
       f"the {keymap.family} checkpoint lacks {len(missing)} keys:"
       f" {listing(missing, 8)}{hint}"
@@ -221,26 +221,25 @@ def _absent(keymap: km.KeyMap, stored: Mapping[str, str]) -> set[str]:
 
 
 def _misfits(found: Found, leaves: Mapping[str, Any]) -> set[str]:
-  """Paths of heads of which any tensor has another shape than the tree's."""
+  """Paths of the heads of which any tensor differs in shape from the tree."""
   keymap, wrong = found.keymap, set()
-  for group in keymap.head_groups:
-    paths = [p for p in keymap.keys if p.split("/")[0] == group]
+  for paths in keymap.heads.values():
     for path in paths:
       for bare in keymap.keys[path]:
-        want = _stored_shape(keymap.sites[bare], leaves[path].shape)
-        if bare in found.keys and found.reader.shape(found.keys[bare]) != want:
+        expected = _stored_shape(keymap.sites[bare], leaves[path].shape)
+        if bare in found.keys and found.reader.shape(found.keys[bare]) != expected:
           wrong |= set(paths)
   return wrong
 
 
 def _check(found: Found, site: km.Site, key: str, shape: Sequence[int]) -> None:
-  """Looks at a tensor's shape and number type, before anything is read."""
-  want, has = _stored_shape(site, shape), found.reader.shape(key)
-  if has != want:
-    head = site.path.split("/")[0] in found.keymap.head_groups
+  """Checks a tensor's shape and number type, before anything is read."""
+  expected, has = _stored_shape(site, shape), found.reader.shape(key)
+  if has != expected:
+    head = any(site.path in paths for paths in found.keymap.heads.values())
     raise LoraxError(
       f"checkpoint key {key!r} has shape {has}; {site.path!r} needs"
-      f" {want} there" + "; new_head=True replaces a head that does not fit" * head
+      f" {expected} there" + "; new_head=True replaces a head that does not fit" * head
     )
   dtype = found.reader.dtype(key)
   if not jnp.issubdtype(dtype, jnp.floating):
@@ -257,38 +256,38 @@ def _stored_shape(site: km.Site, shape: Sequence[int]) -> tuple[int, ...]:
 def _leaf(
   found: Found, path: str, shape: Sequence[int], dtype: Any, block: shards.Block
 ) -> np.ndarray:
-  """A block of one leaf, put together from its tensors."""
+  """A block of one leaf, assembled from its tensors."""
   sites = {bare: found.keymap.sites[bare] for bare in found.keymap.keys[path]}
   if dtype is None:
     kinds = [found.reader.dtype(found.keys[bare]) for bare in sites]
-    # Stacked tensors may differ, and float32 holds all that there are here.
+    # Stacked tensors may differ; float32 holds all supported dtypes.
     kind = kinds[0] if len(set(kinds)) == 1 else jnp.float32
     dtype = jax.dtypes.canonicalize_dtype(kind)
   out = safetensors.empty(shards.shape_of(block), np.dtype(dtype))
   for bare, site in sites.items():
-    places = shards.overlap(site, shape, block)
-    if places is not None:
-      there, part = places
-      view = site.entry.to_stored(out[(*there, ...)])
+    overlap = shards.overlap(site, shape, block)
+    if overlap is not None:
+      index, part = overlap
+      view = site.entry.to_stored(out[(*index, ...)])
       found.reader.read(found.keys[bare], part, view)
   return out
 
 
 def redrawn(params: Any, paths: Iterable[str], *, std: float, seed: int) -> Any:
-  """The tree with new leaves as another seed gives them; the others are the same."""
+  """The tree with its new leaves drawn with another seed; the others are kept."""
   chosen = set(paths)
 
   def draw(path, leaf):
     if path not in chosen:
       return leaf
-    return _in_shards(_fresh(path, leaf.shape, leaf.dtype, std, seed), leaf.sharding)
+    return _sharded(_fresh(path, leaf.shape, leaf.dtype, std, seed), leaf.sharding)
 
   return map_with_path(draw, params)
 
 
-def _in_shards(leaf: jax.Array, sharding: Any) -> jax.Array:
+def _sharded(leaf: jax.Array, sharding: Any) -> jax.Array:
   cut = lambda block: np.asarray(leaf)[tuple(slice(*ends) for ends in block)]
-  return shards.in_shards(leaf.shape, sharding, cut)
+  return shards.make_array(leaf.shape, sharding, cut)
 
 
 def _fresh(path: str, shape, dtype, std: float, seed: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Parts of a leaf: what of which stored tensor lies in a block."""
+"""Blocks of leaves, and the parts of stored tensors that they hold."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ import numpy as np
 
 from lorax_flax.hub.checkpoints.entries import Site
 
-# The first and the last place plus one on each axis of a leaf.
+# (start, stop) on each axis of a leaf.
 Block = tuple[tuple[int, int], ...]
 
 
-def whole(shape: Sequence[int]) -> Block:
-  """All of a leaf."""
+def full(shape: Sequence[int]) -> Block:
+  """The block of a full leaf."""
   return tuple((0, n) for n in shape)
 
 
@@ -24,18 +24,21 @@ def shape_of(block: Block) -> tuple[int, ...]:
 def overlap(
   site: Site, shape: Sequence[int], block: Block
 ) -> tuple[tuple[Any, ...], tuple[slice, ...]] | None:
-  """What a stored tensor gives to a block of our leaf of this shape; None: nothing.
+  """The part of a stored tensor that a block of our leaf holds; None: no part.
+
+  Args:
+    shape: of the leaf.
 
   Returns:
     The index in the block, and the index in the stored tensor; the latter's array, as
-    `Entry.to_ours` turns it, goes into the former.
+    `Entry.to_ours` transposes it, goes into the former.
   """
   stack, inner = block[: len(site.index)], block[len(site.index) :]
   if not all(a <= i < z for i, (a, z) in zip(site.index, stack, strict=True)):
     return None
-  there: list[Any] = [i - a for i, (a, _) in zip(site.index, stack, strict=True)]
+  index: list[Any] = [i - a for i, (a, _) in zip(site.index, stack, strict=True)]
   ours = [slice(a, z) for a, z in inner]
-  there += [slice(0, z - a) for a, z in inner]
+  index += [slice(0, z - a) for a, z in inner]
   k, n = site.entry.piece
   if n > 1:
     width = shape[-1] // n
@@ -43,21 +46,21 @@ def overlap(
     low, high = max(a, offset), min(z, offset + width)
     if low >= high:
       return None
-    there[-1] = slice(low - a, high - a)
+    index[-1] = slice(low - a, high - a)
     ours[-1] = slice(low - offset, high - offset)
   axes = site.entry.axes or range(len(ours))
   stored = sorted(zip(axes, ours, strict=True), key=lambda pair: pair[0])
-  return tuple(there), tuple(cut for _, cut in stored)
+  return tuple(index), tuple(cut for _, cut in stored)
 
 
-def in_shards(
+def make_array(
   shape: Sequence[int],
   sharding: jax.sharding.Sharding,
   read: Callable[[Block], np.ndarray],
 ) -> jax.Array:
-  """An array of which only the parts that lie on this process's devices are read.
+  """A sharded array, of which only the shards of this process's devices are read.
 
-  Each part is read once and goes to its devices before the next one is read.
+  Each shard is read once and goes to its devices before the next one is read.
   """
   shape = tuple(shape)
   devices: dict[Block, list[jax.Device]] = {}
@@ -65,12 +68,12 @@ def in_shards(
     pairs = zip(index or (), shape, strict=True)
     block = tuple(cut.indices(n)[:2] for cut, n in pairs)
     devices.setdefault(block, []).append(device)
-  parts = []
+  shards = []
   for block, owners in devices.items():
-    part = read(block)
-    parts += [jax.device_put(part, device) for device in owners]
-    # Copying goes on in the background, and would hold on to what was read.
-    jax.block_until_ready(parts[-len(owners) :])
+    shard = read(block)
+    shards += [jax.device_put(shard, device) for device in owners]
+    # The copy is asynchronous, and would keep what was read in memory.
+    jax.block_until_ready(shards[-len(owners) :])
   return jax.make_array_from_single_device_arrays(
-    shape, sharding, parts, dtype=parts[0].dtype
+    shape, sharding, shards, dtype=shards[0].dtype
   )

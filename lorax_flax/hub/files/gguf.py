@@ -1,4 +1,4 @@
-"""Models in GGUF files: what their config.json would say, and their weights.
+"""Models in GGUF files: their config, as config.json would have it, and weights.
 
 Quantised tensors are dequantised to float32 as they are read, some rows at a time.
 """
@@ -24,7 +24,7 @@ _FLOATS: Mapping[_Kind, Any] = {
   _Kind.F32: np.float32,
   _Kind.F64: np.float64,
 }
-_CHUNK = 1 << 18  # numbers that are dequantised at once, in a few arrays of that size
+_CHUNK = 1 << 18  # numbers that are dequantised at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +32,14 @@ class Architecture:
   """One of llama.cpp's architectures.
 
   Attributes:
-    fields: of config.json, which the file does not say.
-    turned: rotary positions turn neighbours in the file, where Hugging Face's turn a
-      head's two halves: rows of queries and keys lie in another order.
-    biases: fields of config.json that say that there are biases, each with a tensor
-      that is there then.
+    fields: of config.json, which the file does not have.
+    interleaved: rotary positions pair neighbouring features in the file, and the two
+      halves of a head in Hugging Face's order: rows of queries and keys are permuted.
+    biases: flags of config.json for biases, and for each a tensor that exists then.
   """
 
   fields: Mapping[str, Any]
-  turned: bool = False
+  interleaved: bool = False
   biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -51,7 +50,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
       "architectures": ["LlamaForCausalLM"],
       "hidden_act": "silu",
     },
-    turned=True,
+    interleaved=True,
     biases={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"},
   ),
   "qwen2": Architecture(
@@ -63,7 +62,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
   ),
 }
 
-# Hugging Face's names of the modules; those of a layer have a number before them.
+# Hugging Face's names of modules, outside of layers and inside.
 _MODULES = {
   "token_embd": "model.embed_tokens",
   "output_norm": "model.norm",
@@ -82,8 +81,7 @@ _LAYER_MODULES = {
 }
 _HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 
-# What a file says of the model, by its field in config.json. The first four and the
-# norms' epsilon are in every file.
+# Metadata of the model, to its field in config.json.
 _FIELDS = {
   "block_count": "num_hidden_layers",
   "embedding_length": "hidden_size",
@@ -96,7 +94,7 @@ _FIELDS = {
   "rope.freq_base": "rope_theta",
 }
 _REQUIRED = tuple(_FIELDS)[:6]
-# What we compute one value of alone, which is what a file that is silent means.
+# Metadata of which only the default value is supported.
 _ONLY = {
   "rope.scaling.type": "none",
   "expert_count": 0,
@@ -111,64 +109,68 @@ _TOKEN_IDS = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-  """The config.json that a GGUF file amounts to.
+  """The config.json that corresponds to a GGUF file.
 
   Raises:
     LoraxError: a damaged file, an architecture that is not in `ARCHITECTURES`, or
-      something said of the model that we do not know or do not compute.
+      metadata of the model that is unknown or not supported.
   """
   return config_of(gguf_header.read(path))
 
 
 def config_of(header: Header) -> dict[str, Any]:
   """`read_config` of a header that is already read."""
-  said, tensors, where = header.metadata, header.tensors, header.path
-  name = said.get("general.architecture")
+  metadata, tensors, path = header.metadata, header.tensors, header.path
+  name = metadata.get("general.architecture")
   if not isinstance(name, str) or name not in ARCHITECTURES:
-    raise LoraxError(f"{where}: " + unknown("architecture", str(name), ARCHITECTURES))
+    raise LoraxError(f"{path}: " + unknown("architecture", str(name), ARCHITECTURES))
   architecture = ARCHITECTURES[name]
-  if said.get("split.count", 1) != 1:
-    raise LoraxError(f"{where} is one of {said['split.count']} parts: merge them first")
-  if missing := [key for key in _REQUIRED if f"{name}.{key}" not in said]:
-    raise LoraxError(f"{where} does not say {listing(f'{name}.{m}' for m in missing)}")
+  if metadata.get("split.count", 1) != 1:
+    count = metadata["split.count"]
+    raise LoraxError(f"{path} is one of {count} parts: merge them first")
+  if missing := [key for key in _REQUIRED if f"{name}.{key}" not in metadata]:
+    keys = listing(f"{name}.{key}" for key in missing)
+    raise LoraxError(f"{path} has no metadata {keys}")
   if "token_embd.weight" not in tensors:
     there = listing(tensors, most=8) or "none"
-    raise LoraxError(f"{where} has no token_embd.weight. There are: {there}")
+    raise LoraxError(f"{path} has no token_embd.weight. There are: {there}")
   config = dict(architecture.fields)
   for key, field in _FIELDS.items():
-    if f"{name}.{key}" in said:
-      config[field] = said[f"{name}.{key}"]
+    if f"{name}.{key}" in metadata:
+      config[field] = metadata[f"{name}.{key}"]
   config["vocab_size"] = tensors["token_embd.weight"].shape[0]
   config["tie_word_embeddings"] = "output.weight" not in tensors
   for field, tensor in architecture.biases.items():
     config[field] = tensor in tensors
   for key, field in _TOKEN_IDS.items():
-    if key in said:
-      config[field] = said[key]
+    if key in metadata:
+      config[field] = metadata[key]
   heads, width = config["num_attention_heads"], config["hidden_size"]
   config.setdefault("num_key_value_heads", heads)
   if type(width) is int and type(heads) is int and heads and width % heads == 0:
     config.setdefault("head_dim", width // heads)
-  # Where the heads do not divide the width, the model's own config says so.
-  head = {key: config.get("head_dim", said.get(f"{name}.{key}")) for key in _HEAD_SIZES}
+  # Heads that do not divide the width are refused by the model's own config.
+  head = {
+    key: config.get("head_dim", metadata.get(f"{name}.{key}")) for key in _HEAD_SIZES
+  }
   only = {**_ONLY, **head, "vocab_size": config["vocab_size"]}
-  _check_rest(where, name, said, only)
+  _check_rest(path, name, metadata, only)
   return config
 
 
 def _check_rest(
-  where: Path, name: str, said: Mapping[str, Any], only: Mapping[str, Any]
+  path: Path, name: str, metadata: Mapping[str, Any], only: Mapping[str, Any]
 ) -> None:
-  """Nothing else is said of the model, for it might change the numbers."""
-  for key, value in said.items():
+  """Refuses all other metadata of the model, since it might change the numbers."""
+  for key, value in metadata.items():
     bare = key.removeprefix(f"{name}.")
     if bare == key or bare in _FIELDS:
       continue
     if bare not in only:
-      raise LoraxError(f"{where}: " + unknown("value", key, [*_FIELDS, *only]))
+      raise LoraxError(f"{path}: " + unknown("value", key, [*_FIELDS, *only]))
     if value != only[bare]:
       raise LoraxError(
-        f"{where}: {key}={value!r} is not supported, only {only[bare]!r} is; this model"
+        f"{path}: {key}={value!r} is not supported, only {only[bare]!r} is; this model"
         " would not compute what the file was made for"
       )
 
@@ -178,8 +180,8 @@ class Stored:
   """A tensor as it is read.
 
   Attributes:
-    tensor: as it lies in the file.
-    heads: its rows are those of so many heads, in llama.cpp's order; None: in ours.
+    tensor: as the file has it.
+    heads: number of heads whose rows are in llama.cpp's order; None: rows are in ours.
   """
 
   tensor: Tensor
@@ -210,10 +212,10 @@ class _Gguf(safetensors.File):
 
 
 def open_file(path: Path) -> safetensors.Reader:
-  """The weights of a file by Hugging Face's keys; quantised ones are float32.
+  """Opens the weights of a file, by Hugging Face's keys; quantised ones are float32.
 
   Raises:
-    LoraxError: what `read_config` raises, or a tensor of an unknown name.
+    LoraxError: an error of `read_config`, or a tensor of an unknown name.
   """
   return safetensors.of_file(_Gguf(path))
 
@@ -221,13 +223,14 @@ def open_file(path: Path) -> safetensors.Reader:
 def _named(header: Header) -> dict[str, Stored]:
   """The tensors under Hugging Face's names."""
   config = config_of(header)
-  turned = ARCHITECTURES[header.metadata["general.architecture"]].turned
+  name = header.metadata["general.architecture"]
+  interleaved = ARCHITECTURES[name].interleaved
   found: dict[str, Stored] = {}
   for name, tensor in header.tensors.items():
     layer, module, part = _split(header.path, name)
     key = _MODULES[module] if layer is None else _LAYER_MODULES[module]
     full = f"{key}.{part}" if layer is None else f"model.layers.{layer}.{key}.{part}"
-    heads = config[_HEADS[module]] if turned and module in _HEADS else None
+    heads = config[_HEADS[module]] if interleaved and module in _HEADS else None
     if heads is not None and not _divides(heads, tensor.shape[0]):
       raise LoraxError(
         f"{header.path}: {name!r} has shape {tensor.shape}, which {heads!r} heads do"
@@ -267,24 +270,24 @@ def _fill(
   if len(tensor.shape) == 1:
     out[...] = _rows(descriptor, tensor, 0, 1)[0][order[index[0]]]
     return
-  wanted = order[index[0]]
+  order = order[index[0]]
   step = max(1, _CHUNK // tensor.shape[1])
-  for i in range(0, len(wanted), step):
-    some = wanted[i : i + step]
-    low, high = int(some.min()), int(some.max()) + 1
+  for i in range(0, len(order), step):
+    chunk = order[i : i + step]
+    low, high = int(chunk.min()), int(chunk.max()) + 1
     rows = _rows(descriptor, tensor, low, high)
-    out[i : i + step] = rows[some - low, index[1]]
+    out[i : i + step] = rows[chunk - low, index[1]]
 
 
 def _rows(descriptor: int, tensor: Tensor, low: int, high: int) -> np.ndarray:
-  """Rows of the last axis, as floats."""
+  """Rows as floats."""
   start = tensor.start + low * tensor.row_bytes
   data = np.empty((high - low, tensor.row_bytes), np.uint8)
   safetensors.read_bytes(descriptor, start, data)
   if tensor.kind in _FLOATS:
     return data.view(_FLOATS[tensor.kind])
   try:
-    # What was damaged in a block can be infinite, and times zero.
+    # A damaged block can hold infinities, and their products with zero.
     with np.errstate(all="ignore"):
       return gguf.quants.dequantize(data, tensor.kind)
   except NotImplementedError as error:

@@ -1,9 +1,9 @@
-"""The header of a GGUF file: what it says of the model, and where its tensors lie.
+"""The header of a GGUF file: metadata of the model, and its tensors' offsets.
 
 The format is a magic number, a version, two counts, the metadata as typed values, an
 entry of each tensor, and the tensors' bytes. The `gguf` package names the types and
-their sizes; its reader, though, believes lengths that a damaged file claims, so that
-the header is read here: what a file claims costs nothing.
+their sizes; its reader allocates whatever lengths a damaged file claims, so that the
+header is parsed here, within bounds.
 Source: the format's description, docs/gguf.md of github.com/ggml-org/ggml.
 """
 
@@ -48,8 +48,8 @@ class Tensor:
 
   Attributes:
     kind: of its numbers: floats, or one of the quantised types.
-    shape: its axes' lengths, in torch's order; the file has them the other way round.
-    start: its first byte's place in the file.
+    shape: in torch's order, which the file has reversed.
+    start: offset of its first byte in the file.
   """
 
   kind: gguf.GGMLQuantizationType
@@ -58,25 +58,25 @@ class Tensor:
 
   @property
   def row_bytes(self) -> int:
-    """Bytes of a row of the last axis: a whole number of blocks."""
+    """Bytes of a row of the last axis, a multiple of a block's."""
     block, size = gguf.GGML_QUANT_SIZES[self.kind]
     return self.shape[-1] // block * size
 
   @property
   def stop(self) -> int:
-    """The place behind its last byte."""
+    """The offset behind its last byte."""
     return self.start + math.prod(self.shape[:-1]) * self.row_bytes
 
 
 @dataclass(frozen=True)
 class Header:
-  """What a file says before its tensors.
+  """The part of a file before its tensors.
 
   Attributes:
     path: the file.
     metadata: values by name: numbers, strings, truth values and lists of one of these.
     tensors: by the names that they have in the file.
-    status: the file's, then.
+    status: of the file when it was read.
   """
 
   path: Path
@@ -88,10 +88,10 @@ class Header:
 def find(model: Path) -> Path | None:
   """The GGUF file that is this model: the path itself, or one in that folder.
 
-  A folder with *.safetensors is a model of another form, whatever lies beside them.
+  A folder with *.safetensors is a model in that format, whatever else it holds.
 
   Raises:
-    LoraxError: several GGUF files, of which none is named.
+    LoraxError: more than one GGUF file.
   """
   if model.suffix == SUFFIX and model.is_file():
     return model
@@ -101,14 +101,14 @@ def find(model: Path) -> Path | None:
     return None
   if len(found) > 1:
     raise LoraxError(
-      f"{model} holds {len(found)} GGUF files: name the one that is meant,"
+      f"{model} holds {len(found)} GGUF files: name one of them,"
       f" {model}/FILE. There are: {listing(found)}"
     )
   return model / found[0]
 
 
 def read(path: Path) -> Header:
-  """Reads and checks a header; of the tensors, only that they lie within the file.
+  """Reads and checks a header, and that all tensors are within the file.
 
   Raises:
     LoraxError: a file that can't be read, that isn't GGUF version 2 or 3, or that is
@@ -124,23 +124,23 @@ def read(path: Path) -> Header:
 
 
 class _Cursor:
-  """A place in the header's bytes, which moves on as they are read."""
+  """A position in the header's bytes, which advances as they are read."""
 
-  def __init__(self, data: bytes, goes_on: bool):
+  def __init__(self, data: bytes, is_prefix: bool):
     self._data = data
-    self._goes_on = goes_on
-    self.place = 0
+    self._is_prefix = is_prefix
+    self.offset = 0
 
   def take(self, count: int) -> bytes:
-    end = self.place + count
+    end = self.offset + count
     if end > len(self._data):
       raise LoraxError(
         f"its header claims more than {_MOST_HEADER:,} bytes"
-        if self._goes_on
+        if self._is_prefix
         else "it is cut off"
       )
-    taken = self._data[self.place : end]
-    self.place = end
+    taken = self._data[self.offset : end]
+    self.offset = end
     return taken
 
   def uint32(self) -> int:
@@ -177,7 +177,7 @@ class _Cursor:
     dtype = np.dtype(_SCALARS[kind]).newbyteorder("<")
     found = np.frombuffer(self.take(count * dtype.itemsize), dtype)
     if kind == _Type.FLOAT32:
-      # The shortest number that it can have been: 1e-05, not 9.999999747378752e-06.
+      # The shortest decimal of the float32: 1e-05, not 9.999999747378752e-06.
       return [float(str(x)) for x in found]
     return found.tolist()
 
@@ -194,7 +194,7 @@ def _parse(path: Path, cursor: _Cursor, status: os.stat_result) -> Header:
   for _ in range(cursor.count("values")):
     name = cursor.text()
     if name in metadata:
-      raise LoraxError(f"it says {name!r} twice")
+      raise LoraxError(f"it has the value {name!r} twice")
     try:
       metadata[name] = cursor.value(_Type(cursor.uint32()))
     except ValueError as error:
@@ -211,7 +211,7 @@ def _parse(path: Path, cursor: _Cursor, status: os.stat_result) -> Header:
   alignment = metadata.get(_ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
   if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
     raise LoraxError(f"its {_ALIGNMENT} is {alignment!r}")
-  first = _aligned(cursor.place, alignment)
+  first = _aligned(cursor.offset, alignment)
   tensors = {
     name: Tensor(kind, shape, first + offset)
     for name, (kind, shape, offset) in entries.items()
@@ -221,7 +221,7 @@ def _parse(path: Path, cursor: _Cursor, status: os.stat_result) -> Header:
 
 
 def _entry(cursor: _Cursor) -> tuple[gguf.GGMLQuantizationType, tuple[int, ...], int]:
-  """A tensor's kind, its shape, and its place in the data."""
+  """A tensor's kind, its shape, and its offset in the data."""
   axes = cursor.uint32()
   if not 1 <= axes <= _MOST_AXES:
     raise LoraxError(f"it has {axes:,} axes")
@@ -236,21 +236,21 @@ def _entry(cursor: _Cursor) -> tuple[gguf.GGMLQuantizationType, tuple[int, ...],
 def _check_places(
   tensors: Mapping[str, Tensor], first: int, alignment: int, size: int
 ) -> None:
-  """One after another, each aligned, and all within the file."""
-  place = first
+  """Checks that tensors follow one another, aligned, and end within the file."""
+  offset = first
   for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-    if tensor.start != place:
+    if tensor.start != offset:
       raise LoraxError(
         f"{name!r} starts at byte {tensor.start - first:,} of the data, and what is"
-        f" before it ends at {place - first:,}"
+        f" before it ends at {offset - first:,}"
       )
     if tensor.stop > size:
       raise LoraxError(
         f"{name!r} ends at byte {tensor.stop:,}, and the file has {size:,}: it is cut"
         " off"
       )
-    place = _aligned(tensor.stop, alignment)
+    offset = _aligned(tensor.stop, alignment)
 
 
-def _aligned(place: int, alignment: int) -> int:
-  return -(-place // alignment) * alignment
+def _aligned(offset: int, alignment: int) -> int:
+  return -(-offset // alignment) * alignment

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file, as the tokenizers library has it."""
+"""The tokenizer in a GGUF file, as one of the tokenizers library."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from lorax_flax.hub.files import gguf_header
 
 _PREFIX = "tokenizer.ggml."
 _TEMPLATE = "tokenizer.chat_template"
-# Kinds of tokens, as llama.cpp numbers them: matched whole, before any splitting.
+# Kinds of tokens, by llama.cpp's numbers, that are matched before any splitting.
 _CONTROL, _USER_DEFINED = 3, 4
 _SPECIAL = {
   "bos_token": "bos_token_id",
@@ -26,23 +26,23 @@ _SPECIAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Splitting:
-  """How a text is split before pairs of bytes are merged.
+  """The pre-tokenisation of a text, before pairs of bytes are merged.
 
   Attributes:
     regex: of a piece; None: GPT-2's.
-    digits: each digit is a piece, before that.
-    whole: a piece that is a token is taken as one, whatever the merges say.
-    bos: a text starts with the first special token where the file is silent.
+    digits: split off each digit first.
+    ignore_merges: a piece that is a token is kept, whatever the merges are.
+    bos: a text starts with the first special token, unless the file has a flag.
   """
 
   regex: str | None = None
   digits: bool = False
-  whole: bool = False
+  ignore_merges: bool = False
   bos: bool = False
 
 
 def _words(digits: int) -> str:
-  """Llama 3's pieces: contractions, words, up to so many digits, signs, white space."""
+  """Llama 3's pieces: contractions, words, up to `digits` digits, signs, spaces."""
   return (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
     rf"|\p{{N}}{{1,{digits}}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,7 +53,7 @@ def _words(digits: int) -> str:
 SPLITTINGS: Mapping[str, Splitting] = {
   "gpt-2": Splitting(),
   "smollm": Splitting(digits=True),
-  "llama-bpe": Splitting(regex=_words(3), whole=True, bos=True),
+  "llama-bpe": Splitting(regex=_words(3), ignore_merges=True, bos=True),
   "qwen2": Splitting(regex=_words(1)),
 }
 
@@ -62,12 +62,11 @@ def load(path: Path) -> tokenizers.Tokenizer:
   """Makes the tokenizer of a GGUF file: byte-level BPE.
 
   Raises:
-    LoraxError: a damaged file, or a tokenizer of another kind or with another way of
-      splitting a text.
+    LoraxError: a damaged file, or a tokenizer of another kind or pre-tokenisation.
   """
-  said = gguf_header.read(path).metadata
+  metadata = gguf_header.read(path).metadata
   try:
-    return _make(said)
+    return _make(metadata)
   # The tokenizers library raises bare Exception for what it can't use.
   except Exception as error:
     raise LoraxError(f"cannot make the tokenizer of {path}: {error}") from error
@@ -82,40 +81,40 @@ def write(path: Path, folder: Path) -> None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-  """What transformers' tokenizer_config.json says beside a tokenizer.json."""
-  said = gguf_header.read(path).metadata
-  tokens = said[f"{_PREFIX}tokens"]
+  """Fields of transformers' tokenizer_config.json beside a tokenizer.json."""
+  metadata = gguf_header.read(path).metadata
+  tokens = metadata[f"{_PREFIX}tokens"]
   settings: dict[str, Any] = {
-    name: _token(said, key, tokens)
+    name: _token(metadata, key, tokens)
     for name, key in _SPECIAL.items()
-    if _PREFIX + key in said
+    if _PREFIX + key in metadata
   }
-  if isinstance(said.get(_TEMPLATE), str):
-    settings["chat_template"] = said[_TEMPLATE]
+  if isinstance(metadata.get(_TEMPLATE), str):
+    settings["chat_template"] = metadata[_TEMPLATE]
   return {**settings, "clean_up_tokenization_spaces": False}
 
 
-def _make(said: Mapping[str, Any]) -> tokenizers.Tokenizer:
-  kind = said.get(f"{_PREFIX}model")
+def _make(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+  kind = metadata.get(f"{_PREFIX}model")
   if kind != "gpt2":
     raise LoraxError(
       f"it is of kind {kind!r}, and only 'gpt2', byte-level BPE, is made here: put the"
       " model's tokenizer.json beside the file and name the folder"
     )
-  name = str(said.get(f"{_PREFIX}pre"))
+  name = str(metadata.get(f"{_PREFIX}pre"))
   if name not in SPLITTINGS:
-    raise LoraxError(unknown("way of splitting a text", name, SPLITTINGS))
+    raise LoraxError(unknown("pre-tokenisation", name, SPLITTINGS))
   splitting = SPLITTINGS[name]
-  tokens = _strings(said, "tokens")
+  tokens = _strings(metadata, "tokens")
   vocab = {token: i for i, token in enumerate(tokens)}
   if len(vocab) != len(tokens):
-    raise LoraxError(f"{len(tokens) - len(vocab)} of its tokens are there twice")
-  model = models.BPE(vocab, _pairs(said), ignore_merges=splitting.whole)
+    raise LoraxError(f"{len(tokens) - len(vocab)} of its tokens are duplicates")
+  model = models.BPE(vocab, _pairs(metadata), ignore_merges=splitting.ignore_merges)
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = _pre_tokenizer(splitting)
   tokenizer.decoder = decoders.ByteLevel()
-  _add_whole_tokens(tokenizer, tokens, said.get(f"{_PREFIX}token_type"))
-  tokenizer.post_processor = _ends(said, tokens, splitting.bos)
+  _add_whole_tokens(tokenizer, tokens, metadata.get(f"{_PREFIX}token_type"))
+  tokenizer.post_processor = _ends(metadata, tokens, splitting.bos)
   return tokenizer
 
 
@@ -138,26 +137,26 @@ def _add_whole_tokens(
   kinds = [1] * len(tokens) if kinds is None else kinds
   if not isinstance(kinds, list) or len(kinds) != len(tokens):
     raise LoraxError(f"{len(tokens)} tokens, and their kinds are {kinds!r:.80}")
-  for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+  for chosen, special in ((_CONTROL, True), (_USER_DEFINED, False)):
     added = [
       tokenizers.AddedToken(token, normalized=False, special=special)
       for token, kind in zip(tokens, kinds, strict=True)
-      if kind == wanted
+      if kind == chosen
     ]
     (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
 
 
-def _ends(said: Mapping[str, Any], tokens: list[str], bos: bool) -> Any:
-  """What is put before and behind a text."""
+def _ends(metadata: Mapping[str, Any], tokens: list[str], bos: bool) -> Any:
+  """The special tokens before and after a text."""
   ends = {
-    name: _token(said, f"{name}_token_id", tokens)
+    name: _token(metadata, f"{name}_token_id", tokens)
     for name, default in (("bos", bos), ("eos", False))
-    if said.get(f"{_PREFIX}add_{name}_token", default)
+    if metadata.get(f"{_PREFIX}add_{name}_token", default)
   }
   if not ends:
     return processors.ByteLevel(trim_offsets=False)
 
-  # In lists: a token may hold what means something in the short form.
+  # As lists, since a token may hold characters that have a meaning in a string.
   def around(text: str) -> list[str]:
     return [part for part in (ends.get("bos"), text, ends.get("eos")) if part]
 
@@ -168,9 +167,9 @@ def _ends(said: Mapping[str, Any], tokens: list[str], bos: bool) -> Any:
   )
 
 
-def _pairs(said: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
   found = []
-  for merge in _strings(said, "merges"):
+  for merge in _strings(metadata, "merges"):
     parts = merge.split(" ")
     if len(parts) != 2:
       raise LoraxError(f"its merge {merge!r} is no pair")
@@ -178,15 +177,15 @@ def _pairs(said: Mapping[str, Any]) -> list[tuple[str, str]]:
   return found
 
 
-def _strings(said: Mapping[str, Any], name: str) -> list[str]:
-  found = said.get(_PREFIX + name)
+def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
+  found = metadata.get(_PREFIX + name)
   if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
     raise LoraxError(f"its {name} are {found!r:.80}, and not a list of strings")
   return found
 
 
-def _token(said: Mapping[str, Any], name: str, tokens: list[str]) -> str:
-  found = said.get(_PREFIX + name)
+def _token(metadata: Mapping[str, Any], name: str, tokens: list[str]) -> str:
+  found = metadata.get(_PREFIX + name)
   if type(found) is not int or not 0 <= found < len(tokens):
     raise LoraxError(f"its {name} is {found!r}, of {len(tokens)} tokens")
   return tokens[found]

@@ -1,8 +1,8 @@
-"""Weights of a Hugging Face folder, read one part of a tensor at a time.
+"""Weights of a Hugging Face folder, read a part of a tensor at a time.
 
-Bytes are read into the array that asked for them and are not mapped: a file that
-changes under a mapping ends the process, and every page that was looked at would count
-as the process's memory beside the array that it was copied to.
+Bytes are read into the destination array and not memory-mapped: a file that changes
+under a mapping ends the process, and every page that was touched would count as the
+process's memory beside the array that it was copied to.
 """
 
 import math
@@ -20,16 +20,16 @@ from lorax_flax.hub.files import safetensors_header
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-# What is turned over on the way lies in the processor's cache meanwhile.
+# Bytes; what is transposed on the way stays in the processor's cache.
 _CHUNK = 256 << 10
 _HUGE_PAGE = 2 << 20
-_ALIGNED = 64  # bytes; XLA takes an array that lies so as it is, without copying it
+_ALIGNED = 64  # bytes; XLA uses an array with this alignment without a copy
 
 Index = tuple[slice, ...]
 
 
 class Stored(Protocol):
-  """A tensor in a file: its shape, and the type of its arrays."""
+  """A tensor in a file: its shape, and the dtype of its arrays."""
 
   @property
   def shape(self) -> tuple[int, ...]: ...
@@ -42,7 +42,7 @@ class Stored(Protocol):
 
 
 class File:
-  """One file of tensors. It is opened for each read, and must not change between.
+  """One file of tensors. It is opened for each read, and must not change meanwhile.
 
   Attributes:
     path: the file.
@@ -55,7 +55,7 @@ class File:
     self._status = status
 
   def read(self, key: str, index: Index, out: np.ndarray) -> None:
-    """Fills `out`, of any strides and number type, with a part of a tensor."""
+    """Fills `out`, of any strides and dtype, with a part of a tensor."""
     try:
       descriptor = os.open(self.path, os.O_RDONLY)
       try:
@@ -73,7 +73,7 @@ class File:
       raise LoraxError(f"cannot read {key!r} of {self.path}: {error}") from error
 
   def fill(self, descriptor: int, stored: Any, index: Index, out: np.ndarray) -> None:
-    """`read` of the open file, which its form decides: safetensors, GGUF."""
+    """`read` of the open file, by its format: safetensors, GGUF."""
     raise NotImplementedError
 
 
@@ -87,7 +87,7 @@ class _Safetensors(File):
 
 
 class Reader(Mapping[str, np.ndarray]):
-  """The tensors of a checkpoint by stored key; each is read when it is asked for."""
+  """The tensors of a checkpoint by stored key, each read on access."""
 
   def __init__(self, files: Mapping[str, File]):
     self._files = dict(files)
@@ -103,7 +103,7 @@ class Reader(Mapping[str, np.ndarray]):
     return self._stored(key).shape
 
   def dtype(self, key: str) -> np.dtype:
-    """The stored number type, from the header alone. One not read: LoraxError."""
+    """The stored dtype, from the header alone. Unsupported: LoraxError."""
     try:
       return self._stored(key).array_dtype
     except LoraxError as error:
@@ -115,7 +115,7 @@ class Reader(Mapping[str, np.ndarray]):
     return self.part(key, (slice(None),) * len(self.shape(key)))
 
   def part(self, key: str, index: Index) -> np.ndarray:
-    """A part of a tensor; no more of it is kept."""
+    """A part of a tensor; nothing else is kept in memory."""
     shape = [len(range(n)[cut]) for cut, n in zip(index, self.shape(key), strict=True)]
     out = empty(shape, self.dtype(key))
     self.read(key, index, out)
@@ -126,13 +126,13 @@ class Reader(Mapping[str, np.ndarray]):
 
     Args:
       index: of the stored tensor, steps of 1.
-      out: of the part's shape; the numbers are cast to its type.
+      out: of the part's shape; the numbers are cast to its dtype.
     """
     self._stored(key)
     self._files[key].read(key, index, out)
 
   def same(self, key: str, other: str) -> bool:
-    """Whether two tensors are equal in shape and in every number."""
+    """True where two tensors are equal in shape and in every number."""
     shape = self.shape(key)
     if shape != self.shape(other):
       return False
@@ -152,13 +152,13 @@ class Reader(Mapping[str, np.ndarray]):
 
 
 def open_folder(folder: Path) -> Reader:
-  """The weights of a folder: model.safetensors, or shards named by an index.
+  """Opens the weights of a folder: model.safetensors, or the shards of an index.
 
-  A shard is named by its bare name, and lies in the folder itself or is a link in it:
-  the hub's own cache is made of links to files elsewhere.
+  A shard is a file of the folder, or a link in it: the hub's own cache is made of links
+  to files elsewhere.
 
   Raises:
-    LoraxError: no weights, a damaged file, an index that names what is not there.
+    LoraxError: no weights, a damaged file, an index that names a missing file.
   """
   if (folder / SINGLE).is_file():
     return open_file(folder / SINGLE)
@@ -178,7 +178,7 @@ def open_folder(folder: Path) -> Reader:
 
 
 def open_file(path: Path) -> Reader:
-  """The tensors of one file. Damaged, or none: LoraxError."""
+  """Opens the tensors of one file. Damaged or missing: LoraxError."""
   return of_file(_Safetensors(path))
 
 
@@ -188,10 +188,9 @@ def of_file(file: File) -> Reader:
 
 
 def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-  """An array to be filled, which lies as XLA wants it: `jax.device_put` then takes its
-  memory over where the device is the CPU."""
+  """An uninitialised array, aligned so that `jax.device_put` to a CPU is no copy."""
   size = math.prod(shape) * dtype.itemsize
-  # A large array that starts with a large page takes one fault for each of them.
+  # Aligned to a huge page, a large array takes one page fault for each of these.
   start = _HUGE_PAGE if size >= 2 * _HUGE_PAGE else _ALIGNED
   raw = np.empty(size + start, np.uint8)
   offset = -raw.ctypes.data % start
@@ -239,19 +238,19 @@ def _fill(
   dtype: np.dtype,
   out: np.ndarray,
 ) -> None:
-  """Fills `out` with what `cuts` leave of the array that begins at byte `start`."""
+  """Fills `out` with the part `cuts` of the array that begins at byte `start`."""
   if not out.size:
     return
   if not shape:
     shape, cuts, out = (1,), [(0, 1)], out[None]
   row = math.prod(shape[1:]) * dtype.itemsize
   first, last = cuts[0]
-  whole = all(cut == (0, n) for cut, n in zip(cuts[1:], shape[1:], strict=True))
-  if whole and out.dtype == dtype and out.flags.c_contiguous:
+  full_rows = all(cut == (0, n) for cut, n in zip(cuts[1:], shape[1:], strict=True))
+  if full_rows and out.dtype == dtype and out.flags.c_contiguous:
     read_bytes(descriptor, start + first * row, out)
     return
-  # Parts of short rows: reading what lies between costs less than many reads.
-  if whole or row <= _CHUNK:
+  # Parts of short rows: reading the gaps too costs less than many reads.
+  if full_rows or row <= _CHUNK:
     inner = tuple(slice(*cut) for cut in cuts[1:])
     rows = max(1, _CHUNK // row)
     scratch = np.empty((min(rows, last - first), *shape[1:]), dtype)
@@ -267,7 +266,7 @@ def _fill(
 
 
 def read_bytes(descriptor: int, start: int, out: np.ndarray) -> None:
-  """Fills a contiguous array with the bytes from `start` on."""
+  """Fills a contiguous array with the bytes from offset `start`."""
   view = out.reshape(-1).view(np.uint8).data
   while view:
     count = os.preadv(descriptor, [view], start)

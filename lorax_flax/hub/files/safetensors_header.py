@@ -1,8 +1,8 @@
-"""The header of a safetensors file: which tensors it has, and where they lie.
+"""The header of a safetensors file: its tensors, and their offsets.
 
-The format is eight bytes that say how long the header is, the header as JSON, and the
-tensors' bytes one after another without holes. All of it is checked against the file's
-size here, before anything is allocated: what a file claims costs nothing.
+The format is the header's length in eight bytes, the header as JSON, and the tensors'
+bytes one after another without holes. All of it is checked against the file's size
+before anything is allocated.
 """
 
 import math
@@ -18,8 +18,8 @@ import numpy as np
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.files import strict_json
 
-# Of numbers that are whole bytes. Those without an array type here (eight-bit floats,
-# complex numbers) may lie in a file, but are not read.
+# Bytes and dtype of numbers that take full bytes. Those without a dtype here (eight-bit
+# floats, complex numbers) may be in a file, but are not read.
 _DTYPES: Mapping[str, tuple[int, Any]] = {
   "BOOL": (1, np.bool_),
   "U8": (1, np.uint8),
@@ -52,9 +52,9 @@ class Stored:
   """A tensor in a file.
 
   Attributes:
-    dtype: as the file names it ("BF16").
-    shape: its axes' lengths.
-    start: its first byte's place in the file.
+    dtype: the file's name of it ("BF16").
+    shape: of the tensor.
+    start: offset of its first byte in the file.
   """
 
   dtype: str
@@ -67,7 +67,7 @@ class Stored:
 
   @property
   def array_dtype(self) -> np.dtype:
-    """The type of its arrays. One that is not read: LoraxError."""
+    """The dtype of its arrays. Unsupported: LoraxError."""
     kind = _DTYPES[self.dtype][1]
     if kind is None:
       raise LoraxError(f"its numbers are {self.dtype}, which is not read")
@@ -75,7 +75,7 @@ class Stored:
 
 
 def read(path: Path) -> tuple[dict[str, Stored], os.stat_result]:
-  """The tensors of a file by key, and the file's status then.
+  """The tensors of a file by key, and the file's status when it was read.
 
   Raises:
     LoraxError: a file that can't be read, or that is damaged in any way that its
@@ -119,24 +119,24 @@ def _parse(text: bytes, size: int) -> dict[str, Stored]:
     except LoraxError as error:
       raise LoraxError(f"the header's entry of {key!r}: {error}") from error
   # One after another, from the header's end to the file's: no hole, no overlap.
-  place = first
+  offset = first
   for key in sorted(found, key=lambda key: (found[key].start, ends[key])):
-    if found[key].start != place:
+    if found[key].start != offset:
       raise LoraxError(
         f"{key!r} starts at byte {found[key].start - first} of the data, and what is "
-        f"before it ends at {place - first}"
+        f"before it ends at {offset - first}"
       )
-    place = ends[key]
-  if place != size:
+    offset = ends[key]
+  if offset != size:
     raise LoraxError(
-      f"its tensors end at byte {place:,}, and the file has {size:,}: it is cut off, or"
-      " something was written behind them"
+      f"its tensors end at byte {offset:,}, and the file has {size:,}: it is cut off,"
+      " or something was written behind them"
     )
   return found
 
 
 def _entry(entry: Any, first: int) -> tuple[Stored, int]:
-  """A tensor, and where its bytes end."""
+  """A tensor, and the offset behind its bytes."""
   if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
     raise LoraxError(f"it is not dtype, shape and data_offsets, but {entry!r:.80}")
   dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -151,10 +151,10 @@ def _entry(entry: Any, first: int) -> tuple[Stored, int]:
   if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
     raise LoraxError(f"its data_offsets are {offsets!r:.80}")
   stored = Stored(dtype, tuple(shape), first + offsets[0])
-  wanted = math.prod(shape) * stored.itemsize
-  if wanted != offsets[1] - offsets[0]:
+  size = math.prod(shape) * stored.itemsize
+  if size != offsets[1] - offsets[0]:
     raise LoraxError(
-      f"{dtype} of shape {tuple(shape)} takes {wanted:,} bytes, and it has"
+      f"{dtype} of shape {tuple(shape)} takes {size:,} bytes, and it has"
       f" {offsets[1] - offsets[0]:,}"
     )
   return stored, first + offsets[1]

@@ -1,8 +1,8 @@
 """State dicts that torch.save wrote, read without torch and without running a pickle.
 
-A file is a zip archive (torch 1.6 and later): ARCHIVE/data.pkl says how the tensors lie
-in the storages, ARCHIVE/data/KEY are the storages' bytes. `unpickle.py` reads the first
-and calls nothing but what is here.
+A file is a zip archive (torch 1.6 and later): ARCHIVE/data.pkl describes the tensors as
+views of storages, and ARCHIVE/data/KEY are the storages' bytes. `unpickle.py` reads the
+former, and calls only functions of this file.
 """
 
 import io
@@ -20,7 +20,7 @@ import numpy as np
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.files.unpickle import run
 
-# Names of the dict that checkpoints wrap their state dict in.
+# Keys under which checkpoints nest their state dict.
 _WRAPPERS = ("model_state_dict", "state_dict")
 _MAGIC = b"PK\x03\x04"
 _MOST_PICKLE = 16 * 2**20
@@ -40,20 +40,20 @@ _DTYPES = {
 
 
 def is_torch_file(path: Path) -> bool:
-  """Whether a file starts as torch's zip archives do."""
+  """True where a file starts as torch's zip archives do."""
   with path.open("rb") as file:
     return file.read(4) == _MAGIC
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-  """The tensors of a state dict, in its order; a wrapping "state_dict" is opened.
+  """The tensors of a state dict, in its order; a nested "state_dict" is opened.
 
   Nothing in the file is executed. Memory is the file's size: tensors are read-only
-  views of what was read, and share where they shared.
+  views of what was read, and share storages as they did.
 
   Raises:
-    LoraxError: not torch's zip format, a damaged file, or anything in it that is no
-      tensor; what was refused is named.
+    LoraxError: not torch's zip format, a damaged file, or anything in it that is not a
+      tensor; the message names it.
   """
   path = Path(path).expanduser()
   try:
@@ -68,7 +68,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     EOFError,
     ValueError,
     KeyError,
-    RuntimeError,  # encrypted, or of a compression that zipfile doesn't know
+    RuntimeError,  # encrypted, or an unknown compression
   ) as error:
     raise LoraxError(f"cannot read {path}, it is damaged: {error}") from error
 
@@ -106,7 +106,7 @@ def _text(value: str) -> bytes:
 
 
 def _int(value: int) -> bytes:
-  """The instruction that pushes a number, one of up to eight bytes."""
+  """The instruction that pushes a number of up to eight bytes."""
   return b"\x8a\x08" + struct.pack("<q", value)
 
 
@@ -130,14 +130,14 @@ class _StorageType:
 
 @dataclass(frozen=True)
 class _Storage:
-  """A storage's numbers on one axis, and how many bytes a tensor of it may have."""
+  """A storage's numbers on one axis, and the maximal bytes of a tensor of it."""
 
   values: np.ndarray
   most_bytes: int
 
 
 def _tensor(storage, offset, size, stride, requires_grad, hooks, metadata=None):
-  """A tensor as torch describes it: a view of its storage, checked to lie within."""
+  """A tensor as torch describes it: a view of its storage, checked to be within."""
   del requires_grad, hooks
   if metadata:
     raise LoraxError("a tensor in it is conjugated or negated lazily")
@@ -188,8 +188,10 @@ _GLOBALS = {
 
 
 class _Bounded(io.BufferedReader):
-  """A file of which no more is read than there is: Python makes room for all that a
-  damaged archive asks for."""
+  """A file whose reads are cut to its size.
+
+  Python would allocate as much as a damaged archive claims.
+  """
 
   def __init__(self, path: Path):
     super().__init__(io.FileIO(path))
@@ -201,7 +203,7 @@ class _Bounded(io.BufferedReader):
 
 
 class _Archive:
-  """The zip archive: what it says of sizes is held against the file's own."""
+  """The zip archive, whose sizes are checked against the file's own."""
 
   def __init__(self, file: _Bounded):
     self._size = file.size
@@ -238,7 +240,7 @@ class _Archive:
     return self._bytes(name)
 
   def storage(self, reference: Any) -> _Storage:
-    """The storage that a persistent id names: one axis, of its dtype."""
+    """The storage of a persistent id."""
     match reference:
       case ("storage", _StorageType(dtype), str(key), str(_), int(count)):
         pass

@@ -1,6 +1,7 @@
-"""A pickle of plain data, read by hand: few instructions, and few names that mean
-anything. Python's own unpickler imports and calls what a file names, and can be made to
-take any amount of memory; nothing here does either.
+"""An interpreter for pickles of plain data: few instructions, and few known names.
+
+Python's own unpickler imports and calls what a file names, and can be made to allocate
+any amount of memory; nothing here does either.
 """
 
 import struct
@@ -15,16 +16,16 @@ _MOST_INT_BYTES = 16
 def run(
   program: bytes, names: Mapping[str, Any], persistent: Callable[[Any], Any]
 ) -> Any:
-  """What a pickle stands for: dicts, lists, tuples, texts, numbers and `names`' values.
+  """The value of a pickle: dicts, lists, tuples, texts, numbers and `names`' values.
 
   Args:
     program: protocols 2 to 5.
-    names: "module.name" to what it means here; of these the callable ones may be
-      called. Objects are dicts with str keys only; what is set on one is dropped.
-    persistent: what a persistent id means.
+    names: "module.name" to its value; those that are callable may be called. Dicts have
+      str keys only; attributes that are set on one are dropped.
+    persistent: persistent id to its value.
 
   Raises:
-    LoraxError: another name, another instruction, or a program that is damaged.
+    LoraxError: another name, another instruction, or a damaged program.
   """
   machine = _Machine(program, names, persistent)
   try:
@@ -36,7 +37,7 @@ def run(
 
 
 class _Machine:
-  """A stack, a memo, and the place that is read."""
+  """A stack, a memo, and the position in the program."""
 
   def __init__(self, program, names, persistent):
     self.program, self.names, self.persistent = program, names, persistent
@@ -72,7 +73,7 @@ class _Machine:
     return self.take(end + 1 - self.at)[:-1].decode()
 
   def to_mark(self) -> list[Any]:
-    """What lies above the last mark, which goes."""
+    """Pops all above the last mark, and the mark."""
     items, self.stack = self.stack, self.below.pop()
     return items
 
@@ -102,7 +103,7 @@ class _Machine:
     full = f"{module}.{name}"
     if full not in self.names:
       raise LoraxError(
-        f"it asks for {full[:100]!r}, which is no part of a state dict; it is refused,"
+        f"it names {full[:100]!r}, which is no part of a state dict; it is refused,"
         " and nothing of it was run"
       )
     self.push(self.names[full])
@@ -115,21 +116,21 @@ class _Machine:
 
   def call(self) -> None:
     args, function = self.stack.pop(), self.stack.pop()
-    # Whatever may be called is one of ours: nothing else callable can get here.
+    # Only `names` holds callables, so that nothing else can be called.
     if not callable(function) or not isinstance(args, tuple):
-      raise TypeError("a call of what is none of the known names")
+      raise TypeError("a call of an unknown function")
     self.push(function(*args))
 
   def build(self) -> None:
-    """Attributes of a dict ("_metadata" of a module's state): of no use here."""
+    """Drops attributes of a dict ("_metadata" of a module's state)."""
     self.stack.pop()
     if not isinstance(self.stack[-1], dict):
-      raise TypeError("attributes of what is no dict")
+      raise TypeError("attributes of a value that is not a dict")
 
   def put_items(self, items: list[Any]) -> None:
     target = self.stack[-1]
     if not isinstance(target, dict) or len(items) % 2:
-      raise TypeError("items of what is no dict")
+      raise TypeError("items of a value that is not a dict")
     for key, value in zip(items[::2], items[1::2], strict=True):
       if not isinstance(key, str):
         raise LoraxError(f"a dict in it has a key of type {type(key).__name__}")
@@ -140,11 +141,11 @@ class _Machine:
   def append(self, items: list[Any]) -> None:
     target = self.stack[-1]
     if not isinstance(target, list):
-      raise TypeError("items of what is no list")
+      raise TypeError("items of a value that is not a list")
     target.extend(items)
 
-  def remember(self, place: int) -> None:
-    self.memo[place] = self.stack[-1]
+  def remember(self, key: int) -> None:
+    self.memo[key] = self.stack[-1]
 
   def pop_two(self) -> list[Any]:
     value, key = self.stack.pop(), self.stack.pop()

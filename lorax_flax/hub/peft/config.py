@@ -1,29 +1,28 @@
-"""PEFT's adapter_config.json: read, checked, matched against modules, written.
+"""PEFT's LoraConfig: its fields, checked, and the modules that they match.
 
 Facts from peft 0.21 (tuners/lora/config.py, tuners/tuners_utils.py, utils/other.py).
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.files import strict_json
-from lorax_flax.hub.peft.checks import KINDS, changes_the_base
 from lorax_flax.hub.peft.names import ends_with, looked_up, several
 
 CONFIG_FILE = "adapter_config.json"
-LORA = "LORA"
 SEQ_CLS = "SEQ_CLS"
 # The base alone, without a head: its modules' names have no prefix.
 FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
-# PEFT saves these in full for a sequence classifier, whichever the model has.
+# PEFT saves these in full for a sequence classifier, if the model has them.
 HEAD_NAMES = ("classifier", "score")
 ALL_LINEAR = "all-linear"
-# What PEFT names the task of each of our families' tasks.
+# PEFT's task_type, by the task of a family.
 TASK_TYPES = {
   "sequence-classification": SEQ_CLS,
   "causal-lm": "CAUSAL_LM",
@@ -42,10 +41,8 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
 }
 # Whose experts are stacked parameters, since transformers 5.
 MIXTURES = ("mixtral", "qwen3_moe")
-# What PEFT takes for the input and the output embedding, by name alone.
+# Modules that PEFT takes for the input and the output embedding, by name alone.
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
-
-_MOST_BYTES = 16 << 20  # of a config: a list of every module's name is far below
 
 
 @dataclass(frozen=True)
@@ -55,22 +52,22 @@ class PeftConfig:
   Module names are those of the PyTorch model ("bert.encoder.layer.0.output.dense").
 
   Attributes:
-    target_modules: a regular expression for whole names, or "all-linear"; or names,
-      each whole or the end after a dot.
+    target_modules: a regular expression for full names, or "all-linear"; or names, each
+      a full one or its end after a dot.
     exclude_modules: the same rules; wins.
     modules_to_save: ends of names; these modules are saved in full.
     layers_to_transform, layers_pattern: for target_modules in the form of names.
     rank_pattern, alpha_pattern: regular expression for the end of a name, to value.
-    init_lora_weights: how training started; nothing that loading depends on.
-    fan_in_fan_out: targets are Conv1D, whose weight lies as (in, out); the factors
-      are the same.
+    init_lora_weights: the initialisation; loading doesn't depend on it.
+    fan_in_fan_out: targets are Conv1D, whose weight is (in, out); the factors are the
+      same.
     use_dora: a magnitude for each output beside the factors.
     lora_bias: a bias on each second factor.
     target_parameters: names, or ends of them, of parameters that get factors though no
       module with a LoRA form holds them: stacked experts.
     trainable_token_indices: rows of the embedding that are trained; or by the end of a
       module's name.
-    ensure_weight_tying: what is trained of a weight is trained of those tied to it.
+    ensure_weight_tying: weights that are tied to a trained one are trained too.
   """
 
   r: int = 8
@@ -97,15 +94,15 @@ class PeftConfig:
   revision: str | None = None
 
   def __post_init__(self):
-    if changes_the_base(self.init_lora_weights):
+    if _changes_the_base(self.init_lora_weights):
       raise LoraxError(
-        f"{CONFIG_FILE}: init_lora_weights={self.init_lora_weights!r} took its start "
-        "out of the base's weights, so the adapter is not one of this base. PEFT's "
+        f"{CONFIG_FILE}: init_lora_weights={self.init_lora_weights!r} subtracted its "
+        "start from the base's weights, so the adapter is not one of this base: PEFT's "
         "save_pretrained(path_initial_model_for_weight_conversion=…) makes it one"
       )
     for each in fields(self):
       value = getattr(self, each.name)
-      if not KINDS[each.name](value):
+      if not _is_valid(each.name, value):
         raise LoraxError(
           f"{CONFIG_FILE}: {each.name}={value!r} is not what PEFT writes"
         )
@@ -142,7 +139,7 @@ class PeftConfig:
     return looked_up(self.alpha_pattern, module, self.lora_alpha)
 
   def scale(self, module: str) -> float:
-    """What multiplies B A of one module."""
+    """The factor on B A of one module."""
     rank = self.rank(module)
     return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -152,23 +149,23 @@ class PeftConfig:
     Raises:
       LoraxError: one inside of another, which PEFT saves and then cannot load.
     """
-    wanted = several(self.modules_to_save)
-    found = [name for name in names if any(name.endswith(end) for end in wanted)]
+    ends = tuple(several(self.modules_to_save))
+    found = [name for name in names if name.endswith(ends)]
     for name in found:
       for outer in found:
         if name.startswith(f"{outer}."):
           raise LoraxError(
             f"{CONFIG_FILE}: modules_to_save mean {outer} and {name} inside of it, and "
-            "PEFT cannot load such a folder: give the whole name of the one meant"
+            "PEFT cannot load such a folder: give the full name of one of them"
           )
     return found
 
   def is_target(self, name: str) -> bool:
-    """Whether a module gets factors, "all-linear" apart (see `targets`)."""
+    """True where a module gets factors; for "all-linear" see `targets`."""
     return not self.is_excluded(name) and self.is_named(name)
 
   def is_named(self, name: str) -> bool:
-    """Whether target_modules, a list or an expression, name a module."""
+    """True where target_modules, a list or an expression, name a module."""
     if self.target_modules is None:
       return False
     if isinstance(self.target_modules, str):
@@ -179,7 +176,7 @@ class PeftConfig:
     return named and self._in_layers(name)
 
   def is_excluded(self, name: str) -> bool:
-    """Whether a module never gets factors: excluded, or saved in full."""
+    """True where a module never gets factors: it is excluded, or saved in full."""
     if isinstance(self.exclude_modules, str):
       excluded = re.fullmatch(self.exclude_modules, name) is not None
     else:
@@ -193,7 +190,7 @@ class PeftConfig:
     """The modules that get factors, in the order of `names`.
 
     Args:
-      linear: what "all-linear" stands for.
+      linear: the modules of "all-linear".
       names: every module's name.
     """
     if self.is_all_linear:
@@ -206,10 +203,10 @@ class PeftConfig:
     return every and str(self.target_modules).lower() == ALL_LINEAR
 
   def with_defaults(self, family: str) -> "PeftConfig":
-    """With what PEFT puts in target_modules' place for a model_type.
+    """Fills in target_modules as PEFT does for a model_type.
 
-    Its own defaults where none are given; and names for an expression where experts
-    are no modules that it could match.
+    PEFT has defaults where none are given, and names instead of an expression
+    where experts are not modules that it could match.
 
     Raises:
       LoraxError: PEFT has no default for it either.
@@ -248,11 +245,11 @@ class PeftConfig:
     )
 
   def names_an_embedding(self, names: Iterable[str]) -> bool:
-    """Whether PEFT takes some of these to mean the input or the output embedding."""
+    """True where PEFT takes some of these to mean the input or output embedding."""
     return any(name.rpartition(".")[2] in EMBEDDING_NAMES for name in names)
 
   def ties_targets(self) -> bool:
-    """Whether ensure_weight_tying gives factors to all modules of the embedding."""
+    """True where ensure_weight_tying gives factors to all modules of the embedding."""
     if not self.ensure_weight_tying or self.ties_saved():
       return False
     if isinstance(self.target_modules, str):
@@ -260,13 +257,13 @@ class PeftConfig:
     return self.names_an_embedding(self.target_modules or ())
 
   def ties_saved(self) -> bool:
-    """Whether ensure_weight_tying saves all modules of the embedding in full."""
+    """True where ensure_weight_tying saves all modules of the embedding in full."""
     return self.ensure_weight_tying and self.names_an_embedding(
       self.modules_to_save or ()
     )
 
   def saves_embeddings(self, names: Iterable[str]) -> bool:
-    """Whether PEFT saves the base's weights of the embeddings that have factors."""
+    """True where PEFT saves the base's weights of the embeddings that have factors."""
     if self.trainable_token_indices is not None or self.is_all_linear:
       return False
     if isinstance(self.target_modules, str):
@@ -275,7 +272,7 @@ class PeftConfig:
     return any(name in EMBEDDING_NAMES for name in self.target_modules or ())
 
   def is_parameter(self, key: str) -> bool:
-    """Whether a parameter gets factors, by its full key."""
+    """True where a parameter, by its full key, gets factors."""
     return any(ends_with(key, end) for end in self.target_parameters or ())
 
   def _in_layers(self, name: str) -> bool:
@@ -295,116 +292,9 @@ class PeftConfig:
     return layer == layers if isinstance(layers, int) else layer in layers
 
 
-def read_config(folder: Path) -> PeftConfig:
-  """Reads adapter_config.json of a PEFT folder.
-
-  Raises:
-    LoraxError: no such file, no JSON, another method than LoRA, or a field that would
-      change the numbers and that we don't compute.
-  """
-  file = folder / CONFIG_FILE
-  if not folder.is_dir():
-    raise LoraxError(f"no folder {folder}: an adapter is a folder with {CONFIG_FILE}")
-  if not file.is_file():
-    inside = [entry.name for entry in folder.iterdir()]
-    raise LoraxError(
-      f"no {CONFIG_FILE} in {folder}: it holds no PEFT adapter. It holds: "
-      f"{listing(inside, most=12) or 'nothing'}"
-    )
-  raw = strict_json.read(file, most_bytes=_MOST_BYTES)
-  try:
-    return parse(raw)
-  except LoraxError as error:
-    raise LoraxError(f"{folder}: {error}") from error
-
-
-def parse(raw: Any) -> PeftConfig:
-  """A PeftConfig from adapter_config.json's content; errors as of `read_config`."""
-  if not isinstance(raw, dict):
-    raise LoraxError(f"{CONFIG_FILE} must hold an object, not {type(raw).__name__}")
-  kind = raw.get("peft_type")
-  if kind != LORA:
-    raise LoraxError(f"{CONFIG_FILE}: peft_type={kind!r}; only {LORA!r} is read here")
-  known = {each.name for each in fields(PeftConfig)}
-  values: dict[str, Any] = {}
-  for name, value in raw.items():
-    if name in known:
-      # null stands for the default where a field has one other than null.
-      if value is not None:
-        values[name] = _frozen(value)
-    elif name not in _WITHOUT_EFFECT and not _is_off(name, value):
-      raise LoraxError(
-        f"{CONFIG_FILE}: {name}={value!r} changes what the adapter computes, and we "
-        "cannot honour it"
-      )
-  named = values.get("modules_to_save") or ()
-  if values.get("task_type") == SEQ_CLS and isinstance(named, tuple):
-    # PEFT adds these whenever it loads such an adapter.
-    values["modules_to_save"] = with_heads(named)
-  return PeftConfig(**values)
-
-
 def with_heads(names: Sequence[str]) -> tuple[str, ...]:
   """modules_to_save of a sequence classifier."""
   return (*names, *(name for name in HEAD_NAMES if name not in names))
-
-
-def dump(config: PeftConfig) -> dict[str, Any]:
-  """What PEFT itself would write for `config`: every field, those we lack off."""
-  raw: dict[str, Any] = {
-    name: off for name, off in _OFF.items() if name != "eva_config"
-  }
-  raw |= {"auto_mapping": None, "eva_config": None, "inference_mode": True}
-  raw |= {"peft_type": LORA, "loftq_config": {}}
-  for each in fields(config):
-    raw[each.name] = _thawed(getattr(config, each.name))
-  return dict(sorted(raw.items()))
-
-
-def _frozen(value: Any) -> Any:
-  """JSON's value with tuples for lists, one level of an object included."""
-  if isinstance(value, dict):
-    return {name: _frozen(each) for name, each in value.items()}
-  return tuple(value) if isinstance(value, list) else value
-
-
-def _thawed(value: Any) -> Any:
-  """The inverse of `_frozen`."""
-  if isinstance(value, Mapping):
-    return {name: _thawed(each) for name, each in value.items()}
-  return list(value) if isinstance(value, tuple) else value
-
-
-# Records of how the file came about.
-_WITHOUT_EFFECT = frozenset(
-  {"auto_mapping", "inference_mode", "peft_type", "peft_version", "eva_config"}
-)
-
-# What we don't compute, with the values that ask for nothing. A field that PEFT has
-# yet to invent is off where it is None, False or empty.
-_OFF: Mapping[str, Any] = {
-  "alora_invocation_tokens": None,
-  "arrow_config": None,
-  "corda_config": None,
-  "eva_config": None,
-  "kasa_config": None,
-  "layer_replication": None,
-  "loftq_config": {},
-  "lora_ga_config": None,
-  "megatron_config": None,
-  "megatron_core": "megatron.core",
-  "monteclora_config": None,
-  "qalora_group_size": 16,
-  "use_bdlora": None,
-  "use_qalora": False,
-  "velora_config": None,
-}
-
-
-def _is_off(name: str, value: Any) -> bool:
-  # These two only say how, where another field says that.
-  how = name in ("megatron_core", "qalora_group_size")
-  return how or value is None or value is False or value in ({}, [], "")
 
 
 def describe_unknown_target(config: PeftConfig, names: Iterable[str]) -> str:
@@ -415,3 +305,61 @@ def describe_unknown_target(config: PeftConfig, names: Iterable[str]) -> str:
     if not any(ends_with(name, target) for name in names):
       return f"{CONFIG_FILE}: {unknown('target module', target, ends)}"
   return f"{CONFIG_FILE}: target_modules match no module of this model: {listing(ends)}"
+
+
+# Initialisations that leave the base as it is.
+_INITS = ("gaussian", "eva", "orthogonal", "mica")
+# Initialisations that change it: such an adapter belongs to the changed base.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _changes_the_base(init: Any) -> bool:
+  """True where init_lora_weights subtracts the start from the base's weights."""
+  return isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE)
+
+
+def _is_rank(value: int) -> bool:
+  return 0 < value <= 1 << 20
+
+
+def _are_rows(value: tuple[int, ...]) -> bool:
+  return min(value, default=-1) >= 0 and len(value) == len(set(value))
+
+
+# Bounds of fields beyond their types.
+_BOUNDS: Mapping[str, Callable[[Any], bool]] = {
+  "r": _is_rank,
+  "lora_dropout": lambda value: 0 <= value < 1,
+  "rank_pattern": lambda value: all(map(_is_rank, value.values())),
+  "bias": lambda value: value in ("none", "all", "lora_only"),
+  "trainable_token_indices": lambda value: all(
+    map(_are_rows, value.values() if isinstance(value, Mapping) else [value])
+  ),
+  "init_lora_weights": lambda value: isinstance(value, bool) or value in _INITS,
+}
+
+
+def _is_valid(name: str, value: Any) -> bool:
+  """True where a field has a value that PEFT writes."""
+  if not _has_type(value, typing.get_type_hints(PeftConfig)[name]):
+    return False
+  return value is None or name not in _BOUNDS or _BOUNDS[name](value)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+  """True where a value has an annotation's type; numbers are finite."""
+  arguments = typing.get_args(hint)
+  if isinstance(hint, types.UnionType):
+    return any(_has_type(value, each) for each in arguments)
+  if typing.get_origin(hint) is tuple:
+    return isinstance(value, tuple) and all(_has_type(x, arguments[0]) for x in value)
+  if arguments:  # a mapping
+    return isinstance(value, Mapping) and all(
+      _has_type(key, arguments[0]) and _has_type(each, arguments[1])
+      for key, each in value.items()
+    )
+  if isinstance(value, bool):
+    return hint is bool
+  if hint is float:  # NaN is not; an int has no largest
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+  return isinstance(value, hint)

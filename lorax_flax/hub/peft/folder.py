@@ -1,7 +1,7 @@
 """PEFT's adapter folders, read and written.
 
-A folder is adapter_config.json (peft_config.py) and adapter_model.safetensors, whose
-keys peft_layout.py knows. A named adapter lies in a sub-folder of its name.
+A folder holds adapter_config.json (config_file.py) and adapter_model.safetensors, whose
+keys layout.py knows. A named adapter is in a sub-folder of its name.
 """
 
 import json
@@ -17,9 +17,11 @@ from safetensors.numpy import save_file
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.files import folders, strict_json
+from lorax_flax.files import atomic, strict_json
+from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import read as peft_read
 from lorax_flax.hub.peft.layout import PREFIX, Slot, layout
 from lorax_flax.hub.peft.modules import of_task
@@ -43,18 +45,18 @@ def read_adapter(
     params: the base's tree, whose leaves the adapter changes; its layers stacked if
       `keymap.scan`.
     keymap: of the base.
-    name: of the adapter; another than "default" lies in a sub-folder of its name.
+    name: of the adapter; another than "default" is in a sub-folder of its name.
 
   Returns:
     The adapter, float32; and a config that describes it. Where the layers of one
     stacked leaf differ in rank, their factors are padded with zeros to the largest.
 
   Raises:
-    LoraxError: a field that we cannot honour; a missing, unknown or mis-shaped
-      tensor; a damaged file.
+    LoraxError: an unsupported field; a missing, unknown or mis-shaped tensor; a damaged
+      file.
   """
   folder = adapter_folder(folder, name)
-  config = peft_config.read_config(folder)
+  config = config_file.read(folder)
   try:
     config = config.with_defaults(keymap.family)
     keymap = of_task(keymap, config.task_type)
@@ -79,24 +81,24 @@ def write_adapter(
   name: str = DEFAULT,
   dtypes: Mapping[str, str] | str = "float32",
 ) -> None:
-  """Writes a PEFT folder, whole or not at all; an older adapter there is replaced.
+  """Writes a PEFT folder, all of it or nothing; an older adapter there is replaced.
 
   Args:
-    folder: where it shall lie.
-    adapter: as `lora.init` or `read_adapter` gives it.
+    folder: the destination.
+    adapter: of `lora.init` or `read_adapter`.
     keymap: of the base.
-    config: what the adapter was made with.
+    config: that the adapter was made with.
     params: the base's tree. With it, PEFT's copies of the base's own embeddings are
       written where PEFT saves them; a base whose vocabulary is unchanged needs none.
     base_name, revision: of the base: a hub name or a folder.
     task_type: PEFT's name of the task; "SEQ_CLS" saves the classifier.
-    labels: names of the classes, kept in a small file that PEFT passes over.
+    labels: names of the classes, in a small file that PEFT ignores.
     name: of the adapter; another than "default" goes into a sub-folder of its name.
-    dtypes: that tensors are stored in, one for all; or as `stored_dtypes` gives them of
-      a folder that was read, and the same tensors are written then.
+    dtypes: of the stored tensors, one for all; or those of `stored_dtypes` of a folder
+      that was read, and the same tensors are written.
 
   Raises:
-    LoraxError: something that PEFT has no form for, or a folder with other things.
+    LoraxError: something that PEFT can't represent, or a folder with other files.
   """
   folder = Path(folder).expanduser()
   keymap = of_task(keymap, task_type)
@@ -113,8 +115,8 @@ def write_adapter(
   tensors = {key: _cast(key, value, dtypes) for key, value in tensors.items()}
   is_adapter = lambda old: (old / peft_config.CONFIG_FILE).is_file()
   folder = folder if name == DEFAULT else folder / name
-  with folders.writing(folder, is_adapter) as scratch:
-    text = json.dumps(peft_config.dump(peft), indent=2, sort_keys=True)
+  with atomic.new_folder(folder, is_adapter) as scratch:
+    text = json.dumps(config_file.dump(peft), indent=2, sort_keys=True)
     (scratch / peft_config.CONFIG_FILE).write_text(text, encoding="utf-8")
     try:
       save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -127,10 +129,10 @@ def write_adapter(
 def from_peft(
   source: str | Path | Mapping[str, Any], keymap: KeyMap, *, name: str = DEFAULT
 ) -> LoraConfig:
-  """The config that makes here what PEFT's config makes in torch.
+  """Our config for one of PEFT's.
 
-  Module names become paths, written out in full. Where layers are stacked and differ
-  in rank or in alpha, or have no factors, a pattern has a value for each layer.
+  Module names become full paths. Where layers are stacked and differ in rank or in
+  alpha, or have no factors, a pattern has a value for each layer.
 
   Args:
     source: a PEFT folder, or the content of its adapter_config.json.
@@ -138,12 +140,12 @@ def from_peft(
     name: of the adapter, as for `read_adapter`.
 
   Raises:
-    LoraxError: a field that we cannot honour, a name that the model doesn't have.
+    LoraxError: an unsupported field, a name that the model doesn't have.
   """
   if isinstance(source, Mapping):
-    config = peft_config.parse(dict(source))
+    config = config_file.parse(dict(source))
   else:
-    config = peft_config.read_config(adapter_folder(source, name))
+    config = config_file.read(adapter_folder(source, name))
   config = config.with_defaults(keymap.family)
   return to_lora_config(config, of_task(keymap, config.task_type))
 
@@ -160,23 +162,23 @@ def to_peft(
   """The content of adapter_config.json for an adapter; the inverse of `from_peft`.
 
   Args:
-    config: what the adapter was made with.
-    adapter: as `lora.init` or `read_adapter` gives it. It knows what was targeted.
+    config: that the adapter was made with.
+    adapter: of `lora.init` or `read_adapter`; its paths are the targets.
     keymap, base_name, revision, task_type: as for `write_adapter`.
 
   Raises:
-    LoraxError: something that PEFT has no form for.
+    LoraxError: something that PEFT can't represent.
   """
   names = {"base_name": base_name, "revision": revision, "task_type": task_type}
   keymap = of_task(keymap, task_type)
-  return peft_config.dump(to_peft_config(adapter, keymap, config, **names))
+  return config_file.dump(to_peft_config(adapter, keymap, config, **names))
 
 
 def adapter_folder(folder: str | Path, name: str = DEFAULT) -> Path:
-  """Where an adapter of a PEFT folder lies: there, or in a sub-folder of its name.
+  """The folder of an adapter: a PEFT folder itself, or its sub-folder of that name.
 
   Raises:
-    LoraxError: no adapter there, and which there are.
+    LoraxError: no such adapter; the message lists the others.
   """
   folder = Path(folder).expanduser()
   place = folder if name == DEFAULT else folder / name
@@ -200,13 +202,16 @@ def stored_dtypes(folder: str | Path, *, name: str = DEFAULT) -> dict[str, str]:
   return {key: str(dtype) for key, dtype in dtypes.items()}
 
 
-def num_labels(folder: str | Path) -> int | None:
-  """How many outputs the head has that a folder brings; None where it brings none."""
+def num_labels(folder: str | Path, keymap: KeyMap) -> int | None:
+  """The number of labels of the head in a folder; None where it has none.
+
+  Args:
+    keymap: of the base.
+  """
   shapes = opened(Path(folder).expanduser()).shapes
-  for end in ("classifier.out_proj.weight", "classifier.weight", "score.weight"):
-    if shape := shapes.get(PREFIX + end):
-      return shape[0]
-  return None
+  return km.num_labels(
+    keymap, {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
+  )
 
 
 def read_labels(folder: str | Path) -> list[str] | None:
@@ -221,17 +226,17 @@ def read_labels(folder: str | Path) -> list[str] | None:
 
 
 def _as_stored(slots: Mapping[str, Slot], dtypes: Mapping[str, str]) -> dict[str, Slot]:
-  """What says something of its own, and of the rest what was there before."""
+  """Slots with a value of their own, and of the others those that were stored."""
   return {k: slot for k, slot in slots.items() if slot.status == "own" or k in dtypes}
 
 
 def _usual(slots: Mapping[str, Slot], has_base: bool) -> dict[str, Slot]:
-  """What PEFT saves by itself; the base's weights where they are given."""
-  left = {"leaf"} if not has_base else set()
+  """Slots that PEFT saves by default; the base's weights only with a base."""
+  omitted = set() if has_base else {"leaf"}
   return {
     key: slot
     for key, slot in slots.items()
-    if slot.status != "spare" and slot.part not in left
+    if slot.status != "spare" and slot.part not in omitted
   }
 
 

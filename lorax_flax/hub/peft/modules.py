@@ -1,4 +1,4 @@
-"""What PEFT sees of a model: modules and parameters by name, and where they lie."""
+"""Modules and parameters of a model by PEFT's names, and their places in our tree."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -19,9 +19,9 @@ class Place:
   """A weight that may get factors.
 
   Attributes:
-    site: our leaf, and where in it.
-    kind: a key of `peft_forms.ROLES`.
-    main: of a module that shares its weight with another: the one that holds it.
+    site: our leaf, and the place in it.
+    kind: a key of `forms.ROLES`.
+    main: the module that holds the weight, where this one shares it.
   """
 
   site: Site
@@ -30,9 +30,9 @@ class Place:
 
 
 def of_task(keymap: KeyMap, task_type: str | None) -> KeyMap:
-  """The key map of the model that PEFT wraps for a task: for features, the body alone.
+  """The key map of the model that PEFT wraps for a task.
 
-  Its names have no prefix then.
+  For feature extraction it is the body alone, and names have no prefix.
   """
   if task_type != peft_config.FEATURE_EXTRACTION:
     return keymap
@@ -46,7 +46,7 @@ def tensors(keymap: KeyMap) -> dict[str, Site]:
 
 
 def places(keymap: KeyMap) -> dict[str, Place]:
-  """Every module with a weight of its own or shared, by full name, in its order."""
+  """Every module with a weight, its own or a shared one, by full name, in order."""
   known = tensors(keymap)
   found = {
     name: Place(known[f"{name}.weight"], kind) for name, kind in modules(keymap).items()
@@ -64,7 +64,7 @@ def places(keymap: KeyMap) -> dict[str, Place]:
 def parameters(keymap: KeyMap) -> dict[str, Place]:
   """Every parameter that PEFT's target_parameters may name, by full key.
 
-  Stacks of experts, and matrices, all of which PEFT takes for (out, in).
+  These are stacks of experts and matrices, all of which PEFT takes for (out, in).
   """
   shared = {name: place.main for name, place in places(keymap).items()}
   found = {}
@@ -84,7 +84,7 @@ def tied_to(found: Mapping[str, Place], main: str) -> list[str]:
 
 
 def module_names(keymap: KeyMap) -> list[str]:
-  """Full names of all modules, those that only hold others at the end."""
+  """Full names of all modules, with those that only contain others at the end."""
   names = [*places(keymap), *map(module_of, parameters(keymap))]
   for name in list(names):
     while name := name.rpartition(".")[0]:
@@ -97,15 +97,15 @@ def input_embedding(found: Mapping[str, Place]) -> str:
   for name, place in found.items():
     if place.kind == "embedding":
       return name
-  raise LoraxError("this model looks nothing up: it has no embedding")
+  raise LoraxError("this model has no embedding")
 
 
 def all_linear(
   found: Mapping[str, Place], names: Iterable[str], is_classifier: bool
 ) -> list[str]:
-  """What "all-linear" means: every linear layer but the output's.
+  """The modules of "all-linear": every linear layer but the output.
 
-  PEFT leaves out the output embedding, or of a sequence classifier the first of two
+  PEFT leaves out the output embedding, or in a sequence classifier the first of two
   names that the model has at its top.
   """
   names = set(names)

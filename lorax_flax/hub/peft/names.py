@@ -1,4 +1,4 @@
-"""PEFT's rules for names of modules: ends after a dot, and patterns for ends."""
+"""PEFT's rules for names of modules: suffixes after a dot, and patterns of these."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -7,11 +7,11 @@ from typing import Any
 from lorax_flax.errors import LoraxError
 
 
-def shortest_ends(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
-  """The shortest ends of names, after a dot, that name all `wanted` and no `others`."""
-  taken = {end for name in others for end in _every_end(name)}
+def shortest_ends(names: Iterable[str], others: Iterable[str]) -> list[str]:
+  """The shortest suffixes, after a dot, that match all `names` and no `others`."""
+  taken = {end for other in others for end in _every_end(other)}
   found = []
-  for name in wanted:
+  for name in names:
     end = next((end for end in _every_end(name) if end not in taken), None)
     if end is None:
       raise LoraxError(f"no end of the module name {name!r} is its own")
@@ -36,7 +36,7 @@ def looked_up(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def several(value: Any) -> tuple:
-  """None, one, or several, as several."""
+  """A tuple of None (empty), one value, or a tuple."""
   if value is None:
     return ()
   return value if isinstance(value, tuple) else (value,)

@@ -1,6 +1,6 @@
-"""The weights file of a PEFT folder: shapes first, and tensors one by one.
+"""The weights file of a PEFT folder: shapes first, tensors on access.
 
-Old folders have what torch.save wrote, which torch_file.py reads without unpickling.
+Old folders have a file of torch.save, which torch_file.py reads without unpickling.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ class Tensors:
   Attributes:
     name: of the file.
     shapes, dtypes: by key.
-    get: the tensor of a key.
+    get: reads the tensor of a key.
   """
 
   name: str
@@ -34,7 +34,7 @@ class Tensors:
 
 
 def opened(folder: Path) -> Tensors:
-  """The weights of a folder. None, or damaged: LoraxError."""
+  """Opens the weights of a folder. Missing or damaged: LoraxError."""
   if (folder / WEIGHTS_FILE).is_file():
     reader = open_file(folder / WEIGHTS_FILE)
     return Tensors(

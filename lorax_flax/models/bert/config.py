@@ -6,7 +6,7 @@ from typing import Any
 
 from lorax_flax.models import hf_config as fields
 
-# What would change the numbers if it were set otherwise, and that we do not compute.
+# Fields that change the numbers, with the one value that is supported.
 _ONLY = {
   "position_embedding_type": "absolute",
   "is_decoder": False,
@@ -27,49 +27,26 @@ class EncoderConfig:
   """
 
   model_type: str
-  vocab_size: int
-  hidden_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
-  intermediate_size: int
+  vocab_size: fields.Size
+  hidden_size: fields.Size
+  num_hidden_layers: fields.Layers
+  num_attention_heads: fields.Size
+  intermediate_size: fields.Size
   pad_token_id: int
-  hidden_act: str = "gelu"
-  hidden_dropout_prob: float = 0.1
-  attention_probs_dropout_prob: float = 0.1
-  classifier_dropout: float | None = None
-  max_position_embeddings: int = 512
-  type_vocab_size: int = 2
-  initializer_range: float = 0.02
-  layer_norm_eps: float = 1e-12
-  num_labels: int = 2
+  hidden_act: fields.Activation = "gelu"
+  hidden_dropout_prob: fields.Rate = 0.1
+  attention_probs_dropout_prob: fields.Rate = 0.1
+  classifier_dropout: fields.Rate | None = None
+  max_position_embeddings: fields.Size = 512
+  type_vocab_size: fields.Size = 2
+  initializer_range: fields.Positive = 0.02
+  layer_norm_eps: fields.Positive = 1e-12
+  num_labels: fields.Size = 2
 
   def __post_init__(self):
-    fields.check_layers(self, ["num_hidden_layers"])
-    fields.check_sizes(
-      self,
-      [
-        "vocab_size",
-        "hidden_size",
-        "num_attention_heads",
-        "intermediate_size",
-        "max_position_embeddings",
-        "type_vocab_size",
-        "num_labels",
-      ],
-    )
+    fields.check_fields(self)
     fields.check_token(self, "pad_token_id")
-    fields.check_rates(
-      self,
-      ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"],
-    )
-    fields.check_positive(self, ["initializer_range", "layer_norm_eps"])
     fields.check_multiple(self, "hidden_size", of="num_attention_heads")
-    fields.check_activation(self, "hidden_act")
-
-  @property
-  def head_size(self) -> int:
-    """Features of one attention head."""
-    return self.hidden_size // self.num_attention_heads
 
   @property
   def head_dropout(self) -> float:

@@ -1,7 +1,7 @@
 """Key maps of the BERT family's sequence classifiers (see keymap.py)."""
 
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.hub.checkpoints.entries import embedding, linear, norm
+from lorax_flax.hub.checkpoints.entries import embedding, linear, norm, weight_and_bias
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 
 _BODY = (
@@ -33,48 +33,41 @@ _BODY = (
 _BERT = (
   *_BODY,
   *linear("pooler", "pooler.dense"),
-  *linear("classifier", "classifier", part="head"),
+  *linear("classifier", "classifier", part="head", labels=True),
 )
 
 _ROBERTA = (
   *_BODY,
   *linear("classifier/dense", "classifier.dense", part="head"),
-  *linear("classifier/out_proj", "classifier.out_proj", part="head"),
+  *linear("classifier/out_proj", "classifier.out_proj", part="head", labels=True),
 )
 
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
-_SPAN_HEAD = ("qa_outputs.weight", "qa_outputs.bias")
-
 # Masked-language and next-sentence heads of pretraining; question answering's.
 _BERT_OTHER = (
   "cls.predictions.bias",
-  "cls.predictions.transform.dense.weight",
-  "cls.predictions.transform.dense.bias",
-  "cls.predictions.transform.LayerNorm.weight",
-  "cls.predictions.transform.LayerNorm.bias",
-  "cls.predictions.decoder.weight",
-  "cls.predictions.decoder.bias",
-  "cls.seq_relationship.weight",
-  "cls.seq_relationship.bias",
-  *_SPAN_HEAD,
+  *weight_and_bias(
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "cls.predictions.decoder",
+    "cls.seq_relationship",
+    "qa_outputs",
+  ),
 )
 
 # RoBERTa's sequence classifier has no pooler; a plain "classifier" is a head for
 # tokens or for multiple choice.
 _ROBERTA_OTHER = (
   "lm_head.bias",
-  "lm_head.dense.weight",
-  "lm_head.dense.bias",
-  "lm_head.layer_norm.weight",
-  "lm_head.layer_norm.bias",
-  "lm_head.decoder.weight",
-  "lm_head.decoder.bias",
-  "pooler.dense.weight",
-  "pooler.dense.bias",
-  "classifier.weight",
-  "classifier.bias",
-  *_SPAN_HEAD,
+  *weight_and_bias(
+    "lm_head.dense",
+    "lm_head.layer_norm",
+    "lm_head.decoder",
+    "pooler.dense",
+    "classifier",
+    "qa_outputs",
+  ),
 )
 
 _TABLES = {

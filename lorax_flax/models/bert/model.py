@@ -5,7 +5,7 @@ BERT pools the first token through a pretrained dense layer, RoBERTa's classifie
 brings its own. Sources: arXiv 1810.04805 and 1907.11692, as transformers computes
 them (BertForSequenceClassification, RobertaForSequenceClassification).
 
-Shapes: B batch, T tokens, D hidden_size, H heads, K head size, C labels.
+Shapes: B batch, T tokens, D hidden_size, C labels.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.models import layers, ops
+from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.bert import keys as bert_keys
 from lorax_flax.models.bert.config import EncoderConfig, from_hf
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model, check_length
+from lorax_flax.models.layers import DType, Model, check_length
 
 
 def _sequential(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
@@ -58,24 +57,12 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
-    split = (*x_BxTxD.shape[:-1], c.num_attention_heads, c.head_size)
-    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (
-      _dense(c, c.hidden_size, ("embed", "heads"), self.dtype, name)(x_BxTxD).reshape(
-        split
-      )
+    qkv_BxTxD = [
+      _dense(c, c.hidden_size, ("embed", "heads"), self.dtype, name)(x_BxTxD)
       for name in ("query", "key", "value")
-    )
-    rate = c.attention_probs_dropout_prob
-    drop = rate > 0.0 and not self.deterministic
-    y_BxTxHxK = ops.attention(
-      q_BxTxHxK,
-      k_BxTxHxK,
-      v_BxTxHxK,
-      mask_BxT,
-      dropout_rate=rate,
-      dropout_rng=self.make_rng("dropout") if drop else None,
-    )
-    y_BxTxD = y_BxTxHxK.reshape(x_BxTxD.shape)
+    ]
+    heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
+    y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, heads, rate)
     y_BxTxD = _dense(c, c.hidden_size, ("heads", "embed"), self.dtype, "output")(
       y_BxTxD
     )
@@ -84,7 +71,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-  """One encoder layer, in the form that nn.scan asks for."""
+  """One encoder layer, in the form of nn.scan."""
 
   config: EncoderConfig
   dtype: DType
@@ -100,28 +87,6 @@ class Layer(nn.Module):
     y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD), None
-
-
-class Layers(nn.Module):
-  """All layers, one after another or stacked and scanned."""
-
-  config: EncoderConfig
-  dtype: DType
-  scan: bool
-  remat: str
-  deterministic: bool
-
-  @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    return layers.stack(
-      Layer,
-      (self.config, self.dtype, self.deterministic),
-      self.config.num_hidden_layers,
-      x_BxTxD,
-      mask_BxT,
-      scan=self.scan,
-      remat=self.remat,
-    )
 
 
 class Embeddings(nn.Module):
@@ -171,7 +136,7 @@ class SequenceClassifier(Model):
 
     Args:
       input_ids, attention_mask, token_type_ids: BxT int32; the mask is 1 where a token
-        is attended to, and the types are all zero where they are not given.
+        is attended to; the types are zeros by default.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """
     c, dtype = self.config, self.dtype
@@ -181,9 +146,15 @@ class SequenceClassifier(Model):
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
       input_ids, token_type_ids
     )
-    x_BxTxD = Layers(c, dtype, self.scan, self.remat, deterministic, name="encoder")(
-      x_BxTxD, attention_mask
+    encoder = stacking.Stack(
+      Layer,
+      (c, dtype, deterministic),
+      c.num_hidden_layers,
+      self.scan,
+      self.remat,
+      name="encoder",
     )
+    x_BxTxD = encoder(x_BxTxD, attention_mask)
     x_BxD = x_BxTxD[:, 0]
     head = HEADS[c.model_type](c, dtype, deterministic)
     return head(x_BxD).astype(jnp.float32)
@@ -202,6 +173,8 @@ def _bert_head(config, dtype, deterministic):
 
 
 class RobertaHead(nn.Module):
+  """A classifier with a dense layer of its own."""
+
   config: EncoderConfig
   dtype: DType
   deterministic: bool
@@ -227,7 +200,7 @@ HEADS: dict[str, Callable[..., Any]] = {
 
 
 def max_length(config: EncoderConfig) -> int:
-  """How many tokens there are positions for; RoBERTa's begin after its padding's."""
+  """The maximal number of tokens; RoBERTa's positions begin after its padding's."""
   offset = 0 if config.model_type == "bert" else config.pad_token_id + 1
   return config.max_position_embeddings - offset
 
@@ -242,12 +215,12 @@ _SIZES = {
 
 
 def _family(model_type: str, architecture: str, vocab: int, pad: int) -> Family:
-  # What transformers takes where config.json is silent.
+  # transformers' defaults for fields that config.json leaves out.
   defaults = {**_SIZES, "vocab_size": vocab, "pad_token_id": pad}
   return Family(
     task="sequence-classification",
     architecture=architecture,
-    configure=lambda hf_config, **asked: from_hf(hf_config, defaults, **asked),
+    configure=lambda hf_config, **overrides: from_hf(hf_config, defaults, **overrides),
     build=SequenceClassifier,
     keymap=lambda config, scan: bert_keys.keymap(
       model_type, config.num_hidden_layers, scan

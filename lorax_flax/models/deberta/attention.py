@@ -1,13 +1,13 @@
 """DeBERTa's disentangled attention: three products of contents and of positions.
 
-How much token i attends to token j is the sum of
-  query i · key j,  query i · key of the place,  query of the place · key j
-over the root of the head size times the number of terms, where the place is a row of a
-table of relative positions, found by the distance i - j. Source: arXiv 2006.03654, as
+The logit of token i attending to token j is the sum of
+  query i · key j,  query i · key of the position,  query of the position · key j
+over the root of the head size times the number of terms, where the position is a row of
+a table of relative positions, by the distance i - j. Source: arXiv 2006.03654, as
 transformers computes it (DebertaV2's DisentangledSelfAttention).
 
 Shapes: B batch, T tokens, D features, H heads, K head size, R rows of the table, M = 2T
-distances, of which the last is there for `_shifted` alone.
+distances, of which the last serves `_shifted` alone.
 """
 
 import math
@@ -20,25 +20,25 @@ import numpy as np
 from lorax_flax.models import layers
 from lorax_flax.models.deberta.config import DebertaConfig
 from lorax_flax.models.layers import DType
-from lorax_flax.models.ops import precision
+from lorax_flax.models.ops import order
 
 
-def buckets(distances: np.ndarray, count: int, furthest: int) -> np.ndarray:
-  """Distances that share buckets: near ones keep theirs, far ones grow by a factor.
+def buckets(distances: np.ndarray, count: int, max_distance: int) -> np.ndarray:
+  """Buckets of distances: small ones have their own, large ones share logarithmically.
 
   Args:
     distances: int.
     count: of buckets to each side; those below count // 2 hold one distance each.
-    furthest: the distance that the last bucket ends before.
+    max_distance: the end of the last bucket, exclusive.
 
   Returns:
-    int32, of the same shape, from -count + 1 to count - 1; beyond for what is further.
+    int32, of the same shape, from -count + 1 to count - 1; beyond for larger ones.
   """
   middle = count // 2
-  # In float32, as the peer has it: a distance at a bucket's edge is where that shows.
+  # In float32, as in transformers: it decides the bucket of a distance at an edge.
   away = np.maximum(np.abs(distances), middle).astype(np.float32)
-  whole = np.log(np.float32((furthest - 1) / middle))
-  part = np.log(away / np.float32(middle)) / whole * np.float32(middle - 1)
+  full = np.log(np.float32((max_distance - 1) / middle))
+  part = np.log(away / np.float32(middle)) / full * np.float32(middle - 1)
   far = np.ceil(part).astype(np.int32) + middle
   return np.where(np.abs(distances) <= middle, distances, np.sign(distances) * far)
 
@@ -47,35 +47,35 @@ def rows(config: DebertaConfig, length: int) -> np.ndarray:
   """The table's row of each distance from -length to length.
 
   Returns:
-    (2 length + 1,) int32, not decreasing. The two at the ends, which no pair of tokens
-    is apart, repeat their neighbours.
+    (2 length + 1,) int32, not decreasing. The two at the ends, distances that no pair
+    of tokens has, repeat their neighbours.
   """
   most = length - 1
   distances = np.clip(np.arange(-length, length + 1, dtype=np.int32), -most, most)
   if config.position_buckets > 0:
-    distances = buckets(distances, config.position_buckets, config.furthest)
+    distances = buckets(distances, config.position_buckets, config.max_distance)
   return np.clip(distances + config.span, 0, 2 * config.span - 1)
 
 
 def used(config: DebertaConfig, length: int) -> np.ndarray:
-  """The table's rows from the first to the last that a text of this length needs."""
+  """The table's rows, from the first to the last, that a text of this length needs."""
   found = rows(config, length)
   return np.arange(found[0], found[-1] + 1, dtype=np.int32)
 
 
 def _shifted(x_BxHxTxM: jax.Array) -> jax.Array:
-  """BxHxTxT: of row t the T columns from T - 1 - t on."""
+  """BxHxTxT: the T columns from T - 1 - t of each row t."""
   *outer, t, m = x_BxHxTxM.shape
-  # Laid end to end, the wanted stretches begin M - 1 apart.
+  # In the flattened array, these slices begin M - 1 apart.
   flat = x_BxHxTxM.reshape((*outer, t * m))
   flat = flat[..., t - 1 : t - 1 + t * (m - 1)]
   return flat.reshape((*outer, t, m - 1))[..., :t]
 
 
-def _by_distance(x_BxTxHxK: jax.Array, place_MxHxK: jax.Array, dtype) -> jax.Array:
-  """BxHxTxT: each token's products with M places, shifted to those of the T tokens."""
+def _by_distance(x_BxTxHxK: jax.Array, position_MxHxK: jax.Array, dtype) -> jax.Array:
+  """BxHxTxT: each token's products with M positions, shifted to those of the tokens."""
   product_BxHxTxM = jnp.einsum(
-    "bthk,mhk->bhtm", x_BxTxHxK, place_MxHxK, preferred_element_type=dtype
+    "bthk,mhk->bhtm", x_BxTxHxK, position_MxHxK, preferred_element_type=dtype
   )
   return _shifted(product_BxHxTxM)
 
@@ -88,18 +88,18 @@ def scores(
   rows_M1: np.ndarray,
   terms: int,
 ) -> jax.Array:
-  """What the softmax is over, BxHxTxT in float32 at least.
+  """The logits of the softmax, BxHxTxT in float32 at least.
 
-  Positions are multiplied once per distance rather than once per pair and then looked
-  up: a shift of each row has no gather in it, whose derivative would be a scatter.
+  Products with positions are computed once per distance, not once per pair, and then
+  shifted: there is no gather, whose derivative would be a scatter.
 
   Args:
-    pos_k_RxHxK, pos_q_RxHxK: keys and queries of the places, of the rows that are used;
+    pos_k_RxHxK, pos_q_RxHxK: keys and queries of the positions, for the rows in use;
       None where the model has no such term.
-    rows_M1: of the R rows, that of each distance from -T to T; see `rows`.
-    terms: of the sum, by which it is scaled.
+    rows_M1: the index among these of each distance from -T to T; see `rows`.
+    terms: number of terms, for the scale.
   """
-  wide = precision.wide(q_BxTxHxK.dtype)
+  wide = order.wide(q_BxTxHxK.dtype)
   total_BxHxTxT = jnp.einsum(
     "bthk,bshk->bhts", q_BxTxHxK, k_BxTxHxK, preferred_element_type=wide
   )
@@ -128,8 +128,8 @@ class Attention(nn.Module):
     """BxTxD.
 
     Args:
-      pairs_BxTxT: true where both tokens are real. A padded one attends to all alike.
-      rel_RxD: the table's rows that `used` names, or None without relative attention.
+      pairs_BxTxT: true where both tokens are real. Padding attends uniformly.
+      rel_RxD: the rows `used` of the table, or None without relative attention.
     """
     c, heads = self.config, self.config.num_attention_heads
 
@@ -160,7 +160,7 @@ class Attention(nn.Module):
       pos_k_RxHxK,
       pos_q_RxHxK,
       rows_M1 - rows_M1[0],
-      # The peer counts the terms that are named, whether or not there is a table.
+      # transformers counts the terms in the config, whether or not there is a table.
       1 + len(c.pos_att_type),
     )
     lowest = jnp.finfo(logits_BxHxTxT.dtype).min

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.models import hf_config as fields
+from lorax_flax.models import ops
 
-# What would change the numbers if it were set otherwise, and that we do not compute.
+# Fields that change the numbers, with the one value that is supported.
 _ONLY = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False}
 
-# The terms of attention that look at positions: content to position, and the converse.
+# The terms of attention with positions: content to position, and the converse.
 POSITION_TERMS = ("c2p", "p2c")
 _NORMS = ("layer_norm",)
 
@@ -20,68 +21,55 @@ class DebertaConfig:
   """DeBERTa's shape, under Hugging Face's field names.
 
   Attributes:
-    relative_attention: attention looks at how far apart two tokens are.
-    max_relative_positions: distances from here on are one; below 1 it is
+    relative_attention: attention depends on the distance of two tokens.
+    max_relative_positions: the distance from which all share a row; below 1 it is
       max_position_embeddings.
-    position_buckets: distances share this many rows of the table a side, far ones on a
+    position_buckets: number of rows of the table on each side, large distances on a
       logarithmic scale; below 1 each distance has its own.
-    pos_att_type: which terms there are, of `POSITION_TERMS`.
-    share_att_key: the table goes through the queries' and keys' own projections.
+    pos_att_type: the terms with positions, of `POSITION_TERMS`.
+    share_att_key: the table is projected by the queries' and keys' own projections.
     norm_rel_ebd: ("layer_norm",) where the table is normed, or ().
     position_biased_input: the input has absolute positions too.
     embedding_size: None takes hidden_size.
-    conv_kernel_size: of a convolution beside the first layer; 0 is without.
+    conv_kernel_size: of a convolution beside the first layer; 0 for none.
     cls_dropout: before the classifier; None takes hidden_dropout_prob.
     num_labels: width of the classifier's output; 1 for regression.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
-  vocab_size: int = 128100
-  hidden_size: int = 1536
-  num_hidden_layers: int = 24
-  num_attention_heads: int = 24
-  intermediate_size: int = 6144
-  hidden_act: str = "gelu"
-  hidden_dropout_prob: float = 0.1
-  attention_probs_dropout_prob: float = 0.1
-  max_position_embeddings: int = 512
-  type_vocab_size: int = 0
-  initializer_range: float = 0.02
-  layer_norm_eps: float = 1e-7
+  vocab_size: fields.Size = 128100
+  hidden_size: fields.Size = 1536
+  num_hidden_layers: fields.Layers = 24
+  num_attention_heads: fields.Size = 24
+  intermediate_size: fields.Size = 6144
+  hidden_act: fields.Activation = "gelu"
+  hidden_dropout_prob: fields.Rate = 0.1
+  attention_probs_dropout_prob: fields.Rate = 0.1
+  max_position_embeddings: fields.Size = 512
+  type_vocab_size: Annotated[int, fields.at_least(0)] = 0
+  initializer_range: fields.Positive = 0.02
+  layer_norm_eps: fields.Positive = 1e-7
   relative_attention: bool = False
-  max_relative_positions: int = -1
-  position_buckets: int = -1
+  max_relative_positions: Annotated[int, fields.at_least(-1)] = -1
+  position_buckets: Annotated[int, fields.at_least(-1)] = -1
   pos_att_type: tuple[str, ...] = ()
   share_att_key: bool = False
   norm_rel_ebd: tuple[str, ...] = ()
   position_biased_input: bool = True
-  embedding_size: int | None = None
-  conv_kernel_size: int = 0
-  conv_groups: int = 1
+  embedding_size: fields.Size | None = None
+  conv_kernel_size: Annotated[int, fields.at_least(0)] = 0
+  conv_groups: fields.Size = 1
   conv_act: str = "tanh"
-  pooler_dropout: float = 0.0
-  pooler_hidden_act: str = "gelu"
-  cls_dropout: float | None = None
-  num_labels: int = 2
+  pooler_dropout: fields.Rate = 0.0
+  pooler_hidden_act: fields.Activation = "gelu"
+  cls_dropout: fields.Rate | None = None
+  num_labels: fields.Size = 2
 
   def __post_init__(self):
-    fields.check_layers(self, ["num_hidden_layers"])
-    sizes = ["vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"]
-    sizes += ["max_position_embeddings", "conv_groups", "num_labels"]
-    sizes += [] if self.embedding_size is None else ["embedding_size"]
-    fields.check_sizes(self, sizes)
-    fields.check_sizes(self, ["type_vocab_size", "conv_kernel_size"], least=0)
-    fields.check_sizes(self, ["max_relative_positions", "position_buckets"], least=-1)
-    rates = ["hidden_dropout_prob", "attention_probs_dropout_prob"]
-    fields.check_rates(self, [*rates, "pooler_dropout", "cls_dropout"])
-    fields.check_positive(self, ["initializer_range", "layer_norm_eps"])
-    flags = ["relative_attention", "share_att_key", "position_biased_input"]
-    fields.check_flags(self, flags)
+    fields.check_fields(self)
     fields.check_multiple(self, "hidden_size", of="num_attention_heads")
-    for name in ("hidden_act", "pooler_hidden_act"):
-      fields.check_activation(self, name)
     if self.conv_kernel_size:
-      fields.check_activation(self, "conv_act")
+      fields.check("conv_act", self.conv_act, str, "a name", ops.activation)
       fields.check_multiple(self, "hidden_size", of="conv_groups")
       odd = lambda size: size % 2
       fields.check("conv_kernel_size", self.conv_kernel_size, int, "odd, or 0", odd)
@@ -89,10 +77,10 @@ class DebertaConfig:
       raise LoraxError("config: norm_rel_ebd without relative_attention norms nothing")
     if self.relative_attention and self.position_buckets > 0:
       least = self.position_buckets // 2 + 1
-      if self.position_buckets < 2 or self.furthest <= least:
+      if self.position_buckets < 2 or self.max_distance <= least:
         raise LoraxError(
           f"config: position_buckets {self.position_buckets} must be 2 at least, and "
-          f"max_relative_positions, {self.furthest}, more than half of it and one"
+          f"max_relative_positions, {self.max_distance}, more than half of it and one"
         )
 
   @property
@@ -111,25 +99,25 @@ class DebertaConfig:
     return self.hidden_size if self.embedding_size is None else self.embedding_size
 
   @property
-  def furthest(self) -> int:
-    """The distance from which on all are one."""
+  def max_distance(self) -> int:
+    """The distance from which all share a row."""
     if self.max_relative_positions < 1:
       return self.max_position_embeddings
     return self.max_relative_positions
 
   @property
   def span(self) -> int:
-    """Rows of the table of relative positions, to each side."""
-    return self.position_buckets if self.position_buckets > 0 else self.furthest
+    """Rows of the table of relative positions on each side."""
+    return self.position_buckets if self.position_buckets > 0 else self.max_distance
 
   @property
   def terms(self) -> tuple[str, ...]:
-    """The terms of attention that look at positions."""
+    """The terms of attention with positions."""
     return self.pos_att_type if self.relative_attention else ()
 
   @property
   def optional(self) -> frozenset[str]:
-    """Modules that a DeBERTa may lack and this one has (`hub.deberta_keys`)."""
+    """The modules of `keys.OPTIONAL` that this model has."""
     own = set() if self.share_att_key else {*self.terms}
     has = {
       "position_embeddings": self.position_biased_input,
@@ -141,15 +129,15 @@ class DebertaConfig:
       "pos_query_proj": "p2c" in own,
       "conv": self.conv_kernel_size > 0,
     }
-    return frozenset(name for name, there in has.items() if there)
+    return frozenset(name for name, present in has.items() if present)
 
 
-def from_hf(hf_config: Mapping[str, Any], **asked: Any) -> DebertaConfig:
+def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> DebertaConfig:
   """Reads a config.json that is already parsed; see `fields.read`."""
   terms = _words("pos_att_type", hf_config, POSITION_TERMS)
   norms = _words("norm_rel_ebd", hf_config, _NORMS)
   named = {**hf_config, "pos_att_type": terms, "norm_rel_ebd": norms}
-  config = fields.read(DebertaConfig, named, only=_ONLY, **asked)
+  config = fields.read(DebertaConfig, named, only=_ONLY, **overrides)
   only = {
     "attention_head_size": config.head_size,
     "pooler_hidden_size": config.hidden_size,

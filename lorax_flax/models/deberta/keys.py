@@ -3,7 +3,14 @@
 from collections.abc import Collection, Mapping
 
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.hub.checkpoints.entries import CONV_1D, Entry, embedding, linear, norm
+from lorax_flax.hub.checkpoints.entries import (
+  CONV_1D,
+  Entry,
+  embedding,
+  linear,
+  norm,
+  weight_and_bias,
+)
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 
 _LAYER = "encoder/layer_{i}"
@@ -30,10 +37,10 @@ _ENTRIES = (
   *linear(f"{_LAYER}/output", f"{_KEY}.output.dense"),
   *norm(f"{_LAYER}/layer_norm", f"{_KEY}.output.LayerNorm"),
   *linear("pooler", "pooler.dense", part="head"),
-  *linear("classifier", "classifier", part="head"),
+  *linear("classifier", "classifier", part="head", labels=True),
 )
 
-# Modules that one model has and another lacks.
+# Modules that only some models have.
 OPTIONAL: Mapping[str, tuple[Entry, ...]] = {
   "position_embeddings": _table("position_embeddings"),
   "token_type_embeddings": _table("token_type_embeddings"),
@@ -54,23 +61,19 @@ OPTIONAL: Mapping[str, tuple[Entry, ...]] = {
 _OTHER = (
   "cls.predictions.bias",
   "lm_predictions.lm_head.bias",
-  *(
-    f"{module}.{name}"
-    for module in (
-      "cls.predictions.decoder",
-      "cls.predictions.transform.dense",
-      "cls.predictions.transform.LayerNorm",
-      "lm_predictions.lm_head.dense",
-      "lm_predictions.lm_head.LayerNorm",
-      "mask_predictions.dense",
-      "mask_predictions.LayerNorm",
-      "mask_predictions.classifier",
-      "qa_outputs",
-    )
-    for name in ("weight", "bias")
+  *weight_and_bias(
+    "cls.predictions.decoder",
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "lm_predictions.lm_head.dense",
+    "lm_predictions.lm_head.LayerNorm",
+    "mask_predictions.dense",
+    "mask_predictions.LayerNorm",
+    "mask_predictions.classifier",
+    "qa_outputs",
   ),
 )
-# The published checkpoints have a table of absolute positions that no layer reads.
+# The published checkpoints have a table of absolute positions that no layer uses.
 _POSITIONS = "embeddings.position_embeddings.weight"
 
 
@@ -78,21 +81,21 @@ def keymap(num_layers: int, optional: Collection[str], scan: bool = False) -> Ke
   """The key map of a DeBERTa-v2 with `num_layers` layers.
 
   Args:
-    optional: of the names in `OPTIONAL`, those that the model has.
+    optional: the names in `OPTIONAL` that the model has.
   """
   for name in optional:
     if name not in OPTIONAL:
       raise LoraxError(unknown("module of deberta-v2", name, OPTIONAL))
-  chosen = (rows for name, rows in OPTIONAL.items() if name in optional)
-  unread = () if "position_embeddings" in optional else (_POSITIONS,)
+  chosen = (entries for name, entries in OPTIONAL.items() if name in optional)
+  unused = () if "position_embeddings" in optional else (_POSITIONS,)
   return KeyMap(
     family="deberta-v2",
     prefix="deberta.",
-    entries=(*_ENTRIES, *(entry for rows in chosen for entry in rows)),
+    entries=(*_ENTRIES, *(entry for entries in chosen for entry in entries)),
     counts={"i": num_layers},
     scan=scan,
     anchor="embeddings.word_embeddings.weight",
-    buffers=("embeddings.position_ids", *unread),
+    buffers=("embeddings.position_ids", *unused),
     other_heads=_OTHER,
     head_groups=("pooler", "classifier"),
   )

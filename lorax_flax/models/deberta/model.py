@@ -1,6 +1,6 @@
 """DeBERTa-v2 and v3 with a sequence classifier.
 
-BERT's layers with disentangled attention (deberta_attention.py); the largest of v2 have
+BERT's layers with disentangled attention (attention.py); the largest of v2 have
 a convolution beside their first layer. Sources: arXiv 2006.03654 and 2111.09543, as
 transformers computes them (DebertaV2ForSequenceClassification).
 
@@ -15,21 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_flax.models import layers, ops
+from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.deberta import attention
 from lorax_flax.models.deberta import keys as deberta_keys
 from lorax_flax.models.deberta.config import DebertaConfig, from_hf
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model, check_length
+from lorax_flax.models.layers import DType, Model, check_length
 
 
 def _dense(config: DebertaConfig, features: int, axes, dtype, name: str) -> nn.Dense:
   return layers.dense(features, axes, dtype, name, std=config.initializer_range)
 
 
-class Beside(NamedTuple):
-  """What joins the first layer's output: the convolution's, and the norm of the sum."""
+class Branch(NamedTuple):
+  """The convolution's output, which joins the first layer's, and the sum's norm."""
 
   y_BxTxD: jax.Array
   real_BxTx1: jax.Array
@@ -38,7 +37,7 @@ class Beside(NamedTuple):
 
 
 class Layer(nn.Module):
-  """One encoder layer, in the form that nn.scan asks for."""
+  """One encoder layer, in the form of nn.scan."""
 
   config: DebertaConfig
   dtype: DType
@@ -46,33 +45,33 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BxTxD, pairs_BxTxT, rel_RxD, beside: Beside | None, *, first=False
+    self, x_BxTxD, pairs_BxTxT, rel_RxD, branch: Branch | None, *, first=False
   ):
     c = self.config
-    made_with = (c, self.dtype, self.deterministic)
-    attend = attention.Attention(*made_with, name="attention")
+    args = (c, self.dtype, self.deterministic)
+    attend = attention.Attention(*args, name="attention")
     x_BxTxD = attend(x_BxTxD, pairs_BxTxT, rel_RxD)
     up = _dense(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "intermediate")
     down = _dense(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
     y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
     x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
-    if beside is None:
+    if branch is None:
       return x_BxTxD, None
 
     def joined(x_BxTxD):
-      sum_BxTxD = x_BxTxD + beside.y_BxTxD
-      norm = ops.layer_norm(sum_BxTxD, beside.scale_D, beside.bias_D, c.layer_norm_eps)
-      return norm * beside.real_BxTx1
+      sum_BxTxD = x_BxTxD + branch.y_BxTxD
+      norm = ops.layer_norm(sum_BxTxD, branch.scale_D, branch.bias_D, c.layer_norm_eps)
+      return norm * branch.real_BxTx1
 
-    # A branch and not a choice between two results: only one layer pays for it.
+    # A conditional, not a select of two results: only one layer computes it.
     return jax.lax.cond(first, joined, lambda x_BxTxD: x_BxTxD, x_BxTxD), None
 
 
 class Conv(nn.Module):
   """The convolution of the embeddings that joins the first layer's output.
 
-  It depends on no layer, so it runs ahead of them, once, and they may be scanned.
+  It depends on no layer, so it runs once, before them, and they can be scanned.
   """
 
   config: DebertaConfig
@@ -80,7 +79,7 @@ class Conv(nn.Module):
   deterministic: bool
 
   @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, real_BxTx1: jax.Array) -> Beside:
+  def __call__(self, x_BxTxD: jax.Array, real_BxTx1: jax.Array) -> Branch:
     c, size = self.config, self.config.conv_kernel_size
     normal = nn.initializers.normal(c.initializer_range)
     axes = ("width", "embed", "pooled")
@@ -94,11 +93,11 @@ class Conv(nn.Module):
       bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[-1:]),
       name="conv",
     )
-    # Of padded places too: `Layer` sets the sum to zero there.
+    # At padding too: `Layer` sets the sum to zero there.
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(conv(x_BxTxD), self.deterministic)
     y_BxTxD = ops.activation(c.conv_act)(y_BxTxD)
     norm = layers.NormWeights(name="layer_norm")(c.hidden_size)
-    return Beside(y_BxTxD, real_BxTx1, *norm)
+    return Branch(y_BxTxD, real_BxTx1, *norm)
 
 
 class Encoder(nn.Module):
@@ -113,30 +112,30 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
-    made_with = (c, self.dtype, self.deterministic)
+    args = (c, self.dtype, self.deterministic)
     real_BxT = mask_BxT != 0
-    rel_RxD = beside = None
+    rel_RxD = branch = None
     if c.relative_attention:
-      std, places = c.initializer_range, attention.used(c, x_BxTxD.shape[1])
+      std, used = c.initializer_range, attention.used(c, x_BxTxD.shape[1])
       table = layers.embed(
         2 * c.span, c.hidden_size, "rel_embeddings", axis="positions", std=std
       )
-      rel_RxD = table(places[None, :])[0].astype(self.dtype)
+      rel_RxD = table(used[None, :])[0].astype(self.dtype)
       if c.norm_rel_ebd:
         rel_RxD = layers.Norm(c.layer_norm_eps, name="rel_norm")(rel_RxD)
     each = {}
     if c.conv_kernel_size:
       real_BxTx1 = real_BxT[..., None].astype(self.dtype)
-      beside = Conv(*made_with, name="conv")(x_BxTxD, real_BxTx1)
+      branch = Conv(*args, name="conv")(x_BxTxD, real_BxTx1)
       each = {"first": np.arange(c.num_hidden_layers) == 0}
-    return layers.stack(
+    return stacking.stack(
       Layer,
-      made_with,
+      args,
       c.num_hidden_layers,
       x_BxTxD,
       real_BxT[:, :, None] & real_BxT[:, None, :],
       rel_RxD,
-      beside,
+      branch,
       scan=self.scan,
       remat=self.remat,
       each=each,
@@ -144,7 +143,7 @@ class Encoder(nn.Module):
 
 
 class Embeddings(nn.Module):
-  """Token embeddings and what a model adds to them, normed, zero where padded."""
+  """Token embeddings, with positions and types where the model has these, normed."""
 
   config: DebertaConfig
   dtype: DType
@@ -160,9 +159,9 @@ class Embeddings(nn.Module):
 
     x_BxTxE = look_up("word_embeddings", c.vocab_size, "vocab", input_ids_BxT)
     if c.position_biased_input:
-      places_1xT = np.arange(input_ids_BxT.shape[1], dtype=np.int32)[None, :]
+      positions_1xT = np.arange(input_ids_BxT.shape[1], dtype=np.int32)[None, :]
       x_BxTxE += look_up(
-        "position_embeddings", c.max_position_embeddings, "positions", places_1xT
+        "position_embeddings", c.max_position_embeddings, "positions", positions_1xT
       )
     if c.type_vocab_size:
       x_BxTxE += look_up(
@@ -201,7 +200,7 @@ class SequenceClassifier(Model):
 
     Args:
       input_ids, attention_mask, token_type_ids: BxT int32; the mask is 1 where a token
-        is attended to, and the types are all zero where they are not given.
+        is attended to; the types are zeros by default.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """
     c, dtype = self.config, self.dtype

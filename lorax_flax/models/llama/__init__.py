@@ -1,0 +1,5 @@
+"""Llama and its relatives."""
+
+from lorax_flax.models.llama.variants import FAMILIES
+
+__all__ = ["FAMILIES"]

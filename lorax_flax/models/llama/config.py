@@ -1,15 +1,15 @@
-"""The shape of a decoder: what Llama and its relatives differ in, as data."""
+"""The shape of a decoder: the differences of Llama and its variants, as data."""
 
 import dataclasses
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.models import hf_config
+from lorax_flax.models import hf_config as fields
 from lorax_flax.models.ops import Rope
 
 
 @dataclasses.dataclass(frozen=True)
 class NormKind:
-  """How a relative scales what it has normed; see `ops.rms_norm`."""
+  """A variant's RMS norm; see `ops.rms_norm`."""
 
   offset: float = 0.0
   late: bool = False
@@ -19,8 +19,8 @@ class NormKind:
 class DecoderConfig:
   """A decoder with a language model's head.
 
-  The first group is under Hugging Face's field names; a relative says which of them
-  its config.json decides. The second is what the relative itself is.
+  The first group has Hugging Face's field names; each variant lists those that its
+  config.json sets. The second group is fixed by the variant.
 
   Attributes:
     num_key_value_heads: None takes num_attention_heads.
@@ -29,47 +29,47 @@ class DecoderConfig:
     query_pre_attn_scalar: logits of attention are divided by its square root; None
       takes the head's size.
     attn_logit_softcapping, final_logit_softcapping: bounds of logits; None is none.
-    resid_pdrop: dropout of what attention and the feed-forward part add.
-    num_experts: feed-forward parts side by side; None: one, without a router.
-    num_experts_per_tok: how many of them a token goes to.
+    resid_pdrop: dropout of the residual branches.
+    num_experts: None: one feed-forward part, without a router.
+    num_experts_per_tok: number of experts that a token is routed to.
     moe_intermediate_size: of an expert; None takes intermediate_size.
-    norm_topk_prob: the weights of the chosen experts are made to sum to one.
+    norm_topk_prob: normalise the weights of the chosen experts to a sum of one.
     output_bias: of attention's output projection; None takes attention_bias.
-    norm: how its norms scale.
+    norm: kind of its norms.
     qk_norm: queries and keys are normed, head by head.
-    outer_norms: what attention and the feed-forward part give is normed as well.
+    outer_norms: outputs of attention and of the feed-forward part are normed as well.
     fused: one projection holds queries, keys and values, one holds gate and up.
     embed_scaled: embeddings are multiplied by the square root of hidden_size.
-    windows: of each layer: how many places it looks back on, its own included; None:
-      on all.
-    ropes: the kinds of rotary positions that there are.
-    rope_of: of each layer, the number of its kind.
+    windows: for each layer, the number of positions that a query attends to, its own
+      included; None: all before it.
+    ropes: the kinds of rotary positions.
+    rope_of: for each layer, the index of its kind.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
   model_type: str
-  vocab_size: int
-  hidden_size: int
-  intermediate_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
-  hidden_act: str
-  max_position_embeddings: int
-  rms_norm_eps: float
+  vocab_size: fields.Size
+  hidden_size: fields.Size
+  intermediate_size: fields.Size
+  num_hidden_layers: fields.Layers
+  num_attention_heads: fields.Size
+  hidden_act: fields.Activation
+  max_position_embeddings: fields.Size
+  rms_norm_eps: fields.Positive
   tie_word_embeddings: bool
-  num_key_value_heads: int | None = None
-  head_dim: int | None = None
-  initializer_range: float = 0.02
-  attention_dropout: float = 0.0
+  num_key_value_heads: fields.Size | None = None
+  head_dim: fields.Size | None = None
+  initializer_range: fields.Positive = 0.02
+  attention_dropout: fields.Rate = 0.0
   attention_bias: bool = False
   mlp_bias: bool = False
-  query_pre_attn_scalar: float | None = None
-  attn_logit_softcapping: float | None = None
-  final_logit_softcapping: float | None = None
-  resid_pdrop: float = 0.0
-  num_experts: int | None = None
-  num_experts_per_tok: int = 1
-  moe_intermediate_size: int | None = None
+  query_pre_attn_scalar: fields.Positive | None = None
+  attn_logit_softcapping: fields.Positive | None = None
+  final_logit_softcapping: fields.Positive | None = None
+  resid_pdrop: fields.Rate = 0.0
+  num_experts: fields.Size | None = None
+  num_experts_per_tok: fields.Size = 1
+  moe_intermediate_size: fields.Size | None = None
   norm_topk_prob: bool = True
 
   output_bias: bool | None = None
@@ -83,21 +83,9 @@ class DecoderConfig:
   rope_of: tuple[int, ...] = ()
 
   def __post_init__(self):
-    hf_config.check_layers(self, ["num_hidden_layers"])
-    sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"]
-    sizes += ["max_position_embeddings", "num_experts_per_tok"]
-    kept = ("num_key_value_heads", "head_dim", "num_experts", "moe_intermediate_size")
-    hf_config.check_sizes(self, [*sizes, *_given(self, *kept)])
-    hf_config.check_rates(self, ["attention_dropout", "resid_pdrop"])
-    numbers = ["initializer_range", "rms_norm_eps"]
-    caps = ["attn_logit_softcapping", "final_logit_softcapping"]
-    numbers += _given(self, "query_pre_attn_scalar", *caps)
-    hf_config.check_positive(self, numbers)
-    flags = ["tie_word_embeddings", "attention_bias", "mlp_bias", "norm_topk_prob"]
-    hf_config.check_flags(self, flags)
-    hf_config.check_activation(self, "hidden_act")
+    fields.check_fields(self)
     if self.head_dim is None:
-      hf_config.check_multiple(self, "hidden_size", of="num_attention_heads")
+      fields.check_multiple(self, "hidden_size", of="num_attention_heads")
     if self.num_attention_heads % self.kv_heads:
       raise LoraxError(
         f"config: num_attention_heads {self.num_attention_heads} is not a multiple of"
@@ -128,25 +116,20 @@ class DecoderConfig:
 
   @property
   def has_output_bias(self) -> bool:
-    """Whether attention's output projection has a bias."""
+    """True where attention's output projection has a bias."""
     return self.attention_bias if self.output_bias is None else self.output_bias
 
   @property
   def attention_scale(self) -> float:
-    """What the logits of attention are multiplied by."""
+    """The factor of attention's logits."""
     return float(self.query_pre_attn_scalar or self.head_size) ** -0.5
 
   @property
   def windows_differ(self) -> bool:
-    """Whether a layer has to be told its window."""
+    """True where layers have different windows."""
     return len(set(self.windows)) > 1
 
   @property
   def ropes_differ(self) -> bool:
-    """Whether a layer has to be told which rotary positions are its own."""
+    """True where layers have different kinds of rotary positions."""
     return len(self.ropes) > 1
-
-
-def _given(config: DecoderConfig, *names: str) -> list[str]:
-  """Those fields that are not None."""
-  return [name for name in names if getattr(config, name) is not None]

@@ -1,4 +1,4 @@
-"""What a config.json says of single layers: windows, and kinds of rotary positions."""
+"""Fields of a config.json that differ by layer: windows and rotary positions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from lorax_flax.models.llama.config import DecoderConfig
 from lorax_flax.models.ops import Rope
 
 HfConfig = Mapping[str, Any]
-# Of each layer, how many places it looks back on; None: on all.
+# For each layer, the number of positions that a query attends to; None: all.
 Windows = tuple[int | None, ...]
-# The kinds that there are, and of each layer the number of its kind.
+# The kinds, and for each layer the index of its kind.
 Ropes = tuple[tuple[Rope, ...], tuple[int, ...]]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -21,8 +21,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def _window(hf_config: HfConfig, default: int | None) -> int | None:
   window = hf_config.get("sliding_window", default)
   if window is not None:
-    says, good = "a positive integer or null", lambda x: x > 0
-    fields.check("sliding_window", window, int, says, good)
+    expected, good = "a positive integer or null", lambda x: x > 0
+    fields.check("sliding_window", window, int, expected, good)
   return window
 
 
@@ -35,7 +35,11 @@ def _flag(hf_config: HfConfig, name: str) -> bool:
 
 
 def window_everywhere(default: int | None, *, switch: bool = False):
-  """Every layer has the window, if config.json's switch says so where there is one."""
+  """Windows of a family in which all layers have the same.
+
+  Args:
+    switch: config.json has a flag use_sliding_window.
+  """
 
   def windows(hf_config: HfConfig, count: int) -> Windows:
     on = not switch or _flag(hf_config, "use_sliding_window")
@@ -50,10 +54,11 @@ def windows_by_types(
   *,
   switch: bool = False,
 ):
-  """The layers have it that `layer_types`, or by default `slides` of each, says.
+  """Windows of a family in which some layers have one, by `layer_types`.
 
   Args:
-    switch: config.json may say that there is no window at all.
+    slides: (config.json, layer) -> whether it has a window, without `layer_types`.
+    switch: config.json has a flag use_sliding_window.
   """
 
   def windows(hf_config: HfConfig, count: int) -> Windows:
@@ -92,7 +97,7 @@ def late_layers(hf_config: HfConfig, layer: int) -> bool:
 
 
 def all_but_each(default: int):
-  """Every n-th layer, n being `sliding_window_pattern`, attends to all."""
+  """All layers have a window but each n-th, n being `sliding_window_pattern`."""
 
   def slides(hf_config: HfConfig, layer: int) -> bool:
     pattern = _number(hf_config, "sliding_window_pattern", default)
@@ -112,7 +117,7 @@ def one_rope(hf_config: HfConfig, config: DecoderConfig, theta: float) -> Ropes:
 
 
 def gemma3_ropes(hf_config: HfConfig, config: DecoderConfig, theta: float) -> Ropes:
-  """Layers with a window have a base of their own, and no scaling."""
+  """Layers with a window have another base, and no scaling."""
   given = hf_config.get("rope_parameters") or {}
   scaling = hf_config.get("rope_scaling")
   if scaling is not None:
@@ -139,7 +144,7 @@ def gemma3_ropes(hf_config: HfConfig, config: DecoderConfig, theta: float) -> Ro
 
 
 def phi3_rope(hf_config: HfConfig, config: DecoderConfig, theta: float) -> Ropes:
-  """Its old names of LongRoPE, and the length before scaling that it takes."""
+  """Old names of LongRoPE, and a default of the length before scaling."""
   given = dict(hf_rope.given(hf_config))
   if (given.get("rope_type") or given.get("type")) in ("su", "yarn"):
     given["rope_type"] = "longrope"
@@ -152,8 +157,8 @@ def phi3_rope(hf_config: HfConfig, config: DecoderConfig, theta: float) -> Ropes
   return one_rope(hf_config, config, theta)
 
 
-def _smollm3_places(hf_config: HfConfig, count: int) -> list[int]:
-  """Of each layer, 1 where positions turn and 0 where there are none."""
+def _smollm3_rotary(hf_config: HfConfig, count: int) -> list[int]:
+  """A flag per layer: 1 with rotary positions, 0 without."""
   given = hf_config.get("no_rope_layers")
   if given is None:
     every = _number(hf_config, "no_rope_layer_interval", 4)
@@ -167,11 +172,11 @@ def _smollm3_places(hf_config: HfConfig, count: int) -> list[int]:
 
 def smollm3_ropes(hf_config: HfConfig, config: DecoderConfig, theta: float) -> Ropes:
   (rope,), _ = one_rope(hf_config, config, theta)
-  turning = _smollm3_places(hf_config, config.num_hidden_layers)
-  if all(turning):
-    return (rope,), (0,) * len(turning)
-  return (rope, Rope("none")), tuple(1 - turns for turns in turning)
+  rotary = _smollm3_rotary(hf_config, config.num_hidden_layers)
+  if all(rotary):
+    return (rope,), (0,) * len(rotary)
+  return (rope, Rope("none")), tuple(1 - each for each in rotary)
 
 
 def smollm3_slides(hf_config: HfConfig, layer: int) -> bool:
-  return not _smollm3_places(hf_config, layer + 1)[layer]
+  return not _smollm3_rotary(hf_config, layer + 1)[layer]

@@ -1,4 +1,4 @@
-"""Rotary positions as a config.json gives them, in its old form and its new one."""
+"""Rotary positions in a config.json, in its old format and its new one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _NAMES = tuple(
   for field in dataclasses.fields(Rope)
   if field.name != "max_position_embeddings"
 )
-# Names that say the type another way, or what it came from.
+# Another name of the type; a record without effect.
 _OTHER = ("type", "finetuned")
 _NUMBERS = [
   name
@@ -23,7 +23,7 @@ _NUMBERS = [
 
 
 def given(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
-  """What config.json says of rotary positions, beside fields of its own: an object."""
+  """The object of rotary positions in a config.json."""
   value = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
   if not isinstance(value, Mapping):
     raise LoraxError(f"config: rope_parameters must be an object, not {value!r}")
@@ -41,15 +41,14 @@ def read(
   """One kind of rotary positions.
 
   Args:
-    parameters: what is said of it (see `given`).
-    hf_config: what the whole config.json says goes where `parameters` are silent.
+    parameters: its fields (see `given`).
+    hf_config: the full config.json, for fields that `parameters` lack.
     max_position_embeddings: of the model.
-    theta: where neither names a base.
-    theta_name: the field of the whole config.json that holds the base.
+    theta: the base, if neither has one.
+    theta_name: the field of the full config.json with the base.
 
   Raises:
-    LoraxError: a type that we do not compute, a parameter that we do not know, or a
-      value of the wrong type.
+    LoraxError: an unsupported type, an unknown parameter, or a value of the wrong type.
   """
   if not isinstance(parameters, Mapping):
     raise LoraxError(f"config: rope_parameters must be an object, not {parameters!r}")

@@ -1,4 +1,4 @@
-"""The key map of Llama and its relatives (see keymap.py)."""
+"""The key map of Llama and its variants (see keymap.py)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ def _linears(part: str, biased: Mapping[str, bool]) -> list[Entry]:
 
 _MIXTURE = f"{_LAYER}/mlp"
 
-# What transformers' modules hold: the router, and all experts of a layer in one tensor.
+# transformers' modules: the router, and all experts of a layer in one tensor.
 _EXPERTS = (
   Entry(f"{_MIXTURE}/gate/weight", f"{_KEY}.mlp.gate.weight", LINEAR),
   *(
@@ -30,8 +30,8 @@ _EXPERTS = (
 )
 
 
-def _apart(module: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
-  """What files hold: a tensor for each matrix of each expert."""
+def _split(module: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
+  """Entries of files with a tensor for each matrix of each expert."""
   expert = f"{_KEY}.{module}.experts.{{e}}"
   gate_up = f"{_MIXTURE}/experts/gate_up_proj"
   return (
@@ -42,9 +42,9 @@ def _apart(module: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
   )
 
 
-_APART = {
-  "mixtral": _apart("block_sparse_moe", "w1", "w3", "w2"),
-  "qwen3_moe": _apart("mlp", "gate_proj", "up_proj", "down_proj"),
+_SPLIT = {
+  "mixtral": _split("block_sparse_moe", "w1", "w3", "w2"),
+  "qwen3_moe": _split("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 
 
@@ -63,11 +63,11 @@ def keymap(
   """The key map of a decoder.
 
   Args:
-    attention, mlp: their projections: whether each has a bias. None: experts.
-    experts: how many there are of them.
-    layer_norms: the norms of a layer.
-    head_norms: the norms of attention's heads.
-    tied: the head's weight is the embedding's.
+    attention, mlp: their projections, to whether each has a bias. None: experts.
+    experts: number of experts.
+    layer_norms: names of the norms of a layer.
+    head_norms: names of the norms of attention's heads.
+    tied: the head is the token embeddings.
   """
   scale = {"bias": False}
   entries = (
@@ -96,18 +96,17 @@ def keymap(
     counts={"i": num_layers},
     scan=scan,
     anchor="embed_tokens.weight",
-    # Old checkpoints hold the angles' frequencies.
+    # Old checkpoints have the angles' frequencies.
     buffers=tuple(
       f"layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(num_layers)
     ),
     other_heads=("score.weight",),
-    head_groups=(),
     ties={"lm_head.weight": "embed_tokens.weight"} if tied else {},
   )
   if mlp is not None:
     return found
-  apart = tuple(e for e in entries if e not in _EXPERTS) + _APART[family]
+  split = tuple(e for e in entries if e not in _EXPERTS) + _SPLIT[family]
   counts = {**found.counts, "e": experts}
   return dataclasses.replace(
-    found, other_form=dataclasses.replace(found, entries=apart, counts=counts)
+    found, other_form=dataclasses.replace(found, entries=split, counts=counts)
   )

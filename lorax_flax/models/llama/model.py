@@ -1,8 +1,8 @@
-"""The decoder that Llama and its relatives share, with a language model's head.
+"""The decoder that Llama and its variants share, with a language model's head.
 
-Sources: arXiv 2302.13971 (Llama) and its relatives' reports, as transformers computes
-them (LlamaForCausalLM and so on). What they differ in is data: see decoder_config.py
-and relatives.py.
+Sources: arXiv 2302.13971 (Llama) and its variants' reports, as transformers computes
+them (LlamaForCausalLM and so on). Their differences are data: see config.py and
+variants.py.
 
 Shapes: B batch, T tokens, D hidden_size, H heads of queries, G heads of keys and
 values, K head size, M intermediate_size, V vocabulary.
@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.hub.checkpoints.keymap import KeyMap
-from lorax_flax.models import layers, ops
-from lorax_flax.models.layers import DType
+from lorax_flax.models import layers, ops, stacking
+from lorax_flax.models.layers import DType, Model
 from lorax_flax.models.llama import keys as decoder_keys
 from lorax_flax.models.llama import moe
 from lorax_flax.models.llama.config import DecoderConfig
-from lorax_flax.models.model import Model
 
-# The window of a layer that looks back on all, where others don't.
+# The window of a layer without one, where others have one.
 _ALL = np.int32(2**30)
 
 
@@ -37,13 +36,13 @@ def _norm(c: DecoderConfig, name: str, axis: str = "embed") -> layers.RmsNorm:
 
 
 def attention_names(c: DecoderConfig) -> dict[str, int]:
-  """Attention's projections of its input, and the heads that each makes."""
+  """Attention's projections of its input, and their numbers of heads."""
   h, g = c.num_attention_heads, c.kv_heads
   return {"qkv_proj": h + 2 * g} if c.fused else {"q_proj": h, "k_proj": g, "v_proj": g}
 
 
 def mlp_names(c: DecoderConfig) -> dict[str, int]:
-  """The feed-forward part's projections of its input, and what each makes."""
+  """The feed-forward part's projections of its input, and their features."""
   m = c.intermediate_size
   return {"gate_up_proj": 2 * m} if c.fused else {"gate_proj": m, "up_proj": m}
 
@@ -60,7 +59,7 @@ class Attention(nn.Module):
     self,
     x_BxTxD: jax.Array,
     mask_BxT: jax.Array,
-    turns: ops.Rotations,
+    rotations: ops.Rotations,
     window: int | jax.Array | None,
   ) -> jax.Array:
     c, size = self.config, self.config.head_size
@@ -79,8 +78,8 @@ class Attention(nn.Module):
       q_BxTxHxK = _norm(c, "q_norm", "head")(q_BxTxHxK)
       k_BxTxGxK = _norm(c, "k_norm", "head")(k_BxTxGxK)
     y_BxTxHxK = ops.attention(
-      ops.rotate(q_BxTxHxK, turns),
-      ops.rotate(k_BxTxGxK, turns),
+      ops.rotate(q_BxTxHxK, rotations),
+      ops.rotate(k_BxTxGxK, rotations),
       v_BxTxGxK,
       mask_BxT,
       causal=True,
@@ -129,7 +128,7 @@ def layer_norms(c: DecoderConfig) -> tuple[str, ...]:
 
 
 class Layer(nn.Module):
-  """One layer, in the form that nn.scan asks for."""
+  """One layer, in the form of nn.scan."""
 
   config: DecoderConfig
   dtype: DType
@@ -140,7 +139,7 @@ class Layer(nn.Module):
     self,
     x_BxTxD: jax.Array,
     mask_BxT: jax.Array,
-    turns: ops.Rotations,
+    rotations: ops.Rotations,
     *,
     window: jax.Array | None = None,
     rope: jax.Array | None = None,
@@ -148,13 +147,13 @@ class Layer(nn.Module):
     """The layer's output.
 
     Args:
-      turns: of every kind of rotary positions, if there are several: stacked.
+      rotations: of the rotary positions; stacked, if there is more than one kind.
       window, rope: of this layer, where layers differ.
     """
     c = self.config
     if rope is not None:
-      turns = (turns[0][rope], turns[1][rope])
-    back = c.windows[0] if window is None else window
+      rotations = (rotations[0][rope], rotations[1][rope])
+    own = c.windows[0] if window is None else window
 
     def normed(name, y):
       return _norm(c, name)(y) if name else y
@@ -164,7 +163,7 @@ class Layer(nn.Module):
 
     before, after, before_mlp, after_mlp = layer_norms(c)
     attend = Attention(c, self.dtype, self.deterministic, name="self_attn")
-    y_BxTxD = attend(normed(before, x_BxTxD), mask_BxT, turns, back)
+    y_BxTxD = attend(normed(before, x_BxTxD), mask_BxT, rotations, own)
     x_BxTxD += dropped(normed(after, y_BxTxD))
     feed = FeedForward if c.num_experts is None else moe.Mixture
     y_BxTxD = feed(c, self.dtype, name="mlp")(normed(before_mlp, x_BxTxD))
@@ -172,7 +171,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Embeddings, layers and the last norm, and the logits where the head is tied."""
+  """Embeddings, layers and the final norm; logits too, if the head is tied."""
 
   config: DecoderConfig
   dtype: DType
@@ -193,7 +192,7 @@ class Decoder(nn.Module):
     x_BxTxD = words(input_ids_BxT).astype(dtype)
     if c.embed_scaled:
       x_BxTxD *= jnp.asarray(c.hidden_size**0.5, dtype)
-    turns = [
+    rotations = [
       ops.rotations(rope, c.head_size, positions_BxT, length, dtype) for rope in c.ropes
     ]
     each: dict[str, np.ndarray] = {}
@@ -202,15 +201,15 @@ class Decoder(nn.Module):
     if c.windows_differ:
       windows = [_ALL if window is None else window for window in c.windows]
       each["window"] = np.asarray(windows, np.int32)
-    x_BxTxD = layers.stack(
+    x_BxTxD = stacking.stack(
       Layer,
       (c, dtype, self.deterministic),
       c.num_hidden_layers,
       x_BxTxD,
       mask_BxT,
-      jax.tree.map(lambda *kinds: jnp.stack(kinds), *turns)
+      jax.tree.map(lambda *kinds: jnp.stack(kinds), *rotations)
       if c.ropes_differ
-      else turns[0],
+      else rotations[0],
       scan=self.scan,
       remat=self.remat,
       each=each,
@@ -235,11 +234,11 @@ class CausalLM(Model):
     *,
     deterministic: bool = True,
   ) -> jax.Array:
-    """Logits of the next token at each place, BxTxV float32.
+    """Logits of the next token at each position, BxTxV float32.
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
-        Where it is 0 the logits mean nothing.
+        Where it is 0 the logits are meaningless.
       position_ids: BxT int32; by default 0, 1, 2, …, padding included.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """

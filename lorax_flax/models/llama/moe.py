@@ -1,9 +1,9 @@
-"""A mixture of experts in the place of a feed-forward part.
+"""A mixture of experts in place of a feed-forward part.
 
-Sources: arXiv 2401.04088 (Mixtral), as transformers computes it. Every expert computes
-every token, and what was not chosen is weighted by zero: exact, and num_experts /
-num_experts_per_tok times the products that a dispatch of tokens would need. On a mesh
-with an axis for them, a device computes its own experts alone.
+Source: arXiv 2401.04088 (Mixtral), as transformers computes it. Every expert computes
+every token, and those that were not chosen have weight zero: exact, at num_experts /
+num_experts_per_tok times the FLOPs of a dispatch of tokens. On a mesh with an axis of
+experts, a device computes its own experts alone.
 
 Shapes: N tokens of a batch, D hidden_size, E experts, C chosen experts, M features of
 an expert.
@@ -29,7 +29,7 @@ def _param(module: nn.Module, c: DecoderConfig, name: str, axes, shape) -> jax.A
 
 
 class Router(nn.Module):
-  """How much each expert has to say to each token."""
+  """The weight of each expert for each token."""
 
   config: DecoderConfig
   experts: int
@@ -42,12 +42,12 @@ class Router(nn.Module):
     shape = x_NxD.shape[-1], self.experts
     kernel_DxE = _param(self, c, "weight", ("embed", "choices"), shape)
     logits_NxE = x_NxD @ kernel_DxE.astype(self.dtype)
-    shares_NxE = jax.nn.softmax(logits_NxE.astype(jnp.float32))
-    top_NxC, chosen_NxC = lax.top_k(shares_NxE, c.num_experts_per_tok)
+    probs_NxE = jax.nn.softmax(logits_NxE.astype(jnp.float32))
+    top_NxC, chosen_NxC = lax.top_k(probs_NxE, c.num_experts_per_tok)
     if c.norm_topk_prob:
       top_NxC /= top_NxC.sum(-1, keepdims=True)
-    places_NxCxE = jax.nn.one_hot(chosen_NxC, self.experts, dtype=jnp.float32)
-    return jnp.einsum("NC,NCE->NE", top_NxC, places_NxCxE)
+    one_hot_NxCxE = jax.nn.one_hot(chosen_NxC, self.experts, dtype=jnp.float32)
+    return jnp.einsum("NC,NCE->NE", top_NxC, one_hot_NxCxE)
 
 
 class Experts(nn.Module):
@@ -64,15 +64,15 @@ class Experts(nn.Module):
     up_ExDx2M = _param(self, c, "gate_up_proj", axes, (e, d, 2 * m))
     axes = ("expert", "mlp", "embed")
     down_ExMxD = _param(self, c, "down_proj", axes, (e, m, d))
-    # The expert is a batch axis of every product: that is how a LoRA finds a pair of
-    # factors for each.
-    apart = spread.experts_apart
-    x_ExNxD = apart(jnp.broadcast_to(x_NxD[None], (e, *x_NxD.shape)))
-    made_ExNx2M = apart(
+    # The expert is a batch axis of every product, so that a LoRA has a pair of factors
+    # for each.
+    shard = spread.experts_apart
+    x_ExNxD = shard(jnp.broadcast_to(x_NxD[None], (e, *x_NxD.shape)))
+    gate_up_ExNx2M = shard(
       jnp.einsum("END,EDM->ENM", x_ExNxD, up_ExDx2M.astype(self.dtype))
     )
-    y_ExNxM = apart(ops.gated(c.hidden_act, *jnp.split(made_ExNx2M, 2, axis=-1)))
-    y_ExNxD = apart(jnp.einsum("ENM,EMD->END", y_ExNxM, down_ExMxD.astype(self.dtype)))
+    y_ExNxM = shard(ops.gated(c.hidden_act, *jnp.split(gate_up_ExNx2M, 2, axis=-1)))
+    y_ExNxD = shard(jnp.einsum("ENM,EMD->END", y_ExNxM, down_ExMxD.astype(self.dtype)))
     y_NxD = jnp.einsum("END,NE->ND", y_ExNxD.astype(jnp.float32), weights_NxE)
     return spread.rows_apart(y_NxD.astype(self.dtype))
 
@@ -86,7 +86,7 @@ class Mixture(nn.Module):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
     c, experts = self.config, self.config.num_experts
-    assert experts is not None  # Or this is no mixture.
+    assert experts is not None  # Otherwise this is not a mixture.
     x_NxD = x_BxTxD.reshape((-1, x_BxTxD.shape[-1]))
     weights_NxE = Router(c, experts, self.dtype, name="gate")(x_NxD)
     y_NxD = Experts(c, experts, self.dtype, name="experts")(x_NxD, weights_NxE)

@@ -1,6 +1,6 @@
-"""Llama and its relatives: what each of them is, and how its config.json is read.
+"""Llama and its variants: the definition of each, and the reading of its config.json.
 
-A relative's defaults are what transformers takes where config.json is silent.
+A variant's defaults are transformers' for fields that config.json leaves out.
 """
 
 import dataclasses
@@ -17,24 +17,24 @@ from lorax_flax.models.llama.hf_layers import HfConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Relative:
-  """One relative.
+class Variant:
+  """One variant.
 
   Attributes:
-    architecture: transformers' name of the model.
-    defaults: of the fields that its config.json decides; it decides no others.
-    is_: what it is whatever config.json says.
+    architecture: transformers' class of the model.
+    defaults: of the fields that its config.json sets; other fields are ignored.
+    fixed: fields that do not depend on config.json.
     windows: (config.json, number of layers) -> each layer's window.
-    theta: the base of the rotary positions where config.json names none.
+    theta: default base of the rotary positions.
     ropes: (config.json, config, theta) -> the kinds of rotary positions, and each
       layer's kind.
-    partial: a part of a head's features may turn.
-    renew: config.json, with fields that it has under other names or in other words.
+    partial: only a part of a head's features may be rotated.
+    normalize: config.json -> the same with the usual names and values of fields.
   """
 
   architecture: str
   defaults: Mapping[str, Any]
-  is_: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   windows: Callable[[HfConfig, int], hf_layers.Windows] = lambda _, count: (
     (None,) * count
   )
@@ -43,10 +43,10 @@ class Relative:
     hf_layers.one_rope
   )
   partial: bool = False
-  renew: Callable[[HfConfig], HfConfig] = lambda hf_config: hf_config
+  normalize: Callable[[HfConfig], HfConfig] = lambda hf_config: hf_config
 
 
-# What would change the numbers if it were set otherwise, and that we do not compute.
+# Fields that change the numbers, with the one value that is supported.
 _ONLY = {
   "decoder_sparse_step": 1,
   "mlp_only_layers": [],
@@ -55,7 +55,7 @@ _ONLY = {
   "use_bidirectional_attention": False,
 }
 _ALIASES = {"num_local_experts": "num_experts"}
-# Where null is a value of its own, and not the default.
+# Fields in which null is a value of its own, and not the default.
 _NULLABLE = (
   "num_key_value_heads",
   "attn_logit_softcapping",
@@ -64,25 +64,25 @@ _NULLABLE = (
 _FIELDS = {field.name for field in dataclasses.fields(DecoderConfig)}
 
 
-def from_hf(relative: Relative, hf_config: HfConfig, **asked: Any) -> DecoderConfig:
+def from_hf(variant: Variant, hf_config: HfConfig, **overrides: Any) -> DecoderConfig:
   """Reads a config.json that is already parsed; see `fields.read`."""
-  hf_config = relative.renew(hf_config)
-  decided = {"model_type", *relative.defaults}
-  seen = {k: v for k, v in hf_config.items() if k not in _FIELDS or k in decided}
-  nulls = {k: None for k in _NULLABLE if seen.get(k, ...) is None}
+  hf_config = variant.normalize(hf_config)
+  used = {"model_type", *variant.defaults}
+  given = {k: v for k, v in hf_config.items() if k not in _FIELDS or k in used}
+  nulls = {k: None for k in _NULLABLE if given.get(k, ...) is None}
   config = fields.read(
     DecoderConfig,
-    seen,
-    defaults={**relative.defaults, **nulls},
+    given,
+    defaults={**variant.defaults, **nulls},
     only=_ONLY,
-    aliases={k: v for k, v in _ALIASES.items() if v in decided},
-    **relative.is_,
-    **asked,
+    aliases={k: v for k, v in _ALIASES.items() if v in used},
+    **variant.fixed,
+    **overrides,
   )
   count = config.num_hidden_layers
-  config = dataclasses.replace(config, windows=relative.windows(hf_config, count))
-  ropes, rope_of = relative.ropes(hf_config, config, relative.theta)
-  if not relative.partial and any(rope.partial_rotary_factor != 1 for rope in ropes):
+  config = dataclasses.replace(config, windows=variant.windows(hf_config, count))
+  ropes, rope_of = variant.ropes(hf_config, config, variant.theta)
+  if not variant.partial and any(rope.partial_rotary_factor != 1 for rope in ropes):
     raise LoraxError(
       f"config: partial_rotary_factor is not supported for a {config.model_type}"
     )
@@ -90,14 +90,14 @@ def from_hf(relative: Relative, hf_config: HfConfig, **asked: Any) -> DecoderCon
 
 
 def _gemma_gelu(hf_config: HfConfig) -> HfConfig:
-  """Gemma's first releases say "gelu" and mean its approximation."""
+  """Gemma's first releases have "gelu" for its approximation."""
   if hf_config.get("hidden_act") != "gelu":
     return hf_config
   return {**hf_config, "hidden_act": "gelu_pytorch_tanh"}
 
 
 def _hidden_activation(hf_config: HfConfig) -> HfConfig:
-  """The activation is under another name; the usual one is not looked at."""
+  """The activation is under another name; the usual one is ignored."""
   return {**hf_config, "hidden_act": hf_config.get("hidden_activation")}
 
 
@@ -145,7 +145,7 @@ _GEMMA = {
   "tie_word_embeddings": True,
   "attention_bias": False,
 }
-_IS_GEMMA = {"norm": NormKind(offset=1.0, late=True), "embed_scaled": True}
+_GEMMA_FIXED = {"norm": NormKind(offset=1.0, late=True), "embed_scaled": True}
 _GEMMA2 = {
   **_GEMMA,
   "hidden_size": 2304,
@@ -157,35 +157,35 @@ _GEMMA2 = {
   "final_logit_softcapping": 30.0,
 }
 
-RELATIVES: dict[str, Relative] = {
-  "llama": Relative(
+VARIANTS: dict[str, Variant] = {
+  "llama": Variant(
     "LlamaForCausalLM", {**_LLAMA, "attention_bias": False, "mlp_bias": False}
   ),
-  "mistral": Relative(
+  "mistral": Variant(
     "MistralForCausalLM", _MISTRAL, windows=hf_layers.window_everywhere(4096)
   ),
-  "qwen2": Relative(
+  "qwen2": Variant(
     "Qwen2ForCausalLM",
     _QWEN2,
     {"attention_bias": True, "output_bias": False},
     windows=_QWEN_WINDOWS,
   ),
-  "qwen3": Relative(
+  "qwen3": Variant(
     "Qwen3ForCausalLM",
     {**_QWEN2, "head_dim": 128, "attention_bias": False},
     {"qk_norm": True},
     windows=_QWEN_WINDOWS,
   ),
-  "gemma": Relative("GemmaForCausalLM", _GEMMA, _IS_GEMMA, renew=_gemma_gelu),
-  "gemma2": Relative(
+  "gemma": Variant("GemmaForCausalLM", _GEMMA, _GEMMA_FIXED, normalize=_gemma_gelu),
+  "gemma2": Variant(
     "Gemma2ForCausalLM",
     {**_GEMMA2, "attn_logit_softcapping": 50.0},
-    {**_IS_GEMMA, "outer_norms": True},
+    {**_GEMMA_FIXED, "outer_norms": True},
     windows=hf_layers.windows_by_types(4096, lambda _, layer: layer % 2 == 0),
-    renew=_hidden_activation,
+    normalize=_hidden_activation,
   ),
-  # Its attention has no soft-capping, whatever config.json says.
-  "gemma3_text": Relative(
+  # Its attention has no soft-capping, whatever config.json has.
+  "gemma3_text": Variant(
     "Gemma3ForCausalLM",
     {
       **_GEMMA2,
@@ -193,13 +193,13 @@ RELATIVES: dict[str, Relative] = {
       "max_position_embeddings": 131072,
       "final_logit_softcapping": None,
     },
-    {**_IS_GEMMA, "outer_norms": True, "qk_norm": True},
+    {**_GEMMA_FIXED, "outer_norms": True, "qk_norm": True},
     windows=hf_layers.windows_by_types(4096, hf_layers.all_but_each(6)),
     theta=1e6,
     ropes=hf_layers.gemma3_ropes,
-    renew=_hidden_activation,
+    normalize=_hidden_activation,
   ),
-  "phi3": Relative(
+  "phi3": Variant(
     "Phi3ForCausalLM",
     {
       **_LLAMA,
@@ -215,7 +215,7 @@ RELATIVES: dict[str, Relative] = {
     ropes=hf_layers.phi3_rope,
     partial=True,
   ),
-  "smollm3": Relative(
+  "smollm3": Variant(
     "SmolLM3ForCausalLM",
     {
       **_LLAMA,
@@ -233,13 +233,13 @@ RELATIVES: dict[str, Relative] = {
     theta=2e6,
     ropes=hf_layers.smollm3_ropes,
   ),
-  "mixtral": Relative(
+  "mixtral": Variant(
     "MixtralForCausalLM",
     {**_MISTRAL, "rms_norm_eps": 1e-5, "num_experts": 8, "num_experts_per_tok": 2},
     windows=hf_layers.window_everywhere(None),
     theta=1e6,
   ),
-  "qwen3_moe": Relative(
+  "qwen3_moe": Variant(
     "Qwen3MoeForCausalLM",
     {
       **_QWEN2,
@@ -259,11 +259,11 @@ RELATIVES: dict[str, Relative] = {
 }
 
 
-def _family(relative: Relative) -> Family:
+def _family(variant: Variant) -> Family:
   return Family(
     task="causal-lm",
-    architecture=relative.architecture,
-    configure=lambda hf_config, **asked: from_hf(relative, hf_config, **asked),
+    architecture=variant.architecture,
+    configure=lambda hf_config, **overrides: from_hf(variant, hf_config, **overrides),
     build=decoder.CausalLM,
     keymap=decoder.keymap,
     inputs=text_inputs,
@@ -271,4 +271,4 @@ def _family(relative: Relative) -> Family:
   )
 
 
-FAMILIES = {name: _family(relative) for name, relative in RELATIVES.items()}
+FAMILIES = {name: _family(variant) for name, variant in VARIANTS.items()}

@@ -1,7 +1,7 @@
-"""The maths that families share: activations, norms, attention, rotary positions.
+"""Operations that families share: activations, norms, attention, rotary positions.
 
-Where the plain derivative keeps many arrays for the backward pass, or is several passes
-over memory, an operation has a gradient of its own that keeps few and is one pass.
+Where automatic differentiation would keep many arrays for the backward pass, or make
+several passes over memory, an operation has a gradient of its own.
 Forward-mode differentiation is not defined for these.
 """
 

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.models.ops import order, precision
+from lorax_flax.models.ops import order
 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
   """The exact GELU, x Φ(x), in x's dtype; x alone is kept for its gradient.
 
-  By erf as torch has it, computed in float32 at least.
+  Computed by erf, as in torch, in float32 at least.
   """
   wide = _wide(x)
   return (wide * _cdf(wide)).astype(x.dtype)
@@ -42,7 +42,7 @@ def _cdf(x: jax.Array) -> jax.Array:
 
 
 def _wide(x: jax.Array) -> jax.Array:
-  return x.astype(precision.wide(x.dtype))
+  return x.astype(order.wide(x.dtype))
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-  """The function behind a Hugging Face `hidden_act`. Unknown name: LoraxError."""
+  """The function of a Hugging Face `hidden_act`. Unknown name: LoraxError."""
   if name not in ACTIVATIONS:
     raise LoraxError(unknown("activation", name, ACTIVATIONS))
   return ACTIVATIONS[name]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.models.ops import order, precision
+from lorax_flax.models.ops import order
 
 
 def attention(
@@ -35,13 +35,12 @@ def attention(
 
   Args:
     mask_BxS: nonzero where a key is attended to.
-    causal: no query attends to keys after its own place; the last query stands at the
-      last key.
-    window: of a causal attention: how many keys a query attends to at most, its own
-      place included. It may be traced, so that scanned layers have windows of their
-      own.
+    causal: no query attends to keys after its own position; the last query has the
+      position of the last key.
+    window: for causal attention, the maximal number of keys that a query attends to,
+      its own position included. It may be traced, so that scanned layers can differ.
     scale: of the logits, by default 1/sqrt(K).
-    softcap: c bounds the scaled logits: c · tanh(logits / c) (Gemma 2).
+    softcap: bound c of the scaled logits: c · tanh(logits / c) (Gemma 2).
     dropout_rate: of the attention weights; applied when `dropout_rng` is given.
 
   Returns:
@@ -54,16 +53,16 @@ def attention(
   if h % g:
     raise LoraxError(f"attention: {h} heads of queries over {g} heads of keys")
   if window is not None and not causal:
-    raise LoraxError("attention: a window is one of causal attention")
-  wide = precision.wide(q_BxTxHxK.dtype)
+    raise LoraxError("attention: a window needs causal attention")
+  wide = order.wide(q_BxTxHxK.dtype)
   seen = mask_BxS[:, None, None, :] != 0
   if causal:
     places_R = jnp.tile(jnp.arange(s - t, s), h // g)
     back_RxS = places_R[:, None] - jnp.arange(s)[None, :]
-    near_RxS = back_RxS >= 0
+    visible_RxS = back_RxS >= 0
     if window is not None:
-      near_RxS &= back_RxS < window
-    seen = seen & near_RxS[None, None]
+      visible_RxS &= back_RxS < window
+    seen = seen & visible_RxS[None, None]
   # Added rather than selected, so that a compiler may fuse it into the product; the
   # most negative float rather than -inf, so that a fully masked row stays finite.
   bias = jnp.where(seen, 0.0, jnp.finfo(wide).min).astype(wide)
@@ -73,17 +72,17 @@ def attention(
     kept_BxHxTxS = jax.random.bernoulli(dropout_rng, 1.0 - rate, (b, h, t, s))
     kept_BxGxRxS = kept_BxHxTxS.reshape(b, g, -1, s)
   scale = size**-0.5 if scale is None else scale
-  how = (rate, float(scale), softcap)
-  return _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, how)
+  settings = (rate, float(scale), softcap)
+  return _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, how):
-  return _fwd(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, how)[0]
+def _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings):
+  return _fwd(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings)[0]
 
 
-def _fwd(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, how):
-  rate, scale, softcap = how
+def _fwd(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings):
+  rate, scale, softcap = settings
   dtype, wide = v_BxSxGxK.dtype, bias.dtype
   # Heads first, and contiguous: every product is then one of plain matrices.
   q = _rows((q_BxTxHxK.astype(wide) * scale).astype(dtype), k_BxSxGxK.shape[2])
@@ -105,15 +104,15 @@ def _fwd(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, how):
   return y_BxTxHxK, (q, k, v, e_BxGxRxS, inverse, y_BxTxHxK)
 
 
-def _bwd(how, kept, grad_BxTxHxK):
+def _bwd(settings, kept, grad_BxTxHxK):
   # The barrier keeps the compiler from storing other forms of what is kept.
   (q, k, v, e_BxGxRxS, inverse, y_BxTxHxK), grad_BxTxHxK = lax.optimization_barrier(
     (kept, grad_BxTxHxK)
   )
-  rate, scale, softcap = how
+  rate, scale, softcap = settings
   dtype, wide, heads = v.dtype, inverse.dtype, k.shape[1]
   grad = _rows(grad_BxTxHxK, heads).astype(wide) * inverse
-  # Of a row, the sum over keys of weight times its gradient, by way of the result.
+  # For each row the sum over keys of weight times its gradient, from the result.
   level = (grad * _rows(y_BxTxHxK, heads).astype(wide)).sum(-1, keepdims=True)
   grad = grad.astype(dtype)
   dv = _product(_undropped(e_BxGxRxS, rate), grad, 2, 2, wide)
@@ -159,6 +158,6 @@ def _unrows(x_BxGxRxK: jax.Array, heads: int) -> jax.Array:
 
 
 def _product(x: jax.Array, y: jax.Array, i: int, j: int, dtype) -> jax.Array:
-  """Of each batch and head: contracts x's axis i with y's axis j."""
+  """Contracts x's axis i with y's axis j, for each batch and head."""
   dims = (((i,), (j,)), ((0, 1), (0, 1)))
   return lax.dot_general(x, y, dims, preferred_element_type=dtype)

@@ -6,7 +6,7 @@ Shapes: B batch, T queries, S keys, H heads, K head size.
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.models.ops import precision
+from lorax_flax.models.ops import order
 
 
 def biased_attention(
@@ -24,14 +24,14 @@ def biased_attention(
 
   Args:
     bias_HxTxS: added to the scaled logits.
-    seen_BxTxS: where a query attends to a key; an axis of size 1 stands for all of it.
+    seen_BxTxS: true where a query attends to a key; axes of size 1 are broadcast.
     scale: of the product of query and key.
     dropout_rate: of the attention weights; applied when `dropout_rng` is given.
 
   Returns:
     BxTxHxK, in v's dtype. A row whose keys are all masked attends uniformly.
   """
-  dtype, wide = v_BxSxHxK.dtype, precision.wide(v_BxSxHxK.dtype)
+  dtype, wide = v_BxSxHxK.dtype, order.wide(v_BxSxHxK.dtype)
   logits_BxHxTxS = jnp.einsum(
     "BTHK,BSHK->BHTS", q_BxTxHxK, k_BxSxHxK, preferred_element_type=wide
   )

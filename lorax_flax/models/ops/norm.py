@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_flax.models.ops import order, precision
+from lorax_flax.models.ops import order
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -15,13 +15,13 @@ def layer_norm(
 ) -> jax.Array:
   """Normalises the last axis; statistics in float32, result in x's dtype.
 
-  x and two numbers a row are kept for the gradient.
+  x and two numbers per row are kept for the gradient.
   """
   return _fwd(x_BxTxD, scale_D, bias_D, eps)[0]
 
 
 def _fwd(x_BxTxD, scale_D, bias_D, eps):
-  x = x_BxTxD.astype(precision.wide(x_BxTxD.dtype))
+  x = x_BxTxD.astype(order.wide(x_BxTxD.dtype))
   mean = x.mean(-1, keepdims=True)
   inverse = lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
   y = (x - mean) * inverse * _row(scale_D, x) + _row(bias_D, x)
@@ -43,9 +43,9 @@ def _bwd(eps, kept, grad):
   dx = dx.astype(x_BxTxD.dtype)
   rows = tuple(range(grad.ndim - 1))
   return (
-    # dx goes both into a product and, past it, into the norm below. Without a barrier
-    # XLA's CPU compiler copies its formula into each place, where that of the norm
-    # above is copied into it: work and memory that grow with the square of the depth.
+    # dx is used both by a product and by the norm below it. Without a barrier XLA's CPU
+    # compiler inlines its formula into both, with that of the norm above inlined in it:
+    # work and memory that grow with the square of the depth.
     lax.optimization_barrier(dx),
     (grad * normed).sum(rows).astype(kept[3].dtype),
     grad.sum(rows).astype(bias_D.dtype),
@@ -61,22 +61,22 @@ def rms_norm(
 ) -> jax.Array:
   """Divides the last axis by its root mean square; statistics in float32.
 
-  Source: arXiv 1910.07467. x and a number a row are kept for the gradient.
+  Source: arXiv 1910.07467. x and one number per row are kept for the gradient.
 
   Args:
     x: (…, D).
     offset: added to the scale (1 where checkpoints keep the scale less one: Gemma).
-    late: the result is rounded to x's dtype after the product with the scale (Gemma),
-      not before it (Llama, T5).
+    late: round to x's dtype after the product with the scale (Gemma), not before it
+      (Llama, T5).
 
   Returns:
-    As x is.
+    (…, D), in x's dtype.
   """
   return _rms_fwd(x, scale_D, eps, offset, late)[0]
 
 
 def _rms_fwd(x, scale_D, eps, offset, late):
-  wide = x.astype(precision.wide(x.dtype))
+  wide = x.astype(order.wide(x.dtype))
   inverse = lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
   normed = wide * inverse
   y = normed if late else normed.astype(x.dtype)
@@ -94,7 +94,7 @@ def _rms_bwd(eps, offset, late, kept, grad):
   along = _product(grad * normed, wide_D)
   dx = ((grad * _row(wide_D, grad) - normed * along) * inverse).astype(x.dtype)
   rows = tuple(range(grad.ndim - 1))
-  # The barrier is there for the same reason as above.
+  # The barrier has the same reason as in `_bwd`.
   return lax.optimization_barrier(dx), (grad * normed).sum(rows).astype(scale_D.dtype)
 
 

@@ -1,9 +1,9 @@
-"""Rotary positions: pairs of features, turned by an angle that grows with the place.
+"""Rotary positions: pairs of features, rotated by an angle that grows with position.
 
 Source: arXiv 2104.09864; the scalings as transformers' modeling_rope_utils computes
 them for a text of a given length, in float32.
 
-Shapes: B batch (or 1), T tokens, H heads, K head size, F pairs that turn.
+Shapes: B batch (or 1), T tokens, H heads, K head size, F pairs that are rotated.
 """
 
 import math
@@ -27,15 +27,15 @@ class Rope:
 
   Attributes:
     rope_type: "default", "linear", "dynamic", "yarn", "longrope", "llama3", or "none",
-      which turns nothing.
+      without rotation.
     rope_theta: the base of the wavelengths.
-    partial_rotary_factor: the share of a head's features that turn, the first ones.
-    max_position_embeddings: the length, in tokens, that the model is made for.
-    original_max_position_embeddings: what it was before it was scaled; by default
+    partial_rotary_factor: the share of a head's features, its first, that is rotated.
+    max_position_embeddings: the model's length, in tokens.
+    original_max_position_embeddings: its length before scaling; by default
       max_position_embeddings.
     factor: of the scaling; for "yarn" and "longrope" by default the ratio of the two.
-    attention_factor: of cosines and sines; by default what the factor implies.
-    The rest belongs to one type each: `_REQUIRED` says what must be there.
+    attention_factor: of cosines and sines; by default it follows from the factor.
+    The rest belongs to one type each; `_REQUIRED` lists the fields that it needs.
   """
 
   rope_type: str = "default"
@@ -69,7 +69,7 @@ class Rope:
 
   @property
   def stretch(self) -> float:
-    """By how much the length has grown."""
+    """The ratio of the lengths after and before scaling."""
     if self.factor is not None:
       return self.factor
     return self.max_position_embeddings / self.original
@@ -112,8 +112,8 @@ def _yarn(rope, dim, length):
   low, high = max(low, 0), min(high, dim - 1)
   if low == high:
     high += 0.001
-  places = np.arange(len(powers), dtype=np.float32)
-  ramp = np.clip((places - low) / (high - low), 0.0, 1.0).astype(np.float32)
+  pairs_F = np.arange(len(powers), dtype=np.float32)
+  ramp = np.clip((pairs_F - low) / (high - low), 0.0, 1.0).astype(np.float32)
   slow = 1.0 / (np.float32(rope.stretch) * powers)
   frequencies = slow * ramp + 1.0 / powers * (1.0 - ramp)
   if rope.attention_factor is not None:
@@ -130,12 +130,12 @@ def _yarn(rope, dim, length):
 
 
 def _longrope(rope, dim, length):
-  """arXiv 2402.13753: a factor for each pair, of short texts and of long ones."""
+  """arXiv 2402.13753: a factor for each pair, one set for short texts, one for long."""
   powers = _powers(rope, dim)
   for name in ("short_factor", "long_factor"):
     if len(found := getattr(rope, name)) != len(powers):
       raise LoraxError(
-        f"config: {name} has {len(found)} numbers; {len(powers)} pairs of features turn"
+        f"config: {name} has {len(found)} numbers for {len(powers)} pairs of features"
       )
   short, long = (np.float32(x) for x in (rope.short_factor, rope.long_factor))
   scale = rope.attention_factor
@@ -183,25 +183,25 @@ _REQUIRED = {
 def rotations(
   rope: Rope, head_size: int, positions_BxT: jax.Array, length: Any, dtype: Any
 ) -> Rotations:
-  """Cosines and sines of the angles at these places.
+  """Cosines and sines of the angles at these positions.
 
   Args:
     positions_BxT: int32.
-    length: of the text, the last place plus one; "dynamic" and "longrope" look at it.
+    length: of the text, the last position plus one, used by "dynamic" and "longrope".
       It may be traced.
-    dtype: that they are rounded to.
+    dtype: of the result.
   """
   dim = int(head_size * rope.partial_rotary_factor)
   frequencies_F, scale = _TYPES[rope.rope_type](rope, dim, length)
   frequencies_F = jnp.asarray(frequencies_F, jnp.float32)
-  places = positions_BxT.astype(jnp.float32)[:, :, None, None]
-  angles = places * frequencies_F[None, None, None, :]
+  positions = positions_BxT.astype(jnp.float32)[:, :, None, None]
+  angles = positions * frequencies_F[None, None, None, :]
   cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
   return cos.astype(dtype), sin.astype(dtype)
 
 
 def rotate(x_BxTxHxK: jax.Array, by: Rotations) -> jax.Array:
-  """Turns each head's pairs; feature i is paired with i + F, those past 2F stay."""
+  """Rotates each head's pairs: features i and i + F; those from 2F on stay."""
   cos, sin = by
   f = cos.shape[-1]
   a, b, rest = x_BxTxHxK[..., :f], x_BxTxHxK[..., f : 2 * f], x_BxTxHxK[..., 2 * f :]

@@ -1,33 +1,35 @@
 """The key map of T5 for conditional generation (see keymap.py)."""
 
-from lorax_flax.hub.checkpoints.entries import Entry, embedding, linear, norm
+from lorax_flax.hub.checkpoints.entries import (
+  Entry,
+  embedding,
+  linear,
+  norm,
+  weight_and_bias,
+)
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 
 _RELATIVE = "relative_attention_bias"
 
-# Tables that are the one of `shared` again.
+# Copies of the table `shared`.
 _REPEATS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
-# The table of relative positions that cross-attention once had, and never used.
+# An unused table of relative positions that cross-attention has in old checkpoints.
 _UNUSED = (f"decoder.block.0.layer.1.EncDecAttention.{_RELATIVE}.weight",)
 
 # Heads of classifiers and of questions' spans.
-_OTHER = tuple(
-  f"{module}.{name}"
-  for module in (
-    "classification_head.dense",
-    "classification_head.out_proj",
-    "classifier",
-    "qa_outputs",
-  )
-  for name in ("weight", "bias")
+_OTHER = weight_and_bias(
+  "classification_head.dense",
+  "classification_head.out_proj",
+  "classifier",
+  "qa_outputs",
 )
 
 
 def _sublayer(
   path: str, name: str, key: str, module: str, linears
 ) -> tuple[Entry, ...]:
-  """The rows of a norm, and of the linear layers that read what it gives."""
+  """The entries of a norm, and of the linear layers that take its output."""
   return (
     *norm(f"{path}/{name}_norm", f"{key}.layer_norm", bias=False),
     *(
@@ -39,7 +41,7 @@ def _sublayer(
 
 
 def _stack(name: str, i: str, sublayers) -> tuple[Entry, ...]:
-  """The rows of the encoder or of the decoder, whose layers' placeholder is `i`."""
+  """The entries of the encoder or the decoder, whose layers' placeholder is `i`."""
   first = f"{name}.block.0.layer.0.SelfAttention"
   return (
     embedding(f"{name}/relative_bias", f"{first}.{_RELATIVE}"),
@@ -64,8 +66,8 @@ def keymap(
   """The key map of a T5.
 
   Args:
-    gated: the MLP has two layers in, wi_0 and wi_1.
-    tied: the head is the table of the tokens.
+    gated: the MLP has two input layers, wi_0 and wi_1.
+    tied: the head is the token embeddings.
   """
   up = ("wi_0", "wi_1") if gated else ("wi",)
   attend = ("attention", "SelfAttention", tuple("qkvo"))
@@ -86,7 +88,6 @@ def keymap(
     anchor="encoder.final_layer_norm.weight",
     buffers=_UNUSED,
     other_heads=_OTHER,
-    head_groups=(),
     ties=dict.fromkeys(
       (*_REPEATS, "lm_head.weight") if tied else _REPEATS, "shared.weight"
     ),

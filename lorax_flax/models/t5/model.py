@@ -1,18 +1,17 @@
 """T5 for conditional generation, v1.0 and v1.1.
 
-An encoder reads a text, a decoder writes another while it attends to what the encoder
-made. Norms come before attention and MLP, divide by the root mean square alone and have
-no bias; logits of attention aren't scaled, and get a bias by relative position. v1.0
-has a plain MLP, and a head that is the table of the tokens, its inputs scaled; v1.1 has
-a gated MLP and a head of its own. Source: arXiv 1910.10683 and 2002.05202, as
+An encoder reads a text, a decoder writes another and attends to the encoder's output.
+Norms come before attention and MLP, divide by the root mean square alone and have no
+bias; logits of attention aren't scaled, and get a bias by relative position. v1.0 has a
+plain MLP and a head that is the token embeddings, with scaled inputs; v1.1 has a gated
+MLP and a head of its own. Source: arXiv 1910.10683 and 2002.05202, as
 transformers computes them (T5ForConditionalGeneration).
 
-Shapes: B batch, T tokens of the text that attends, S of the one attended to, D d_model,
+Shapes: B batch, T tokens of the text that attends, S of the attended one, D d_model,
 H heads, K head size, V vocab_size.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,110 +19,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers, ops
+from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.family import Family
-from lorax_flax.models.layers import DType
-from lorax_flax.models.model import Model
+from lorax_flax.models.layers import DType, Model
 from lorax_flax.models.t5 import keys as t5_keys
+from lorax_flax.models.t5.config import T5Config, from_hf
 from lorax_flax.models.t5.positions import relative_bias
-
-
-@dataclasses.dataclass(frozen=True)
-class T5Config:
-  """T5's shape, under Hugging Face's field names.
-
-  Attributes:
-    d_kv: features of one head of attention.
-    num_decoder_layers: None takes num_layers.
-    relative_attention_max_distance: in tokens; all that is farther is alike.
-    dropout_rate: of every dropout, a probability in [0, 1).
-    initializer_factor: on the standard deviation of fresh weights.
-    feed_forward_proj: the MLP's activation; "gated-" before it where it is gated.
-    scale_decoder_outputs: v1.0's head: the table of the tokens, its inputs scaled.
-      Otherwise the head has weights of its own.
-    n_positions: tokens of the texts that it was trained on; it takes longer ones.
-  """
-
-  vocab_size: int = 32128
-  d_model: int = 512
-  d_kv: int = 64
-  d_ff: int = 2048
-  num_layers: int = 6
-  num_decoder_layers: int | None = None
-  num_heads: int = 8
-  relative_attention_num_buckets: int = 32
-  relative_attention_max_distance: int = 128
-  dropout_rate: float = 0.1
-  layer_norm_epsilon: float = 1e-6
-  initializer_factor: float = 1.0
-  feed_forward_proj: str = "relu"
-  scale_decoder_outputs: bool = True
-  n_positions: int = 512
-
-  def __post_init__(self):
-    sizes = ["vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "n_positions"]
-    given = ["num_decoder_layers"] * (self.num_decoder_layers is not None)
-    fields.check_layers(self, ["num_layers", *given])
-    fields.check_sizes(self, sizes)
-    fields.check_sizes(self, ["relative_attention_num_buckets"], least=4)
-    fields.check_rates(self, ["dropout_rate"])
-    fields.check_positive(self, ["layer_norm_epsilon", "initializer_factor"])
-    fields.check_flags(self, ["scale_decoder_outputs"])
-    fields.check(
-      "relative_attention_max_distance",
-      self.relative_attention_max_distance,
-      int,
-      "more than half of relative_attention_num_buckets",
-      lambda x: x > self.relative_attention_num_buckets // 2,
-    )
-    fields.check("feed_forward_proj", self.feed_forward_proj, str, "a name", bool)
-    ops.activation(self.activation)
-
-  @property
-  def decoder_layers(self) -> int:
-    """How many layers the decoder has."""
-    return self.num_decoder_layers or self.num_layers
-
-  @property
-  def gated(self) -> bool:
-    """Whether a second layer in multiplies what the activation gives."""
-    return self.feed_forward_proj.startswith("gated-")
-
-  @property
-  def activation(self) -> str:
-    """The MLP's activation; v1.1's GELU is the approximate one."""
-    return _activation(self.feed_forward_proj)
-
-
-def _activation(feed_forward_proj: str) -> str:
-  name = feed_forward_proj.removeprefix("gated-")
-  return "gelu_new" if feed_forward_proj == "gated-gelu" else name
-
-
-_ALIASES = {
-  "hidden_size": "d_model",
-  "num_attention_heads": "num_heads",
-  "num_hidden_layers": "num_layers",
-  "head_dim": "d_kv",
-}
-
-
-def from_hf(hf_config: Mapping[str, Any], **asked: Any) -> T5Config:
-  """Reads a config.json that is already parsed; see `fields.read`."""
-  projection = str(hf_config.get("feed_forward_proj") or "relu")
-  only = {
-    "dense_act_fn": _activation(projection),
-    "is_decoder": False,
-    "is_encoder_decoder": True,
-    "is_gated_act": projection.startswith("gated-"),
-  }
-  # Where nothing else says which head is meant, transformers goes by this.
-  scaled = hf_config.get("tie_word_embeddings") is not False
-  defaults = {"scale_decoder_outputs": scaled}
-  return fields.read(
-    T5Config, hf_config, defaults=defaults, only=only, aliases=_ALIASES, **asked
-  )
 
 
 def _dense(
@@ -184,26 +85,26 @@ class MLP(nn.Module):
     return _dense(c, c.d_ff, c.d_model, ("mlp", "embed"), self.dtype, "wo")(h_BxTxF)
 
 
-def _sublayer(made_with, x_BxTxD: jax.Array, name: str, apply) -> jax.Array:
-  """x, and what is made of the normed x."""
-  config, _, deterministic = made_with
+def _sublayer(args, x_BxTxD: jax.Array, name: str, apply) -> jax.Array:
+  """A residual branch: x plus `apply` of the normed x."""
+  config, _, deterministic = args
   norm = layers.RmsNorm(config.layer_norm_epsilon, name=f"{name}_norm")
   drop = nn.Dropout(config.dropout_rate, deterministic=deterministic)
   return x_BxTxD + drop(apply(norm(x_BxTxD)))
 
 
-def _attend_itself(made_with, x_BxTxD, bias_HxTxT, seen_BxTxT) -> jax.Array:
+def _attend_itself(args, x_BxTxD, bias_HxTxT, seen_BxTxT) -> jax.Array:
   attend = partial(ops.biased_attention, bias_HxTxS=bias_HxTxT, seen_BxTxS=seen_BxTxT)
-  attention = Attention(*made_with, name="attention")
-  return _sublayer(made_with, x_BxTxD, "attention", lambda x: attention(x, x, attend))
+  attention = Attention(*args, name="attention")
+  return _sublayer(args, x_BxTxD, "attention", lambda x: attention(x, x, attend))
 
 
-def _feed_forward(made_with, x_BxTxD) -> jax.Array:
-  return _sublayer(made_with, x_BxTxD, "mlp", MLP(*made_with, name="mlp"))
+def _feed_forward(args, x_BxTxD) -> jax.Array:
+  return _sublayer(args, x_BxTxD, "mlp", MLP(*args, name="mlp"))
 
 
 class EncoderLayer(nn.Module):
-  """One layer of the encoder, in the form that nn.scan asks for."""
+  """One layer of the encoder, in the form of nn.scan."""
 
   config: T5Config
   dtype: DType
@@ -211,13 +112,13 @@ class EncoderLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, bias_HxTxT: jax.Array, seen_BxTxT: jax.Array):
-    made_with = (self.config, self.dtype, self.deterministic)
-    x_BxTxD = _attend_itself(made_with, x_BxTxD, bias_HxTxT, seen_BxTxT)
-    return _feed_forward(made_with, x_BxTxD), None
+    args = (self.config, self.dtype, self.deterministic)
+    x_BxTxD = _attend_itself(args, x_BxTxD, bias_HxTxT, seen_BxTxT)
+    return _feed_forward(args, x_BxTxD), None
 
 
 class DecoderLayer(nn.Module):
-  """One layer of the decoder, in the form that nn.scan asks for."""
+  """One layer of the decoder, in the form of nn.scan."""
 
   config: T5Config
   dtype: DType
@@ -232,23 +133,23 @@ class DecoderLayer(nn.Module):
     y_BxSxD: jax.Array,
     mask_BxS: jax.Array,
   ):
-    """Args: y_BxSxD, mask_BxS: the encoder's result, and where it is a token's."""
-    made_with = (self.config, self.dtype, self.deterministic)
-    x_BxTxD = _attend_itself(made_with, x_BxTxD, bias_HxTxT, seen_BxTxT)
+    """(BxTxD, None). y_BxSxD, mask_BxS: the encoder's output, and its mask."""
+    args = (self.config, self.dtype, self.deterministic)
+    x_BxTxD = _attend_itself(args, x_BxTxD, bias_HxTxT, seen_BxTxT)
     attend = partial(ops.attention, mask_BxS=mask_BxS)
-    cross = Attention(*made_with, name="cross_attention")
+    cross = Attention(*args, name="cross_attention")
     x_BxTxD = _sublayer(
-      made_with, x_BxTxD, "cross_attention", lambda x: cross(x, y_BxSxD, attend)
+      args, x_BxTxD, "cross_attention", lambda x: cross(x, y_BxSxD, attend)
     )
-    return _feed_forward(made_with, x_BxTxD), None
+    return _feed_forward(args, x_BxTxD), None
 
 
 class Stack(nn.Module):
-  """The encoder's layers or the decoder's, and what all of them share.
+  """The layers of the encoder or of the decoder, and their relative positions.
 
   Attributes:
     layer, count: the layers' class and number.
-    both_ways: whether positions after a token's own count for it.
+    bidirectional: distinguish positions after a token's own.
   """
 
   config: T5Config
@@ -258,7 +159,7 @@ class Stack(nn.Module):
   deterministic: bool
   layer: Any
   count: int
-  both_ways: bool
+  bidirectional: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, seen_BxTxT: jax.Array, *other) -> jax.Array:
@@ -275,10 +176,10 @@ class Stack(nn.Module):
     bias_HxTxT = relative_bias(
       table,
       x_BxTxD.shape[1],
-      both_ways=self.both_ways,
-      farthest=c.relative_attention_max_distance,
+      bidirectional=self.bidirectional,
+      max_distance=c.relative_attention_max_distance,
     )
-    x_BxTxD = layers.stack(
+    x_BxTxD = stacking.stack(
       self.layer,
       (c, self.dtype, self.deterministic),
       self.count,
@@ -293,7 +194,7 @@ class Stack(nn.Module):
 
 
 class ConditionalGenerator(Model):
-  """An encoder and a decoder that scores every token of the vocabulary as the next.
+  """An encoder and a decoder with logits of the next token.
 
   float16 overflows in large models; bfloat16 has the range.
   """
@@ -310,7 +211,7 @@ class ConditionalGenerator(Model):
     *,
     deterministic: bool = True,
   ) -> jax.Array:
-    """Logits, BxTxV float32, of what follows each of the decoder's T tokens.
+    """Logits of the token after each of the decoder's T, BxTxV float32.
 
     Args:
       input_ids, attention_mask: BxS int32; the mask is 1 where a token is attended to.

@@ -12,24 +12,24 @@ import numpy as np
 
 
 def buckets(
-  ahead_N: np.ndarray, *, both_ways: bool, count: int, farthest: int
+  ahead_N: np.ndarray, *, bidirectional: bool, count: int, max_distance: int
 ) -> np.ndarray:
   """The bucket of each distance.
 
   Half of the buckets of a direction hold one distance each; the other half are
-  logarithmically wider, up to `farthest`, and the last one holds all beyond.
+  logarithmically wider, up to `max_distance`, and the last one holds all larger ones.
 
   Args:
-    ahead_N: the key's place less the query's.
-    both_ways: keys after the query have half of the buckets; otherwise they share
+    ahead_N: the key's position less the query's.
+    bidirectional: keys after the query have half of the buckets; otherwise they share
       that of distance 0.
     count: of all buckets.
-    farthest: the distance from which on all share a bucket.
+    max_distance: the distance from which all share a bucket.
 
   Returns:
     N int32, from 0 to count - 1.
   """
-  if both_ways:
+  if bidirectional:
     count //= 2
     first_N = np.where(ahead_N > 0, count, 0)
     far_N = np.abs(ahead_N)
@@ -37,28 +37,28 @@ def buckets(
     first_N = np.zeros_like(ahead_N)
     far_N = np.maximum(-ahead_N, 0)
   exact = count // 2
-  # In float32 as torch has it, since whole numbers are where buckets begin.
+  # In float32 as in torch, since buckets begin at integers.
   ratio_N = np.maximum(far_N, 1).astype(np.float32) / np.float32(exact)
-  steps_N = np.log(ratio_N) / np.float32(np.log(farthest / exact))
+  steps_N = np.log(ratio_N) / np.float32(np.log(max_distance / exact))
   wide_N = exact + (steps_N * np.float32(count - exact)).astype(np.int64)
   own_N = np.where(far_N < exact, far_N, np.minimum(wide_N, count - 1))
   return (first_N + own_N).astype(np.int32)
 
 
 def relative_bias(
-  table: nn.Embed, length: int, *, both_ways: bool, farthest: int
+  table: nn.Embed, length: int, *, bidirectional: bool, max_distance: int
 ) -> jax.Array:
-  """What attention's logits get, HxTxS, for `length` queries and as many keys.
+  """The bias on attention's logits, HxTxS, for `length` queries and as many keys.
 
   Args:
     table: a row for each bucket, a column for each head.
-    both_ways, farthest: see `buckets`.
+    bidirectional, max_distance: see `buckets`.
   """
   bucket_N = buckets(
     np.arange(1 - length, length),
-    both_ways=both_ways,
+    bidirectional=bidirectional,
     count=table.num_embeddings,
-    farthest=farthest,
+    max_distance=max_distance,
   )
   bias_NxH = table(jnp.asarray(bucket_N))
   places_T = jnp.arange(length)

@@ -11,7 +11,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from lorax_flax.files import bucket
+from lorax_flax.files import atomic, bucket
 from lorax_flax.files import workdir as files
 
 
@@ -33,9 +33,9 @@ class Record:
     self._file = workdir / files.METRICS
     files.write_text(self._file, "".join(map(_dump, self.lines)))
     self._folder = workdir / files.TENSORBOARD
-    with files.naming(self._file):
+    with atomic.naming(self._file):
       self._out = self._file.open("a", encoding="utf-8")
-    with files.naming(self._folder):
+    with atomic.naming(self._folder):
       self._folder.mkdir(exist_ok=True)
       # The suffix keeps two files of one second apart.
       self._events = EventsWriter(str(self._folder / "events"), f".{step}")
@@ -46,14 +46,14 @@ class Record:
     """Writes a line: the step, the epochs that are done, values such as train/loss."""
     line = {"step": step, "epoch": epoch, **values}
     self.lines.append(line)
-    with files.naming(self._file):
+    with atomic.naming(self._file):
       self._out.write(_dump(line))
       self._out.flush()
     self.speed(step, values)
 
   def speed(self, step: int, values: Mapping[str, float]) -> None:
     """Writes values to TensorBoard alone."""
-    with files.naming(self._folder):
+    with atomic.naming(self._folder):
       for name, value in values.items():
         self._event(step, summary=summary.scalar(name, value))
       self._events.flush()
@@ -67,9 +67,9 @@ class Record:
     self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
   def close(self) -> None:
-    with files.naming(self._file):
+    with atomic.naming(self._file):
       self._out.close()
-    with files.naming(self._folder):
+    with atomic.naming(self._folder):
       self._events.close()
     if self._mirror is not None:
       with contextlib.closing(self._mirror):

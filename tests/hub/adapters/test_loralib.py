@@ -321,7 +321,7 @@ def test_the_released_adapter_fits_a_roberta_base(scan, loralib_file):
   )
   shapes = module_shapes.shapes(module_shapes.build(config, jnp.float32, scan, "none"))
   keymap = bert_keys.keymap("roberta", 12, scan)
-  assert hub_loralib.num_labels(loralib_file) == 3
+  assert hub_loralib.num_labels(loralib_file, keymap) == 3
   adapter, config = hub_loralib.read_adapter(loralib_file, shapes, keymap, alpha=16)
   deltas = {p: d for p, d in adapter.items() if isinstance(d, lx.LoRA)}
   assert len(deltas) == (2 if scan else 24)

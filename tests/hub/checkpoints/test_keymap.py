@@ -77,25 +77,12 @@ def test_a_stacked_path_stands_for_one_module_a_layer():
   assert km.module_to_path(keymap, "encoder.layer.1.attention.self.query") == (path, 1)
 
 
-def test_a_container_gives_the_leaves_below_it_and_no_others():
-  keymap = bert_keys.keymap("roberta", 12)
-  assert km.leaves_under(keymap, "classifier") == {
-    "classifier.dense.weight": ("classifier/dense/kernel", None),
-    "classifier.dense.bias": ("classifier/dense/bias", None),
-    "classifier.out_proj.weight": ("classifier/out_proj/kernel", None),
-    "classifier.out_proj.bias": ("classifier/out_proj/bias", None),
-  }
-  # Of layer 1 alone: 10 and 11 begin with the same letters.
-  assert len(km.leaves_under(keymap, "roberta.encoder.layer.1")) == 16
-
-
 @pytest.mark.parametrize(
   ("call", "message"),
   [
     (lambda k: km.module_to_path(k, "bert.pooler.dnse"), "did you mean 'bert.pooler"),
     (lambda k: km.key_to_path(k, "bert.pooler.dense.wight"), "dense.weight"),
     (lambda k: km.path_to_keys(k, "pooler/kernl"), "did you mean 'pooler/kernel'"),
-    (lambda k: km.leaves_under(k, "clasifier"), "did you mean 'classifier'"),
   ],
 )
 def test_an_unknown_name_is_an_error_with_the_nearest(call, message):

@@ -131,7 +131,7 @@ def test_eight_bit_floats_are_refused_by_name(tmp_path):
     ([], r"index\.json holds no JSON object"),
     ("{", r"cannot read .*index\.json"),
     ("[" * 100_000, r"cannot read .*index\.json: too many brackets"),
-    ('{"weight_map": {"a": "one.safetensors", "a": "b"}}', "'a' stands twice"),
+    ('{"weight_map": {"a": "one.safetensors", "a": "b"}}', "'a' is there twice"),
   ],
 )
 def test_a_bad_index_is_an_error(folder, index, message):

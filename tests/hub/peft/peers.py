@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import lorax_flax as lx
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.adapt.targets import first_match
-from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.hub.peft.modules import tensors
 from lorax_flax.models.bert import keys as bert_keys
@@ -158,7 +158,7 @@ def round_trip(theirs, ours, params, keymap, **kwargs):
   The tensors must be the same, and the config mean the same.
   """
   adapter, config = hub_peft.read_adapter(theirs, params, keymap)
-  before = peft_config.read_config(theirs)
+  before = config_file.read(theirs)
   hub_peft.write_adapter(
     ours,
     adapter,
@@ -170,7 +170,7 @@ def round_trip(theirs, ours, params, keymap, **kwargs):
     **kwargs,
   )
   same_tensors(ours, theirs)
-  after = peft_config.read_config(ours)
+  after = config_file.read(ours)
   assert meaning(hub_peft.from_peft(ours, keymap)) == meaning(config)
   for field in ("bias", "use_rslora", "lora_dropout", "task_type", "init_lora_weights"):
     assert getattr(after, field) == getattr(before, field)

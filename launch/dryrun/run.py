@@ -1,4 +1,4 @@
-"""What one way to run costs on a slice."""
+"""A dry run: one run's step, compiled for a slice, and its costs."""
 
 from pathlib import Path
 
@@ -10,33 +10,33 @@ from lorax_flax.jobs.settings import Settings
 
 
 def run(
-  wanted: Settings,
+  settings: Settings,
   topology: Topology,
   title: str,
-  text_to: str | None = None,
+  hlo_file: str | None = None,
 ) -> None:
   """Prints the costs of a run's step.
 
   Args:
-    text_to: a file to write the compiled program's text to.
+    hlo_file: a path to write the compiled program's text to.
 
   Raises:
-    LoraxError: it does not fit.
+    LoraxError: the step does not fit into a chip's memory.
   """
-  job = shapes.job(wanted, topology)
+  job = shapes.job(settings, topology)
   for line in job.notes:
     print(line)
-  report.show("")
-  with report.working("compiling"):
-    useful = shapes.useful_flops(wanted, topology)
+  print()
+  with report.spinner("compiling"):
+    useful = shapes.useful_flops(settings, topology)
     try:
       found, text = costs.measure(job, topology, useful)
     except costs.TooLarge as error:
-      report.show(report.too_large(title, job, error))
+      print(report.too_large(title, job, error))
       raise LoraxError(
         f"{error}. More of mesh.fsdp or mesh.tensor, --config.model.remat=full, a"
         " smaller batch or train.accumulation need less; --suggest tries them"
       ) from error
-  report.show(report.table(title, found, job, topology))
-  if text_to is not None:
-    Path(text_to).write_text(text, "utf-8")
+  print(report.table(title, found, job, topology))
+  if hlo_file is not None:
+    Path(hlo_file).write_text(text, "utf-8")

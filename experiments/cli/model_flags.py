@@ -1,0 +1,45 @@
+"""Flags that the commands which read a base and an adapter have in common."""
+
+from absl import flags
+
+
+def base(values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines --base."""
+  return flags.DEFINE_string(
+    "base",
+    None,
+    "The base: a folder, a name on the Hugging Face hub, or an alias (minilm).",
+    flag_values=values,
+    required=True,
+  )
+
+
+def adapter(
+  values: flags.FlagValues,
+  name: str = "adapter",
+  *,
+  note: str = "",
+  required: bool = True,
+) -> flags.FlagHolder:
+  """Defines --adapter; `note` is the end of its help."""
+  return flags.DEFINE_string(
+    name,
+    None,
+    f"The adapter: a PEFT folder, or one that convert wrote. {note}".rstrip(),
+    flag_values=values,
+    required=required,
+  )
+
+
+def out(
+  values: flags.FlagValues, name: str = "out", kind: str = "folder"
+) -> flags.FlagHolder:
+  """Defines --out, a folder or a file."""
+  return flags.DEFINE_string(
+    name, None, f"The {kind} to write.", flag_values=values, required=True
+  )
+
+
+def overwrite(values: flags.FlagValues, what: str) -> flags.FlagHolder:
+  """Defines --overwrite; `what` may be replaced."""
+  return flags.DEFINE_bool("overwrite", False, f"Replace {what}.", flag_values=values)

@@ -1,0 +1,123 @@
+"""adapter_config.json, PEFT's file of an adapter: read and written."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lorax_flax.errors import LoraxError, listing
+from lorax_flax.files import strict_json
+from lorax_flax.hub.peft.config import CONFIG_FILE, SEQ_CLS, PeftConfig, with_heads
+
+LORA = "LORA"
+_MOST_BYTES = 16 << 20  # of a config: a list of every module's name is far smaller
+
+
+def read(folder: Path) -> PeftConfig:
+  """Reads adapter_config.json of a PEFT folder.
+
+  Raises:
+    LoraxError: no such file, not JSON, another method than LoRA, or a field that would
+      change the numbers and that we don't compute.
+  """
+  file = folder / CONFIG_FILE
+  if not folder.is_dir():
+    raise LoraxError(f"no folder {folder}: an adapter is a folder with {CONFIG_FILE}")
+  if not file.is_file():
+    inside = [entry.name for entry in folder.iterdir()]
+    raise LoraxError(
+      f"no {CONFIG_FILE} in {folder}: it holds no PEFT adapter. It holds: "
+      f"{listing(inside, most=12) or 'nothing'}"
+    )
+  raw = strict_json.read(file, most_bytes=_MOST_BYTES)
+  try:
+    return parse(raw)
+  except LoraxError as error:
+    raise LoraxError(f"{folder}: {error}") from error
+
+
+def parse(raw: Any) -> PeftConfig:
+  """A PeftConfig from adapter_config.json's content; errors as of `read`."""
+  if not isinstance(raw, dict):
+    raise LoraxError(f"{CONFIG_FILE} must hold an object, not {type(raw).__name__}")
+  kind = raw.get("peft_type")
+  if kind != LORA:
+    raise LoraxError(f"{CONFIG_FILE}: peft_type={kind!r}; only {LORA!r} is read here")
+  known = {each.name for each in fields(PeftConfig)}
+  values: dict[str, Any] = {}
+  for name, value in raw.items():
+    if name in known:
+      # null means the default where a field has one other than null.
+      if value is not None:
+        values[name] = _frozen(value)
+    elif name not in _WITHOUT_EFFECT and not _is_off(name, value):
+      raise LoraxError(
+        f"{CONFIG_FILE}: {name}={value!r} changes what the adapter computes, and we "
+        "cannot honour it"
+      )
+  named = values.get("modules_to_save") or ()
+  if values.get("task_type") == SEQ_CLS and isinstance(named, tuple):
+    # PEFT adds these whenever it loads such an adapter.
+    values["modules_to_save"] = with_heads(named)
+  return PeftConfig(**values)
+
+
+def dump(config: PeftConfig) -> dict[str, Any]:
+  """The content of adapter_config.json as PEFT itself would write it.
+
+  It has every field; those that we don't support are off.
+  """
+  raw: dict[str, Any] = {
+    name: off for name, off in _OFF.items() if name != "eva_config"
+  }
+  raw |= {"auto_mapping": None, "eva_config": None, "inference_mode": True}
+  raw |= {"peft_type": LORA, "loftq_config": {}}
+  for each in fields(config):
+    raw[each.name] = _thawed(getattr(config, each.name))
+  return dict(sorted(raw.items()))
+
+
+def _frozen(value: Any) -> Any:
+  """JSON's value with tuples for lists, one level of an object included."""
+  if isinstance(value, dict):
+    return {name: _frozen(each) for name, each in value.items()}
+  return tuple(value) if isinstance(value, list) else value
+
+
+def _thawed(value: Any) -> Any:
+  """The inverse of `_frozen`."""
+  if isinstance(value, Mapping):
+    return {name: _thawed(each) for name, each in value.items()}
+  return list(value) if isinstance(value, tuple) else value
+
+
+# Records of how the file was made.
+_WITHOUT_EFFECT = frozenset(
+  {"auto_mapping", "inference_mode", "peft_type", "peft_version", "eva_config"}
+)
+
+# Fields that we don't compute, with the values that turn them off. A field that we
+# don't know is off where it is None, False or empty.
+_OFF: Mapping[str, Any] = {
+  "alora_invocation_tokens": None,
+  "arrow_config": None,
+  "corda_config": None,
+  "eva_config": None,
+  "kasa_config": None,
+  "layer_replication": None,
+  "loftq_config": {},
+  "lora_ga_config": None,
+  "megatron_config": None,
+  "megatron_core": "megatron.core",
+  "monteclora_config": None,
+  "qalora_group_size": 16,
+  "use_bdlora": None,
+  "use_qalora": False,
+  "velora_config": None,
+}
+
+
+def _is_off(name: str, value: Any) -> bool:
+  # These two have an effect only where another field turns their feature on.
+  detail = name in ("megatron_core", "qalora_group_size")
+  return detail or value is None or value is False or value in ({}, [], "")

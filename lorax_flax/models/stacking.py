@@ -1,0 +1,104 @@
+"""Layers applied one after another, in a loop or stacked and scanned."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.sharding import activations as spread
+
+# Policies of nn.remat: the values kept for the backward pass.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  # Products with kernels are kept, attention's and the element-wise rest recomputed.
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def check_remat(remat: str) -> None:
+  """Raises LoraxError unless `remat` is "none" or a policy."""
+  if remat != "none" and remat not in REMAT_POLICIES:
+    raise LoraxError(unknown("remat", remat, ["none", *REMAT_POLICIES]))
+
+
+def stack(
+  layer: Any,
+  args: Sequence[Any],
+  count: int,
+  x: Any,
+  *shared: Any,
+  scan: bool,
+  remat: str,
+  each: Mapping[str, jax.Array | np.ndarray] | None = None,
+) -> Any:
+  """Runs x through `count` layers; to be called from a compact method.
+
+  The parameters are "layer_{i}/…" of each layer, or with `scan` one stacked tree under
+  "layers", whose leading axis has the logical name "layers".
+
+  Args:
+    layer: a module class whose call takes (x, *shared, **each) and returns (x, None).
+    args: of its constructor.
+    x: the carry: an array or a tree of arrays.
+    shared: passed to every layer.
+    scan: whether to stack the layers' parameters and scan.
+    remat: "none", or a key of REMAT_POLICIES.
+    each: arrays (count, …); each layer gets its own row.
+  """
+  each = dict(each or {})
+  x = spread.rows_apart(x)
+  if remat != "none":
+    policy = REMAT_POLICIES[remat]
+    layer = nn.remat(layer, policy=policy, prevent_cse=not scan)
+  if not scan:
+    for i in range(count):
+      own = {name: rows[i] for name, rows in each.items()}
+      x, _ = layer(*args, name=f"layer_{i}")(x, *shared, **own)
+      x = spread.rows_apart(x)
+    return x
+
+  def body(module, x, own, *shared):
+    x, out = module(x, *shared, **own)
+    return spread.rows_apart(x), out
+
+  run = nn.scan(
+    body,
+    variable_axes={"params": 0},
+    split_rngs={"params": True, "dropout": True},
+    in_axes=(0, *(nn.broadcast for _ in shared)),
+    length=count,
+    metadata_params={meta.PARTITION_NAME: "layers"},
+  )
+  own = {name: jnp.asarray(rows) for name, rows in each.items()}
+  return run(layer(*args, name="layers"), x, own, *shared)[0]
+
+
+class Stack(nn.Module):
+  """`stack` as a module, under whose name the layers' parameters are.
+
+  Attributes:
+    layer, args, count, scan, remat: as `stack` takes them.
+  """
+
+  layer: Any
+  args: tuple[Any, ...]
+  count: int
+  scan: bool
+  remat: str
+
+  @nn.compact
+  def __call__(self, x: Any, *shared: Any) -> Any:
+    return stack(
+      self.layer,
+      self.args,
+      self.count,
+      x,
+      *shared,
+      scan=self.scan,
+      remat=self.remat,
+    )

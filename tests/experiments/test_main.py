@@ -1,0 +1,96 @@
+"""The command `lorax`."""
+
+import configparser
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments.cli import main
+from tests.experiments import peers
+
+
+def _lorax(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.cli.main", *arguments],
+    cwd=peers.ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_it_is_installed_as_lorax():
+  config = configparser.ConfigParser()
+  config.read(peers.ROOT / "setup.cfg")
+  scripts = config["options.entry_points"]["console_scripts"]
+  name, _, target = scripts.strip().partition(" = ")
+  module, _, function = target.partition(":")
+  assert name == "lorax"
+  assert getattr(importlib.import_module(module), function) is main.main
+
+
+def test_help_lists_every_command_and_imports_no_jax():
+  program = (
+    "import sys; from experiments.cli import main; main.main(['--help']); "
+    "sys.exit('jax' in sys.modules)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    cwd=peers.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  for name in main.COMMANDS:
+    assert f"\n  {name}  " in done.stdout
+  assert "merge          Writes a base with an adapter merged in" in done.stdout
+
+
+def test_every_module_of_the_table_is_a_command():
+  for module in main.COMMANDS.values():
+    assert main._about(module)
+
+
+@pytest.mark.parametrize(
+  ("name", "module"), [("merge", "experiments.merge"), ("launch local", "launch.local")]
+)
+def test_a_commands_help_is_the_modules(name, module):
+  ours = _lorax(*name.split(), "--help")
+  theirs = subprocess.run(
+    [sys.executable, "-m", module, "--help"],
+    cwd=peers.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert ours.returncode == 0
+  assert ours.stdout == theirs.stdout
+
+
+def test_a_commands_mistake_is_one_message_and_its_exit_code():
+  done = _lorax("train", "--config=quickstrat.py")
+  assert done.returncode == 1
+  assert done.stderr.startswith("error: unknown config 'quickstrat'; did you mean")
+  assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["trian"], "unknown command 'trian'; did you mean 'train'"),
+    (["launch", "slrm"], "unknown command 'launch slrm'; did you mean 'launch slurm'"),
+  ],
+)
+def test_an_unknown_command_names_the_nearest(arguments, message, capsys):
+  assert main.main(arguments) == 1
+  assert message in capsys.readouterr().err
+
+
+def test_the_sweeps_launch_says_where_it_went():
+  done = _lorax("sweep", "--config=quickstart.py", "--launch=slurm --nodes=2")
+  assert done.returncode == 1
+  assert (
+    "python -m launch.sweep --config=… --workdir=… -- slurm --nodes=2" in done.stderr
+  )
