@@ -27,10 +27,10 @@ from typing import Any
 import jax
 
 from benchmarks import common
+from experiments import run
 from experiments.cli import config_flag, large_pages
 from experiments.sweeps import plan
 from experiments.sweeps.trials import Trial
-from lorax_flax.jobs import train
 from lorax_flax.train import loop
 from lorax_flax.train.config import durations
 
@@ -122,7 +122,7 @@ def _result(folder: Path) -> dict[str, Any]:
 
 def one_step(chosen: list[Trial]) -> str:
   """The second table: memory and seconds of the step."""
-  job = train.prepare({Path(t.name): t.settings for t in chosen})
+  job = run.prepare({Path(t.name): t.settings for t in chosen})
   plan = durations(job.runs[0].config, job.data.steps_per_epoch)
   alone = loop.program_of(dataclasses.replace(job, runs=job.runs[:1]), plan)
   batch = next(job.data.batches)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from experiments.run import train
 from experiments.sweeps import outcomes
 from experiments.sweeps.trials import Pack
 from lorax_flax.distributed import processes
 from lorax_flax.files import workdir as files
-from lorax_flax.jobs import train
 from lorax_flax.train.logs.history import Diverged
 
 
@@ -27,7 +27,7 @@ def run(pack: Pack, folder: Path) -> None:
   for own, settings in runs.items():
     files.check(own, settings.to_json())
   shared = folder / pack.name if len(runs) > 1 else next(iter(runs))
-  results = train.train(runs, shared)
+  results = train(runs, shared)
   if processes.first():
     for own, result in zip(runs, results, strict=True):
       if isinstance(result, Diverged):

@@ -38,9 +38,9 @@ def of_texts(
   """
 
   def objective(label_smoothing: float) -> Objective:
-    made = loss(label_smoothing)
     work = Work("tokens", "attention_mask")
-    return Objective(made, made, dataset.metrics, dataset.primary, work=work)
+    made = loss(label_smoothing)
+    return Objective(made, dataset.metrics, dataset.primary, work=work)
 
   return Task(
     name=dataset.name,
@@ -49,7 +49,9 @@ def of_texts(
     labels=labels,
     settings=("glue_dir", "tfds_dir"),
     read=functools.partial(_read, dataset),
-    blank=functools.partial(_blank, dataset),
+    blank=functools.partial(
+      blank, label=np.float32 if dataset.regression else np.int32
+    ),
     objective=objective,
   )
 
@@ -72,12 +74,13 @@ def _read(dataset: Dataset, settings: DataSettings, model: Loaded) -> Splits:
   return Splits(rows.pop("train"), rows)
 
 
-def _blank(dataset: Dataset, model: Outline, length: int) -> Tokens:
+def blank(model: Outline, length: int, label: type = np.int32) -> Tokens:
+  """One row of `length` tokens, for its shapes, with a label of that dtype."""
   ids_S, offsets = ragged([np.zeros(length, np.int32)])
   return Tokens(
     ids_S,
     offsets,
     pad_id=0,
     token_type_ids_S=ids_S if model.token_types else None,
-    labels_N=np.zeros(1, np.float32 if dataset.regression else np.int32),
+    labels_N=np.zeros(1, label),
   )

@@ -138,7 +138,7 @@ def fit(
     job = loop.Job(
       [Run(config, adapter, folder, export, "fit")],
       Model(forward, params, axes, made),
-      Objective(per_example, per_example, (), "eval_loss", lambda outputs: None),
+      Objective(per_example, (), "eval_loss", predictions=lambda outputs: None),
       loop.Data(
         stream.columns(layout),
         _steps_per_epoch(batches, config),

@@ -46,16 +46,16 @@ class Objective:
 
   Attributes:
     loss: per example; a batch's `weights` scale it.
-    eval_loss: the loss in evaluations.
     metrics: keys of `metrics.METRICS`.
     primary: the metric that picks the best evaluation.
+    eval_loss: the loss in evaluations; None: the same.
     predictions: selects what metrics need of a model's outputs.
     work: unit of the throughput.
   """
 
   loss: Loss
-  eval_loss: Loss
   metrics: Sequence[str]
   primary: str
+  eval_loss: Loss | None = None
   predictions: Predictions = logits
   work: Work = Work()

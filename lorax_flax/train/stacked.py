@@ -122,7 +122,8 @@ def eval_step(forward: steps.Forward, objective: Objective, width: Width) -> Any
 
   The batch has none: it is the same for all.
   """
-  evaluate = steps.one_eval_step(forward, objective.eval_loss, objective.predictions)
+  loss = objective.eval_loss or objective.loss
+  evaluate = steps.one_eval_step(forward, loss, objective.predictions)
 
   def step(trained: Adapter, bases: Bases, batch: steps.Batch):
     def one(trained, own):

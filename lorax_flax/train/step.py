@@ -144,7 +144,12 @@ def program(
       shardings,
       config.on_nonfinite,
     ),
-    eval_step(model.forward, objective.eval_loss, mesh, objective.predictions),
+    eval_step(
+      model.forward,
+      objective.eval_loss or objective.loss,
+      mesh,
+      objective.predictions,
+    ),
     meshes.batch(mesh),
     start,
     abstract,

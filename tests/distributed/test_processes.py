@@ -149,7 +149,7 @@ def test_a_full_disk_is_one_error_in_several_processes(config, small_disk):
 def test_a_folder_that_can_not_be_written_is_said_before_anything_is_loaded(
   config, tmp_path, small_disk, monkeypatch
 ):
-  monkeypatch.setattr("lorax_flax.jobs.train.prepare", None)
+  monkeypatch.setattr("experiments.run.prepare", None)
   (tmp_path / "file").write_text("")
   for folder, message in (
     (tmp_path / "file" / "run", "error: Not a directory: "),

@@ -18,7 +18,6 @@ import transformers
 
 from experiments import run
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import train
 from lorax_flax.train import loop
 from tests.experiments import peers
 from tests.experiments.token_ids import (
@@ -128,7 +127,7 @@ def test_the_adapter_written_has_that_perplexity_in_peft(trained):
 
 
 def _prepare(settings):
-  return train.prepare({Path(): settings})
+  return run.prepare({Path(): settings})
 
 
 def test_every_step_equals_torch_and_peft(trained):
@@ -178,12 +177,12 @@ def test_every_step_equals_torch_and_peft(trained):
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
   trained, tmp_path, monkeypatch
 ):
-  prepare = train.prepare
+  prepare = run.prepare
   stopping = lambda runs: toy.with_batches(prepare(runs), lambda x: Stopping(x, 7))
-  monkeypatch.setattr(train, "prepare", stopping)
+  monkeypatch.setattr(run, "prepare", stopping)
   with pytest.raises(Stopped):
     run.run(trained.wanted, tmp_path)
-  monkeypatch.setattr(train, "prepare", prepare)
+  monkeypatch.setattr(run, "prepare", prepare)
   result = run.run(trained.wanted, tmp_path)
   assert (tmp_path / "metrics.jsonl").read_text() == (
     trained.workdir / "metrics.jsonl"
@@ -264,7 +263,7 @@ def test_frozen_weights_in_bfloat16_train_float32_factors(trained, tmp_path, cap
   wanted = shrunk(
     "llama3_8b_instruct.py", trained.folder / "base", trained.data, **changes
   )
-  made = train.prepare({tmp_path: wanted})
+  made = run.prepare({tmp_path: wanted})
   assert {x.dtype.name for x in jax.tree.leaves(made.model.params)} == {"bfloat16"}
   assert "is in memory as bfloat16: 0.01 MB" in caplog.text
   [result] = loop.fit(made, tmp_path)

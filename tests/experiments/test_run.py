@@ -20,7 +20,6 @@ from lorax_flax.data import tasks as datasets
 from lorax_flax.data.examples import Splits
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import train
 from lorax_flax.models import registry
 from lorax_flax.tasks import classification
 from lorax_flax.tasks.task import TASKS
@@ -88,7 +87,7 @@ def _settings(spec, base, **changes):
 
 
 def _prepare(settings):
-  return train.prepare({Path(): settings})
+  return run.prepare({Path(): settings})
 
 
 def _logits(whole, examples):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from experiments import run
 from experiments.cli import config_dict, config_flag
 from lorax_flax.data.examples import Splits
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import abstract, train
+from lorax_flax.jobs import abstract
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.sharding.mesh import AXES
 from lorax_flax.tasks import classification
@@ -153,7 +154,7 @@ def test_the_abstract_step_is_the_very_step_that_trains(kind, folder, monkeypatc
   splits = Splits(list(_pairs(9, 0)), {"validation": list(_pairs(3, 1))})
   monkeypatch.setattr(classification.data, "load", lambda *args, **kwargs: splits)
   wanted = _wanted(kind, folder)
-  real = train.prepare({Path(): wanted})
+  real = run.prepare({Path(): wanted})
   plan, mesh = durations(wanted.train, real.data.steps_per_epoch), real.model.mesh
   program = loop.program_of(real, plan)
   state, base = program.start()

@@ -19,11 +19,12 @@ from unittest import mock
 import jax
 import numpy as np
 
+from experiments import run as experiments_run
 from experiments.cli import config_dict, config_flag
 from launch.dryrun import hlo
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.files.safetensors import Reader
-from lorax_flax.jobs import abstract, settings, train
+from lorax_flax.jobs import abstract, settings
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import loop
 from lorax_flax.train.config import durations
@@ -80,7 +81,7 @@ def prepare(
   wanted = config_dict.convert(config)
   devices = jax.devices()[: math.prod(sizes)]
   with mock.patch.object(jax, "devices", return_value=devices):
-    return wanted, train.prepare({Path(): wanted})
+    return wanted, experiments_run.prepare({Path(): wanted})
 
 
 @contextmanager

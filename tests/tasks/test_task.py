@@ -59,7 +59,7 @@ MINE = Task(
   read=lambda settings, model: Splits(_rows(16, 0), {"held_out": _rows(6, 1)}),
   blank=lambda model, length: sequences.blank(length),
   objective=lambda label_smoothing: Objective(
-    _loss, _loss, (), "eval_loss", predictions=lambda logits: None
+    _loss, (), "eval_loss", predictions=lambda logits: None
   ),
 )
 

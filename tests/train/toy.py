@@ -98,7 +98,7 @@ def job(
     runs=[Run(config, adapter, folder, export, "toy", name)],
     model=Model(forward, base, AXES, mesh.make(mesh.MeshConfig(), jax.devices()[:1])),
     objective=Objective(
-      loss, loss, ("accuracy", "f1"), "accuracy", work=Work("tokens", "attention_mask")
+      loss, ("accuracy", "f1"), "accuracy", work=Work("tokens", "attention_mask")
     ),
     data=Data(
       pipeline.training(train, shape, seed=config.seed),
