@@ -11,7 +11,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from experiments.cli import config_dict, config_flag
 from lorax_flax.errors import LoraxError
 from lorax_flax.jobs import compile_cache
-from lorax_flax.train.loop import fit
 from tests.train import toy
 
 
@@ -37,7 +36,7 @@ def _as_started(folder):
 
 
 def _train(folder):
-  fit(toy.CONFIG, toy.job(), folder)
+  toy.fit(toy.job(folder), folder)
   return (folder / "metrics.jsonl").read_text(), (folder / "adapter.json").read_text()
 
 
