@@ -69,11 +69,10 @@ LARGE = {
 def test_large_models_have_the_sizes_that_are_known(spec):
   mesh, (whole, trained) = LARGE[spec]
   wanted = config_dict.convert(config_flag.load(spec))
-  said = []
-  made = abstract.abstract(wanted, _mesh(*mesh), said.append)
+  made = abstract.abstract(wanted, _mesh(*mesh))
   assert _sizes(made.base.params) == whole
   assert _sizes(made.state.trained) == trained
-  assert f"training {trained:,} of {whole:,} parameters" in "\n".join(said)
+  assert f"training {trained:,} of {whole:,} parameters" in "\n".join(made.notes)
   assert f"{whole:,} parameters" in config_flag.names()[spec[:-3]].read_text()
   assert f"{trained:,} are trained" in config_flag.names()[spec[:-3]].read_text()
   assert {x.dtype.name for x in jax.tree.leaves(made.base.params)} == {"bfloat16"}
