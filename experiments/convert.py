@@ -29,7 +29,7 @@ from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap, path_to_modules
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
-from lorax_flax.methods import Delta, Rows, Tuned
+from lorax_flax.methods import Delta, KernelDelta, Tuned
 from lorax_flax.models import registry
 
 FORMATS = ("orbax", "peft", "loralib", "vllm")
@@ -145,15 +145,16 @@ def table(saved: Saved, keymap: KeyMap) -> str:
 def _row(path: str, delta: Delta, use_rslora: bool) -> tuple[str, ...]:
   name = type(delta).__name__
   if isinstance(delta, Tuned):
-    kind = f"{name} {path.rpartition('/')[2]}"
-    return kind, "", "", _shape(delta.value.shape), delta.value.dtype.name
-  if isinstance(delta, Rows):
-    return name, "", "", _shape(delta.rows.shape), delta.rows.dtype.name
-  divisor = math.sqrt(delta.rank) if use_rslora else delta.rank
-  alphas = sorted({float(scale) * divisor for scale in np.ravel(delta.scale)})
-  shapes = " ".join(map(_shape, (delta.a.shape, delta.b.shape)))
-  spelled = ", ".join(f"{alpha:g}" for alpha in alphas)
-  return name, str(delta.rank), spelled, shapes, delta.a.dtype.name
+    name = f"{name} {path.rpartition('/')[2]}"
+  rank, axes = delta.rank, delta.axes
+  shown = [n for n in delta.trained if not rank or "rank" in axes[n]]
+  leaves = [delta.leaves()[n] for n in shown]
+  shapes, dtype = " ".join(_shape(x.shape) for x in leaves), leaves[0].dtype.name
+  if not isinstance(delta, KernelDelta):
+    return name, "", "", shapes, dtype
+  divisor = math.sqrt(rank) if use_rslora else rank
+  alphas = sorted({float(scale) * divisor for scale in np.ravel(delta.scales())})
+  return name, str(rank), ", ".join(f"{x:g}" for x in alphas), shapes, dtype
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -20,21 +20,35 @@ from lorax_flax.adapt import (
   unmerge,
 )
 from lorax_flax.errors import LoraxError
-from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LoRA, LowRank, Rows, Tuned
+from lorax_flax.methods import (
+  METHODS,
+  Adapter,
+  BiasLoRA,
+  DoRA,
+  KernelDelta,
+  LoRA,
+  LowRank,
+  Parts,
+  Rows,
+  Tuned,
+)
 from lorax_flax.version import __version__
 
 if TYPE_CHECKING:
   from lorax_flax.train.fit import fit
 
 __all__ = [
+  "METHODS",
   "Adapted",
   "Adapter",
   "BiasLoRA",
   "DoRA",
+  "KernelDelta",
   "LoRA",
   "LoraConfig",
   "LoraxError",
   "LowRank",
+  "Parts",
   "Plan",
   "Rows",
   "Tuned",

@@ -1,4 +1,4 @@
-"""What to adapt and how: the one configuration of the transform."""
+"""The configuration of the transform: targets, method, ranks and scales."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.methods import METHODS
 
 BIAS = ("none", "all", "lora_only")
 ON_UNSUPPORTED = ("error", "materialize")
@@ -13,9 +14,9 @@ INIT = ("uniform", "gaussian")
 
 
 class KnowsPeft(Protocol):
-  """A model that knows PEFT's names of its modules; `models.registry.load` gives one.
+  """A model that translates PEFT's names of its modules to paths and back.
 
-  What PEFT's names are is no business of this package, so the model translates.
+  `models.registry.load` gives one; this package knows no model's names.
   """
 
   def from_peft(self, source: Any) -> "LoraConfig": ...
@@ -30,11 +31,15 @@ class LoraConfig:
   Paths are slash paths of the leaves of `params`, "encoder/layer_0/query/kernel".
 
   Attributes:
-    targets: which weights get a low-rank delta. A string is a regular expression that
+    targets: the weights that get a delta. A string is a regular expression that
       matches a whole path, or "all-linear": every weight that a contraction consumes,
       less the output head (found by tracing). A sequence holds suffixes: the end of a
       path, or of the path of the module that holds the weight ("query").
     exclude: the same rules; wins over `targets`.
+    method: a key of `METHODS`, whose method all targets get: "lora"; "dora"
+      trains a magnitude for each output beside the factors; "lora_bias" a bias on each
+      second factor (PEFT's lora_bias), and takes no embeddings.
+    options: the method's own options by name.
     rank, alpha: of every target, unless a pattern says otherwise; the delta is scaled
       by alpha / rank.
     rank_pattern, alpha_pattern: regular expression to value. The first that matches a
@@ -42,15 +47,14 @@ class LoraConfig:
       (scanned) weight it may be a sequence, a value for each layer; a layer of rank 0
       has no delta.
     use_rslora: scale by alpha / sqrt(rank) instead.
-    use_dora: a trained magnitude for each output beside the factors (DoRA).
-    lora_bias: a trained bias on each second factor (PEFT's lora_bias); not with
-      use_dora, nor on embeddings.
+    use_dora, lora_bias: PEFT's names for method="dora" and method="lora_bias". They set
+      `method`, and are None from then on.
     layers: only weights of these layers. A weight's layer is the first number in its
       path, or what `layers_pattern` captures; of a stacked (scanned) weight, the index
       on its stack axis.
     layers_pattern: regular expression with one group, the layer's number.
     tuned: weights trained in full beside the deltas, a new head for instance; rules as
-      for `targets`. Here a string or an item may also name a module, whole.
+      for `targets`. Here a string or an item may also name a module: all of it.
     tuned_layers: of stacked weights that are trained in full, path to the layers that
       are; the others are all trained. (A bias that `bias="lora_only"` trains is so in
       the layers that have factors.)
@@ -68,13 +72,15 @@ class LoraConfig:
 
   targets: str | Sequence[str] = "all-linear"
   exclude: str | Sequence[str] = ()
+  method: str = "lora"
+  options: Mapping[str, Any] = field(default_factory=dict)
   rank: int = 8
   alpha: float = 8.0
   rank_pattern: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
   alpha_pattern: Mapping[str, float | Sequence[float]] = field(default_factory=dict)
   use_rslora: bool = False
-  use_dora: bool = False
-  lora_bias: bool = False
+  use_dora: bool | None = None
+  lora_bias: bool | None = None
   layers: Sequence[int] | None = None
   layers_pattern: str | None = None
   tuned: str | Sequence[str] = ()
@@ -87,6 +93,8 @@ class LoraConfig:
   on_unsupported: str = "error"
 
   def __post_init__(self):
+    self._resolve_aliases()
+    METHODS.of_targets(self.method, self.options)
     for name, options in (
       ("bias", BIAS),
       ("on_unsupported", ON_UNSUPPORTED),
@@ -104,15 +112,13 @@ class LoraConfig:
       if not all(x > 0 for x in (alpha if isinstance(alpha, Sequence) else (alpha,))):
         raise LoraxError(f"LoraConfig alpha of {name!r} must be > 0, not {alpha!r}")
     for name, numbers in self.rows.items():
-      whole = all(isinstance(n, int) and n >= 0 for n in numbers)
-      if not whole or not 0 < len(numbers) == len(set(numbers)):
+      valid = all(isinstance(n, int) and n >= 0 for n in numbers)
+      if not valid or not 0 < len(numbers) == len(set(numbers)):
         raise LoraxError(
           f"LoraConfig.rows of {name!r} must be different ints >= 0, not {numbers!r}"
         )
     if not 0.0 <= self.dropout < 1.0:
       raise LoraxError(f"LoraConfig.dropout must be in [0, 1), not {self.dropout!r}")
-    if self.use_dora and self.lora_bias:
-      raise LoraxError("LoraConfig: use_dora and lora_bias do not go together")
     if self.layers_pattern is not None and self.layers is None:
       raise LoraxError("LoraConfig.layers_pattern does nothing without layers")
     patterns = [p for p in (self.targets, self.exclude, self.tuned) if _is_regex(p)]
@@ -127,6 +133,24 @@ class LoraConfig:
         ) from e
     if self.layers_pattern and re.compile(self.layers_pattern).groups != 1:
       raise LoraxError("LoraConfig.layers_pattern needs one group, the layer's number")
+
+  def _resolve_aliases(self) -> None:
+    """Sets `method` by `use_dora` or `lora_bias`, as PEFT makes them of LoRA."""
+    aliases = {"use_dora": "dora", "lora_bias": "lora_bias"}
+    given = {
+      a: x for name, a in aliases.items() if (x := getattr(self, name)) is not None
+    }
+    requested = [method for method, value in given.items() if value]
+    if len(requested) > 1:
+      raise LoraxError("LoraConfig: use_dora and lora_bias do not go together")
+    method = requested[0] if requested and self.method == "lora" else self.method
+    for name, alias in aliases.items():
+      if given.get(alias, method == alias) != (method == alias):
+        raise LoraxError(
+          f"LoraConfig: {name}={given[alias]} contradicts method={self.method!r}"
+        )
+      object.__setattr__(self, name, None)
+    object.__setattr__(self, "method", method)
 
   @classmethod
   def from_peft(cls, source: Any, model: KnowsPeft) -> "LoraConfig":

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from lorax_flax.adapt.paths import PyTree, flatten, map_with_path
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.methods import Adapter, BiasLoRA, DoRA, Followed, Tuned
+from lorax_flax.methods import Adapter
 
 
 def merge(params: PyTree, adapter: Adapter) -> PyTree:
@@ -12,7 +12,7 @@ def merge(params: PyTree, adapter: Adapter) -> PyTree:
 
   Args:
     params: the base, any pytree of arrays.
-    adapter: path to LoRA, another low-rank delta, Rows, or Tuned.
+    adapter: path to delta, of any method.
 
   Raises:
     LoraxError: a path that params does not have, a shape that does not fit, or LoRA
@@ -25,13 +25,14 @@ def unmerge(params: PyTree, adapter: Adapter) -> PyTree:
   """The base back from merged params, to rounding; tuned leaves and rows exactly.
 
   Raises:
-    LoraxError: as `merge`, or DoRA, whose merged weights do not tell the base's norms.
+    LoraxError: as `merge`, or a method that can't be undone (DoRA: merged weights do
+      not tell the base's norms).
   """
   for path, delta in adapter.items():
-    if isinstance(delta, DoRA):
+    if delta.irreversible:
       raise LoraxError(
-        f"DoRA cannot be taken out of {path!r}: merged weights do not tell the norms"
-        " of the base. Keep the base"
+        f"{type(delta).__name__} cannot be taken out of {path!r}: {delta.irreversible}."
+        " Keep the base"
       )
   return _shifted(params, adapter, -1.0)
 
@@ -45,31 +46,27 @@ def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
   biases = _biases(leaves, adapter)
 
   def shift(path, leaf):
-    delta = adapter.get(path)
-    new = leaf
-    if isinstance(delta, Tuned):
-      new = delta.put(leaf) if sign > 0 else delta.original
-    elif isinstance(delta, Followed):
-      new = delta.merged(leaf) if sign > 0 else delta.unmerged(leaf)
-    if path in biases and not (isinstance(delta, Tuned) and sign < 0):
-      new = new.astype(jnp.float32) + sign * biases[path]
-    if new.shape != leaf.shape:
-      raise LoraxError(
-        f"the adapter's delta of {path!r} has shape {new.shape}, the base {leaf.shape}"
-      )
+    delta, new = adapter.get(path), leaf
+    if path in biases and sign < 0:
+      new = new.astype(jnp.float32) - biases[path]
+    if delta is not None:
+      delta.check(path, leaf.shape)
+      new = delta.merged(new) if sign > 0 else delta.unmerged(new)
+    if path in biases and sign > 0:
+      new = new.astype(jnp.float32) + biases[path]
     return new.astype(leaf.dtype)
 
   return map_with_path(shift, params)
 
 
 def _biases(leaves: dict, adapter: Adapter) -> dict:
-  """What LoRA's own biases add to the base's, by the path of the base's bias."""
+  """The deltas' additions to the base's biases, by the path of the bias."""
   found = {}
   for path, delta in adapter.items():
-    if not isinstance(delta, BiasLoRA):
+    added = delta.added_bias(leaves[path])
+    if added is None:
       continue
     beside = "/".join([*path.split("/")[:-1], "bias"])
-    added = delta.bias_delta(leaves[path].shape)
     if beside not in leaves or leaves[beside].shape != added.shape:
       raise LoraxError(
         f"the bias of LoRA at {path!r} cannot be merged: the base has no {beside!r} of"

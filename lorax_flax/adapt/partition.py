@@ -1,6 +1,7 @@
-"""What trains and what does not, as masks, as two trees, and as an optimiser."""
+"""Trained and frozen leaves: as masks, as two trees, and as an optimiser."""
 
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -8,20 +9,22 @@ import optax
 
 from lorax_flax.adapt.paths import PyTree, map_with_path
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.methods import Adapter
+from lorax_flax.methods import Adapter, Delta
 
 
 def trainable_mask(adapter: Adapter) -> PyTree:
   """The adapter's tree with True at the leaves that train, False at the others."""
-  masks = {}
-  for path, delta in adapter.items():
-    marks: dict[str, Any] = {
-      f.name: f.name in delta.trained
-      for f in fields(delta)
-      if not f.metadata.get("static")
-    }
-    masks[path] = replace(delta, **marks)
-  return masks
+  return leaf_mask(adapter, lambda delta: delta.trained)
+
+
+def leaf_mask(adapter: Adapter, chosen: Callable[[Delta], Collection[str]]) -> PyTree:
+  """The adapter's tree with True at the leaves that `chosen(delta)` names."""
+
+  def mask(delta: Delta) -> Delta:
+    names = chosen(delta)
+    return replace(delta, **{name: name in names for name in delta.leaves()})
+
+  return {path: mask(delta) for path, delta in adapter.items()}
 
 
 def partition(tree: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
@@ -49,14 +52,14 @@ def params_mask(params: PyTree, paths: Any) -> PyTree:
     LoraxError: a path that is not in the tree.
   """
   known: list[str] = []
-  wanted = set(paths)
+  requested = set(paths)
 
   def mark(path, leaf):
     known.append(path)
-    return path in wanted
+    return path in requested
 
   mask = map_with_path(mark, params)
-  for path in sorted(wanted - set(known)):
+  for path in sorted(requested - set(known)):
     raise LoraxError(unknown("parameter", path, known))
   return mask
 
@@ -64,7 +67,7 @@ def params_mask(params: PyTree, paths: Any) -> PyTree:
 def freeze(
   tx: optax.GradientTransformation, mask: PyTree
 ) -> optax.GradientTransformation:
-  """For people who hold one full tree: `tx` where the mask is True, zero elsewhere.
+  """An optimiser for one full tree: `tx` where the mask is True, zero elsewhere.
 
   A bare optax.masked hands the raw gradient through to the frozen leaves; here their
   update is zero, and no optimiser state exists for them.

@@ -1,7 +1,8 @@
-"""What will be adapted, settled before anything is: targets, roles, ranks."""
+"""The plan of an adapter, settled before anything is made: targets, roles, ranks."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,17 +16,7 @@ from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.paths import path_key
 from lorax_flax.adapt.ranks import settle
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.methods import Adapter, LoRA, LowRank, dora, lora_bias
-from lorax_flax.methods import full as tuned_method
-from lorax_flax.methods import lora as lora_method
-from lorax_flax.methods import token_rows as rows_method
-
-# What each method makes of LoRA's start beside the kernel w.
-METHODS: dict[str, Callable[[Any, LoRA], LowRank]] = {
-  "dora": dora.init,
-  "lora": lambda w, lora: lora,
-  "lora_bias": lambda w, lora: lora_bias.init(w.shape, lora),
-}
+from lorax_flax.methods import METHODS, Adapter, Rows, Tuned
 
 CONTRACTIONS = {"conv_general_dilated", "dot_general"}
 
@@ -40,7 +31,8 @@ class Target:
     alpha, scale: one for all layers, or one for each.
     layers: the indices on the leading stack axis that are adapted; None for all.
     materialized: the primitives before which W + delta is formed.
-    method: "lora", "dora", or "lora_bias".
+    method: a key of `METHODS`.
+    options: of the method, all of them.
   """
 
   path: str
@@ -54,21 +46,25 @@ class Target:
   layers: tuple[int, ...] | None = None
   materialized: tuple[str, ...] = ()
   method: str = "lora"
+  options: Mapping[str, Any] = field(default_factory=dict)
+
+  def key(self, key: jax.Array) -> jax.Array:
+    """A key of this target alone, whatever the others are."""
+    return path_key(key, self.path)
 
   @property
   def size(self) -> int:
-    """How many numbers are trained."""
-    sizes = {"in": 1, "out": 1, "stack": 1}
-    for n, role in zip(self.shape, self.roles, strict=True):
-      sizes[role] *= n
-    stack = sizes["stack"]
+    """Number of trained parameters."""
+    method = METHODS.of_targets(self.method, self.options)
+    pairs = zip(self.shape, self.roles, strict=True)
+    stack = [n for n, role in pairs if role == "stack"]
     if self.layers is not None:
-      stack = stack // self.shape[self.roles.index("stack")] * len(self.layers)
-    per_out = 0 if self.method == "lora" else sizes["out"]
-    ranks = stack * self.rank
-    if self.ranks is not None:
-      ranks = sum(self.ranks) * (stack // len(self.ranks))
-    return ranks * (sizes["in"] + sizes["out"]) + stack * per_out
+      stack[0] = len(self.layers)
+    ranks = self.ranks or (self.rank,) * (stack[0] if stack else 1)
+    one = lambda rank: sum(
+      map(math.prod, method.layer_shapes(replace(self, rank=rank)).values())
+    )
+    return math.prod(stack[1:]) * sum(map(one, ranks))
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class RowsTarget:
   """One table of which some rows are trained.
 
   Attributes:
-    indices: of the rows along `axis`.
+    indices: numbers of the rows along `axis`.
     roles: "in" or "out" for each of the two axes.
   """
 
@@ -100,7 +96,7 @@ class Plan:
 
   def _in_full(self, path: str) -> str:
     layers = self.tuned_layers.get(path)
-    return "in full" if layers is None else f"layers {_said(layers)} in full"
+    return "in full" if layers is None else f"layers {_listed(layers)} in full"
 
   def __str__(self) -> str:
     rows: list[tuple[str, ...]] = []
@@ -110,7 +106,7 @@ class Plan:
       )
       rows.append(
         (t.path + note, str(t.shape), " ".join(t.roles),
-         _said(t.rank if t.ranks is None else t.ranks), _said(t.alpha), f"{t.size:,}")
+         _listed(t.ranks or t.rank), _listed(t.alpha), f"{t.size:,}")
       )  # fmt: skip
     rows += [
       (r.path, str(r.shape), " ".join(r.roles), "", "", f"{len(r.indices)} rows")
@@ -124,7 +120,7 @@ class Plan:
 def _tuned_layers(
   config: LoraConfig, leaves: Mapping[str, Any], tuned, targets: Sequence[Target]
 ) -> dict[str, tuple[int, ...]]:
-  """Which layers of a stacked leaf are trained in full, where not all are."""
+  """The layers of a stacked leaf that are trained in full, where not all are."""
   found = {}
   for path, layers in config.tuned_layers.items():
     if path not in tuned:
@@ -142,8 +138,8 @@ def _tuned_layers(
   return found
 
 
-def _said(value: Any) -> str:
-  """One number, or several that belong to layers, in a table."""
+def _listed(value: Any) -> str:
+  """A table's cell: one number, or one for each layer."""
   return " ".join(f"{x:g}" for x in (value if isinstance(value, tuple) else (value,)))
 
 
@@ -229,12 +225,12 @@ def _rows_target(path, shape, indices, found: disc.Discovery) -> RowsTarget:
   roles = _roles(path, shape, found)
   if sorted(roles) != ["in", "out"]:
     raise LoraxError(f"rows: {path!r} of shape {shape} is no table of rows")
-  # Where tokens are looked up, or else told apart.
+  # The axis of the tokens: where they are looked up, or else told apart.
   looked_up = "gather" in found.usage[path].primitives
   axis = roles.index("in" if looked_up else "out")
   if max(indices) >= shape[axis]:
     raise LoraxError(
-      f"rows: {path!r} has {shape[axis]} rows, and {max(indices)} is asked for"
+      f"rows: {path!r} has {shape[axis]} rows, and {max(indices)} is requested"
     )
   return RowsTarget(path, shape, indices, roles, axis)
 
@@ -318,9 +314,7 @@ def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
   roles = _roles(path, shape, found, config.on_unsupported == "materialize")
   roles = tuple("stack" if i in stack_axes else r for i, r in enumerate(roles))
   style = "embedding" if "gather" in usage.primitives else config.init
-  if config.lora_bias and style == "embedding":
-    raise LoraxError(f"lora_bias: target {path!r} is looked up, and takes no bias")
-  method = "dora" if config.use_dora else "lora_bias" if config.lora_bias else "lora"
+  method = METHODS.of_targets(config.method, config.options)
   return Target(
     path,
     shape,
@@ -328,59 +322,54 @@ def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
     style,
     *settle(config, path, shape, roles),
     tuple(usage.problems),
-    method,
+    config.method,
+    {**method.options, **config.options},
   )
 
 
 def _guessed(shape, path) -> tuple[str, ...]:
-  """Roles where no rule ever sees the weight whole: the last axis is kept."""
+  """Roles where no rule ever sees the full weight: the last axis is kept."""
   if len(shape) < 2:
     raise LoraxError(f"target {path!r} of shape {shape} has no two axes to factor")
   return ("in",) * (len(shape) - 1) + ("out",)
 
 
 def _in_layers(config: LoraConfig, targets: list[Target]) -> list[Target]:
-  wanted = sorted(set(config.layers or ()))
-  kept, met = [], set()
+  requested = sorted(set(config.layers or ()))
+  kept, known = [], set()
   for t in targets:
     layer = tg.layer_of(t.path, config.layers_pattern)
     if layer is not None:
-      met.add(layer)
-      if layer in wanted:
+      known.add(layer)
+      if layer in requested:
         kept.append(t)
     elif "stack" in t.roles:
       length = t.shape[t.roles.index("stack")]
-      met |= set(range(length))
-      inside = tuple(i for i in wanted if i < length)
+      known |= set(range(length))
+      inside = tuple(i for i in requested if i < length)
       if inside:
-        kept.append(Target(**{**t.__dict__, "layers": inside}))
-  missing = [i for i in wanted if i not in met]
+        kept.append(replace(t, layers=inside))
+  missing = [i for i in requested if i not in known]
   if missing or not kept:
     raise LoraxError(
-      f"layers: no target lies in {missing or wanted}; the targets' layers are"
-      f" {sorted(met) or 'not numbered'}"
+      f"layers: no target is in {missing or requested}; the targets' layers are"
+      f" {sorted(known) or 'not numbered'}"
     )
   return kept
 
 
 def start(plan: Plan, key: jax.Array, leaves: Mapping[str, Any]) -> Adapter:
-  """The adapter that a plan asks for, a function of (key, path) for each target."""
+  """The adapter of a plan, a function of (key, path) for each target.
+
+  Args:
+    leaves: the parameters by path.
+  """
   adapter: Adapter = {}
   for t in plan.targets:
-    delta = lora_method.init(
-      path_key(key, t.path),
-      t.shape,
-      t.roles,
-      rank=t.rank,
-      scale=t.scale,
-      style=t.style,
-      dropout=plan.dropout,
-      layers=t.layers,
-      ranks=t.ranks,
-    )
-    adapter[t.path] = METHODS[t.method](leaves[t.path], delta)
+    method = METHODS.of_targets(t.method, t.options)
+    adapter[t.path] = method.start(key, leaves[t.path], t, plan)
   for r in plan.rows:
-    adapter[r.path] = rows_method.init(leaves[r.path], r.indices, r.roles, r.axis)
+    adapter[r.path] = Rows.start(leaves[r.path], r.indices, r.roles, r.axis)
   for path in plan.tuned:
-    adapter[path] = tuned_method.init(leaves[path], plan.tuned_layers.get(path))
+    adapter[path] = Tuned.start(leaves[path], plan.tuned_layers.get(path))
   return adapter

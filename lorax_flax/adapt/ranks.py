@@ -10,7 +10,7 @@ from lorax_flax.errors import LoraxError
 
 
 class Ranks(NamedTuple):
-  """What the patterns of a config say of one target.
+  """The values of a config's patterns for one target.
 
   Attributes:
     rank: of its factors, the largest of its layers'.

@@ -1,4 +1,4 @@
-"""From patterns to paths: which leaves get a delta, which are trained in full."""
+"""Patterns matched against paths: the leaves with a delta, those trained in full."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def select(
     what: the option's name, for the message.
     patterns: a regular expression for whole names, or suffixes.
     paths: what there is.
-    depth: how many names of a path count: 1 the path, 2 also its module's, None also
+    depth: number of names of a path count: 1 the path, 2 also its module's, None also
       all that hold it.
 
   Raises:
@@ -77,7 +77,7 @@ def check_patterns_used(what: str, table: Mapping[str, object], paths: Sequence[
 
 
 def layer_of(path: str, pattern: str | None) -> int | None:
-  """The number of the layer that a path lies in, None where it names none."""
+  """The number of a path's layer, None where it names none."""
   hit = re.search(pattern or r"(?:^|[/_.])(\d+)(?=[/_.]|$)", path)
   return int(hit.group(1)) if hit else None
 

@@ -14,7 +14,7 @@ from lorax_flax.adapt.interpret.view import Dim, View, is_view
 from lorax_flax.adapt.paths import PyTree, flatten
 from lorax_flax.adapt.plan import Plan, make_plan, start
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.methods import Adapter, Followed, Tuned
+from lorax_flax.methods import Adapter, Followed
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Adapted:
   config: LoraConfig
 
   def plan(self, params: PyTree, *args, **kwargs) -> Plan:
-    """What the config means for this function; arguments may be ShapeDtypeStructs."""
+    """The config's meaning for this function; arguments may be ShapeDtypeStructs."""
     traced = _trace(self.apply_fn, params, args, kwargs)
     return make_plan(self.config, traced.jaxpr, traced.leaves, traced.num_args)
 
@@ -38,7 +38,7 @@ class Adapted:
       args, kwargs: arguments to trace the function with, arrays or ShapeDtypeStructs.
 
     Returns:
-      dict of path to LoRA (or another low-rank delta), Rows, or Tuned.
+      dict of path to delta: of the config's method, Rows, or Tuned.
     """
     return start(self.plan(params, *args, **kwargs), key, flatten(params))
 
@@ -59,7 +59,8 @@ class Adapted:
     for path in adapter:
       if path not in leaves:
         raise LoraxError(unknown("adapter path", path, leaves))
-    params = _with_tuned(params, adapter)
+      adapter[path].check(path, leaves[path].shape)
+    params = _with_replaced(params, adapter)
     traced = _trace(self.apply_fn, params, args, kwargs)
     run = Run(dropout_key, self.config.on_unsupported == "materialize")
     operands = list(traced.values)
@@ -146,40 +147,25 @@ def _trace(fn, params, args, kwargs) -> _Traced:
   )
 
 
-def _with_tuned(params: PyTree, adapter: Adapter) -> PyTree:
+def _with_replaced(params: PyTree, adapter: Adapter) -> PyTree:
+  """params with the leaves that are trained in full."""
   leaves, tree = jax.tree.flatten(params)
   for i, (path, leaf) in enumerate(flatten(params).items()):
     delta = adapter.get(path)
-    if isinstance(delta, Tuned):
-      depth = len(delta.layers) if delta.layers is not None else None
-      shape = leaf.shape if depth is None else (depth, *leaf.shape[1:])
-      if delta.value.shape != shape:
-        raise LoraxError(
-          f"tuned {path!r} has shape {delta.value.shape}, the base {leaf.shape}"
-        )
-      leaves[i] = delta.put(leaf)
+    if delta is not None and not isinstance(delta, Followed):
+      leaves[i] = delta.merged(leaf)
   return jax.tree.unflatten(tree, leaves)
 
 
 def _view(path: str, value: Any, delta: Followed) -> View:
-  if len(delta.roles) != value.ndim:
-    raise LoraxError(
-      f"the adapter's delta of {path!r} is for {len(delta.roles)} axes, the base has"
-      f" shape {value.shape}"
-    )
-  _check_shape(path, value.shape, *delta.factors(value.shape))
   parts = delta.parts(value)
-  for t in parts[2:]:
-    if t is not None:
-      _check_shape(path, value.shape, parts.a, t)
+  for name, t in parts._asdict().items():
+    if t is not None and any(
+      n not in (1, size) for n, size in zip(t.shape, value.shape, strict=False)
+    ):
+      raise LoraxError(
+        f"{type(delta).__name__}.parts gives {name!r} of shape {t.shape} for {path!r},"
+        f" whose shape is {value.shape}"
+      )
   dims = tuple(Dim(frozenset({(path, i)}), role) for i, role in enumerate(delta.roles))
   return View(value, *parts, jnp.int32(0), path, dims, delta.dropout)
-
-
-def _check_shape(path: str, shape, a, b):
-  for i, n in enumerate(shape):
-    if max(a.shape[i], b.shape[i]) != n:
-      raise LoraxError(
-        f"the adapter's delta of {path!r} has size {max(a.shape[i], b.shape[i])} on"
-        f" axis {i}, the base has shape {shape}"
-      )

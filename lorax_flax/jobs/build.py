@@ -19,7 +19,7 @@ from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.jobs import outline
 from lorax_flax.jobs.warm_start import start_from
-from lorax_flax.methods import Adapter, LowRank, Tuned
+from lorax_flax.methods import Adapter, Tuned
 from lorax_flax.models import registry
 from lorax_flax.models.settings import ModelSettings
 from lorax_flax.sharding import mesh as meshes
@@ -209,10 +209,12 @@ def _check_new(new_paths: Sequence[str], adapter: Adapter) -> None:
 
 def describe(adapter: Adapter, params: Any) -> list[str]:
   """Lines with the number of trained parameters and the memory of the frozen base."""
-  deltas = [delta for delta in adapter.values() if isinstance(delta, LowRank)]
   tuned = [delta for delta in adapter.values() if isinstance(delta, Tuned)]
-  low = sum(getattr(delta, name).size for delta in deltas for name in delta.trained)
-  full = sum(delta.value.size for delta in tuned)
+  deltas = [delta for delta in adapter.values() if not isinstance(delta, Tuned)]
+  low, full = (
+    sum(delta.leaves()[name].size for delta in group for name in delta.trained)
+    for group in (deltas, tuned)
+  )
   leaves = jax.tree.leaves(params)
   dtypes = sorted({leaf.dtype.name for leaf in leaves})
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -6,10 +6,11 @@ from pathlib import Path
 import lorax_flax as lx
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.distributed import processes
+from lorax_flax.hub.adapters import native
 from lorax_flax.hub.checkpoints import export as hub_export
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import folder as peft
-from lorax_flax.methods import Adapter, LowRank
+from lorax_flax.methods import Adapter, KernelDelta
 from lorax_flax.models import registry
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.tasks.task import Task
@@ -27,6 +28,17 @@ def export(
   def write_adapter(target: Path, adapter: Adapter) -> None:
     if not processes.first():
       return
+    task_type = peft_config.TASK_TYPES[loaded.family.task]
+    if any(delta.peft is None for delta in adapter.values()):
+      saved = native.Saved(
+        adapter,
+        config,
+        task_type=task_type,
+        base_name=base_name,
+        labels=None if task.labels is None else tuple(task.labels),
+      )
+      native.write_adapter(target, saved)
+      return
     peft.write_adapter(
       target,
       adapter,
@@ -34,7 +46,7 @@ def export(
       config,
       base_name=base_name,
       labels=task.labels,
-      task_type=peft_config.TASK_TYPES[loaded.family.task],
+      task_type=task_type,
     )
 
   def write_model(target: Path, adapter: Adapter) -> None:
@@ -53,9 +65,9 @@ def export(
     )
 
   def write(adapter: Adapter, workdir: Path) -> dict[str, str]:
-    # With nothing low-rank in it, an adapter would be the model all over.
-    low_rank = any(isinstance(delta, LowRank) for delta in adapter.values())
-    name, put = ("adapter", write_adapter) if low_rank else ("model", write_model)
+    # Without deltas of kernels, an adapter would be the model all over.
+    has_deltas = any(isinstance(delta, KernelDelta) for delta in adapter.values())
+    name, put = ("adapter", write_adapter) if has_deltas else ("model", write_model)
     put(workdir / name, adapter)
     return {name: str(workdir / name)}
 

@@ -9,17 +9,10 @@ import numpy as np
 from lorax_flax.adapt.paths import map_with_path
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.peft import folder as peft
-from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LoRA, LowRank, Tuned
+from lorax_flax.methods import METHODS, Adapter, Delta, KernelDelta, Tuned
 from lorax_flax.models import registry
 
 log = logging.getLogger(__name__)
-
-# The flags that make a run train what an adapter has.
-_FLAGS: dict[type, str] = {
-  LoRA: "--noconfig.lora.use_dora --noconfig.lora.lora_bias",
-  DoRA: "--config.lora.use_dora",
-  BiasLoRA: "--config.lora.lora_bias",
-}
 
 
 def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapter:
@@ -50,10 +43,10 @@ def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapte
   start = dict(adapter)
   for path, delta in adapter.items():
     other = found.get(path)
-    if isinstance(delta, LowRank) and type(delta) is type(other):
-      start[path] = replace(delta, **{n: getattr(other, n) for n in delta.trained})
-    elif isinstance(delta, Tuned) and isinstance(other, Tuned) and theirs == ours:
-      start[path] = replace(delta, value=other.value)
+    if other is None or type(delta) is not type(other):
+      continue
+    if isinstance(delta, KernelDelta) or (isinstance(delta, Tuned) and theirs == ours):
+      start[path] = _with_trained(delta, other)
   head = "none there"
   if theirs is not None:
     same = theirs == ours
@@ -62,11 +55,18 @@ def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapte
   return start
 
 
-def _factors(adapter: Adapter) -> dict[str, LowRank]:
-  return {path: delta for path, delta in adapter.items() if isinstance(delta, LowRank)}
+def _with_trained(delta: Delta, other: Delta) -> Delta:
+  """The delta with the other's trained leaves."""
+  return replace(delta, **{name: other.leaves()[name] for name in delta.trained})
 
 
-def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) -> None:
+def _factors(adapter: Adapter) -> dict[str, KernelDelta]:
+  return {p: delta for p, delta in adapter.items() if isinstance(delta, KernelDelta)}
+
+
+def _check(
+  folder: str, theirs: dict[str, KernelDelta], ours: dict[str, KernelDelta]
+) -> None:
   if differ := sorted(theirs.keys() ^ ours.keys()):
     there = [path for path in differ if path in theirs]
     only = "that adapter" if there else "lora.targets"
@@ -79,18 +79,20 @@ def _check(folder: str, theirs: dict[str, LowRank], ours: dict[str, LowRank]) ->
     if type(delta) is not type(other):
       raise LoraxError(
         f"init_adapter {folder} has {type(other).__name__} at {path}, and this run "
-        f"{type(delta).__name__}: set {_FLAGS[type(other)]}"
+        f"{type(delta).__name__}: set "
+        f"--config.lora.method={METHODS.name_of(other)}"
       )
     if delta.rank != other.rank:
       raise LoraxError(
         f"init_adapter {folder} has rank {other.rank} at {path}, and this run rank "
         f"{delta.rank}: set --config.lora.rank={other.rank}"
       )
-    if not np.allclose(delta.scale, other.scale):
-      alpha = float(np.max(other.scale)) * other.rank
+    own, stored = np.asarray(delta.scales()), np.asarray(other.scales())
+    if not np.allclose(own, stored):
+      alpha = float(stored.max()) * other.rank
       raise LoraxError(
-        f"init_adapter {folder} scales its delta of {path} by {other.scale}, and this "
-        f"run by {delta.scale}: set --config.lora.alpha={alpha:g}"
+        f"init_adapter {folder} scales its delta of {path} by {stored.flat[0]:g}, and "
+        f"this run by {own.flat[0]:g}: set --config.lora.alpha={alpha:g}"
       )
 
 

@@ -1,28 +1,33 @@
-"""Deltas: one small pytree node a method.
+"""Methods: a small pytree node each, which declares its leaves and describes itself.
 
-Each says which of its leaves are trained, and holds static roles of the kernel's axes.
-A low-rank method answers three questions: how it starts (its `init`), what it makes of
-a product with the kernel (`parts`), and of the kernel itself (`merged`).
+`METHODS` is the table of them. A new method is one file with a subclass of
+`KernelDelta` (or `LowRank`), and one row here; a user's own is registered in the same
+way: `METHODS["mine"] = Mine`.
 """
 
+from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.dora import DoRA
 from lorax_flax.methods.full import Tuned
+from lorax_flax.methods.kernel_delta import Followed, KernelDelta
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.lora_bias import BiasLoRA
-from lorax_flax.methods.low_rank import LowRank, Parts
+from lorax_flax.methods.low_rank import LowRank
+from lorax_flax.methods.parts import Parts
+from lorax_flax.methods.table import Methods
 from lorax_flax.methods.token_rows import Rows
 
-# What changes a weight as it is used, and what takes its place.
-Followed = LowRank | Rows
-Delta = Followed | Tuned
 Adapter = dict[str, Delta]
 
+METHODS = Methods(lora=LoRA, dora=DoRA, lora_bias=BiasLoRA, token_rows=Rows, full=Tuned)
+
 __all__ = [
+  "METHODS",
   "Adapter",
   "BiasLoRA",
   "Delta",
   "DoRA",
   "Followed",
+  "KernelDelta",
   "LoRA",
   "LowRank",
   "Parts",

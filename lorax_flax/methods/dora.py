@@ -5,13 +5,17 @@ kept out of the gradient (section 4.3 of the paper; PEFT does the same).
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.lora import LoRA
-from lorax_flax.methods.low_rank import LowRank, Parts, axes_of
+from lorax_flax.methods.axes import axes_of
+from lorax_flax.methods.kernel_delta import Plan, Target
+from lorax_flax.methods.lora import KEYS, LoRA
+from lorax_flax.methods.low_rank import LowRank
+from lorax_flax.methods.parts import Parts
+from lorax_flax.methods.peft_form import AS_IS, Form, PeftForm
 
 
 @jax.tree_util.register_dataclass
@@ -25,20 +29,34 @@ class DoRA(LowRank):
 
   magnitude: jax.Array = field(kw_only=True)
 
-  trained: ClassVar[tuple[str, ...]] = ("a", "b", "magnitude")
+  axes: ClassVar = LowRank.axes | {"magnitude": ("stack", "out")}
+  trained = ("a", "b", "magnitude")
+  irreversible = "merged weights do not tell the norms of the base"
+  peft = PeftForm(
+    "use_dora",
+    {
+      kind: KEYS[kind] | {"lora_magnitude_vector": ("magnitude", form)}
+      for kind, form in (
+        ("linear", AS_IS),
+        ("embedding", AS_IS),
+        ("conv", Form(ones=(0, 2, 3))),
+      )
+    },
+  )
+
+  @classmethod
+  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Plan) -> Self:
+    """LoRA's factors, and the magnitudes that change nothing."""
+    lora = LoRA.start(key, kernel, target, plan)
+    return cls(**vars(lora), magnitude=norms(lora, kernel))
 
   def parts(self, w: jax.Array) -> Parts:
-    """What the method makes of the kernel w, unevaluated."""
+    """The changed kernel, unevaluated."""
     norm = jax.lax.stop_gradient(norms(self, w))
     # A column of zeros has no direction: it is left as it is.
-    gain = jnp.where(norm > 0, self.magnitude / jnp.where(norm > 0, norm, 1.0), 1.0)
-    return Parts(*self.factors(w.shape), gain=self.per_out(gain, w.shape, 1.0))
-
-  def merged(self, w: jax.Array) -> jax.Array:
-    """W', dense, float32."""
-    gain = self.parts(w).gain
-    assert gain is not None
-    return gain[..., 0] * super().merged(w)
+    scale = jnp.where(norm > 0, self.magnitude / jnp.where(norm > 0, norm, 1.0), 1.0)
+    out_scale = self.laid_out("magnitude", w.shape, fill=1.0, value=scale)
+    return Parts(*self.factors(w.shape), out_scale=out_scale)
 
 
 def norms(delta: LowRank, w: jax.Array) -> jax.Array:
@@ -51,7 +69,7 @@ def norms(delta: LowRank, w: jax.Array) -> jax.Array:
   s, i, o = ("".join(kernel[axis] for axis in axes) for axes in (stack, ins, outs))
   if delta.layers is not None:
     w = jnp.take(w, jnp.asarray(delta.layers), axis=stack[0])
-  w, a, b = w.astype(jnp.float32), delta.a, delta.scaled_b()
+  w, a, b = w.astype(jnp.float32), delta.a, delta.scaled(delta.b)
 
   def einsum(spec, *xs):
     return jnp.einsum(spec, *xs, precision="highest")
@@ -62,16 +80,3 @@ def norms(delta: LowRank, w: jax.Array) -> jax.Array:
   square = einsum(f"{kernel},{kernel}->{s}{o}", w, w)
   square += einsum(f"{s}z{o},{s}z{o}->{s}{o}", 2.0 * w_a + a_a_b, b)
   return jnp.sqrt(jnp.maximum(square, 0.0))
-
-
-def init(w: jax.Array, lora: LoRA) -> DoRA:
-  """The starting delta: `lora`'s factors, and the magnitudes that change nothing."""
-  return DoRA(
-    lora.a,
-    lora.b,
-    lora.scale,
-    lora.roles,
-    lora.dropout,
-    lora.layers,
-    magnitude=norms(lora, w),
-  )

@@ -1,15 +1,19 @@
 """A base leaf trained in full: a new head, a bias. PEFT's modules_to_save."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.methods.delta import Delta
+from lorax_flax.methods.peft_form import AS_IS, PeftForm
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(Delta):
   """Replaces the base leaf.
 
   Attributes:
@@ -24,17 +28,41 @@ class Tuned:
   original: jax.Array
   layers: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
-  trained: ClassVar[tuple[str, ...]] = ("value",)
+  axes: ClassVar = {"value": ("kernel",), "original": ("kernel",)}
+  trained = ("value",)
+  from_base = ("original",)
+  # PEFT's wrapper, under which bias="all" repeats the biases of a saved module.
+  peft = PeftForm(
+    keys={
+      "wrapped": {
+        "modules_to_save": ("value", AS_IS),
+        "original_module": ("original", AS_IS),
+      },
+    }
+  )
 
-  def put(self, leaf: Any) -> Any:
-    """The base's leaf with the value in its place."""
+  @classmethod
+  def start(cls, leaf: jax.Array, layers: tuple[int, ...] | None = None) -> Self:
+    """The delta before the first step; it changes nothing, and its value is a copy."""
+    chosen = leaf if layers is None else leaf[jnp.asarray(layers)]
+    return cls(jnp.array(chosen, copy=True), leaf, layers)
+
+  def kernel_axes(self) -> Mapping[str, tuple[int, ...]]:
+    axes = tuple(range(len(self.value.shape)))
+    return {"kernel": axes, "stack": axes[:1]}
+
+  def merged(self, w: Any) -> jax.Array:
+    """The base's leaf with the value in its place, in the value's dtype."""
     if self.layers is None:
       return self.value
-    whole = leaf.astype(self.value.dtype)
-    return whole.at[jnp.asarray(self.layers)].set(self.value)
+    full = w.astype(self.value.dtype)
+    return full.at[jnp.asarray(self.layers)].set(self.value)
 
+  def now(self) -> jax.Array:
+    """The leaf as it is now, all layers of it."""
+    return self.merged(self.original)
 
-def init(leaf: jax.Array, layers: tuple[int, ...] | None = None) -> Tuned:
-  """The starting delta, which changes nothing; its value is a copy."""
-  chosen = leaf if layers is None else leaf[jnp.asarray(layers)]
-  return Tuned(jnp.array(chosen, copy=True), leaf, layers)
+  def unmerged(self, w: jax.Array) -> jax.Array:
+    """The base's leaf, exactly."""
+    del w
+    return self.original

@@ -2,13 +2,36 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.low_rank import LowRank, axes_of, dense, sizes_of
+from lorax_flax.methods.kernel_delta import Plan, Target
+from lorax_flax.methods.low_rank import LowRank
+from lorax_flax.methods.peft_form import AS_IS, TRANSPOSED, Form, PeftForm
 
-__all__ = ["LoRA", "axes_of", "dense", "init"]
+# A and B of a PEFT folder. An embedding's A is our b where a linear layer shares its
+# weight, for our leaves are named by the look-up.
+KEYS = {
+  "linear": {
+    "lora_A.weight": ("a", TRANSPOSED),
+    "lora_B.weight": ("b", TRANSPOSED),
+  },
+  "embedding": {
+    "lora_embedding_A": ("a", TRANSPOSED),
+    "lora_embedding_B": ("b", TRANSPOSED),
+  },
+  "conv": {
+    "lora_A.weight": ("a", Form((2, 3, 1, 0))),
+    "lora_B.weight": ("b", Form((1, 0), ones=(2, 3))),
+  },
+  "turned": {"lora_A.weight": ("b", AS_IS), "lora_B.weight": ("a", AS_IS)},
+  "experts": {
+    "lora_A.weight": ("a", Form((0, 2, 1), split=0)),
+    "lora_B.weight": ("b", Form((2, 1, 0), split=1)),
+  },
+}
 
 
 @jax.tree_util.register_dataclass
@@ -16,59 +39,35 @@ __all__ = ["LoRA", "axes_of", "dense", "init"]
 class LoRA(LowRank):
   """The low-rank delta of one kernel: W' = W + scale * a @ b. Fields of `LowRank`."""
 
+  peft = PeftForm(None, KEYS)
 
-def init(
-  key: jax.Array,
-  shape: tuple[int, ...],
-  roles: tuple[str, ...],
-  *,
-  rank: int,
-  scale: float | tuple[float, ...],
-  style: str,
-  dropout: float = 0.0,
-  layers: tuple[int, ...] | None = None,
-  ranks: tuple[int, ...] | None = None,
-) -> LoRA:
-  """The starting delta, zero as a whole.
+  @classmethod
+  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Plan) -> Self:
+    """Factors whose product is zero, in the style of the target.
 
-  Args:
-    key: a key of this path alone.
-    shape, roles: the kernel's.
-    style: "uniform": a uniform within 1 / sqrt(fan in), b zero (PEFT's default, torch
-      kaiming_uniform with a = sqrt 5); "gaussian": a normal with deviation 1 / r, b
-      zero; "embedding": a zero, b normal(0, 1) (PEFT's Embedding).
-    scale: one for all layers, or one for each that is adapted.
-    layers: indices on the leading stack axis that are adapted; None for all.
-    ranks: of each of these; a layer's factors are zero beyond its own.
-  """
-  stack, ins, outs = (sizes_of(shape, roles, role) for role in ("stack", "in", "out"))
-  a_shape, b_shape = (*ins, rank), (rank, *outs)
+    "uniform": a uniform within 1 / sqrt(fan in), b zero (PEFT's default, torch
+    kaiming_uniform with a = sqrt 5). "gaussian": a normal with std 1 / r, b zero.
+    "embedding": a zero, b normal with std 1 (PEFT's Embedding).
+    """
+    del kernel
+    shapes = cls.layer_shapes(target)
+    a_shape, b_shape = shapes["a"], shapes["b"]
 
-  def draw(k):
-    if style == "embedding":
-      return jnp.zeros(a_shape), jax.random.normal(k, b_shape, jnp.float32)
-    if style == "gaussian":
-      return jax.random.normal(k, a_shape, jnp.float32) / rank, jnp.zeros(b_shape)
-    bound = 1 / math.sqrt(math.prod(ins))
-    a = jax.random.uniform(k, a_shape, jnp.float32, -bound, bound)
-    return a, jnp.zeros(b_shape)
+    def draw(key):
+      if target.style == "embedding":
+        a, b = jnp.zeros(a_shape), jax.random.normal(key, b_shape, jnp.float32)
+      elif target.style == "gaussian":
+        a = jax.random.normal(key, a_shape, jnp.float32) / target.rank
+        b = jnp.zeros(b_shape)
+      else:
+        bound = 1 / math.sqrt(math.prod(a_shape[:-1]))
+        a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)
+        b = jnp.zeros(b_shape)
+      return {"a": a, "b": b}
 
-  if not stack:
-    a, b = draw(key)
-  else:
-    # Each place on the stack draws from its own index, so that neither the number of
-    # layers nor the selection changes what a layer starts with.
-    indices = jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
-    if layers is not None:
-      indices = indices[jnp.asarray(layers)]
-    flat = indices.reshape(-1)
-    a, b = jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(flat)
-    a, b = (x.reshape(indices.shape + x.shape[1:]) for x in (a, b))
-  if ranks is not None:
-    own = lambda x: jnp.asarray(ranks).reshape(-1, *[1] * (x.ndim - 1))
-    along = lambda x, axis: jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
-    # A gaussian's deviation is that of the layer's own rank.
-    a = a * (rank / own(a)) if style == "gaussian" else a
-    a = jnp.where(along(a, a.ndim - 1) < own(a), a, 0.0)
-    b = jnp.where(along(b, b.ndim - 1 - len(outs)) < own(b), b, 0.0)
-  return LoRA(a, b, jnp.asarray(scale, jnp.float32), roles, dropout, layers)
+    leaves = cls.drawn(target.key(key), target, draw)
+    if target.style == "gaussian" and target.ranks is not None:
+      # The std is that of the layer's own rank.
+      own = jnp.asarray(target.ranks).reshape(-1, *[1] * (leaves["a"].ndim - 1))
+      leaves["a"] = leaves["a"] * (target.rank / own)
+    return cls.of(leaves, target.scale, target.roles, plan.dropout, target.layers)

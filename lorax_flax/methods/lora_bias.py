@@ -1,13 +1,17 @@
 """LoRA with a bias on its second factor: x W' + scale * bias (PEFT's lora_bias)."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.lora import LoRA
-from lorax_flax.methods.low_rank import LowRank, Parts, axes_of, sizes_of
+from lorax_flax.errors import LoraxError
+from lorax_flax.methods.kernel_delta import Plan, Target
+from lorax_flax.methods.lora import KEYS, LoRA
+from lorax_flax.methods.low_rank import LowRank
+from lorax_flax.methods.parts import Parts
+from lorax_flax.methods.peft_form import AS_IS, PeftForm
 
 
 @jax.tree_util.register_dataclass
@@ -21,26 +25,32 @@ class BiasLoRA(LowRank):
 
   bias: jax.Array = field(kw_only=True)
 
-  trained: ClassVar[tuple[str, ...]] = ("a", "b", "bias")
+  axes: ClassVar = LowRank.axes | {"bias": ("stack", "out")}
+  trained = ("a", "b", "bias")
+  peft = PeftForm(
+    "lora_bias",
+    {
+      kind: KEYS[kind] | {"lora_B.bias": ("bias", AS_IS)} for kind in ("linear", "conv")
+    },
+  )
+
+  @classmethod
+  def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Plan) -> Self:
+    """LoRA's factors, and no bias yet.
+
+    Raises:
+      LoraxError: the kernel is a table that is looked up.
+    """
+    if target.style == "embedding":
+      raise LoraxError(
+        f"lora_bias: target {target.path!r} is looked up, and takes no bias"
+      )
+    lora = LoRA.start(key, kernel, target, plan)
+    stack = lora.a.shape[: target.roles.count("stack")]
+    bias = jnp.zeros((*stack, *cls.layer_shapes(target)["bias"]))
+    return cls(**vars(lora), bias=bias)
 
   def parts(self, w: jax.Array) -> Parts:
-    """What the method makes of the kernel w, unevaluated."""
-    bias = self.per_out(self._scaled_bias(), w.shape, 0.0)
+    """The changed kernel, unevaluated."""
+    bias = self.laid_out("bias", w.shape, value=self.scaled(self.bias))
     return Parts(*self.factors(w.shape), bias=bias)
-
-  def bias_delta(self, shape: tuple[int, ...]) -> jax.Array:
-    """What is added to the base's own bias, (*stack, *out), for a kernel of `shape`."""
-    return self.in_all_layers(self._scaled_bias(), shape)
-
-  def _scaled_bias(self) -> jax.Array:
-    ones = (1,) * (self.bias.ndim - self.scale.ndim)
-    return self.bias * self.scale.reshape(self.scale.shape + ones)
-
-
-def init(shape: tuple[int, ...], lora: LoRA) -> BiasLoRA:
-  """The starting delta: `lora`'s factors, and no bias yet."""
-  stack = lora.a.shape[: len(axes_of(lora.roles, "stack"))]
-  bias = jnp.zeros((*stack, *sizes_of(shape, lora.roles, "out")))
-  return BiasLoRA(
-    lora.a, lora.b, lora.scale, lora.roles, lora.dropout, lora.layers, bias=bias
-  )

@@ -4,18 +4,25 @@ W' is W with some rows replaced. It is followed as a low-rank change of W, E (ne
 with the one-hot rows E, so that neither W' nor a gradient of W's size is formed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.low_rank import Parts
+from lorax_flax.errors import LoraxError
+from lorax_flax.methods.axes import Shape
+from lorax_flax.methods.kernel_delta import Followed
+from lorax_flax.methods.parts import Parts
+from lorax_flax.methods.peft_form import AS_IS, PeftForm
+
+_KEYS = {"token_adapter.trainable_tokens_delta": ("rows", AS_IS)}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rows:
+class Rows(Followed):
   """Replaces entries of a matrix along one axis: tokens along the vocabulary.
 
   Attributes:
@@ -32,48 +39,61 @@ class Rows:
   roles: tuple[str, ...] = field(metadata={"static": True})
   axis: int = field(default=0, metadata={"static": True})
 
-  trained: ClassVar[tuple[str, ...]] = ("rows",)
+  axes: ClassVar = {"rows": ("places", "width"), "old_rows": ("places", "width")}
+  trained = ("rows",)
+  peft = PeftForm(keys={"linear": _KEYS, "embedding": _KEYS})
   # They are themselves, whatever they are multiplied with.
   dropout: ClassVar[float] = 0.0
 
-  def factors(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The new rows as factors laid out like the kernel, as `LowRank.factors`."""
-    return self._factors(shape, self.rows)
+  @classmethod
+  def start(
+    cls, w: jax.Array, indices: tuple[int, ...], roles: tuple[str, ...], axis: int
+  ) -> Self:
+    """The delta before the first step; it changes nothing."""
+    rows = _taken(w, indices, axis)
+    return cls(rows, rows, indices, roles, axis)
+
+  @classmethod
+  def of(cls, rows: jax.Array, w: jax.Array, indices, roles, axis: int) -> Self:
+    """A delta that has these rows, (n, width), in the places of those of w."""
+    return cls(rows, _taken(w, indices, axis), indices, roles, axis)
+
+  def kernel_axes(self) -> Mapping[str, tuple[int, ...]]:
+    return {**super().kernel_axes(), "width": (1 - self.axis,)}
+
+  def sizes(self) -> dict[str, int]:
+    return {"places": len(self.indices)}
+
+  def check(self, path: str, base: Shape) -> None:
+    super().check(path, base)
+    if max(self.indices) >= base[self.axis]:
+      raise LoraxError(
+        f"the adapter's delta of {path!r} is for the rows {self.indices}, the base has"
+        f" shape {base}"
+      )
 
   def parts(self, w: jax.Array) -> Parts:
-    """What is made of the kernel w, unevaluated."""
-    return Parts(
-      *self._factors(w.shape, self.rows - _taken(w, self.indices, self.axis))
-    )
+    """The changed kernel, unevaluated."""
+    places = jnp.arange(w.shape[self.axis], dtype=jnp.int32)
+    # Compared where it is used, not stored: XLA fuses it into the look-up.
+    one_hot = (places[:, None] == jnp.asarray(self.indices)[None]).astype(jnp.float32)
+    one_hot = jnp.expand_dims(one_hot, 1 - self.axis)
+    change = self.rows - _taken(w, self.indices, self.axis)
+    change = jnp.expand_dims(change.T, self.axis)
+    in_first = self.roles[self.axis] == "in"
+    return Parts(one_hot, change) if in_first else Parts(change, one_hot)
 
   def merged(self, w: jax.Array) -> jax.Array:
     """W', dense, float32."""
     return self._put(w, self.rows)
 
   def unmerged(self, w: jax.Array) -> jax.Array:
-    """W back from W', dense, float32."""
+    """W back from W', dense, float32, exactly."""
     return self._put(w, self.old_rows)
-
-  def _factors(self, shape, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    places = jnp.arange(shape[self.axis], dtype=jnp.int32)
-    # Compared where it is used, not stored: XLA fuses it into the look-up.
-    one_hot = (places[:, None] == jnp.asarray(self.indices)[None]).astype(jnp.float32)
-    one_hot = jnp.expand_dims(one_hot, 1 - self.axis)
-    rows = jnp.expand_dims(rows.T, self.axis)
-    in_first = self.roles[self.axis] == "in"
-    return (one_hot, rows) if in_first else (rows, one_hot)
 
   def _put(self, w: jax.Array, rows: jax.Array) -> jax.Array:
     w = jnp.moveaxis(w.astype(jnp.float32), self.axis, 0)
     return jnp.moveaxis(w.at[jnp.asarray(self.indices)].set(rows), 0, self.axis)
-
-
-def init(
-  w: jax.Array, indices: tuple[int, ...], roles: tuple[str, ...], axis: int
-) -> Rows:
-  """The starting delta, which changes nothing."""
-  rows = _taken(w, indices, axis)
-  return Rows(rows, rows, indices, roles, axis)
 
 
 def _taken(w: jax.Array, indices: tuple[int, ...], axis: int) -> jax.Array:

@@ -7,7 +7,7 @@ kernel, so a factor is on the devices of the part of the kernel that it multipli
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax_flax.adapt.paths import PyTree, flatten, map_with_path
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.methods import Adapter, LowRank, Rows
+from lorax_flax.methods import Adapter, Delta
 from lorax_flax.sharding import activations as spread
 
 # Logical names of each leaf's axes, by the leaf's slash path. Every axis has a name, so
@@ -47,20 +47,6 @@ RULES: dict[str, str | None] = {
   "types": None,
   "vocab": "tensor",
   "width": None,
-}
-
-# A delta's leaves: which of the kernel's axes each carries, in the order of its own.
-_KERNEL = "kernel"
-_CARRIES: dict[str, tuple[str, ...]] = {
-  "a": ("stack", "in", "rank"),
-  "b": ("stack", "rank", "out"),
-  "bias": ("stack", "out"),
-  "magnitude": ("stack", "out"),
-  "old_rows": ("rank", "width"),
-  "original": (_KERNEL,),
-  "rows": ("rank", "width"),
-  "scale": ("stack",),
-  "value": (_KERNEL,),
 }
 
 
@@ -207,32 +193,18 @@ def of_adapter(mesh: Mesh, axes: Axes, adapter: Adapter) -> Adapter:
     axes: names of the base's axes.
 
   Raises:
-    LoraxError: as `of_params`; a leaf of a delta that no rule covers.
+    LoraxError: as `of_params`.
   """
   return {path: _of_delta(mesh, path, delta, axes) for path, delta in adapter.items()}
 
 
-def _of_delta(mesh: Mesh, path: str, delta: Any, axes: Axes) -> Any:
+def _of_delta(mesh: Mesh, path: str, delta: Delta, axes: Axes) -> Delta:
+  """A delta's shardings: its own axes are replicated, the kernel's as the kernel's."""
   names = _names(axes, path)
-  by_role: dict[str, tuple[str | None, ...]] = {_KERNEL: names, "rank": ("rank",)}
-  if isinstance(delta, LowRank):
-    for role in ("stack", "in", "out"):
-      pairs = zip(names, delta.roles, strict=True)
-      by_role[role] = tuple(name for name, r in pairs if r == role)
-  if isinstance(delta, Rows):
-    by_role["width"] = (names[1 - delta.axis],)
   found = {}
-  for field in fields(delta):
-    if field.metadata.get("static"):
-      continue
-    leaf = f"{path}:{field.name}"
-    if field.name not in _CARRIES:
-      raise LoraxError(unknown("leaf of a delta", leaf, sorted(_CARRIES)))
-    carried = [by_role[role] for role in _CARRIES[field.name] if role in by_role]
-    shape = getattr(delta, field.name).shape
-    # A scale that is the same on the whole stack has no axis.
-    own = tuple(name for group in carried for name in group) if shape else ()
-    found[field.name] = _sharding(mesh, leaf, own, shape)
+  for name, leaf in delta.leaves().items():
+    own = [names[x] if isinstance(x, int) else "rank" for x in delta.leaf_axes(name)]
+    found[name] = _sharding(mesh, f"{path}:{name}", own, leaf.shape)
   return replace(delta, **found)
 
 

@@ -1,7 +1,6 @@
 """The state of N runs in one tree, and the steps that all of them take at once."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lorax_flax.adapt.partition import partition, trainable_mask
-from lorax_flax.methods import Adapter, LowRank
-from lorax_flax.methods.low_rank import axes_of
+from lorax_flax.adapt.partition import leaf_mask, partition, trainable_mask
+from lorax_flax.methods import Adapter
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import step as steps
 from lorax_flax.train.config import Durations, TrainConfig
@@ -168,28 +166,18 @@ def abstract(
 
 def own_and_shared(rest: Adapter) -> tuple[Adapter, Adapter]:
   """Untrained leaves as (those of the trial, those of the base)."""
-  mask = {
-    path: jax.tree_util.tree_map_with_path(lambda p, _: p[-1].name == "scale", delta)
-    for path, delta in rest.items()
-  }
-  return partition(rest, mask)
+  return partition(rest, leaf_mask(rest, lambda delta: delta.per_trial))
+
+
+def largest_ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
+  """The largest rank that a trial gives each delta that has one."""
+  ranks = {p: max(each[p].rank for each in adapters) for p in adapters[0]}
+  return {path: rank for path, rank in ranks.items() if rank}
 
 
 def padded(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
-  """With factors of these ranks, zero beyond their own."""
-
-  def pad(path, delta):
-    if path not in ranks:
-      return delta
-    more = ranks[path] - delta.rank
-
-    def along(x, axis):
-      return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
-
-    a, b = along(delta.a, delta.a.ndim - 1), along(delta.b, _rank_axis(delta))
-    return dataclasses.replace(delta, a=a, b=b)
-
-  return {path: pad(path, delta) for path, delta in adapter.items()}
+  """The deltas with these ranks, zero beyond their own."""
+  return {p: d.padded(ranks[p]) if p in ranks else d for p, d in adapter.items()}
 
 
 def trimmed(trained: Adapter, like: Adapter) -> Adapter:
@@ -200,11 +188,6 @@ def trimmed(trained: Adapter, like: Adapter) -> Adapter:
     trained,
     like,
   )
-
-
-def _rank_axis(delta: LowRank) -> int:
-  """Of `b`."""
-  return len(axes_of(delta.roles, "stack"))
 
 
 def one(tree: PyTree, i: int) -> PyTree:

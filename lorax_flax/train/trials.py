@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.methods import Adapter, LowRank
+from lorax_flax.methods import Adapter
 from lorax_flax.sharding import activations as spread
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import stacked
@@ -115,7 +115,7 @@ def program(
   """
   _check(runs)
   adapters = [run.adapter for run in runs]
-  ranks, mesh, config = _ranks(adapters), model.mesh, runs[0].config
+  ranks, mesh, config = stacked.largest_ranks(adapters), model.mesh, runs[0].config
   at_once = _width(mesh) if width is None else lambda tokens: width
   placed = meshes.of_adapter(mesh, model.axes, adapters[0])
   optimizer, _ = steps.optimizer_of(config, plan)
@@ -185,15 +185,6 @@ def _width(mesh: Mesh) -> stacked.Width:
   if jax.default_backend() == "cpu":
     return stacked.within(0)
   return stacked.within(stacked.ROOM * spread.ways(mesh.shape))
-
-
-def _ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
-  """The largest rank that a run gives each low-rank delta, by path."""
-  return {
-    path: max(adapter[path].rank for adapter in adapters)  # type: ignore[union-attr]
-    for path, delta in adapters[0].items()
-    if isinstance(delta, LowRank)
-  }
 
 
 @jax.jit

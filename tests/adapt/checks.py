@@ -72,7 +72,7 @@ def check_no_dense_gradient(lora, params, adapter, *args):
   leaves = flatten(params)
   shapes = set()
   for path, delta in adapter.items():
-    if isinstance(delta, lx.LowRank):
+    if isinstance(delta, lx.KernelDelta):
       shape = tuple(leaves[path].shape)
       shapes.add(tuple(sorted(shape)))
       stack = [n for n, role in zip(shape, delta.roles, strict=True) if role == "stack"]

@@ -1,5 +1,7 @@
 """DoRA and LoRA with a bias, against merged weights (against PEFT: tests/methods)."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -50,6 +52,32 @@ def test_a_bias_is_merged_into_the_bases_and_taken_out_again():
   jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, atol=1e-6), back, base)
   with pytest.raises(lx.LoraxError, match="has no 'bias'"):
     lx.merge({"kernel": base["kernel"]}, adapter)
+
+
+@pytest.mark.parametrize(
+  ("alias", "method"), [("use_dora", "dora"), ("lora_bias", "lora_bias")]
+)
+def test_a_method_has_an_alias(alias, method):
+  config = lx.LoraConfig(**{alias: True})
+  assert config.method == method
+  assert config == lx.LoraConfig(method=method)
+  assert dataclasses.replace(config, method="lora").method == "lora"
+  assert lx.LoraConfig(**{alias: False}).method == "lora"
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"method": "dora", "lora_bias": True}, "lora_bias=True contradicts method='dora'"),
+    ({"method": "dora", "use_dora": False}, "use_dora=False contradicts method='dora'"),
+    ({"method": "drora"}, "unknown LoraConfig.method 'drora'; did you mean 'dora'"),
+    ({"method": "full"}, "unknown LoraConfig.method 'full'"),
+    ({"options": {"depth": 3}}, "unknown option of lora 'depth'"),
+  ],
+)
+def test_a_method_that_can_not_be_is_an_error(fields, message):
+  with pytest.raises(lx.LoraxError, match=message):
+    lx.LoraConfig(**fields)
 
 
 def test_dora_and_a_bias_do_not_go_together():

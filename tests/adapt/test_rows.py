@@ -92,7 +92,7 @@ def test_all_linear_leaves_a_table_of_trained_rows_alone(params):
   ("config", "message"),
   [
     ({"rows": {"embedd": (1,)}}, "rows: 'embedd' matches nothing. Nearest: embed"),
-    ({"rows": {"embed": (13,)}}, "has 13 rows, and 13 is asked for"),
+    ({"rows": {"embed": (13,)}}, "has 13 rows, and 13 is requested"),
     ({"rows": {"embed": (1,)}, "targets": ["embed"]}, "embed/embedding is among the"),
     ({"rows": {"embed": (1,)}, "tuned": ["embed"]}, "embed/embedding is among the"),
     ({"rows": {"embed": (1,), "embed/embedding": (2,)}}, "named twice"),

@@ -86,7 +86,7 @@ def test_layers_select_by_the_first_number(model):
   lora = lx.adapt(fn, lx.LoraConfig(targets=["w"], layers=[1]))
   found = lora.plan(params, jnp.ones((1, 3)))
   assert [t.path for t in found.targets] == ["layers/1/w"]
-  with pytest.raises(lx.LoraxError, match=r"no target lies in \[5\]"):
+  with pytest.raises(lx.LoraxError, match=r"no target is in \[5\]"):
     lx.adapt(fn, lx.LoraConfig(targets=["w"], layers=[5])).plan(
       params, jnp.ones((1, 3))
     )

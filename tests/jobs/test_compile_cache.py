@@ -70,7 +70,7 @@ def test_a_place_that_can_not_be_written_is_an_error(tmp_path):
   before = jax.config.jax_compilation_cache_dir
   with pytest.raises(OSError, match="file"):
     compile_cache.use(str(tmp_path / "file" / "programs"))
-  with pytest.raises(LoraxError, match="gs://BUCKET/FOLDER is supported"):
+  with pytest.raises(LoraxError, match="only buckets gs://BUCKET/FOLDER are supported"):
     compile_cache.use("s3://bucket/programs")
   compile_cache.use(None)
   assert jax.config.jax_compilation_cache_dir == before

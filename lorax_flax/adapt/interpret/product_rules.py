@@ -15,7 +15,7 @@ from jax import lax
 
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
-from lorax_flax.methods.low_rank import dense
+from lorax_flax.methods.parts import dense
 
 
 class Axes(NamedTuple):

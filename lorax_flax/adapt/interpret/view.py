@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.low_rank import dense
+from lorax_flax.methods.parts import dense
 
 
 class Dim(NamedTuple):

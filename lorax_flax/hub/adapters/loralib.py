@@ -14,7 +14,7 @@ diagonal, each in its part of the outputs, zero elsewhere. The delta is the same
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,7 @@ from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import stacking
-from lorax_flax.hub.adapters.stacking import Factors, Layer
+from lorax_flax.hub.adapters.stacking import Index
 from lorax_flax.hub.checkpoints import entries as rows
 from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints.entries import Site
@@ -35,10 +35,20 @@ from lorax_flax.methods import Adapter, LoRA, Tuned
 # The file of a folder that we write.
 FILE = "lora.bin"
 _FACTORS = re.compile(r"(.+)\.lora_([AB])")
+# The leaf of ours that each of the two is.
+_LEAVES = {x: LoRA.peft.keys["linear"][f"lora_{x}.weight"][0] for x in "AB"}
+
+
+class Factors(NamedTuple):
+  """One layer's: A (in, rank), B (rank, out), and the factor of A @ B."""
+
+  in_r: np.ndarray
+  r_out: np.ndarray
+  scale: float
 
 
 def is_state_dict(path: Path) -> bool:
-  """Whether a file is loralib's, by the names of its tensors."""
+  """Checks whether a file is loralib's, by the names of its tensors."""
   if not path.is_file():
     return False
   if torch_file.is_torch_file(path):
@@ -126,7 +136,8 @@ def _adapter(
       pairs.setdefault(found[1], {})[found[2]] = tensor.astype(np.float32)
     else:
       rest[key] = tensor.astype(np.float32)
-  factors: dict[str, dict[Layer, Factors]] = {}
+  factors: dict[str, dict[Index, dict[str, np.ndarray]]] = {}
+  scales: dict[str, list[float]] = {}
   alphas: dict[str, float] = {}
   unused = enable_lora is not None
   for module, pair in pairs.items():
@@ -138,13 +149,15 @@ def _adapter(
     if a.shape[::-1] != (shape[0], b.shape[-1]) or len(b) != shape[1]:
       b = _widened(module, a, b, shape, enable_lora)
       parts, unused = sum(enable_lora or ()), False
-    scale = alpha * parts / len(a)
-    factors.setdefault(site.path, {})[site.layer] = Factors(a.T, b.T, scale)
+    scales.setdefault(site.path, []).append(alpha * parts / len(a))
+    layer = {_LEAVES["A"]: a.T, _LEAVES["B"]: b.T}
+    factors.setdefault(site.path, {})[site.index] = layer
     alphas[site.path] = alpha * parts
   if unused:
     raise LoraxError("enable_lora is given, and no module here is a MergedLinear")
   adapter: Adapter = {
-    path: stacking.lora(layers, leaves[path]) for path, layers in factors.items()
+    path: stacking.stack(LoRA, layers, scales[path], ("in", "out"), leaves[path].shape)
+    for path, layers in factors.items()
   }
   adapter |= _trained_in_full(rest, leaves, keymap)
   return adapter, _config(adapter, alphas, leaves)
@@ -153,7 +166,7 @@ def _adapter(
 def _target(
   module: str, keymap: km.KeyMap, leaves: Mapping[str, Any]
 ) -> tuple[Site, tuple[int, ...]]:
-  """Where a module's weight lies in our tree, and its (in, out)."""
+  """The site of a module's weight in our tree, and its (in, out)."""
   km.module_to_path(keymap, module)  # or an error that names the nearest
   site = keymap.sites[keymap.leaves[module.removeprefix(keymap.prefix)]]
   kind = rows.kind(site.entry)
@@ -199,17 +212,19 @@ def _widened(
 def _trained_in_full(
   tensors: Mapping[str, np.ndarray], leaves: Mapping[str, Any], keymap: km.KeyMap
 ) -> Adapter:
-  values: dict[str, dict[Layer, np.ndarray]] = {}
+  values: dict[str, dict[Index, np.ndarray]] = {}
   for key, tensor in tensors.items():
-    path, layer = km.key_to_path(keymap, key)
+    path, _ = km.key_to_path(keymap, key)
     site = keymap.sites[km.bare_key(keymap, key)]
     shape = leaves[path].shape
-    wanted = site.entry.stored_shape(site.shape(shape))
-    if tensor.shape != wanted:
-      raise LoraxError(f"{key} has the shape {tensor.shape}, and {wanted} was expected")
+    expected = site.entry.stored_shape(site.shape(shape))
+    if tensor.shape != expected:
+      raise LoraxError(
+        f"{key} has the shape {tensor.shape}, and {expected} was expected"
+      )
     if site.entry.piece != (0, 1) or len(site.index) > 1:
       raise LoraxError(f"{key} is a part of {path}, which is trained whole or not")
-    values.setdefault(path, {})[layer] = site.entry.to_ours(tensor)
+    values.setdefault(path, {})[site.index] = site.entry.to_ours(tensor)
   return {path: stacking.tuned(each, leaves[path]) for path, each in values.items()}
 
 
@@ -262,12 +277,13 @@ def to_state_dict(
     for bare in keymap.keys[path]:
       site, key = keymap.sites[bare], km.full_key(keymap, bare)
       if isinstance(delta, Tuned):
-        value = np.asarray(delta.put(delta.original), np.float32)
+        value = np.asarray(delta.now(), np.float32)
         rest[key] = site.entry.to_stored(value[site.place(value.shape)])
       elif type(delta) is LoRA and delta.roles[-2:] == ("in", "out"):
-        layers = delta.layers
-        if layers is None or site.layer in layers:
-          factors[km.module_of(key)] = stacking.of_layer(delta, site.layer)
+        if stacking.has_layer(delta, site.index):
+          leaves, scale, _ = stacking.unstack(delta, site.index)
+          found = Factors(leaves[_LEAVES["A"]], leaves[_LEAVES["B"]], float(scale))
+          factors[km.module_of(key)] = found
       else:
         raise LoraxError(
           f"loralib has no layer for the {type(delta).__name__} of {path}"
@@ -282,7 +298,7 @@ def to_state_dict(
         " such blocks"
       )
     factors = {name: narrow[name] or one for name, one in factors.items()}
-  alphas = {name: one.scale * one.b.shape[0] for name, one in factors.items()}
+  alphas = {name: one.scale * one.r_out.shape[0] for name, one in factors.items()}
   alpha = stacking.most_common(alphas)
   tensors = {}
   for name, (a, b, _) in factors.items():

@@ -23,16 +23,12 @@ from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.files import atomic
 from lorax_flax.hub.checkpoints.keymap import KeyMap
-from lorax_flax.methods import Adapter, BiasLoRA, Delta, DoRA, LoRA, Rows, Tuned
-from lorax_flax.methods.low_rank import sizes_of
+from lorax_flax.methods import METHODS, Adapter, Delta, Tuned
 
 FILE = "adapter.json"
 ARRAYS = "arrays"
 _FORMAT = 1
 _MOST_BYTES = 64 << 20  # of adapter.json: a line or two for each delta
-_METHODS: Mapping[str, Any] = {
-  m.__name__: m for m in (LoRA, BiasLoRA, DoRA, Rows, Tuned)
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Saved:
 
 
 def is_ours(folder: Path) -> bool:
-  """Whether a folder holds an adapter in this form."""
+  """Checks whether a folder holds an adapter in this form."""
   return (folder / FILE).is_file() and (folder / ARRAYS).is_dir()
 
 
@@ -116,9 +112,9 @@ def num_labels(folder: str | Path, keymap: KeyMap) -> int | None:
   folder = Path(folder).expanduser()
   about = _read(folder)
   try:
-    deltas = about["deltas"]
+    deltas, (leaf,) = about["deltas"], Tuned.trained
     heads = [deltas[path] for path in keymap.label_paths if path in deltas]
-    return int(heads[0]["arrays"]["value"][0][-1]) if heads else None
+    return int(heads[0]["arrays"][leaf][0][-1]) if heads else None
   except (KeyError, TypeError, IndexError, ValueError) as error:
     raise _damaged(folder / FILE, error) from error
 
@@ -146,17 +142,16 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _arrays(delta: Delta) -> dict[str, Any]:
-  """What of a delta is stored as arrays: a Tuned's original is the base's."""
-  names = [f.name for f in dataclasses.fields(delta) if not f.metadata.get("static")]
-  return {name: getattr(delta, name) for name in names if name != "original"}
+  """The leaves that are stored: those that repeat the base's are not."""
+  return {n: x for n, x in delta.leaves().items() if n not in delta.from_base}
 
 
 def _about(delta: Delta) -> dict[str, Any]:
-  """What of a delta is no array, and the shapes and dtypes of what is."""
+  """A delta's method and static fields, and the shapes and dtypes of its arrays."""
   static = [f.name for f in dataclasses.fields(delta) if f.metadata.get("static")]
   arrays = {n: (list(x.shape), x.dtype.name) for n, x in _arrays(delta).items()}
   return {
-    "method": type(delta).__name__,
+    "method": METHODS.name_of(delta),
     "static": {name: getattr(delta, name) for name in static},
     "arrays": arrays,
   }
@@ -166,49 +161,19 @@ def _shell(path: str, about: Mapping[str, Any], leaves: Mapping[str, Any]) -> De
   """A delta with shapes for arrays, checked against the base's leaf."""
   if path not in leaves:
     raise LoraxError(unknown("weight of the base", path, leaves))
-  if about["method"] not in _METHODS:
-    raise LoraxError(unknown("method", str(about["method"]), _METHODS))
-  method = _METHODS[about["method"]]
+  # The first version wrote the names of the classes.
+  known = {method.__name__: method for method in METHODS.values()} | METHODS
+  if about["method"] not in known:
+    raise LoraxError(unknown("method", str(about["method"]), METHODS))
+  method = known[about["method"]]
   arrays = {
     name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
     for name, (shape, dtype) in about["arrays"].items()
   }
   static = {name: _frozen(value) for name, value in about["static"].items()}
-  more = {"original": leaves[path]} if method is Tuned else {}
-  delta = method(**arrays, **static, **more)
-  for name, shape in _shapes(delta, tuple(leaves[path].shape)).items():
-    got = arrays[name].shape
-    if got != shape:
-      raise LoraxError(
-        f"{name} of {path} has the shape {got}, and {shape} was expected"
-      )
+  delta = method(**arrays, **static, **dict.fromkeys(method.from_base, leaves[path]))
+  delta.check(path, tuple(leaves[path].shape))
   return delta
-
-
-def _shapes(delta: Delta, leaf: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-  """The shapes of a delta's arrays, by the leaf's and the delta's own rank."""
-  if isinstance(delta, Tuned):
-    depth = leaf[:1] if delta.layers is None else (len(delta.layers),)
-    return {"value": (*depth, *leaf[1:])}
-  if isinstance(delta, Rows):
-    if len(leaf) != 2 or max(delta.indices) >= leaf[delta.axis]:
-      raise LoraxError(f"rows {delta.indices} are not those of a leaf {leaf}")
-    return dict.fromkeys(
-      ("rows", "old_rows"), (len(delta.indices), leaf[1 - delta.axis])
-    )
-  if len(delta.roles) != len(leaf):
-    raise LoraxError(f"roles {delta.roles} are not those of a leaf of shape {leaf}")
-  stack, ins, outs = (sizes_of(leaf, delta.roles, r) for r in ("stack", "in", "out"))
-  if delta.layers is not None:
-    if not stack or not all(type(i) is int and 0 <= i < stack[0] for i in delta.layers):
-      raise LoraxError(f"layers {delta.layers} are not those of a leaf {leaf}")
-    stack = (len(delta.layers), *stack[1:])
-  whole = {
-    "a": (*stack, *ins, delta.rank),
-    "b": (*stack, delta.rank, *outs),
-    "scale": stack if delta.scale.shape else (),
-  }
-  return whole | dict.fromkeys(_arrays(delta).keys() - whole.keys(), (*stack, *outs))
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -221,9 +186,9 @@ def _digests(folder: Path) -> dict[str, str]:
   return found
 
 
-def _check_files(folder: Path, wanted: Mapping[str, Any]) -> None:
+def _check_files(folder: Path, expected: Mapping[str, Any]) -> None:
   found = _digests(folder)
-  bad = [n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)]
+  bad = [n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)]
   if bad:
     raise LoraxError(
       f"{folder} is damaged: not the files that {FILE} speaks of: {listing(bad, 4)}"

@@ -1,106 +1,113 @@
-"""Factors and tensors of single layers, put together into the deltas of our leaves."""
+"""Leaves of single layers, put together into the deltas of our leaves, and back."""
 
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.methods import LoRA, Tuned
+from lorax_flax.methods import Delta, KernelDelta, Tuned
+from lorax_flax.methods.axes import LeafAxes, by_role, resolved
 
-# By the layer's index on a stacked leaf; None where the leaf is one layer's.
-Layer = int | None
-
-
-class Factors(NamedTuple):
-  """One layer's: a (in, rank), b (rank, out), and what multiplies a @ b."""
-
-  a: np.ndarray
-  b: np.ndarray
-  scale: float
+# A place on the base's leading axes: of the layer, of the expert; () of one layer.
+Index = tuple[int, ...]
 
 
-def lora(layers: Mapping[Layer, Factors], leaf: Any, dropout: float = 0.0) -> LoRA:
-  """The delta of one leaf, float32; smaller ranks padded with zeros to the largest."""
-  found: dict[tuple[int, ...], dict[str, np.ndarray]] = {
-    () if layer is None else (layer,): {"a": np.asarray(one.a), "b": np.asarray(one.b)}
-    for layer, one in layers.items()
-  }
-  scales = [one.scale for one in layers.values()]
-  parts, scale, chosen = stacked(found, scales, leaf.shape)
-  roles = ("in", "out") if () in found else ("stack", "in", "out")
-  return LoRA(parts["a"], parts["b"], scale, roles, dropout, chosen)
+class Layer(NamedTuple):
+  """One layer of a delta.
+
+  Attributes:
+    leaves: its trained leaves, float32, without the zeros that pad it to the rank of
+      the other layers.
+    scale: (), or of the axes stacked below the layer.
+    rank: its own, 0 of a method that has none.
+  """
+
+  leaves: dict[str, np.ndarray]
+  scale: np.ndarray
+  rank: int
 
 
-def stacked(
-  parts: Mapping[tuple[int, ...], Mapping[str, np.ndarray]],
+def stack(
+  method: type[KernelDelta],
+  layers: Mapping[Index, Mapping[str, np.ndarray]],
   scales: Sequence[float],
+  roles: tuple[str, ...],
   shape: Sequence[int],
-) -> tuple[dict[str, jax.Array], jax.Array, tuple[int, ...] | None]:
-  """The parts of a low-rank delta, of all layers that have them.
+  dropout: float = 0.0,
+) -> KernelDelta:
+  """The delta of a leaf of the base, by those of its layers.
 
   Args:
-    parts: by index on the leaf's leading axes, and by name: a (…, rank), b (…, rank,
-      out), others without a rank. Smaller ranks are padded with zeros to the largest.
+    layers: leaves by name, of each layer that has some. Smaller ranks are padded with
+      zeros to the largest.
     scales: of each.
-    shape: of the leaf.
-
-  Returns:
-    The parts by name, float32; their scale; the layers, None for all of them.
+    roles: of the axes of one layer.
+    shape: of the base's leaf.
 
   Raises:
-    LoraxError: of one layer, some of the weights stacked there have no parts.
+    LoraxError: of one layer, some of the weights stacked there have no leaves.
   """
-  first = next(iter(parts))
+  first = next(iter(layers))
   if not first:
-    whole = {name: jnp.asarray(x, jnp.float32) for name, x in parts[()].items()}
-    return whole, jnp.float32(scales[0]), None
+    whole = {name: jnp.asarray(x, jnp.float32) for name, x in layers[()].items()}
+    return method.of(whole, scales[0], roles, dropout)
   depth = len(first)
-  layers = sorted({index[0] for index in parts})
-  indices = [*itertools.product(layers, *map(range, shape[1:depth]))]
-  if missing := [index for index in indices if index not in parts]:
+  chosen = sorted({index[0] for index in layers})
+  indices = [*itertools.product(chosen, *map(range, shape[1:depth]))]
+  if missing := [index for index in indices if index not in layers]:
     raise LoraxError(f"no factors for {missing[:4]} of the weights stacked there")
-  stack = (len(layers), *shape[1:depth])
-  rank = max(each["a"].shape[-1] for each in parts.values())
+  outer = (len(chosen), *shape[1:depth])
   found = {}
-  for name in parts[first]:
-    values = np.stack([_padded(parts[index][name], name, rank) for index in indices])
-    values = values.reshape(*stack, *values.shape[1:])
-    found[name] = jnp.asarray(values, jnp.float32)
-  given = dict(zip(parts, scales, strict=True))
-  every = np.array([given[index] for index in indices], np.float32).reshape(stack)
+  for name in layers[first]:
+    axes = resolved(method.axes[name], by_role(roles))
+    values = _stacked([layers[index][name] for index in indices], axes)
+    found[name] = jnp.asarray(values.reshape(*outer, *values.shape[1:]), jnp.float32)
+  given = dict(zip(layers, scales, strict=True))
+  every = np.array([given[index] for index in indices], np.float32).reshape(outer)
   same = (every == every.flat[0]).all()
-  scale = jnp.asarray(every.flat[0] if same else every)
-  return found, scale, None if len(layers) == shape[0] else tuple(layers)
+  scale = every.flat[0] if same else every
+  some = None if len(chosen) == shape[0] else tuple(chosen)
+  return method.of(found, scale, ("stack",) * depth + roles, dropout, some)
 
 
-def _padded(value: np.ndarray, name: str, rank: int) -> np.ndarray:
-  if name not in ("a", "b"):
-    return value
-  axis = value.ndim - (1 if name == "a" else 2)
-  widths = [(0, rank - n if i == axis else 0) for i, n in enumerate(value.shape)]
-  return np.pad(value, widths)
+def unstack(delta: KernelDelta, index: Index) -> Layer:
+  """One layer of a delta, which must adapt it."""
+  place, depth = place_of(delta, index), len(index)
+  leaves = {n: np.asarray(delta.leaves()[n], np.float32)[place] for n in delta.trained}
+  axes = {name: delta.leaf_axes(name)[depth:] for name in leaves}
+  rank = _own_rank(leaves, axes) if index and delta.rank else delta.rank
+  leaves = {name: trimmed(x, axes[name], rank) for name, x in leaves.items()}
+  return Layer(leaves, np.asarray(delta.scales(), np.float32)[place], rank)
 
 
-def own_rank(a: np.ndarray, b: np.ndarray) -> int:
-  """The rank of a (…, rank) and b (…, rank, out) less the zeros that pad them."""
-  b = np.moveaxis(b, -2, -1)
-  used = [x.reshape(-1, x.shape[-1]).any(axis=0) for x in (a, b)]
-  places = np.flatnonzero(used[0] | used[1])
-  return int(places[-1]) + 1 if len(places) else 1
+def place_of(delta: Delta, index: Index) -> Index:
+  """The place of a layer in a delta that may have some of the layers alone."""
+  if not index or delta.layers is None:
+    return index
+  return (delta.layers.index(index[0]), *index[1:])
 
 
-def tuned(layers: Mapping[Layer, np.ndarray], leaf: Any) -> Tuned:
+def has_layer(delta: Delta, index: Index) -> bool:
+  """Checks whether a delta changes this layer of its leaf."""
+  return delta.layers is None or index[0] in delta.layers
+
+
+def trimmed(leaf: np.ndarray, axes: LeafAxes, rank: int) -> np.ndarray:
+  """A leaf of one layer less what is beyond this rank."""
+  return leaf[tuple(slice(rank if axis == "rank" else None) for axis in axes)]
+
+
+def tuned(layers: Mapping[Index, np.ndarray], leaf: Any) -> Tuned:
   """A leaf trained in full, float32; layers that are not given stay the base's."""
-  if None in layers:
-    return Tuned(jnp.asarray(layers[None], jnp.float32), leaf)
+  if () in layers:
+    return Tuned(jnp.asarray(layers[()], jnp.float32), leaf)
   value = np.array(leaf, np.float32)
-  for layer, tensor in layers.items():
-    value[layer] = tensor
+  for index, tensor in layers.items():
+    value[index] = tensor
   return Tuned(jnp.asarray(value), leaf)
 
 
@@ -109,16 +116,25 @@ def most_common(values: Mapping[str, Any]) -> Any:
   return Counter(values.values()).most_common(1)[0][0]
 
 
-def of_layer(delta: LoRA, layer: Layer) -> Factors:
-  """One layer of a delta, float32, less the zeros that pad it to its neighbours' rank.
+def _stacked(leaves: Sequence[np.ndarray], axes: LeafAxes) -> np.ndarray:
+  """Leaves of layers on a new first axis, with zeros up to the largest rank."""
+  shape = np.max([x.shape for x in leaves], axis=0)
+  widths = [
+    [
+      (0, n - m if axis == "rank" else 0)
+      for n, m, axis in zip(shape, x.shape, axes, strict=True)
+    ]
+    for x in leaves
+  ]
+  return np.stack([np.pad(x, w) for x, w in zip(leaves, widths, strict=True)])
 
-  Args:
-    layer: index on the stacked leaf, which the delta must adapt; None: not stacked.
-  """
-  a, b = np.asarray(delta.a, np.float32), np.asarray(delta.b, np.float32)
-  if layer is None:
-    return Factors(a, b, float(delta.scale))
-  place = layer if delta.layers is None else delta.layers.index(layer)
-  scale = np.broadcast_to(np.asarray(delta.scale), (len(a),))[place]
-  rank = own_rank(a[place], b[place])
-  return Factors(a[place, :, :rank], b[place, :rank], float(scale))
+
+def _own_rank(leaves: Mapping[str, np.ndarray], axes: Mapping[str, LeafAxes]) -> int:
+  """The rank of one layer's leaves less the zeros that pad them."""
+  rank = 1
+  for name, leaf in leaves.items():
+    for place, axis in enumerate(axes[name]):
+      if axis == "rank":
+        used = np.moveaxis(leaf, place, 0).reshape(leaf.shape[place], -1).any(axis=1)
+        rank = max(rank, *(1 + np.flatnonzero(used)), 0)
+  return int(rank)

@@ -1,4 +1,4 @@
-"""A PEFT folder that vLLM reads right.
+"""PEFT folders that vLLM reads right.
 
 vLLM loads PEFT's files with rules of its own (vllm/lora/peft_helper.py, lora_model.py
 and config/lora.py): one lora_alpha / r for all modules, whatever rank_pattern and
@@ -80,7 +80,7 @@ def write_adapter(
 def fold(
   config: PeftConfig, tensors: Mapping[str, np.ndarray]
 ) -> tuple[PeftConfig, dict[str, np.ndarray]]:
-  """The same deltas with one rank and one alpha: the largest, and the scale that most
+  """Deltas of equal value with one rank and one alpha: the largest, and the scale most
   modules have, whose B stays as it is."""
   # PEFT repeats the base's embedding beside its factors; vLLM passes over it.
   tensors = {k: v for k, v in tensors.items() if not k.endswith(_REPEATED)}

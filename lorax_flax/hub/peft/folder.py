@@ -232,11 +232,10 @@ def _as_stored(slots: Mapping[str, Slot], dtypes: Mapping[str, str]) -> dict[str
 
 def _usual(slots: Mapping[str, Slot], has_base: bool) -> dict[str, Slot]:
   """Slots that PEFT saves by default; the base's weights only with a base."""
-  omitted = set() if has_base else {"leaf"}
   return {
     key: slot
     for key, slot in slots.items()
-    if slot.status != "spare" and slot.part not in omitted
+    if slot.status != "spare" and (has_base or slot.method is not None)
   }
 
 

@@ -1,4 +1,4 @@
-"""Which tensors a PEFT folder has, for a config and a model.
+"""The tensors of a PEFT folder, for a config and a model.
 
 Reading and writing both follow `layout`, so neither knows a key that the other doesn't.
 """
@@ -12,7 +12,7 @@ from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import AS_IS, FACTORS, ROLES, Form, Part, expert_factors
+from lorax_flax.hub.peft.forms import ROLES, keys_of, method_of
 from lorax_flax.hub.peft.modules import (
   ADAPTABLE,
   HEAD,
@@ -25,6 +25,8 @@ from lorax_flax.hub.peft.modules import (
   tensors,
   tied_to,
 )
+from lorax_flax.methods import Delta, Rows, Tuned
+from lorax_flax.methods.peft_form import AS_IS, Form
 
 PREFIX = "base_model.model."
 Status = Literal["own", "copy", "spare", "echo"]
@@ -32,22 +34,24 @@ Status = Literal["own", "copy", "spare", "echo"]
 
 @dataclass(frozen=True)
 class Slot:
-  """What one tensor of a folder is.
+  """One tensor of a folder.
 
   Attributes:
-    site: our leaf, and where in it.
-    part: of the leaf's delta; "leaf" is the base's own.
+    site: our leaf of the base, and where in it.
+    method: of the leaf's delta; None of a tensor that repeats the base's own leaf.
+    leaf: the delta's leaf that the tensor is.
     module: PEFT's name of the module or parameter that the config speaks of.
     form: how the tensor's axes are ours. Of a leaf trained in full, its row says it.
-    roles: of the axes of one layer of the leaf, for the parts of a low-rank delta.
-    rows: of the part "rows", their numbers.
+    roles: of the axes of one layer of the base's leaf.
+    rows: of trained rows, their numbers.
     status: "own" says what no other tensor says; "copy" must be equal to another or to
       the base; "spare" is a copy that PEFT saves only where it is asked to; "echo" is
       one that nothing depends on, and is passed over.
   """
 
   site: Site
-  part: Part
+  method: type[Delta] | None
+  leaf: str
   module: str
   form: Form = AS_IS
   roles: tuple[str, ...] = ()
@@ -61,7 +65,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Targets:
-  """What a config means for a model.
+  """The modules and parameters that a config means.
 
   Attributes:
     modules: those that get factors.
@@ -121,7 +125,7 @@ def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> T
 def layout(
   config: PeftConfig, keymap: KeyMap, adapter_name: str = "default"
 ) -> dict[str, Slot]:
-  """Every key of the folder of `config`, and what its tensor is.
+  """Every key of the folder of `config`, with its tensor's slot.
 
   Raises:
     LoraxError: a target that this model doesn't have, or that PEFT or we have no form
@@ -164,7 +168,7 @@ def _adaptable(module: str, found: Mapping[str, Place]) -> Place:
   place = found[module]
   if place.site.entry.piece != (0, 1):
     raise LoraxError(
-      f"target_modules name {module}, whose weight lies beside others in "
+      f"target_modules name {module}, whose weight is stored beside others in "
       f"{place.site.path}"
     )
   return place
@@ -174,17 +178,16 @@ def _factors(
   config: PeftConfig, module: str, key: str, place: Place, status: Status
 ) -> dict[str, Slot]:
   """The slots of one module's factors, under `key`."""
-  if config.lora_bias and place.kind == "embedding":
-    raise LoraxError(f"PEFT has no lora_bias for embeddings, and {module} is one")
-  wanted = {"a", "b"}
-  wanted |= {"magnitude"} if config.use_dora else set()
-  wanted |= {"bias"} if config.lora_bias else set()
+  method = method_of(config)
+  keys = keys_of(method, place.kind, config.rank(module))
+  if keys is None:
+    flag = method.peft and method.peft.flag
+    raise LoraxError(f"PEFT has no {flag} for {place.kind}s, and {module} is one")
   return {
     f"{key}.{end}": Slot(
-      place.site, part, module, form, ROLES[place.kind], status=status
+      place.site, method, leaf, module, form, ROLES[place.kind], status=status
     )
-    for end, (part, form) in FACTORS[place.kind].items()
-    if part in wanted
+    for end, (leaf, form) in keys.items()
   }
 
 
@@ -214,16 +217,8 @@ def _parameter_slots(
     if module in targets.modules:
       raise LoraxError(f"{module} is among target_modules and target_parameters both")
     for depth, key in enumerate(reversed(keys)):
-      place, wrapper = known[key], module + ".base_layer" * depth
-      if place.kind != "experts":
-        yield from _factors(config, key, wrapper, place, "own").items()
-        continue
-      forms = expert_factors(config.rank(key))
-      for end, (part, form) in forms.items():
-        yield (
-          f"{wrapper}.{end}",
-          Slot(place.site, part, key, form, ROLES["experts"]),
-        )
+      wrapper = module + ".base_layer" * depth
+      yield from _factors(config, key, wrapper, known[key], "own").items()
 
 
 def _rows(config: PeftConfig, found: Mapping[str, Place]) -> dict[str, Slot]:
@@ -257,8 +252,10 @@ def _rows(config: PeftConfig, found: Mapping[str, Place]) -> dict[str, Slot]:
     place = found[name]
     if place.kind not in ("embedding", "linear"):
       raise LoraxError(f"trainable_token_indices name {name}, a {place.kind}")
-    key = f"{name}.token_adapter.trainable_tokens_delta"
-    slots[key] = Slot(place.site, "rows", name, roles=ROLES[place.kind], rows=numbers)
+    for end, (leaf, form) in Rows.peft.keys[place.kind].items():
+      slots[f"{name}.{end}"] = Slot(
+        place.site, Rows, leaf, name, form, ROLES[place.kind], numbers
+      )
   return slots
 
 
@@ -275,11 +272,11 @@ def _saved(
   for module in targets.saved:
     if module in found and found[module].main is not None:
       site = found[module].site
-      slots[f"{module}.weight"] = Slot(site, "value", module, status="copy")
+      slots[f"{module}.weight"] = _in_full(site, module, status="copy")
       continue
     inside = {k: s for k, s in known.items() if k.startswith(f"{module}.")}
     for key, site in inside.items():
-      slots[key] = Slot(site, "value", module, Form(site.entry.axes))
+      slots[key] = _in_full(site, module, Form(site.entry.axes))
       if config.bias == "all" and key.endswith(".bias"):
         inner = key.removeprefix(f"{module}.")
         slots |= _wrapped_biases(inner, slots[key], adapter_name)
@@ -287,20 +284,27 @@ def _saved(
 
 
 def _wrapped_biases(inner: str, slot: Slot, adapter_name: str) -> dict[str, Slot]:
-  """What bias="all" adds for a bias of a saved module.
+  """The keys that bias="all" adds for a bias of a saved module.
 
   PEFT takes every key that ends with ".bias", so those inside its own wrapper too;
   then it takes the adapter's name off where that is next to last.
   """
   name = "" if inner == "bias" else f"{adapter_name}."
-  wrapped: dict[str, Part] = {
-    f"modules_to_save.{name}{inner}": "value",
-    f"original_module.{inner}": "original",
-  }
+  infix = {"modules_to_save": name, "original_module": ""}
   return {
-    f"{slot.module}.{key}": Slot(slot.site, part, slot.module, status="echo")
-    for key, part in wrapped.items()
+    f"{slot.module}.{wrapper}.{infix[wrapper]}{inner}": Slot(
+      slot.site, Tuned, leaf, slot.module, form, status="echo"
+    )
+    for wrapper, (leaf, form) in Tuned.peft.keys["wrapped"].items()
   }
+
+
+def _in_full(
+  site: Site, module: str, form: Form = AS_IS, status: Status = "own"
+) -> Slot:
+  """The slot of a leaf that is trained in full."""
+  (leaf,) = Tuned.trained
+  return Slot(site, Tuned, leaf, module, form, status=status)
 
 
 def _check_saved(config: PeftConfig, names: Iterable[str]) -> None:
@@ -332,7 +336,7 @@ def _biases(
       key = f"{module}.base_layer.bias"
     elif config.bias == "lora_only":
       continue
-    slots[key] = Slot(site, "value", module)
+    slots[key] = _in_full(site, module)
   return slots
 
 
@@ -354,7 +358,14 @@ def _embeddings(
     form = Form(None if place.kind == "turned" else place.site.entry.axes)
     status: Status = "copy" if usual and name in factored else "spare"
     key = f"{name}.base_layer.weight" if name in factored else f"{name}.weight"
-    yield key, Slot(place.site, "leaf", name, form, status=status)
+    yield key, Slot(place.site, None, "", name, form, status=status)
+
+
+def _way(method: type[Delta] | None) -> str:
+  """The field of PEFT's config by which a leaf is trained."""
+  if method is Rows:
+    return "trainable_token_indices"
+  return "modules_to_save" if method is Tuned else "target_modules"
 
 
 def _check_once(slots: Mapping[str, Slot]) -> None:
@@ -362,8 +373,7 @@ def _check_once(slots: Mapping[str, Slot]) -> None:
   ways: dict[str, set[str]] = {}
   for slot in slots.values():
     if slot.status == "own":
-      way = {"rows": "trainable_token_indices", "value": "modules_to_save"}
-      ways.setdefault(slot.path, set()).add(way.get(slot.part, "target_modules"))
+      ways.setdefault(slot.path, set()).add(_way(slot.method))
   for path, found in ways.items():
     if len(found) > 1:
       raise LoraxError(f"{path} is trained by {' and '.join(sorted(found))} both")

@@ -1,8 +1,8 @@
-"""From a PEFT folder's tensors to an adapter."""
+"""An adapter read from a PEFT folder's tensors."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,16 +13,22 @@ from lorax_flax.hub.adapters import stacking
 from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import part_shape
+from lorax_flax.hub.peft.forms import method_of
 from lorax_flax.hub.peft.layout import Slot
 from lorax_flax.hub.peft.tensors import Tensors
 from lorax_flax.hub.peft.write import part_of
-from lorax_flax.methods import Adapter, BiasLoRA, Delta, DoRA, LoRA, Tuned
-from lorax_flax.methods import token_rows as rows_method
+from lorax_flax.methods import Adapter, Delta, Rows, Tuned
 
-# What a leaf's delta has at one of its sites: parts, their scale, the slot of one.
-Parts = dict[str, Any]
-Sites = dict[Site, Parts]
+
+@dataclass
+class _Layer:
+  """The leaves of a delta at one of its sites, and the slot of one of them."""
+
+  slot: Slot
+  leaves: dict[str, np.ndarray]
+
+
+_Sites = dict[Site, _Layer]
 
 
 def read(
@@ -41,16 +47,13 @@ def read(
   """
   shapes = _shapes(slots, config, leaves)
   _check(tensors, slots, shapes)
-  found: dict[str, Sites] = {}
+  found: dict[str, _Sites] = {}
   for key, slot in slots.items():
     if slot.status == "own":
       value = slot.form.to_ours(tensors.get(key).astype(np.float32))
-      parts = found.setdefault(slot.path, {}).setdefault(slot.site, {})
-      parts |= {slot.part: value, "scale": config.scale(slot.module), "slot": slot}
-  adapter = {
-    path: _delta(parts, leaves[path], config.lora_dropout)
-    for path, parts in found.items()
-  }
+      sites = found.setdefault(slot.path, {})
+      sites.setdefault(slot.site, _Layer(slot, {})).leaves[slot.leaf] = value
+  adapter = {path: _delta(sites, leaves[path], config) for path, sites in found.items()}
   for key, slot in slots.items():
     if slot.status in ("copy", "spare") and key in tensors.shapes:
       _check_copy(key, tensors.get(key), slot, config, adapter, leaves)
@@ -69,9 +72,9 @@ def _shapes(
       raise LoraxError(f"the base has no {slot.path}, which {key} changes")
     shape = tuple(leaves[slot.path].shape)
     inner = shape[len(slot.site.index) :]
-    if slot.part in ("value", "original", "leaf"):
+    if slot.method in (None, Tuned):
       ours = slot.site.shape(shape)
-    elif slot.part == "rows":
+    elif slot.method is Rows:
       axis = _axis(slot)
       if max(slot.rows) >= inner[axis]:
         raise LoraxError(
@@ -80,13 +83,14 @@ def _shapes(
         )
       ours = (len(slot.rows), inner[1 - axis])
     else:
-      ours = part_shape(slot.part, inner, slot.roles, config.rank(slot.module))
+      sizes = {"rank": config.rank(slot.module)}
+      ours = method_of(config).leaf_shapes(inner, slot.roles, sizes)[slot.leaf]
     shapes[key] = slot.form.stored_shape(ours)
   return shapes
 
 
 def _axis(slot: Slot) -> int:
-  """Where the rows of a slot lie: along an embedding's axis 0, a head's 1."""
+  """The axis of a slot's rows: 0 of an embedding, 1 of a head."""
   return 0 if slot.path.endswith("embedding") else 1
 
 
@@ -118,7 +122,7 @@ def _check(
 
 
 def _is_echo(key: str) -> bool:
-  """Whether bias="all" put a key there that says nothing, under any adapter's name."""
+  """Checks whether a key is there by bias="all" alone, under any adapter's name."""
   return key.endswith(".bias") and bool(
     re.search(r"\.(modules_to_save|original_module)\.", key)
   )
@@ -134,51 +138,44 @@ def _check_copy(
 ) -> None:
   value = part_of(slot, config, adapter, leaves)
   if not np.array_equal(value.astype(stored.dtype), stored):
-    other = "the base's own weight" if slot.part == "leaf" else f"that of {slot.path}"
+    other = "the base's own weight" if slot.method is None else f"that of {slot.path}"
     raise LoraxError(
       f"{key} differs from {other}, which it should repeat: the folder is of another "
       "base, or of one whose vocabulary was changed"
     )
 
 
-def _delta(sites: Sites, leaf: Any, dropout: float) -> Delta:
+def _delta(sites: _Sites, leaf: Any, config: PeftConfig) -> Delta:
   """One leaf's delta, layers stacked where the leaf's are."""
   first = next(iter(sites.values()))
-  slot: Slot = first["slot"]
-  if slot.part == "value":
+  slot = first.slot
+  if slot.method is Tuned:
     return _tuned(sites, leaf)
-  if slot.part == "rows":
-    axis = _axis(slot)
-    rows = rows_method.init(jnp.asarray(leaf), slot.rows, slot.roles, axis)
-    return replace(rows, rows=jnp.asarray(first["rows"]))
-  found = {
-    site.index: {n: x for n, x in parts.items() if isinstance(x, np.ndarray)}
-    for site, parts in sites.items()
-  }
-  scales = [parts["scale"] for parts in sites.values()]
+  if slot.method is Rows:
+    (rows,) = first.leaves.values()
+    given = (jnp.asarray(leaf), slot.rows, slot.roles, _axis(slot))
+    return Rows.of(jnp.asarray(rows), *given)
+  layers = {site.index: layer.leaves for site, layer in sites.items()}
+  scales = [config.scale(layer.slot.module) for layer in sites.values()]
   try:
-    parts, scale, chosen = stacking.stacked(found, scales, leaf.shape)
+    return stacking.stack(
+      method_of(config), layers, scales, slot.roles, leaf.shape, config.lora_dropout
+    )
   except LoraxError as error:
     raise LoraxError(f"{slot.path}: {error}") from error
-  roles = ("stack",) * len(slot.site.index) + slot.roles
-  given = (parts["a"], parts["b"], scale, roles, dropout, chosen)
-  if "magnitude" in parts:
-    return DoRA(*given, magnitude=parts["magnitude"])
-  if "bias" in parts:
-    return BiasLoRA(*given, bias=parts["bias"])
-  return LoRA(*given)
 
 
-def _tuned(sites: Sites, leaf: Any) -> Tuned:
+def _tuned(sites: _Sites, leaf: Any) -> Tuned:
   shape = tuple(leaf.shape)
+  values = {site: next(iter(each.leaves.values())) for site, each in sites.items()}
   if len(sites) == 1:
-    ((site, parts),) = sites.items()
+    ((site, value),) = values.items()
     if site.shape(shape) == shape:
-      return Tuned(jnp.asarray(parts["value"]), leaf)
-  value = np.zeros(shape, np.float32)
-  for site, parts in sites.items():
-    value[site.place(shape)] = parts["value"]
+      return Tuned(jnp.asarray(value), leaf)
+  full = np.zeros(shape, np.float32)
+  for site, value in values.items():
+    full[site.place(shape)] = value
   layers = sorted({site.index[0] for site in sites if site.index})
   if not layers or len(layers) == shape[0]:
-    return Tuned(jnp.asarray(value), leaf)
-  return Tuned(jnp.asarray(value[layers]), leaf, tuple(layers))
+    return Tuned(jnp.asarray(full), leaf)
+  return Tuned(jnp.asarray(full[layers]), leaf, tuple(layers))

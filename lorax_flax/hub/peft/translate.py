@@ -7,8 +7,10 @@ from typing import Any
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft.config import PeftConfig
+from lorax_flax.hub.peft.forms import method_of
 from lorax_flax.hub.peft.layout import Slot, layout, resolve
 from lorax_flax.hub.peft.modules import places
+from lorax_flax.methods import METHODS, Rows
 
 
 def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
@@ -18,7 +20,10 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
     LoraxError: as `layout`.
   """
   slots = [slot for slot in layout(config, keymap).values() if slot.status == "own"]
-  factors = [slot for slot in slots if slot.part == "a"]
+  method = method_of(config)
+  # Of the several tensors of a module, one.
+  first = method.trained[0]
+  factors = [s for s in slots if s.method is method and s.leaf == first]
   whole = resolve(config, keymap, places(keymap)).saved
   return LoraConfig(
     targets=tuple(dict.fromkeys(slot.path for slot in factors)),
@@ -29,12 +34,11 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
       factors, keymap, config.alpha, config.lora_alpha, config.lora_alpha
     ),
     use_rslora=config.use_rslora,
-    use_dora=config.use_dora,
-    lora_bias=config.lora_bias,
+    method=next(name for name, m in METHODS.items() if m is method),
     # LoraConfig.bias trains the other leaves.
     tuned=tuple(sorted({slot.path for slot in slots if slot.module in whole})),
     tuned_layers=_tuned_layers((s for s in slots if s.module in whole), keymap),
-    rows={slot.path: slot.rows for slot in slots if slot.part == "rows"},
+    rows={slot.path: slot.rows for slot in slots if slot.method is Rows},
     bias=config.bias,
     dropout=config.lora_dropout,
     init="gaussian" if config.init_lora_weights == "gaussian" else "uniform",
@@ -60,7 +64,7 @@ def _tuned_layers(saved: Iterable[Slot], keymap: KeyMap) -> dict[str, tuple[int,
 
 
 def _indices(keymap: KeyMap, path: str) -> list[int]:
-  """Of the layers of a stacked leaf."""
+  """The indices of a stacked leaf's layers."""
   return sorted({keymap.sites[key].index[0] for key in keymap.keys[path]})
 
 

@@ -1,4 +1,4 @@
-"""From an adapter to what PEFT's folder says of it: a config, and tensors."""
+"""An adapter as a PEFT folder: its config, and its tensors."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +27,8 @@ from lorax_flax.hub.peft.modules import (
   tied_to,
 )
 from lorax_flax.hub.peft.names import shortest_ends
-from lorax_flax.methods import Adapter, BiasLoRA, DoRA, LowRank, Rows, Tuned
+from lorax_flax.methods import Adapter, KernelDelta, Rows, Tuned
+from lorax_flax.methods.peft_form import PeftForm
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,10 @@ def to_peft_config(
   whole = _saved_modules(adapter, keymap, config)
   ties_saved = [name for name in whole if tied_to(found, name)]
   saved = [_known_to_tie(name, found) if name in ties_saved else name for name in whole]
-  method = _method(adapter)
+  flag = _form(adapter).flag
   result = PeftConfig(
     **_patterns("r", "rank_pattern", {n: f.rank for n, f in factored.items()}),
     **_patterns("lora_alpha", "alpha_pattern", _alphas(factored, config)),
-    use_dora=method is DoRA,
-    lora_bias=method is BiasLoRA,
     lora_dropout=_dropout(adapter),
     modules_to_save=tuple(saved) or None,
     trainable_token_indices=_tokens(adapter, found),
@@ -85,6 +84,8 @@ def to_peft_config(
     base_model_name_or_path=base_name,
     revision=revision,
   )
+  flags: dict[str, Any] = {flag: True} if flag else {}
+  result = replace(result, **flags)
   if task_type == peft_config.SEQ_CLS:
     result = _with_head(result, saved, factored, keymap)
   result = replace(
@@ -118,12 +119,11 @@ def to_tensors(
     )
   tensors = {}
   for key, slot in slots.items():
-    if slot.part == "leaf" and slot.path not in leaves:
+    if slot.method is None and slot.path not in leaves:
       raise LoraxError(f"{key} is the base's own {slot.path}: give params")
-    absent = slot.path not in adapter
-    if not absent and isinstance(delta := adapter[slot.path], LowRank | Tuned):
-      absent = not _is_trained(delta, slot.site)
-    if slot.part != "leaf" and absent:
+    delta = adapter.get(slot.path)
+    absent = delta is None or not stacking.has_layer(delta, slot.site.index)
+    if slot.method is not None and absent:
       raise LoraxError(
         f"PEFT's folder for bias={config.bias!r} needs {key}, and the adapter does not "
         f"train {slot.path}"
@@ -136,33 +136,22 @@ def part_of(
   slot: Slot, config: PeftConfig, adapter: Adapter, leaves: Mapping[str, Any]
 ) -> np.ndarray:
   """The tensor of a slot, as it is stored; float32."""
-  if slot.part == "leaf":
+  if slot.method is None:
     return slot.form.to_stored(_at(leaves[slot.path], slot.site))
   delta = adapter[slot.path]
-  if isinstance(delta, Tuned):
-    if slot.part == "original":
-      return slot.form.to_stored(_at(delta.original, slot.site))
-    site = replace(slot.site, index=_place(delta, slot.site))
-    return slot.form.to_stored(_at(delta.value, site))
-  value = np.asarray(getattr(delta, slot.part), np.float32)
-  if isinstance(delta, LowRank):
-    value = value[_place(delta, slot.site)]
-    rank = config.rank(slot.module)
-    if slot.part in ("a", "b"):
-      value = value[..., :rank] if slot.part == "a" else value[..., :rank, :]
-  return slot.form.to_stored(value)
+  leaf, site = delta.leaves()[slot.leaf], slot.site
+  if slot.leaf not in delta.from_base:
+    site = replace(site, index=stacking.place_of(delta, site.index))
+  if not isinstance(delta, KernelDelta):
+    return slot.form.to_stored(_at(leaf, site))
+  axes = delta.leaf_axes(slot.leaf)[len(site.index) :]
+  value = np.asarray(leaf, np.float32)[site.index]
+  return slot.form.to_stored(stacking.trimmed(value, axes, config.rank(slot.module)))
 
 
 def _at(leaf: Any, site: Site) -> np.ndarray:
   value = np.asarray(leaf, np.float32)
   return value[site.place(value.shape)]
-
-
-def _place(delta: LowRank | Tuned, site: Site) -> tuple[int, ...]:
-  """Where a site's parts lie in the stack of a delta's."""
-  if not site.index or delta.layers is None:
-    return site.index
-  return (delta.layers.index(site.index[0]), *site.index[1:])
 
 
 def _factored(
@@ -179,8 +168,13 @@ def _factored(
       by_path.setdefault(place.site.path, {})[key] = place
   result = {}
   for path, delta in adapter.items():
-    if not isinstance(delta, LowRank):
+    if not isinstance(delta, KernelDelta):
       continue
+    if delta.peft is None:
+      raise LoraxError(
+        f"PEFT has no form for {type(delta).__name__}, which {path} has: write the "
+        "adapter in our own form, or merge it (experiments.merge)"
+      )
     if path not in by_path:
       raise LoraxError(
         f"PEFT has no LoRA for {path}: neither a linear layer's kernel nor an "
@@ -188,14 +182,14 @@ def _factored(
       )
     for name, place in by_path[path].items():
       _check_roles(path, delta, place)
-      if _is_trained(delta, place.site):
+      if stacking.has_layer(delta, place.site.index):
         result[name] = _one(delta, place)
   if not result:
     raise LoraxError("PEFT's LoRA folder needs one low-rank delta at least; none here")
   return result
 
 
-def _check_roles(path: str, delta: LowRank, place: Place) -> None:
+def _check_roles(path: str, delta: KernelDelta, place: Place) -> None:
   roles = ("stack",) * len(place.site.index) + ROLES[place.kind]
   if delta.roles != roles:
     raise LoraxError(
@@ -204,27 +198,21 @@ def _check_roles(path: str, delta: LowRank, place: Place) -> None:
     )
 
 
-def _one(delta: LowRank, place: Place) -> _Factored:
+def _one(delta: KernelDelta, place: Place) -> _Factored:
   """A delta at one place of its stack."""
-  index = _place(delta, place.site)
-  a, b = np.asarray(delta.a)[index], np.asarray(delta.b)[index]
-  scale = np.asarray(delta.scale, np.float32)
-  stack = delta.a.shape[: delta.roles.count("stack")]
-  scale = scale.reshape(scale.shape + (1,) * (len(stack) - scale.ndim))
-  each = np.broadcast_to(scale, stack)[index]
-  if each.ndim and (each != each.flat[0]).any():
+  _, scale, rank = stacking.unstack(delta, place.site.index)
+  if scale.ndim and (scale != scale.flat[0]).any():
     raise LoraxError(f"PEFT has one scale for all experts of {place.site.path}")
-  rank = delta.rank if not index else stacking.own_rank(a, b)
-  return _Factored(rank, np.float32(each.flat[0]), place)
+  return _Factored(rank, np.float32(scale.flat[0]), place)
 
 
-def _method(adapter: Adapter) -> type:
-  """The method of the factors, which in PEFT is the same for all targets."""
-  kinds = {type(delta) for delta in adapter.values() if isinstance(delta, LowRank)}
+def _form(adapter: Adapter) -> PeftForm:
+  """The form of the targets' method, which in PEFT is the same for all."""
+  kinds = {type(delta) for delta in adapter.values() if isinstance(delta, KernelDelta)}
   if len(kinds) > 1:
     names = listing(kind.__name__ for kind in kinds)
     raise LoraxError(f"PEFT has one method for all targets, and here are {names}")
-  return kinds.pop()
+  return kinds.pop().peft or PeftForm()
 
 
 def _tokens(
@@ -256,7 +244,9 @@ def _is_conv1d(modules: Mapping[str, _Factored]) -> bool:
 
 
 def _dropout(adapter: Adapter) -> float:
-  rates = {delta.dropout for delta in adapter.values() if isinstance(delta, LowRank)}
+  rates = {
+    delta.dropout for delta in adapter.values() if isinstance(delta, KernelDelta)
+  }
   if len(rates) > 1:
     raise LoraxError(f"PEFT has one dropout rate for all targets, not {sorted(rates)}")
   return rates.pop()
@@ -291,9 +281,9 @@ def _patterns(name: str, pattern: str, values: Mapping[str, Any]) -> dict[str, A
   for value in dict.fromkeys(values.values()):
     if value == default:
       continue
-    wanted = [name for name in values if values[name] == value]
+    chosen = [name for name in values if values[name] == value]
     others = [name for name in values if values[name] != value]
-    patterns |= dict.fromkeys(shortest_ends(wanted, others), value)
+    patterns |= dict.fromkeys(shortest_ends(chosen, others), value)
   return {name: default, pattern: patterns}
 
 
@@ -335,7 +325,7 @@ def _saved_modules(adapter: Adapter, keymap: KeyMap, config: LoraConfig) -> list
   tuned = {
     key
     for key, site in keys.items()
-    if site.path in paths and _is_trained(paths[site.path], site)
+    if site.path in paths and stacking.has_layer(paths[site.path], site.index)
   }
   inside = {
     name: leaves
@@ -353,11 +343,6 @@ def _saved_modules(adapter: Adapter, keymap: KeyMap, config: LoraConfig) -> list
         f"{listing(absent)}"
       )
   return outermost
-
-
-def _is_trained(delta: LowRank | Tuned, site: Site) -> bool:
-  """Whether a delta has something for this layer of its leaf."""
-  return delta.layers is None or site.index[0] in delta.layers
 
 
 def _with_head(
@@ -387,7 +372,7 @@ def _with_head(
 def _check(
   config: PeftConfig, factored: Mapping[str, _Factored], targets: Targets
 ) -> None:
-  """That the config means the adapter: a slip here would be silent."""
+  """Asserts that the config means the adapter: a slip here would be silent."""
   assert {*targets.modules, *targets.parameters} == factored.keys()
   for name, each in factored.items():
     assert config.rank(name) == each.rank, name

@@ -1,0 +1,45 @@
+"""The axes that a leaf of a delta carries, and the shape that follows from them."""
+
+from collections.abc import Mapping, Sequence
+
+Shape = tuple[int, ...]
+# A leaf's axes: those of the base's leaf by number, the method's own by name.
+LeafAxes = tuple[int | str, ...]
+
+
+def axes_of(roles: Sequence[str], role: str) -> list[int]:
+  """The kernel axes that have this role, in order."""
+  return [axis for axis, r in enumerate(roles) if r == role]
+
+
+def sizes_of(shape: Shape, roles: Sequence[str], role: str) -> Shape:
+  """The sizes of a kernel's axes that have this role, in order."""
+  return tuple(shape[i] for i in axes_of(roles, role))
+
+
+def by_role(roles: Sequence[str]) -> dict[str, tuple[int, ...]]:
+  """A kernel's axes by each name that a declaration may have for them."""
+  found = {role: tuple(axes_of(roles, role)) for role in ("stack", "in", "out")}
+  return {**found, "kernel": tuple(range(len(roles)))}
+
+
+def resolved(names: Sequence[str], kernel: Mapping[str, Sequence[int]]) -> LeafAxes:
+  """Declared names as axes; a name that `kernel` lacks is an axis of the method's."""
+  return tuple(axis for name in names for axis in kernel.get(name, (name,)))
+
+
+def shape_of(
+  axes: LeafAxes,
+  base: Shape,
+  sizes: Mapping[str, int],
+  resized: Mapping[int, int] | None = None,
+) -> Shape:
+  """The shape of a leaf with these axes.
+
+  Args:
+    base: shape of the base's leaf.
+    sizes: of the method's own axes.
+    resized: axes of the base whose size is another in this leaf: the layers adapted.
+  """
+  lengths = {**dict(enumerate(base)), **(resized or {})}
+  return tuple(sizes[x] if isinstance(x, str) else lengths[x] for x in axes)

@@ -1,0 +1,142 @@
+"""The declaration of a method, and what follows from it for any leaf of any method.
+
+A method names the axes that each of its leaves carries: "stack", "in" and "out" are the
+kernel's axes of that role, "kernel" is all of the kernel's axes, and any other name is
+an axis of the method's own: "rank", or an option whose value is its size. Shapes,
+counts, shardings, padding, stacking and checks are read off that.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from lorax_flax.errors import LoraxError
+from lorax_flax.methods.axes import LeafAxes, Shape, resolved, shape_of
+from lorax_flax.methods.peft_form import PeftForm
+
+
+class Delta:
+  """A change of one leaf of the base; each method is a subclass.
+
+  A method is a frozen dataclass, registered as a pytree, whose array fields are its
+  leaves and whose other fields are static.
+
+  Attributes:
+    axes: the axes of each leaf by name, "stack" first. A leaf of stack axes alone may
+      have the first of them only, or none, and is then the same along the others.
+    trained: the leaves that are trained.
+    per_trial: untrained leaves that each trial of a sweep has its own of: the scale.
+    from_base: untrained leaves that repeat the base's leaf, all layers of it; files
+      of our own form leave them out.
+    options: what `LoraConfig.options` may hold for the method, with defaults.
+    irreversible: the reason why merged weights don't give the base back; "": they do.
+    peft: its form in a PEFT folder; None: PEFT has none.
+    layers: indices on the first stack axis that have a delta; None for all.
+  """
+
+  axes: ClassVar[dict[str, tuple[str, ...]]]
+  trained: ClassVar[tuple[str, ...]]
+  per_trial: ClassVar[tuple[str, ...]] = ()
+  from_base: ClassVar[tuple[str, ...]] = ()
+  options: ClassVar[Mapping[str, Any]] = {}
+  irreversible: ClassVar[str] = ""
+  peft: ClassVar[PeftForm | None] = None
+
+  if TYPE_CHECKING:  # Fields of the subclasses, which are dataclasses.
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __init__(self, *args: Any, **kwargs: Any): ...
+    @property
+    def layers(self) -> tuple[int, ...] | None: ...
+
+  else:
+    layers = None
+
+  def merged(self, w: jax.Array) -> jax.Array:
+    """The base's leaf w with the delta in it, dense."""
+    raise NotImplementedError
+
+  def unmerged(self, w: jax.Array) -> jax.Array:
+    """The base's leaf back from the merged one, dense, to rounding."""
+    raise NotImplementedError
+
+  def added_bias(self, w: jax.Array) -> jax.Array | None:
+    """The addition to the base's own bias; None for none."""
+    del w
+    return None
+
+  def kernel_axes(self) -> Mapping[str, tuple[int, ...]]:
+    """The axes of the base's leaf, by the names that `axes` has for them."""
+    raise NotImplementedError
+
+  def leaves(self) -> dict[str, Any]:
+    """The arrays by name."""
+    static = {f.name for f in fields(self) if f.metadata.get("static")}
+    return {name: x for name, x in vars(self).items() if name not in static}
+
+  def leaf_axes(self, name: str) -> LeafAxes:
+    """The axes that a leaf carries."""
+    axes = resolved(self.axes[name], self.kernel_axes())
+    if set(self.axes[name]) <= {"stack"}:
+      return axes[: len(self.leaves()[name].shape)]
+    return axes
+
+  def sizes(self) -> dict[str, int]:
+    """The sizes of the method's own axes, by name."""
+    return {
+      axis: size
+      for name, leaf in self.leaves().items()
+      # Another number of axes is for `check` to report.
+      for axis, size in zip(self.leaf_axes(name), leaf.shape, strict=False)
+      if isinstance(axis, str)
+    }
+
+  @property
+  def rank(self) -> int:
+    """The size of the axis "rank"; 0 where the method has none."""
+    return self.sizes().get("rank", 0)
+
+  def padded(self, rank: int) -> Self:
+    """The delta with zeros from its own rank to this one."""
+    more, found = rank - self.rank, {}
+    for name in self.leaves():
+      widths = [(0, more if axis == "rank" else 0) for axis in self.leaf_axes(name)]
+      if (0, more) in widths and more:
+        found[name] = jnp.pad(getattr(self, name), widths)
+    return replace(self, **found)
+
+  def check(self, path: str, base: Shape) -> None:
+    """Raises LoraxError unless every leaf fits the base's leaf at `path`.
+
+    Args:
+      base: shape of the base's leaf.
+    """
+    what = f"the adapter's delta of {path!r}"
+    kernel = self.kernel_axes()
+    if len(kernel["kernel"]) != len(base):
+      raise LoraxError(
+        f"{what} is for {len(kernel['kernel'])} axes, the base has shape {base}"
+      )
+    resized = {}
+    if self.layers is not None:
+      axis = next(iter(kernel.get("stack", ())), None)
+      length = 0 if axis is None else base[axis]
+      if axis is None or not all(
+        type(i) is int and 0 <= i < length for i in self.layers
+      ):
+        raise LoraxError(
+          f"{what} is for the layers {self.layers}, the base has shape {base}"
+        )
+      resized = {axis: len(self.layers)}
+    sizes = self.sizes()
+    for name, leaf in self.leaves().items():
+      own = {} if name in self.from_base else resized
+      shape = shape_of(self.leaf_axes(name), base, sizes, own)
+      if tuple(leaf.shape) != shape:
+        raise LoraxError(
+          f"{what} has {name!r} of shape {tuple(leaf.shape)}, and {shape} was expected"
+          f" beside the base's {base}"
+        )

@@ -1,0 +1,77 @@
+"""A method's form in a PEFT folder: the keys' ends, and the order of stored axes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Form:
+  """A stored tensor as a reordering of our array's axes.
+
+  Attributes:
+    axes: the stored axis that each of ours is; None: as they are.
+    ones: stored axes of size 1 that ours lacks. `axes` counts without them.
+    split: the stored axis that holds experts and the rank, the experts outside on axis
+      0 (A of PEFT's ParamWrapper) and inside on axis 1 (its B); ours has two axes
+      there, and `axes` counts both. None: there is none.
+    rank: with `split`, the size of the rank in it; see `of_rank`.
+  """
+
+  axes: tuple[int, ...] | None = None
+  ones: tuple[int, ...] = ()
+  split: int | None = None
+  rank: int = 0
+
+  def of_rank(self, rank: int) -> "Form":
+    """The form of a tensor of this rank."""
+    return self if self.split is None else replace(self, rank=rank)
+
+  def to_ours(self, stored: np.ndarray) -> np.ndarray:
+    """The stored tensor as our array."""
+    x = stored.squeeze(self.ones) if self.ones else stored
+    if self.split is not None:
+      shape = list(x.shape)
+      experts = shape[self.split] // self.rank
+      both = [experts, self.rank] if self.split == 0 else [self.rank, experts]
+      shape[self.split : self.split + 1] = both
+      x = x.reshape(shape)
+    return x if self.axes is None else x.transpose(self.axes)
+
+  def to_stored(self, ours: np.ndarray) -> np.ndarray:
+    """The inverse of `to_ours`."""
+    x = ours if self.axes is None else ours.transpose(np.argsort(self.axes))
+    return x.reshape(self.stored_shape(ours.shape))
+
+  def stored_shape(self, ours: Sequence[int]) -> tuple[int, ...]:
+    """The stored tensor's shape, by that of our array."""
+    order = range(len(ours)) if self.axes is None else np.argsort(self.axes)
+    shape = [ours[i] for i in order]
+    if self.split is not None:
+      shape[self.split : self.split + 2] = [shape[self.split] * shape[self.split + 1]]
+    for one in self.ones:
+      shape.insert(one, 1)
+    return tuple(shape)
+
+
+AS_IS = Form()
+TRANSPOSED = Form((1, 0))
+
+# The end of a key to the leaf that its tensor is, and the tensor's form.
+Keys = Mapping[str, tuple[str, Form]]
+
+
+@dataclass(frozen=True)
+class PeftForm:
+  """The tensors that PEFT has for a method.
+
+  Attributes:
+    flag: the field of PEFT's LoraConfig that turns the method on; None: plain LoRA, or
+      no method of targets.
+    keys: by kind of module. "turned" is a linear layer whose weight is an embedding's;
+      "experts" is a stacked parameter.
+  """
+
+  flag: str | None = None
+  keys: Mapping[str, Keys] = field(default_factory=dict)
