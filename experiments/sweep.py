@@ -98,7 +98,7 @@ def main() -> int:
   usual = f"{config_flag.default_workdir(config.spec)}-sweep"
   folder = bucket.folder(WORKDIR.value or usual)
   if TRIALS.value is not None:
-    processes.join(DISTRIBUTED.value)
+    processes.initialize(DISTRIBUTED.value)
     return runner.train(found, folder, _numbers(TRIALS.value))
   if DISTRIBUTED.value or processes.COORDINATOR in os.environ:
     raise LoraxError(

@@ -4,9 +4,9 @@
 
 What follows `--` is given to Python, in each process. The processes find one another
 through JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as
-`lorax_flax.distributed.processes.join` reads them. Lines are printed with the number
-of the process before them. SIGTERM and SIGINT go to all of them. When one fails, the
-others get some seconds to end by themselves, and are killed then.
+`lorax_flax.distributed.processes.initialize` reads them. Lines are printed with the
+number of the process before them. SIGTERM and SIGINT go to all of them. When one fails,
+the others get some seconds to end by themselves, and are killed then.
 
 Exits with 0 where all have, else with the code of the first that failed (128 + the
 number of the signal, where one ended it).

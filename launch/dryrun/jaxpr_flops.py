@@ -25,7 +25,7 @@ def matmul_flops(jaxpr: Any) -> int:
     elif name == "conv_general_dilated":
       total += _convolution(equation)
     elif name == "scan":
-      total += inner * encoding.scan(equation).length
+      total += inner * encoding.call(equation).length
     elif name == "while" and inner:
       raise ValueError("a while loop with products in it has no known trip count")
     elif name == "cond":

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from experiments.cli import command as cli
 from launch.dryrun import costs, report
 from launch.dryrun import step as shapes
 from launch.dryrun.options import REMAT, Option, meshes
@@ -100,9 +99,11 @@ def _try(
   Args:
     useful: FLOPs of the settings' own batch; others need more in proportion.
   """
-  if option.batch % (activations.ways(option.sizes) * settings.train.accumulation):
+  if option.batch % (
+    activations.num_shards(option.sizes) * settings.train.accumulation
+  ):
     return None
-  job = shapes.job(option.of(settings), topology, cli.silent)
+  job = shapes.job(option.of(settings), topology)
   needed = useful * option.batch / settings.train.batch_size
   try:
     found, _ = costs.measure(job, topology, needed)

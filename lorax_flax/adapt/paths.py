@@ -4,35 +4,51 @@ import zlib
 from typing import Any
 
 import jax
+from jax.tree_util import GetAttrKey, keystr
+
+from lorax_flax.errors import LoraxError
 
 PyTree = Any
 
 
-def path_str(key_path) -> str:
-  """A key path as "encoder/layer_0/query/kernel".
-
-  The `.value` by which Flax's boxes hold an array (nnx.Variable, nn.Partitioned) is not
-  part of a leaf's name.
-  """
-  names = [
-    jax.tree_util.keystr((k,), simple=True)
-    for k in key_path
-    if not (isinstance(k, jax.tree_util.GetAttrKey) and k.name == "value")
-  ]
-  return "/".join(names)
-
-
 def flatten(tree: PyTree) -> dict[str, Any]:
-  """Leaves by slash path, in the tree's order."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {path_str(path): leaf for path, leaf in leaves}
+  """Leaves by slash path ("encoder/layer_0/query/kernel"), in the tree's order.
+
+  The `.value` by which a box holds an array (nnx.Variable, nn.Partitioned) is not part
+  of the name; the field `value` of a node that has other leaves too is.
+
+  Raises:
+    LoraxError: two leaves have the same path, as where a key has a slash in it.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  places = [place for place, _ in leaves]
+  first: dict[str, Any] = {}
+  for i, place in enumerate(places):
+    name = _name(place, places[max(i - 1, 0) : i] + places[i + 1 : i + 2])
+    if name in first:
+      raise LoraxError(
+        f"two leaves have the path {name!r}: {keystr(first[name])} and {keystr(place)}"
+      )
+    first[name] = place
+  return dict(zip(first, (leaf for _, leaf in leaves), strict=True))
+
+
+def _name(place, neighbours) -> str:
+  """Slash path of a leaf, given the places of the leaves before and after it."""
+  node, last = place[:-1], place[-1:]
+  is_alone = all(other[: len(node)] != node for other in neighbours)
+  if is_alone and last == (GetAttrKey("value"),):
+    place = node
+  return "/".join(keystr((key,), simple=True) for key in place)
 
 
 def map_with_path(fn, tree: PyTree, *rest: PyTree) -> PyTree:
   """`fn(path, leaf, …)` over the leaves of trees alike, `path` being a slash path."""
-  return jax.tree_util.tree_map_with_path(
-    lambda p, *leaves: fn(path_str(p), *leaves), tree, *rest
-  )
+  structure: Any = jax.tree.structure(tree)
+  columns = (structure.flatten_up_to(other) for other in rest)
+  named = flatten(tree)
+  results = map(fn, named.keys(), named.values(), *columns)
+  return jax.tree.unflatten(structure, results)
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:

@@ -127,8 +127,6 @@ def _is_array(x: Any) -> bool:
 def _trace(fn, params, args, kwargs) -> _Traced:
   """Traces fn; arguments that are not arrays (flags, names) stay Python values."""
   leaves = flatten(params)
-  if len(leaves) != len(jax.tree.leaves(params)):
-    raise LoraxError("two leaves of params have the same path")
   rest, rest_tree = jax.tree.flatten((args, kwargs))
   arrays = [x for x in rest if _is_array(x)]
   params_tree = jax.tree.structure(params)

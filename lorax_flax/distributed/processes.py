@@ -19,7 +19,7 @@ PREEMPTED = 143
 # again after codes from 127 on, and not after a mistake of the user's, which is 1.
 LOST = 144
 
-# Where `launch.local`, or a person, says what a cluster's own variables would.
+# Set by `launch.local`, or by a person, in place of a cluster's own variables.
 COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 COUNT = "JAX_NUM_PROCESSES"
 NUMBER = "JAX_PROCESS_ID"
@@ -43,7 +43,7 @@ class Preempted(Exception):
     self.step = step
 
 
-def join(cluster: bool = False) -> None:
+def initialize(cluster: bool = False) -> None:
   """Joins the other processes of this run, before JAX has met its devices.
 
   Does nothing where there is only this one: no coordinator in the environment.
@@ -53,7 +53,7 @@ def join(cluster: bool = False) -> None:
       are, as `jax.distributed` does.
 
   Raises:
-    LoraxError: the environment says part of what is needed; the others do not come.
+    LoraxError: the environment has a part of what is needed; the others do not come.
   """
   address = os.environ.get(COORDINATOR)
   if address is None and not cluster:
@@ -81,18 +81,18 @@ def _number(name: str) -> int:
 
 
 def first() -> bool:
-  """Whether this is the process that writes and speaks for all."""
+  """True in process 0, which writes and logs for all."""
   return jax.process_index() == 0
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
   """Waits until every process is here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
-def first_says(value: bool) -> bool:
-  """The first process's value, in all; waits for the devices."""
+def broadcast(value: bool) -> bool:
+  """Broadcasts a boolean from process 0 to all; waits for the devices."""
   if jax.process_count() == 1:
     return value
   return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
@@ -103,7 +103,7 @@ _QUESTIONS = itertools.count(1)
 
 
 class StopRequest:
-  """Whether SIGTERM has asked this run to stop; while entered, it does not kill."""
+  """Context in which SIGTERM requests a stop instead of killing the process."""
 
   def __init__(self) -> None:
     self._asked = False
@@ -125,7 +125,7 @@ class StopRequest:
     self._asked = True
 
   def reached(self, step: int) -> bool:
-    """Whether to stop after this step; the same answer in every process."""
+    """True where the run is to stop after this step; the same in every process."""
     del step
     if jax.process_count() > 1:
       # JAX says yes to the question whose number follows the last that had been asked

@@ -2,7 +2,7 @@
 
 A collective whose peer has died may wait for it without end, and JAX's own heartbeats
 take half a minute and then abort without a word that a person could use. So each
-process keeps a connection to the first one, on which nothing is said: the system closes
+process keeps a connection to the first one, on which nothing is sent: the system closes
 it when a process dies, however it dies. A machine that vanishes without closing
 anything is left to the heartbeats.
 """
@@ -23,12 +23,11 @@ from typing import Self
 
 import jax
 import numpy as np
-from jax._src import distributed
 from jax.experimental import multihost_utils
 
-from lorax_flax.distributed import processes
+from lorax_flax.distributed import coordinator, processes
 
-# Whoever connects says a secret that only the run knows, and its number.
+# Whoever connects sends a secret that only the run knows, and its number.
 _TOKEN = 32
 _SIZE = 8  # of every message: a number, or the goodbye
 _BYE = b"bye".ljust(_SIZE)
@@ -38,7 +37,7 @@ _EXPLAINED = 1.5
 
 
 class Watch:
-  """While entered, the end of another process ends this one, with a message.
+  """Context in which the end of another process ends this one, with a message.
 
   An error of this process ends it at once as well: what ends a Python process in order
   would wait for the others, who wait for this one. `processes.Preempted` is none.
@@ -114,7 +113,7 @@ class Watch:
             self._lost(self._peers[peer])
 
   def _other(self) -> None:
-    """Waits for the first process to say which one is gone, or to be gone itself."""
+    """Waits for the first process to send which one is gone, or to be gone itself."""
     (first,) = self._peers
     message = _receive(first)
     if message != _BYE:
@@ -146,8 +145,7 @@ class Watch:
 def _listen() -> tuple[socket.socket, bytes]:
   """A socket to connect to; and its address, with a new secret, as JSON."""
   # As the cluster calls it: other machines may not know it by its own name.
-  address = distributed.global_state.coordinator_address
-  host = address.rpartition(":")[0] if address else socket.gethostname()
+  host = coordinator.host() or socket.gethostname()
   # Where the others reach this machine through another name, any address will do.
   local = host in ("127.0.0.1", "localhost")
   listener = socket.create_server((host if local else "", 0))
@@ -168,12 +166,12 @@ def _accept(listener: socket.socket, token: str) -> tuple[socket.socket | None, 
   peer, _ = listener.accept()
   try:
     peer.settimeout(5)
-    said = peer.recv(_TOKEN + _SIZE, socket.MSG_WAITALL)
+    received = peer.recv(_TOKEN + _SIZE, socket.MSG_WAITALL)
     peer.settimeout(None)
-    if not hmac.compare_digest(said[:_TOKEN], token.encode()):
+    if not hmac.compare_digest(received[:_TOKEN], token.encode()):
       raise ValueError("a stranger")
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return peer, int(said[_TOKEN:])
+    return peer, int(received[_TOKEN:])
   except (OSError, ValueError):
     peer.close()
     return None, -1

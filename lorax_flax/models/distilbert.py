@@ -173,7 +173,7 @@ class SequenceClassifier(Model):
     )
     x_BxTxD = transformer(x_BxTxD, attention_mask)
     dense = _dense(c, c.dim, ("embed", "pooled"), dtype, "pre_classifier")
-    x_BxD = nn.relu(dense(x_BxTxD[:, 0]))
+    x_BxD = nn.relu(dense(layers.first_token(x_BxTxD)))
     x_BxD = nn.Dropout(c.seq_classif_dropout)(x_BxD, deterministic)
     head = _dense(c, c.num_labels, ("embed", "labels"), dtype, "classifier")
     return head(x_BxD).astype(jnp.float32)

@@ -76,7 +76,7 @@ class Embed(nn.Embed):
     """BxTxD."""
     mesh = jax.sharding.get_abstract_mesh()
     rows = self.along == "embed" and ids_BxT.ndim == 2
-    rows = rows and spread.rows_come_out(mesh, ids_BxT)
+    rows = rows and spread.can_shard_rows(mesh, ids_BxT)
     if rows and self.features % mesh.shape["fsdp"] == 0:
       # Each device looks up its own columns for the tokens of all devices that share
       # the table; then an all-to-all exchanges them, and only then are they sharded
@@ -87,7 +87,7 @@ class Embed(nn.Embed):
         super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp")
       )
       x_BxTxD = constrain(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free))
-      return spread.rows_apart(x_BxTxD)
+      return spread.shard_rows(x_BxTxD)
     return super().__call__(ids_BxT)
 
 
@@ -199,6 +199,15 @@ def _norm_weights(module: nn.Module, features: int) -> tuple[jax.Array, jax.Arra
 def in_heads(x_BxTxD: jax.Array, heads: int) -> jax.Array:
   """Splits the features into heads: BxTxHxK."""
   return x_BxTxD.reshape((*x_BxTxD.shape[:-1], heads, -1))
+
+
+def first_token(x_BxTxD: jax.Array) -> jax.Array:
+  """Activations of each row's first token, BxD, which a classifier reads.
+
+  Rows stay sharded as in the layers: else the gradient comes back sharded along the
+  features, and the compiler replicates it to get from there to rows.
+  """
+  return spread.shard_rows(x_BxTxD[:, 0])
 
 
 def dropout_rng(

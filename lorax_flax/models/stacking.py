@@ -51,7 +51,7 @@ def stack(
     each: arrays (count, …); each layer gets its own row.
   """
   each = dict(each or {})
-  x = spread.rows_apart(x)
+  x = spread.shard_rows(x)
   if remat != "none":
     policy = REMAT_POLICIES[remat]
     layer = nn.remat(layer, policy=policy, prevent_cse=not scan)
@@ -59,12 +59,12 @@ def stack(
     for i in range(count):
       own = {name: rows[i] for name, rows in each.items()}
       x, _ = layer(*args, name=f"layer_{i}")(x, *shared, **own)
-      x = spread.rows_apart(x)
+      x = spread.shard_rows(x)
     return x
 
   def body(module, x, own, *shared):
     x, out = module(x, *shared, **own)
-    return spread.rows_apart(x), out
+    return spread.shard_rows(x), out
 
   run = nn.scan(
     body,

@@ -217,7 +217,7 @@ class ImageClassifier(Model):
       scan=self.scan,
       remat=self.remat,
     )
-    x_BxD = layers.Norm(c.layer_norm_eps, name="layernorm")(x_BxTxD[:, 0])
+    x_BxD = layers.Norm(c.layer_norm_eps, name="layernorm")(layers.first_token(x_BxTxD))
     head = _dense(c, c.num_labels, ("embed", "labels"), dtype, "classifier")
     return head(x_BxD).astype(jnp.float32)
 

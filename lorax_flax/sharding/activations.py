@@ -1,4 +1,4 @@
-"""Where activations lie on a mesh, said where the compiler would choose worse."""
+"""Shardings of activations, given where the compiler would choose worse ones."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-# The axes of a mesh along which the rows of a batch are cut, where there is a mesh.
+# The axes of a mesh along which the rows of a batch are sharded, where there is a mesh.
 ROWS = ("data", "fsdp", "expert")
 
 
-def ways(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
-  """Into how many parts these axes cut.
+def num_shards(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
+  """Number of shards along these axes.
 
   Args:
     sizes: of a mesh's axes, by name.
@@ -20,35 +20,35 @@ def ways(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
   return math.prod(sizes[name] for name in axes)
 
 
-def rows_come_out(mesh: Any, x_Bx: jax.Array) -> bool:
-  """Whether there is a mesh that the rows of x can be cut along."""
+def can_shard_rows(mesh: Any, x_Bx: jax.Array) -> bool:
+  """True where there is a mesh along which the rows of x can be sharded."""
   if not set(ROWS) <= set(mesh.axis_names):
     return False
-  apart = ways(mesh.shape)
+  apart = num_shards(mesh.shape)
   return apart > 1 and x_Bx.ndim > 0 and x_Bx.shape[0] % apart == 0
 
 
-def rows_apart(x: Any) -> Any:
-  """Activations, a tree of arrays (B, …), with their rows cut along the mesh.
+def shard_rows(x: Any) -> Any:
+  """Activations, a tree of arrays (B, …), with their rows sharded along the mesh.
 
-  Said between layers, since weights that are cut along the same axis would otherwise
-  tempt the compiler to gather the activations in their place. Without a mesh: x.
+  Given between layers, since weights that are sharded along the same axis would
+  otherwise tempt the compiler to gather the activations instead. Without a mesh: x.
   """
   mesh = jax.sharding.get_abstract_mesh()
 
   def cut(x):
-    if not rows_come_out(mesh, x):
+    if not can_shard_rows(mesh, x):
       return x
     rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *rest))
 
-  return jax.tree.map(cut, x)
+  return jax.tree.map(constrained, x)
 
 
-def experts_apart(x_ExNxD: jax.Array) -> jax.Array:
-  """Tokens of each expert, put where on the mesh its weights are.
+def shard_experts(x_ExNxD: jax.Array) -> jax.Array:
+  """Tokens of each expert, sharded as its weights are.
 
-  The batch is cut along the experts' axis too, and the compiler is to gather tokens
+  The batch is sharded along the experts' axis too, and the compiler is to gather tokens
   along it and not the experts, which are larger. Without such a mesh: x.
   """
   mesh = jax.sharding.get_abstract_mesh()
@@ -56,7 +56,7 @@ def experts_apart(x_ExNxD: jax.Array) -> jax.Array:
     return x_ExNxD
   rows = tuple(name for name in ROWS if name != "expert")
   experts, tokens, _ = x_ExNxD.shape
-  if experts % mesh.shape["expert"] or tokens % ways(mesh.shape, rows):
+  if experts % mesh.shape["expert"] or tokens % num_shards(mesh.shape, rows):
     return x_ExNxD
   spec = PartitionSpec("expert", rows, PartitionSpec.UNCONSTRAINED)
   return jax.lax.with_sharding_constraint(x_ExNxD, spec)

@@ -1,9 +1,11 @@
-"""The layers of the test table: each maps (B, T, D) to (B, T, D), in Linen and in NNX.
+"""The layers of the test table: each maps (B, T, D) to (B, T, D), in each library.
 
 Sizes are odd and all different, so that a kernel is known by its shape.
 """
 
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -288,3 +290,171 @@ def nnx_stack(cell: str, mode: str):
     return nnx.merge(graph, p, rest)(x)
 
   return apply_fn, params, x
+
+
+class EqxDense(eqx.Module):
+  up: eqx.nn.Linear
+  down: eqx.nn.Linear
+
+  def __init__(self, key):
+    up, down = jax.random.split(key)
+    self.up, self.down = (
+      eqx.nn.Linear(D, HIDDEN, key=up),
+      eqx.nn.Linear(HIDDEN, D, key=down),
+    )
+
+  def __call__(self, x_TxD):
+    return jax.vmap(lambda x: self.down(jnp.tanh(self.up(x))))(x_TxD)
+
+
+class EqxAttention(eqx.Module):
+  attention: eqx.nn.MultiheadAttention
+
+  def __init__(self, key):
+    self.attention = eqx.nn.MultiheadAttention(HEADS, D, key=key)
+
+  def __call__(self, x_TxD):
+    return self.attention(x_TxD, x_TxD, x_TxD)
+
+
+class EqxNamed(eqx.Module):
+  """Submodules called as attention's are, among them `value`."""
+
+  query: eqx.nn.Linear
+  value: eqx.nn.Linear
+
+  def __init__(self, key):
+    query, value = jax.random.split(key)
+    self.query = eqx.nn.Linear(D, D, key=query)
+    self.value = eqx.nn.Linear(D, D, key=value)
+
+  def __call__(self, x_TxD):
+    return jax.vmap(lambda x: self.query(x) * jnp.tanh(self.value(x)))(x_TxD)
+
+
+class EqxConv(eqx.Module):
+  up: eqx.nn.Conv1d
+  down: eqx.nn.Conv1d
+
+  def __init__(self, key):
+    up, down = jax.random.split(key)
+    self.up = eqx.nn.Conv1d(D, HIDDEN, 3, padding="SAME", dilation=2, key=up)
+    self.down = eqx.nn.Conv1d(HIDDEN, D, 1, key=down)
+
+  def __call__(self, x_TxD):
+    return self.down(jnp.tanh(self.up(x_TxD.T))).T
+
+
+class EqxEmbedAttend(eqx.Module):
+  embed: eqx.nn.Embedding
+
+  def __init__(self, key):
+    self.embed = eqx.nn.Embedding(VOCAB, D, key=key)
+
+  def __call__(self, x_TxD):
+    logits = x_TxD @ self.embed.weight.T
+    ids = jnp.argmax(jax.lax.stop_gradient(logits), -1)
+    return x_TxD + self.embed.weight[ids] + logits[..., :D]
+
+
+EQUINOX = {
+  "dense": (EqxDense, ["up/weight", "down/weight"]),
+  "attention": (
+    EqxAttention,
+    [f"{name}_proj/weight" for name in ("query", "key", "value", "output")],
+  ),
+  "named_value": (EqxNamed, ["query/weight", "value/weight"]),
+  "conv": (EqxConv, ["up/weight", "down/weight"]),
+  "embed_attend": (EqxEmbedAttend, ["embed/weight"]),
+}
+
+
+class EqxStep(eqx.Module):
+  norm: eqx.nn.LayerNorm
+  cell: eqx.Module
+
+  def __init__(self, cell, key):
+    self.norm, self.cell = eqx.nn.LayerNorm(D), EQUINOX[cell][0](key)
+
+  def __call__(self, x_TxD):
+    return x_TxD + self.cell(jax.vmap(self.norm)(x_TxD))
+
+
+def equinox(cell: str, mode: str, depth=3):
+  """(apply_fn, params, x) of an Equinox stack; params are the module's arrays."""
+  x = jax.random.normal(jax.random.key(1), (B, T, D))
+  keys = jax.random.split(jax.random.key(0), depth)
+  make = lambda key: EqxStep(cell, key)
+  layers = eqx.filter_vmap(make)(keys) if "scan" in mode else [*map(make, keys)]
+  params, static = eqx.partition(layers, eqx.is_inexact_array)
+
+  def apply_fn(p, x):
+    layers = eqx.combine(p, static)
+    step = lambda layer, x: layer(x)
+    if "remat" in mode:
+      step = eqx.filter_checkpoint(step)
+
+    def one(x_TxD):
+      if "scan" not in mode:
+        for layer in layers:
+          x_TxD = step(layer, x_TxD)
+        return x_TxD
+      arrays, rest = eqx.partition(layers, eqx.is_array)
+      run = lambda x, layer: (step(eqx.combine(layer, rest), x), None)
+      return jax.lax.scan(run, x_TxD, arrays)[0]
+
+    return jax.vmap(one)(x)
+
+  return apply_fn, params, x
+
+
+def _haiku_dense(x):
+  return hk.Linear(D, name="down")(jnp.tanh(hk.Linear(HIDDEN, name="up")(x)))
+
+
+def _haiku_attention(x):
+  attention = hk.MultiHeadAttention(
+    HEADS, HIDDEN, w_init=hk.initializers.VarianceScaling(), model_size=D
+  )
+  return attention(x, x, x)
+
+
+def _haiku_conv(x):
+  y = jnp.tanh(hk.Conv1D(HIDDEN, 3, rate=2, name="up")(x))
+  return hk.Conv1D(D, 1, name="down")(y)
+
+
+def _haiku_embed_attend(x):
+  embed = hk.Embed(VOCAB, D, name="embed")
+  logits = x @ embed.embeddings.T
+  ids = jnp.argmax(jax.lax.stop_gradient(logits), -1)
+  return x + embed(ids) + logits[..., :D]
+
+
+HAIKU = {
+  "dense": (_haiku_dense, ["up/w", "down/w"]),
+  "attention": (_haiku_attention, ["query/w", "key/w", "value/w", "linear/w"]),
+  "conv": (_haiku_conv, ["up/w", "down/w"]),
+  "embed_attend": (_haiku_embed_attend, ["embed/embeddings"]),
+}
+
+
+def haiku(cell: str, mode: str, depth=3):
+  """(apply_fn, params, x) of a Haiku stack, transformed to a function."""
+  x = jax.random.normal(jax.random.key(1), (B, T, D))
+
+  def step(x):
+    norm = hk.LayerNorm(-1, create_scale=True, create_offset=True, name="norm")
+    return x + HAIKU[cell][0](norm(x))
+
+  def forward(x):
+    run = hk.remat(step) if "remat" in mode else step
+    if "scan" in mode:
+      return hk.experimental.layer_stack(depth)(run)(x)
+    for i in range(depth):
+      with hk.name_scope(f"layer_{i}"):
+        x = run(x)
+    return x
+
+  model = hk.without_apply_rng(hk.transform(forward))
+  return model.apply, model.init(jax.random.key(0), x), x

@@ -197,6 +197,22 @@ def check_gradient_of_x(lora, fn, params, adapter):
   np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
 
 
+def test_a_rule_ten_times_its_derivative_gives_ten_times_the_gradient():
+  tenfold = matmul(back_x, lambda x, w, dy: 10.0 * back_w(x, w, dy))
+  params = {"w": normal(0, 5, 7)}
+
+  def gradient(product):
+    lora = lx.adapt(lambda p, x: product(x, p["w"]), lx.LoraConfig(targets="w"))
+    loss, trained = grad_of_trained(
+      lora, params, perturbed(lora.init(jax.random.key(2), params, X)), X
+    )
+    return jax.grad(loss)(trained)["w"]
+
+  for name in ("a", "b"):
+    got, plain = (getattr(gradient(f), name) for f in (tenfold, true))
+    np.testing.assert_allclose(got / plain, 10.0, rtol=1e-4)
+
+
 masked = matmul(back_x, lambda x, w, dy: jnp.clip(x.T @ dy, -0.1, 0.1))
 
 

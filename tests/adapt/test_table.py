@@ -1,4 +1,4 @@
-"""Every layer, under every transformation, in both of Flax's APIs."""
+"""Every layer, looped and scanned, with and without remat, in each library."""
 
 import jax
 import numpy as np
@@ -12,19 +12,26 @@ from tests.adapt.checks import (
   perturbed,
 )
 
-BUILD = {"linen": cells.linen, "nnx": cells.nnx_stack}
+# Library -> (function that builds a stack, cell -> names of its targets).
+LIBRARIES = {
+  "linen": (cells.linen, cells.TARGETS),
+  "nnx": (cells.nnx_stack, cells.TARGETS),
+  "equinox": (cells.equinox, {name: c[1] for name, c in cells.EQUINOX.items()}),
+  "haiku": (cells.haiku, {name: c[1] for name, c in cells.HAIKU.items()}),
+}
+CASES = [(library, cell) for library, (_, found) in LIBRARIES.items() for cell in found]
 
 
 @pytest.mark.parametrize("mode", ["plain", "scan", "remat", "scan_remat"])
-@pytest.mark.parametrize("cell", list(cells.LINEN))
-@pytest.mark.parametrize("api", list(BUILD))
-def test_adapted_equals_merged_and_forms_no_dense_gradient(api, cell, mode):
-  apply_fn, params, x = BUILD[api](cell, mode)
-  lora = lx.adapt(apply_fn, lx.LoraConfig(rank=2, targets=cells.TARGETS[cell]))
+@pytest.mark.parametrize(("library", "cell"), CASES)
+def test_adapted_equals_merged_and_forms_no_dense_gradient(library, cell, mode):
+  build, targets = LIBRARIES[library][0], LIBRARIES[library][1][cell]
+  apply_fn, params, x = build(cell, mode)
+  lora = lx.adapt(apply_fn, lx.LoraConfig(rank=2, targets=targets))
   adapter = lora.init(jax.random.key(2), params, x)
 
   per_layer = 1 if "scan" in mode else 3
-  assert len(adapter) == per_layer * len(cells.TARGETS[cell])
+  assert len(adapter) == per_layer * len(targets)
   np.testing.assert_array_equal(
     lora.apply(params, adapter, x), apply_fn(params, x), "not a no-op at the start"
   )

@@ -1,22 +1,15 @@
 """The tests' data: the real one where it is there, and small files of our own."""
 
-from pathlib import Path
-
 import pytest
 
 from lorax_flax.data import glue_tsv
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub import assets
 
-_SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-
 
 @pytest.fixture(scope="session")
-def glue_archive():
-  folder = _SHARED / "glue"
-  if not folder.is_dir():
-    pytest.skip("the GLUE archive's files aren't here")
-  return folder
+def glue_archive(real_data):
+  return real_data / "glue"
 
 
 def _asset(name):

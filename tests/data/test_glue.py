@@ -19,12 +19,14 @@ GLUE = sorted(n for n, t in tasks.TASKS.items() if t.source == "glue")
 COUNTS = {"rte": (2490, 277), "mrpc": (3668, 408), "cola": (8551, 1043)}
 
 
+@pytest.mark.real_data
 @pytest.mark.parametrize("name", sorted(COUNTS))
 def test_the_real_files_give_the_published_counts(name, glue_archive, cache):
   splits = load.load(name, glue_dir=glue_archive)
   assert (len(splits.train), len(splits.evaluation["validation"])) == COUNTS[name]
 
 
+@pytest.mark.real_data
 def test_the_real_rte_reads_as_it_is_written(glue_archive, cache):
   splits = load.load("rte", glue_dir=glue_archive)
   lines = (glue_archive / "RTE/dev.tsv").read_text("utf-8").split("\n")[1:-1]
@@ -35,6 +37,7 @@ def test_the_real_rte_reads_as_it_is_written(glue_archive, cache):
   ] == lines
 
 
+@pytest.mark.real_data
 def test_the_real_sst2_has_every_row(glue_archive):
   task = tasks.get("sst2")
   files = glue_tsv.files(task, glue_archive)

@@ -116,6 +116,15 @@ def test_a_documents_entries_are_changed_where_they_are():
   assert (shape["n_layer"], shape["n_head"]) == (2, 96)
 
 
+def test_a_documents_entries_are_nested_by_dots():
+  values = config_flag.choose("quickstart.py").values
+  rope = {"rope_scaling": {"factor": 2.0, "type": "linear"}}
+  values = config_dict.change(values, "model.hf_config", rope)
+  values = config_dict.change(values, "model.hf_config.rope_scaling.factor", 4.0)
+  scaling = config_dict.value(values, "model.hf_config")["rope_scaling"]
+  assert scaling == {"factor": 4.0, "type": "linear"}
+
+
 def test_a_config_file_may_name_patterns(tmp_path):
   file = tmp_path / "mine.py"
   file.write_text(

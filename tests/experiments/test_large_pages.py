@@ -10,7 +10,7 @@ from experiments.cli import large_pages
 
 SCRIPT = """
 import os, sys
-from experiments import large_pages
+from experiments.cli import large_pages
 print("started", sys.argv[1:], flush=True)
 large_pages.restart()
 print("tunables", os.environ.get("GLIBC_TUNABLES"), flush=True)

@@ -16,6 +16,6 @@ if __name__ == "__main__":
   cloud_tpu_cluster.running_in_cloud_tpu_vm = True
   if "TPU_WORKER_ID" not in os.environ:
     os.environ.pop("TPU_SKIP_MDS_QUERY", None)
-  processes.join(cluster=True)
-  processes.meet("both are here")
+  processes.initialize(cluster=True)
+  processes.barrier("both are here")
   print(f"process {jax.process_index()} of {jax.process_count()}", flush=True)

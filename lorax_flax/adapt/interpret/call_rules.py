@@ -1,34 +1,89 @@
 """Calls that a weight goes into: each is rebuilt around the weight and its delta."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, Sharding
 
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import Dim, is_view
 
 
-def inline(run: Any, eqn: Any, operands: list[Any]) -> list[Any]:
+def programs(run: Any, eqn: Any, call: jx.Call) -> list[Callable[..., list[Any]]]:
+  """The call's bodies as functions of operands among which there are weights."""
+
+  def program(body):
+    def results(*operands):
+      results = run.closed(body, operands)
+      name = eqn.primitive.name
+      return results if call.returns_weights else run.plain(name, results)
+
+    return results
+
+  return [program(body) for body in call.bodies]
+
+
+def _inline(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[Any]:
   """A call's body in place, under the shardings that the call asks for."""
-  wanted, given = jx.jit_shardings(eqn)
+  operands = _constrained(operands, call.options.get("in_shardings"))
+  with jx.scope(eqn):
+    results = programs(run, eqn, call)[0](*operands)
+  return _constrained(results, call.options.get("out_shardings"))
+
+
+def _constrained(values: list[Any], shardings: Sequence[Any] | None) -> list[Any]:
+  """Values under the shardings that a jit requests; it may leave one unspecified."""
 
   def constrain(x, sharding):
-    if sharding is None:
+    if not isinstance(sharding, Sharding):
       return x
     if is_view(x):
       return replace(x, value=lax.with_sharding_constraint(x.value, sharding))
     return lax.with_sharding_constraint(x, sharding)
 
-  operands = [constrain(x, s) for x, s in zip(operands, wanted, strict=True)]
-  with jx.scope(eqn):
-    results = run.closed(jx.inlined(eqn), operands)
-  return [constrain(x, s) for x, s in zip(results, given, strict=True)]
+  return values if shardings is None else list(map(constrain, values, shardings))
+
+
+def _cond(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[Any]:
+  index, *rest = operands
+  return lax.switch(index, programs(run, eqn, call), *rest)
+
+
+def _remat(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[Any]:
+  (body,) = programs(run, eqn, call)
+  return jax.checkpoint(body, **call.options)(*operands)
+
+
+def _shard_map(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[Any]:
+  """Factors are sharded as the weight is, on the axes that they carry."""
+
+  def spec_of(x, spec):
+    if not is_view(x):
+      return spec
+    names = tuple(spec) + (None,) * (len(x.dims) - len(spec))
+    split = [d.role for d, name in zip(x.dims, names, strict=True) if name]
+    if x.bias is not None and "in" in split:
+      raise Unsupported("its inputs are sharded, and it has a bias of its own")
+
+    def factor(t):
+      on = [name if n != 1 else None for name, n in zip(names, t.shape, strict=False)]
+      return PartitionSpec(*on)
+
+    return replace(x.on_all(factor, spec, x.dims), index=PartitionSpec())
+
+  (body,) = programs(run, eqn, call)
+  specs = map(spec_of, operands, call.options["in_specs"])
+  options = {
+    **call.options,
+    "in_specs": tuple(specs),
+    "out_specs": tuple(call.options["out_specs"]),
+  }
+  return list(jax.shard_map(lambda *xs: tuple(body(*xs)), **options)(*operands))
 
 
 def _repeat(x: Any, i: jax.Array, length: int) -> Any:
@@ -48,33 +103,30 @@ def _back(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
   return out
 
 
-def _scan(run: Any, eqn: Any, operands: list[Any]) -> list[Any]:
-  s = jx.scan(eqn)
-  n = s.num_consts
-  consts, carry = operands[:n], operands[n : n + s.num_carry]
-  scanned = [_stacked(x, s.length) for x in operands[n + s.num_carry :]]
+def _scan(run: Any, eqn: Any, loop: jx.Loop, operands: list[Any]) -> list[Any]:
+  _, consts, carry, scanned = loop.split(operands)
+  length = loop.length
+  scanned = [_stacked(x, length) for x in scanned]
   arrays = [x.parts if is_view(x) else x for x in scanned]
 
   def body(state, step):
     i, *slices = step
     here = [
-      replace(x.with_parts(parts), index=x.index * s.length + i, dims=x.dims[1:])
+      replace(x.with_parts(parts), index=x.index * length + i, dims=x.dims[1:])
       if is_view(x)
       else parts
       for x, parts in zip(scanned, slices, strict=True)
     ]
-    outer = [_repeat(x, i, s.length) for x in (*consts, *state)]
-    results = run.closed(s.body, [*outer, *here])
-    new = _back(state, results[: s.num_carry])
+    outer = [_repeat(x, i, length) for x in (*consts, *state)]
+    results = run.closed(loop.body, [*outer, *here])
+    new = _back(state, results[: len(carry)])
     # A weight may be handed out as it came (NNX hands out its state), stacked then.
-    handed[:] = results[s.num_carry :]
+    handed[:] = results[len(carry) :]
     return new, [y.parts if is_view(y) else y for y in handed]
 
   handed: list[Any] = []
-  counter = jnp.arange(s.length, dtype=jnp.int32)
-  new, ys = lax.scan(
-    body, list(carry), [counter, *arrays], s.length, s.reverse, s.unroll
-  )
+  counter = jnp.arange(length, dtype=jnp.int32)
+  new, ys = lax.scan(body, carry, [counter, *arrays], length, **loop.options)
   ys = [
     replace(
       y.with_parts(parts),
@@ -99,80 +151,30 @@ def _stacked(x: Any, length: int) -> Any:
   )
 
 
-def _while(run: Any, eqn: Any, operands: list[Any]) -> list[Any]:
-  w = jx.while_(eqn)
-  n, m = w.num_cond_consts, w.num_body_consts
-  cond_consts, body_consts, carry = operands[:n], operands[n : n + m], operands[n + m :]
+def _while(run: Any, eqn: Any, loop: jx.Loop, operands: list[Any]) -> list[Any]:
+  cond_consts, consts, carry, _ = loop.split(operands)
 
   # The number of iterations is not known: each counts on from the place it stands at.
   def cond(state):
     i, *values = state
     values = [_repeat(x, i, 1) for x in (*cond_consts, *values)]
-    return run.plain("while", run.closed(w.cond, values))[0]
+    return run.plain("while", run.closed(loop.cond, values))[0]
 
   def body(state):
     i, *values = state
-    inner = [_repeat(x, i, 1) for x in (*body_consts, *values)]
-    return [i + 1, *_back(values, run.closed(w.body, inner))]
+    inner = [_repeat(x, i, 1) for x in (*consts, *values)]
+    return [i + 1, *_back(values, run.closed(loop.body, inner))]
 
   return lax.while_loop(cond, body, [jnp.int32(0), *carry])[1:]
 
 
-def _cond(run: Any, eqn: Any, operands: list[Any]) -> list[Any]:
-  index, *rest = operands
-  branches = [
-    lambda *xs, branch=branch: run.plain("cond", run.closed(branch, xs))
-    for branch in eqn.params["branches"]
-  ]
-  return lax.switch(index, branches, *rest)
-
-
-def _remat(run: Any, eqn: Any, operands: list[Any]) -> list[Any]:
-  p = eqn.params
-
-  def body(*xs):
-    # NNX hands a layer's state out again: a weight may leave as it came.
-    return run.closed(p["jaxpr"], xs)
-
-  fn = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])
-  return fn(*operands)
-
-
-def _shard_map(run: Any, eqn: Any, operands: list[Any]) -> list[Any]:
-  """Factors are sharded as the weight is, on the axes that they carry."""
-  p = eqn.params
-
-  def spec_of(x, spec):
-    if not is_view(x):
-      return spec
-    names = tuple(spec) + (None,) * (len(x.dims) - len(spec))
-    split = [d.role for d, name in zip(x.dims, names, strict=True) if name]
-    if x.bias is not None and "in" in split:
-      raise Unsupported("its inputs are split, and it has a bias of its own")
-
-    def factor(t):
-      on = [name if n != 1 else None for name, n in zip(names, t.shape, strict=False)]
-      return PartitionSpec(*on)
-
-    return replace(x.on_all(factor, spec, x.dims), index=PartitionSpec())
-
-  def body(*xs):
-    return tuple(run.plain("shard_map", run.closed(p["jaxpr"], xs)))
-
-  fn = jax.shard_map(
-    body,
-    mesh=p["mesh"],
-    in_specs=tuple(spec_of(x, s) for x, s in zip(operands, p["in_specs"], strict=True)),
-    out_specs=tuple(p["out_specs"]),
-    axis_names=p["newly_manual_axes"],
-    check_vma=p["check_vma"],
-  )
-  return list(fn(*operands))
-
-
-CALLS = {
+RULES: dict[str, Callable[[Any, Any, Any, list[Any]], list[Any]]] = {
   "checkpoint": _remat,
+  "closed_call": _inline,
   "cond": _cond,
+  "core_call": _inline,
+  "jit": _inline,
+  "pjit": _inline,
   "remat2": _remat,
   "scan": _scan,
   "shard_map": _shard_map,

@@ -4,7 +4,7 @@ Where a weight goes into one, the rule is followed and not the derivative of wha
 function computes. The call is rebuilt: forward and backward program are those of the
 rule, rewritten. What the rule gives as the weight's gradient is never formed: it is
 followed back to the contraction of two smaller arrays that makes it, and these are
-contracted with the factors, by transposing the equations that lie between.
+contracted with the factors, by transposing the equations between.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
+from lorax_flax.adapt.interpret import call_rules
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import View, is_view
 from lorax_flax.errors import LoraxError
 
 
-def _ruled(run: Any, eqn: Any, operands: list[Any]) -> list[Any]:
+def _ruled(run: Any, eqn: Any, described: jx.Call, operands: list[Any]) -> list[Any]:
   name = jx.rule_name(eqn)
   for x in operands:
     if is_view(x) and x.bias is not None:
@@ -35,7 +36,7 @@ def _ruled(run: Any, eqn: Any, operands: list[Any]) -> list[Any]:
 
   @jax.custom_vjp
   def call(*operands):
-    return plain(inside.closed(jx.ruled(eqn), operands))
+    return call_rules.programs(inside, eqn, described)[0](*operands)
 
   def forward(*marked):
     moved = [_moved(x) for x in marked]
@@ -88,14 +89,14 @@ def _is_marked(x: Any) -> bool:
 
 
 def _moved(x: Any) -> bool:
-  """Whether a derivative with respect to any part of an operand is wanted."""
+  """True where a derivative with respect to any part of an operand is requested."""
   return any(p.perturbed for p in jax.tree.leaves(x, is_leaf=_is_marked))
 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True, eq=False)
 class _Static:
-  """What the backward half is told beside arrays: which operands have a gradient."""
+  """Static input of the backward half: which operands have a gradient."""
 
   bwd: Any
   moved: list[bool]
@@ -144,17 +145,17 @@ def _gradient(program: _Program, atom: Any, weight: View, name, with_base) -> Vi
   """
   run = program.run
   strict = replace(program, run=replace(run, strict=True))
-  # The gain's gradient needs the product with the weight itself.
+  # The out_scale's gradient needs the product with the weight itself.
   value = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-  value = value if weight.gain is None else weight.value
+  value = value if weight.out_scale is None else weight.value
 
   def products(parts):
-    a, b, gain = parts
-    moving = replace(weight, value=value, a=a, b=b, gain=gain)
+    a, b, out_scale = parts
+    moving = replace(weight, value=value, a=a, b=b, out_scale=out_scale)
     pairs = _paired(strict, atom, moving)
     return [y for y, _ in pairs], [c for _, c in pairs]
 
-  factors = weight.a, weight.b, weight.gain
+  factors = weight.a, weight.b, weight.out_scale
   try:
     _, pull, cotangents = jax.vjp(products, factors, has_aux=True)
   except Unsupported as e:
@@ -167,19 +168,21 @@ def _gradient(program: _Program, atom: Any, weight: View, name, with_base) -> Vi
     run.warn_dense(weight.path, name, str(e))
 
     def formed(parts):
-      a, b, gain = parts
-      return replace(weight, a=a, b=b, gain=gain).dense()
+      a, b, out_scale = parts
+      return replace(weight, a=a, b=b, out_scale=out_scale).dense()
 
     _, pull = jax.vjp(formed, factors)
     cotangents = program.read(atom)
-  ((a, b, gain),) = pull(cotangents)
+  ((a, b, out_scale),) = pull(cotangents)
   base = None
   if with_base:
     base = program.read(atom)
     base = (
-      base if weight.gain is None else base * weight.gain[..., 0].astype(base.dtype)
+      base
+      if weight.out_scale is None
+      else base * weight.out_scale[..., 0].astype(base.dtype)
     )
-  return replace(weight, value=base, a=a, b=b, gain=gain, index=None)
+  return replace(weight, value=base, a=a, b=b, out_scale=out_scale, index=None)
 
 
 # Operands in which a primitive is linear together, the others being held.
@@ -263,4 +266,4 @@ def _is_zero(eqn: Any) -> bool:
   )
 
 
-CALLS = {"custom_jvp_call": _ruled, "custom_vjp_call": _ruled}
+RULES = {"custom_jvp_call": _ruled, "custom_vjp_call": _ruled}

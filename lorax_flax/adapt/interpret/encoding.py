@@ -1,12 +1,14 @@
-"""All that we know of how JAX encodes a program.
+"""All knowledge of how JAX encodes a program.
 
 The encoding changes between releases: from 0.10 to 0.12 ClosedJaxpr merged into Jaxpr,
 and scan's `num_consts` and `num_carry` became `ft_in`. Nothing outside this file reads
-an equation's parameters by a name that has changed, so a new release is met here.
+an equation's parameters, so a new release is met here.
 """
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +23,9 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
   return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-  """Runs one equation on `values`, as it stands; its results as a list."""
-  prepared = eqn.primitive.get_bind_params(eqn.params)
+def bind(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
+  """Results of an equation on `values`, with some of its parameters changed."""
+  prepared = eqn.primitive.get_bind_params(eqn.params | changed)
   subfuns, params = prepared if isinstance(prepared, tuple) else ((), prepared)
   with eqn.ctx.manager, scope(eqn):
     out = eqn.primitive.bind(*subfuns, *values, **params)
@@ -31,74 +33,123 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def scope(eqn: Any) -> Any:
-  """The names (of modules, say) under which profiles show the equation."""
+  """Context of the equation's name stack, under which profiles show it."""
   name = str(eqn.source_info.name_stack)
   return jax.named_scope(name) if name else contextlib.nullcontext()
 
 
-def is_dropped(var: Any) -> bool:
-  return isinstance(var, jex.DropVar)
+def param(eqn: Any, name: str) -> Any:
+  """A parameter of a primitive that is no call, under jax.lax's name of it."""
+  return eqn.params[name]
 
 
-class Scan(NamedTuple):
-  """A scan's parts: its operands are consts, then carry, then scanned inputs."""
+class Call(NamedTuple):
+  """A call of one of its bodies, whose results are the call's.
 
+  Attributes:
+    bodies: jaxprs of the same operands; all but a cond's have one.
+    num_selectors: number of operands, before the bodies' own, that choose the body.
+    is_inline: whether it means the same when its body runs in its place.
+    has_rule: whether it has a derivative rule of its own.
+    returns_weights: whether a weight may leave as it came (NNX hands a layer's state
+      out again).
+    options: what else the function of JAX takes that makes such a call.
+  """
+
+  bodies: tuple[Any, ...]
+  num_selectors: int = 0
+  is_inline: bool = False
+  has_rule: bool = False
+  returns_weights: bool = False
+  options: Mapping[str, Any] = MappingProxyType({})
+
+
+class Loop(NamedTuple):
+  """A scan or a while.
+
+  Operands are the condition's consts, the body's consts, the carry, then the scanned
+  inputs; results are the carry, then what the iterations' other results are stacked to.
+
+  Attributes:
+    cond: jaxpr of (its consts, the carry) to a boolean; None for a scan.
+    body: jaxpr of (its consts, the carry, a slice of each scanned input).
+    counts: number of operands of the first three groups.
+    length: number of iterations; of a while it is not known, and 1.
+    options: what else `lax.scan` takes.
+  """
+
+  cond: Any | None
   body: Any
-  num_consts: int
-  num_carry: int
-  length: int
-  reverse: bool
-  unroll: int
+  counts: tuple[int, int, int]
+  length: int = 1
+  options: Mapping[str, Any] = MappingProxyType({})
+
+  def split(self, operands: Sequence[Any]) -> Iterator[list[Any]]:
+    """The four groups of the operands, in order."""
+    given = iter(operands)
+    for n in self.counts:
+      yield list(itertools.islice(given, n))
+    yield list(given)
 
 
-def scan(eqn: Any) -> Scan:
-  p = eqn.params
+def _jit(p: Any) -> Call:
+  shardings = {name: p[name] for name in ("in_shardings", "out_shardings")}
+  return Call((p["jaxpr"],), is_inline=True, returns_weights=True, options=shardings)
+
+
+def _closed(p: Any) -> Call:
+  return Call((p["call_jaxpr"],), is_inline=True, returns_weights=True)
+
+
+def _custom(p: Any) -> Call:
+  return Call((p["call_jaxpr"],), has_rule=True)
+
+
+def _checkpoint(p: Any) -> Call:
+  options = {name: p[name] for name in ("prevent_cse", "policy")}
+  return Call((p["jaxpr"],), returns_weights=True, options=options)
+
+
+def _shard_map(p: Any) -> Call:
+  options = {name: p[name] for name in ("mesh", "in_specs", "out_specs", "check_vma")}
+  return Call((p["jaxpr"],), options={**options, "axis_names": p["newly_manual_axes"]})
+
+
+def _scan(p: Any) -> Loop:
   if "ft_in" in p:
     consts, carry, _ = (len(part) for part in p["ft_in"].unpack())
   else:
     consts, carry = p["num_consts"], p["num_carry"]
-  return Scan(p["jaxpr"], consts, carry, p["length"], p["reverse"], p["unroll"])
+  options = {name: p[name] for name in ("reverse", "unroll")}
+  return Loop(None, p["jaxpr"], (0, consts, carry), p["length"], options)
 
 
-class While(NamedTuple):
-  """A while's parts: its operands are cond consts, body consts, then carry."""
-
-  cond: Any
-  body: Any
-  num_cond_consts: int
-  num_body_consts: int
+def _while(p: Any) -> Loop:
+  consts = p["cond_nconsts"], p["body_nconsts"]
+  num_carry = len(open_jaxpr(p["body_jaxpr"])[0].outvars)
+  return Loop(p["cond_jaxpr"], p["body_jaxpr"], (*consts, num_carry))
 
 
-def while_(eqn: Any) -> While:
-  p = eqn.params
-  return While(p["cond_jaxpr"], p["body_jaxpr"], p["cond_nconsts"], p["body_nconsts"])
+_CALLS: dict[str, Callable[[Any], Call | Loop]] = {
+  "checkpoint": _checkpoint,
+  "closed_call": _closed,
+  "cond": lambda p: Call(tuple(p["branches"]), num_selectors=1),
+  "core_call": _closed,
+  "custom_jvp_call": _custom,
+  "custom_vjp_call": _custom,
+  "jit": _jit,
+  "pjit": _jit,
+  "remat2": _checkpoint,
+  "scan": _scan,
+  "shard_map": _shard_map,
+  "while": _while,
+}
 
 
-def inlined(eqn: Any) -> Any | None:
-  """The body of a call that can be run in place: same operands, same results."""
-  name, p = eqn.primitive.name, eqn.params
-  if name in ("jit", "pjit"):
-    return p["jaxpr"]
-  if name in ("closed_call", "core_call"):
-    return p["call_jaxpr"]
-  return None
-
-
-def ruled(eqn: Any) -> Any | None:
-  """The body of a call that has a derivative rule of its own."""
-  ruled = eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call")
-  return eqn.params["call_jaxpr"] if ruled else None
-
-
-def jit_shardings(eqn: Any) -> tuple[list[Any], list[Any]]:
-  """Shardings that a jit asks of its operands and results; None where it asks none."""
-
-  def given(shardings):
-    return [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
-
-  if eqn.primitive.name not in ("jit", "pjit"):
-    return [None] * len(eqn.invars), [None] * len(eqn.outvars)
-  return given(eqn.params["in_shardings"]), given(eqn.params["out_shardings"])
+def call(eqn: Any) -> Any:
+  """A Call or a Loop; None for a primitive that computes by itself."""
+  describe = _CALLS.get(eqn.primitive.name)
+  return None if describe is None else describe(eqn.params)
 
 
 def rule_name(eqn: Any) -> str:
@@ -129,7 +180,7 @@ def rule(eqn: Any, moves: Sequence[bool]) -> Rule:
   """The rule of a custom_jvp or custom_vjp call, as JAX itself applies it.
 
   Args:
-    moves: for each operand, whether a derivative with respect to it is wanted.
+    moves: for each operand, whether a derivative with respect to it is requested.
   """
   avals = [struct(v.aval) for v in eqn.invars]
   outs = [struct(v.aval) for v in eqn.outvars]
@@ -150,11 +201,11 @@ def rule(eqn: Any, moves: Sequence[bool]) -> Rule:
 
   def bwd(leaves, cotangents):
     given = iter(cotangents)
-    whole = [
+    full = [
       next(given) if is_float(x) else numpy.zeros(x.shape, jax.dtypes.float0)
       for x in outs
     ]
-    return jax.tree.unflatten(tree, leaves)(whole)
+    return jax.tree.unflatten(tree, leaves)(full)
 
   return Rule(traced, _flat(jax.make_jaxpr(bwd)(structs, list(filter(is_float, outs)))))
 
@@ -197,7 +248,7 @@ def _woven(chosen, ones, others) -> list[Any]:
 
 
 def _flat(jaxpr: Any) -> Any:
-  """The same program with its calls run in place."""
+  """Inlines the calls of a program."""
 
   def run(jaxpr, values):
     open_, consts = open_jaxpr(jaxpr)
@@ -205,8 +256,9 @@ def _flat(jaxpr: Any) -> Any:
     env.update(zip(open_.invars, values, strict=True))
     for eqn in open_.eqns:
       given = [a.val if isinstance(a, Literal) else env[a] for a in eqn.invars]
-      body = inlined(eqn)
-      results = bind(eqn, given) if body is None else run(body, given)
+      found = call(eqn)
+      in_place = isinstance(found, Call) and found.is_inline
+      results = run(found.bodies[0], given) if in_place else bind(eqn, given)
       env.update(zip(eqn.outvars, results, strict=True))
     return [a.val if isinstance(a, Literal) else env[a] for a in open_.outvars]
 

@@ -22,7 +22,7 @@ from lorax_flax.errors import LoraxError
 
 log = logging.getLogger(__name__)
 
-CALLS = {**call_rules.CALLS, **custom_derivatives.CALLS}
+CALL_RULES = {**call_rules.RULES, **custom_derivatives.RULES}
 
 
 def _on_values(eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -71,12 +71,12 @@ class Run:
       return jx.bind(eqn, operands)
     name = eqn.primitive.name
     try:
-      if jx.inlined(eqn) is not None:
-        return call_rules.inline(self, eqn, operands)
-      if name in CALLS:
-        if any(v.is_abstract for v in views):
+      call = jx.call(eqn)
+      if call is not None:
+        in_place = isinstance(call, jx.Call) and call.is_inline
+        if not in_place and any(v.is_abstract for v in views):
           raise Unsupported("a change of the weight alone does not go in")
-        return CALLS[name](self, eqn, operands)
+        return CALL_RULES[name](self, eqn, call, operands)
       if name in layout_rules.RULES or product_rules.is_choice(eqn, operands):
         rule = layout_rules.RULES.get(name, product_rules.choose)
         with jx.scope(eqn):

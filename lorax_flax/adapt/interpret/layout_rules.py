@@ -26,7 +26,7 @@ class Unsupported(Exception):
 
 def _transpose(eqn, operands, out):
   (view,) = operands
-  perm = eqn.params["permutation"]
+  perm = jx.param(eqn, "permutation")
   dims = [view.dims[i] for i in perm]
   return [view.on_all(lambda t: t.transpose((*perm, len(perm))), out[0], dims)]
 
@@ -64,7 +64,7 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]):
 
 def _reshape(eqn, operands, out):
   view, shape = operands[0], tuple(out[0].shape)
-  if eqn.params.get("dimensions") is not None:
+  if jx.param(eqn, "dimensions") is not None:
     raise Unsupported("a reshape that transposes")
   groups = reshape_groups(view.shape, shape)
   dims: list[Dim] = [NO_ROLE] * len(shape)
@@ -96,7 +96,7 @@ def _reshape(eqn, operands, out):
 
 def _broadcast(eqn, operands, out):
   view, shape = operands[0], tuple(out[0].shape)
-  where = eqn.params["broadcast_dimensions"]
+  where = jx.param(eqn, "broadcast_dimensions")
   dims = [NO_ROLE] * len(shape)
   for i, j in enumerate(where):
     if view.shape[i] == shape[j]:
@@ -113,7 +113,7 @@ def _broadcast(eqn, operands, out):
 
 def _squeeze(eqn, operands, out):
   (view,) = operands
-  gone = {d % len(view.dims) for d in eqn.params["dimensions"]}
+  gone = {d % len(view.dims) for d in jx.param(eqn, "dimensions")}
   dims = [d for i, d in enumerate(view.dims) if i not in gone]
   return [view.on_all(lambda t: t.squeeze(tuple(gone)), out[0], dims)]
 
@@ -150,9 +150,8 @@ def _slice_axes(view: View, starts, sizes, cut: Callable, out) -> View:
 
 def _slice(eqn, operands, out):
   (view,) = operands
-  p = eqn.params
-  steps = p["strides"] or (1,) * len(view.dims)
-  starts, stops = p["start_indices"], p["limit_indices"]
+  steps = jx.param(eqn, "strides") or (1,) * len(view.dims)
+  starts, stops = jx.param(eqn, "start_indices"), jx.param(eqn, "limit_indices")
 
   def cut(t, i):
     return lax.slice_in_dim(t, starts[i], stops[i], steps[i], i)
@@ -164,7 +163,7 @@ def _dynamic_slice(eqn, operands, out):
   view, *starts = operands
   if not is_view(view) or any(map(is_view, starts)):
     raise Unsupported("a weight used as an index")
-  sizes = eqn.params["slice_sizes"]
+  sizes = jx.param(eqn, "slice_sizes")
 
   def cut(t, i):
     return lax.dynamic_slice_in_dim(t, starts[i], sizes[i], i)
@@ -174,8 +173,8 @@ def _dynamic_slice(eqn, operands, out):
 
 def _split(eqn, operands, out):
   (view,) = operands
-  axis, offset, parts = eqn.params["axis"], 0, []
-  for value, size in zip(out, eqn.params["sizes"], strict=True):
+  axis, offset, parts = jx.param(eqn, "axis"), 0, []
+  for value, size in zip(out, jx.param(eqn, "sizes"), strict=True):
 
     def cut(t, i, offset=offset, size=size):
       return lax.slice_in_dim(t, offset, offset + size, axis=i)
@@ -188,7 +187,7 @@ def _split(eqn, operands, out):
 
 def _rev(eqn, operands, out):
   (view,) = operands
-  axes = eqn.params["dimensions"]
+  axes = jx.param(eqn, "dimensions")
   return [view.on_all(lambda t: lax.rev(t, axes), out[0], view.dims)]
 
 
@@ -213,11 +212,11 @@ def _neg(eqn, operands, out):
 
 
 def _concatenate(eqn, operands, out):
-  return _join(operands, eqn.params["dimension"], out)
+  return _join(operands, jx.param(eqn, "dimension"), out)
 
 
 def _stack(eqn, operands, out):
-  axis = eqn.params["axis"]
+  axis = jx.param(eqn, "axis")
 
   def expanded(x):
     shape = (*x.shape[:axis], 1, *x.shape[axis:])
@@ -244,8 +243,8 @@ def _join(operands, axis, out):
   if first.a is None:
     return [replace(first, value=out[0], dims=tuple(dims))]
   along_in = dims[axis].role == "in"
-  if along_in and any(v.gain is not None or v.bias is not None for v in views):
-    raise Unsupported("a join of the inputs of weights with a gain or a bias")
+  if along_in and any(v.out_scale is not None or v.bias is not None for v in views):
+    raise Unsupported("a join of the inputs of weights with an out_scale or a bias")
   stacked = dims[axis].role in ("stack", None)
   if dims[axis].role is None:
     dims[axis] = Dim(frozenset(), "stack")
@@ -254,13 +253,13 @@ def _join(operands, axis, out):
   )
   a = _side_by_side([v.a for v in views], operands, axis, dims, total, stacked, "in")
   b = _side_by_side([v.b for v in views], operands, axis, dims, total, stacked, "out")
-  gain = _ones_beside([v.gain for v in views], operands, axis, dims, 1.0)
+  out_scale = _ones_beside([v.out_scale for v in views], operands, axis, dims, 1.0)
   bias = _ones_beside([v.bias for v in views], operands, axis, dims, 0.0)
-  return [replace(first.with_parts((out[0], a, b, gain, bias)), dims=tuple(dims))]
+  return [replace(first.with_parts((out[0], a, b, out_scale, bias)), dims=tuple(dims))]
 
 
 def _ones_beside(given, operands, axis, dims, fill):
-  """The gain or the bias of a concatenation, `fill` where an operand has none."""
+  """The out_scale or the bias of a concatenation, `fill` where an operand has none."""
   if all(t is None for t in given):
     return None
   remaining, parts = iter(given), []
@@ -308,41 +307,41 @@ def _pad(eqn, operands, out):
   view, filler = operands
   if not is_view(view) or is_view(filler):
     raise Unsupported("a weight used as padding")
-  config = eqn.params["padding_config"]
+  config = jx.param(eqn, "padding_config")
   axes = [i for i, how in enumerate(config) if tuple(how) != (0, 0, 0)]
   if any(view.dims[i].role == "in" for i in axes) and (
-    view.gain is not None or view.bias is not None
+    view.out_scale is not None or view.bias is not None
   ):
-    raise Unsupported("padding of the inputs of a weight with a gain or a bias")
+    raise Unsupported("padding of the inputs of a weight with an out_scale or a bias")
   if view.a is None:
     return [replace(view, value=out[0])]
 
-  def padded(t, fill, whole=()):
-    sizes = [view.shape[i] if i in whole else n for i, n in enumerate(t.shape)]
+  def padded(t, fill, full=()):
+    sizes = [view.shape[i] if i in full else n for i, n in enumerate(t.shape)]
     t = jnp.broadcast_to(t, sizes)
-    how = [c if t.shape[i] != 1 or i in whole else (0, 0, 0) for i, c in with_rank]
+    how = [c if t.shape[i] != 1 or i in full else (0, 0, 0) for i, c in with_rank]
     return lax.pad(t, jnp.asarray(fill, t.dtype), how)
 
   with_rank = list(enumerate([*config, (0, 0, 0)]))
   # Where neither factor carries an axis, one of them must, to end at its edges.
   free = [i for i in axes if view.a.shape[i] == view.b.shape[i] == 1]
-  gain, bias = (
+  out_scale, bias = (
     None if t is None else padded(t, fill, axes)
-    for t, fill in ((view.gain, 1.0), (view.bias, 0.0))
+    for t, fill in ((view.out_scale, 1.0), (view.bias, 0.0))
   )
-  parts = (out[0], padded(view.a, 0.0, free), padded(view.b, 0.0), gain, bias)
+  parts = (out[0], padded(view.a, 0.0, free), padded(view.b, 0.0), out_scale, bias)
   return [view.with_parts(parts)]
 
 
 def _reduce_sum(eqn, operands, out):
   """A sum over axes that one factor carries, or none; needs the roles."""
   (view,) = operands
-  axes = [i for i in eqn.params["axes"] if view.shape[i] != 1]
+  axes = [i for i in jx.param(eqn, "axes") if view.shape[i] != 1]
   if view.a is None and axes:
     raise Unsupported("a sum over its axes")
-  if view.bias is not None or (view.gain is not None and axes):
-    raise Unsupported("a sum of a weight with a gain or a bias")
-  gone = tuple(eqn.params["axes"])
+  if view.bias is not None or (view.out_scale is not None and axes):
+    raise Unsupported("a sum of a weight with an out_scale or a bias")
+  gone = tuple(jx.param(eqn, "axes"))
   dims = [d for i, d in enumerate(view.dims) if i not in gone]
   if view.a is None:
     return [replace(view, value=out[0], dims=tuple(dims))]
@@ -357,8 +356,8 @@ def _reduce_sum(eqn, operands, out):
 def _all_gather(eqn, operands, out):
   """A weight gathered from its shards inside a shard_map."""
   (view,) = operands
-  axis = eqn.params["all_gather_dimension"]
-  if not eqn.params["tiled"]:
+  axis = jx.param(eqn, "all_gather_dimension")
+  if not jx.param(eqn, "tiled"):
     raise Unsupported("an all_gather that adds an axis")
 
   def on(t):

@@ -1,4 +1,4 @@
-"""Primitives that consume a weight: x W becomes gain * (x W + (x a) b) + bias.
+"""Primitives that consume a weight: x W becomes out_scale * (x W + (x a) b) + bias.
 
 Each has two halves: `axes_of`, which axes of the weight the primitive contracts, shares
 with x, and keeps (this is how roles are found), and a product rule. A rule is given
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
 from lorax_flax.methods.parts import dense
@@ -27,29 +27,30 @@ class Axes(NamedTuple):
 
 
 def axes_of(eqn: Any, operands: list[Any]) -> Axes:
-  """What a contraction does with the axes of the one view among its operands."""
+  """Sorts the axes of the one view among a contraction's operands."""
   where = [i for i, x in enumerate(operands) if is_view(x)]
   if len(where) != 1:
     raise Unsupported("a product of two adapted weights")
-  n, name, p = len(operands[where[0]].dims), eqn.primitive.name, eqn.params
+  n, name = len(operands[where[0]].dims), eqn.primitive.name
+  numbers = jx.param(eqn, "dimension_numbers")
   if name == "dot_general":
-    contract, batch = p["dimension_numbers"]
+    contract, batch = numbers
     contracted, shared = tuple(contract[where[0]]), tuple(batch[where[0]])
   elif where[0] != (0 if name == "gather" else 1):
     raise Unsupported("a weight in the place of the input")
   elif name == "gather":
-    d = p["dimension_numbers"]
-    contracted = tuple(d.start_index_map)
-    shared = tuple(getattr(d, "operand_batching_dims", ()))
-    if set(contracted) != set(d.collapsed_slice_dims):
+    contracted = tuple(numbers.start_index_map)
+    shared = tuple(numbers.operand_batching_dims)
+    if set(contracted) != set(numbers.collapsed_slice_dims):
       raise Unsupported("a look-up of more than one row at a place")
-    whole = [i for i in range(n) if i not in (*contracted, *shared)]
-    if any(p["slice_sizes"][i] != operands[0].shape[i] for i in whole):
+    sizes = zip(jx.param(eqn, "slice_sizes"), operands[0].shape, strict=True)
+    if any(
+      s != n and i not in (*contracted, *shared) for i, (s, n) in enumerate(sizes)
+    ):
       raise Unsupported("a look-up of a part of each row")
   else:
-    _, *contracted_ = p["dimension_numbers"].rhs_spec
-    contracted, shared = tuple(contracted_), ()
-    if p["batch_group_count"] != 1:
+    contracted, shared = tuple(numbers.rhs_spec[1:]), ()
+    if jx.param(eqn, "batch_group_count") != 1:
       raise Unsupported("batch_group_count")
   kept = tuple(i for i in range(n) if i not in (*contracted, *shared))
   if name != "gather" and not contracted:
@@ -57,18 +58,18 @@ def axes_of(eqn: Any, operands: list[Any]) -> Axes:
   return Axes(contracted, shared, kept)
 
 
-def _near_and_far(view: View, axes: Axes) -> tuple[jax.Array, jax.Array]:
+def _contracted_and_other(view: View, axes: Axes) -> tuple[jax.Array, jax.Array]:
   """The factor that the primitive contracts, and the other one."""
   met = view.roles_of(axes.contracted)
   if met <= {"in"}:
-    near, far = view.a, view.b
+    contracted, other = view.a, view.b
   elif met == {"out"}:
-    near, far = view.b, view.a  # a tied weight, used the other way round
+    contracted, other = view.b, view.a  # a tied weight, used the other way round
   else:
     raise Unsupported(f"a product that contracts axes with the roles {sorted(met)}")
-  if any(far.shape[i] != 1 for i in axes.contracted):
+  if any(other.shape[i] != 1 for i in axes.contracted):
     raise Unsupported("a product that contracts a stack axis")
-  return near, far
+  return contracted, other
 
 
 def _named(t: jax.Array, letters: list[str]) -> tuple[jax.Array, str]:
@@ -85,10 +86,12 @@ def _sum(base: Any, y: jax.Array) -> jax.Array:
 
 
 def _placed(t: jax.Array, letters: list[str], names: Sequence[str]) -> jax.Array:
-  """A gain or a bias, its axes named by `letters`, made to broadcast over `names`."""
+  """An out_scale or a bias, its axes named by `letters`, to broadcast over `names`."""
   held = [i for i in range(t.ndim - 1) if t.shape[i] != 1]
   if not {letters[i] for i in held} <= set(names):
-    raise Unsupported("a gain or a bias on an axis that the product does not have")
+    raise Unsupported(
+      "an out_scale or a bias on an axis that the product does not have"
+    )
   held.sort(key=lambda i: names.index(letters[i]))
   t = t.transpose((*held, *(i for i in range(t.ndim) if i not in held)))
   sizes = {letters[i]: n for i, n in zip(held, t.shape, strict=False)}
@@ -96,9 +99,9 @@ def _placed(t: jax.Array, letters: list[str], names: Sequence[str]) -> jax.Array
 
 
 def _finished(y: jax.Array, view: View, place: Callable) -> jax.Array:
-  """gain * y + bias, for a product that keeps the axes that they carry."""
-  if view.gain is not None:
-    y = y * place(view.gain).astype(y.dtype)
+  """out_scale * y + bias, for a product that keeps the axes that they carry."""
+  if view.out_scale is not None:
+    y = y * place(view.out_scale).astype(y.dtype)
   if view.bias is not None:
     y = y + place(view.bias).astype(y.dtype)
   return y
@@ -111,11 +114,11 @@ def _no_bias(view: View):
 
 def dot_general(eqn, operands, product, drop) -> jax.Array:
   """The product for a weight on either side, with any batch and free axes."""
-  p, axes = eqn.params, axes_of(eqn, operands)
+  axes = axes_of(eqn, operands)
   side = 0 if is_view(operands[0]) else 1
   view, x = operands[side], operands[1 - side]
-  near, far = _near_and_far(view, axes)
-  contract, batch = p["dimension_numbers"]
+  contracted, other = _contracted_and_other(view, axes)
+  contract, batch = jx.param(eqn, "dimension_numbers")
   names = iter(string.ascii_letters.replace("z", ""))
   w = [next(names) for _ in view.dims]
   pairs = [*zip(contract[side], contract[1 - side], strict=True)]
@@ -127,34 +130,37 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   batched = [w[i] for i in batch[side]]
   names_out = batched + (w_free + x_free if side == 0 else x_free + w_free)
 
-  turned = near is view.b  # a tied weight: the gain is on x's side
+  turned = contracted is view.b  # a tied weight: the out_scale is on x's side
   if turned:
     _no_bias(view)
-    if view.gain is not None:
-      x = x * _placed(view.gain, w, xs).astype(x.dtype)
+    if view.out_scale is not None:
+      x = x * _placed(view.out_scale, w, xs).astype(x.dtype)
   base = product(x)
-  contracted = {w[i] for i in axes.contracted}
-  near = jnp.broadcast_to(
-    near,
-    [view.shape[i] if i in axes.contracted else n for i, n in enumerate(near.shape)],
-  )
-  near, near_names = _named_keeping(near, w, axes.contracted)
-  far, far_names = _named(far, w)
-  middle = [c for c in xs if c not in contracted]
-  middle += [c for c in near_names if c not in (*contracted, *middle, "z")]
+  summed = {w[i] for i in axes.contracted}
+  full = list(contracted.shape)
+  for i in axes.contracted:
+    full[i] = view.shape[i]
+  contracted = jnp.broadcast_to(contracted, full)
+  contracted, contracted_names = _named_keeping(contracted, w, axes.contracted)
+  other, other_names = _named(other, w)
+  middle = [c for c in xs if c not in summed]
+  middle += [c for c in contracted_names if c not in (*summed, *middle, "z")]
   x = drop(view, x)
   x, xs, out = _merged(x, xs, names_out, "".join(x_free))
   middle = [c for c in middle if c in xs or c not in x_free]
-  kwargs = {"precision": p["precision"]}
+  kwargs = {"precision": jx.param(eqn, "precision")}
   z = jnp.einsum(
-    f"{''.join(xs)},{near_names}->{''.join(middle)}z", x, near.astype(x.dtype), **kwargs
+    f"{''.join(xs)},{contracted_names}->{''.join(middle)}z",
+    x,
+    contracted.astype(x.dtype),
+    **kwargs,
   )
-  # An axis of size 1 that neither factor names has nothing to say in the product.
-  told = set(middle) | set(far_names)
+  # An axis of size 1 that neither factor names plays no part in the product.
+  told = set(middle) | set(other_names)
   y = jnp.einsum(
-    f"{''.join(middle)}z,{far_names}->{''.join(c for c in out if c in told)}",
+    f"{''.join(middle)}z,{other_names}->{''.join(c for c in out if c in told)}",
     z,
-    far.astype(x.dtype),
+    other.astype(x.dtype),
     preferred_element_type=base.dtype,
     **kwargs,
   )
@@ -165,7 +171,7 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
 
 
 def _merged(x, xs, out, free: str) -> tuple[jax.Array, list[str], list[str]]:
-  """x with its free axes as one, where they lie side by side; names of x and result.
+  """x with its free axes as one, where they are adjacent; names of x and result.
 
   The gradients of the factors then contract one axis: of several, XLA first makes the
   last, and so stores a transposed copy of what the large product's gradient is.
@@ -179,7 +185,7 @@ def _merged(x, xs, out, free: str) -> tuple[jax.Array, list[str], list[str]]:
 
 
 def _named_keeping(t, letters, always) -> tuple[jax.Array, str]:
-  """As `_named`, but keeps the contracted axes even where their size is 1."""
+  """Same as `_named`, but keeps the contracted axes even where their size is 1."""
   keep = [i for i in range(t.ndim - 1) if t.shape[i] != 1 or i in always]
   shape = [t.shape[i] for i in keep] + [t.shape[-1]]
   return t.reshape(shape), "".join(letters[i] for i in keep) + "z"
@@ -187,27 +193,17 @@ def _named_keeping(t, letters, always) -> tuple[jax.Array, str]:
 
 def look_up(eqn, t, indices) -> jax.Array:
   """The gather of a factor, whose last axis is the rank's."""
-  p = eqn.params
-  d = p["dimension_numbers"]
-  sizes = [min(s, t.shape[i]) for i, s in enumerate(p["slice_sizes"])]
-  numbers = lax.GatherDimensionNumbers(
-    offset_dims=(*d.offset_dims, len(eqn.outvars[0].aval.shape)),
-    collapsed_slice_dims=d.collapsed_slice_dims,
-    start_index_map=d.start_index_map,
-    operand_batching_dims=d.operand_batching_dims,
-    start_indices_batching_dims=d.start_indices_batching_dims,
-  )
-  whole = (*sizes, t.shape[-1])
-  return lax.gather(
-    t, indices, numbers, whole, mode=p["mode"], fill_value=p["fill_value"]
-  )
+  d = jx.param(eqn, "dimension_numbers")
+  numbers = d._replace(offset_dims=(*d.offset_dims, len(eqn.outvars[0].aval.shape)))
+  sizes = map(min, (*jx.param(eqn, "slice_sizes"), t.shape[-1]), t.shape)
+  return jx.bind(eqn, [t, indices], dimension_numbers=numbers, slice_sizes=(*sizes,))[0]
 
 
 def is_choice(eqn, operands) -> bool:
-  """Whether a gather chooses whole weights from a stack, and contracts nothing yet."""
+  """True for a gather of full weights from a stack, which contracts nothing yet."""
   if eqn.primitive.name != "gather" or not is_view(operands[0]):
     return False
-  axes = eqn.params["dimension_numbers"].start_index_map
+  axes = jx.param(eqn, "dimension_numbers").start_index_map
   return {operands[0].dims[i].role for i in axes} == {"stack"}
 
 
@@ -215,7 +211,7 @@ def choose(eqn, operands, out) -> list[View]:
   """Weights chosen by index: each axis of the indices is a stack axis then."""
   view, indices = operands
   axes = axes_of(eqn, operands)
-  d = eqn.params["dimension_numbers"]
+  d = jx.param(eqn, "dimension_numbers")
   dims = [Dim(frozenset(), "stack")] * len(out[0].shape)
   for place, i in zip(d.offset_dims, axes.kept, strict=True):
     dims[place] = view.dims[i]
@@ -223,24 +219,23 @@ def choose(eqn, operands, out) -> list[View]:
 
   def on(t):
     # A joined weight may have a stack axis that one part alone carries.
-    whole = [view.shape[i] if i in carried else n for i, n in enumerate(t.shape)]
-    return look_up(eqn, jnp.broadcast_to(t, whole), indices)
+    full = [view.shape[i] if i in carried else n for i, n in enumerate(t.shape)]
+    return look_up(eqn, jnp.broadcast_to(t, full), indices)
 
   return [view.on_all(on, out[0], dims)]
 
 
 def gather(eqn, operands, product, drop) -> jax.Array:
-  """base + near[ids] far for a look-up."""
+  """base + contracted[ids] other for a look-up."""
   view, indices = operands
-  axes, p = axes_of(eqn, operands), eqn.params
-  d = p["dimension_numbers"]
+  axes, d = axes_of(eqn, operands), jx.param(eqn, "dimension_numbers")
   base = product(indices)
   n_out = len(base.shape)
-  near, far = _near_and_far(view, axes)
+  contracted, other = _contracted_and_other(view, axes)
   _no_bias(view)
-  if view.gain is not None and near is view.b:
+  if view.out_scale is not None and contracted is view.b:
     raise Unsupported("a look-up of its outputs")
-  # The far factor has no looked-up axis: its kept axes go to the offset axes, its
+  # The other factor has no looked-up axis: its kept axes go to the offset axes, its
   # shared ones to the axes of the indices that they are paired with.
   rows = [i for i in range(n_out) if i not in d.offset_dims]
   target = [1] * n_out
@@ -259,45 +254,36 @@ def gather(eqn, operands, product, drop) -> jax.Array:
       shape[where] = size
     return t.reshape((*shape, t.shape[-1]))
 
-  delta = dense(look_up(eqn, near, indices), place(far), jnp.float32)
+  delta = dense(look_up(eqn, contracted, indices), place(other), jnp.float32)
   y = _sum(base, jnp.broadcast_to(delta, base.shape))
   return _finished(y, view, lambda t: place(t)[..., 0])
 
 
 def conv(eqn, operands, product, drop) -> jax.Array:
-  """base + conv(x, near) far: the same window into r channels, then 1 x 1."""
+  """base + conv(x, contracted) other: the same window into r channels, then 1 x 1."""
   x, view = operands
-  axes, p = axes_of(eqn, operands), eqn.params
-  d, groups = p["dimension_numbers"], p["feature_group_count"]
-  near, far = _near_and_far(view, axes)
-  out_axis, rank = d.rhs_spec[0], near.shape[-1]
+  axes, d = axes_of(eqn, operands), jx.param(eqn, "dimension_numbers")
+  groups = jx.param(eqn, "feature_group_count")
+  contracted, other = _contracted_and_other(view, axes)
+  out_axis, rank = d.rhs_spec[0], contracted.shape[-1]
   if view.roles_of((out_axis,)) & view.roles_of(axes.contracted):
     raise Unsupported("a convolution over both factors' axes")
-  if near is view.b:
+  if contracted is view.b:
     _no_bias(view)
-    if view.gain is not None:
+    if view.out_scale is not None:
       raise Unsupported("a convolution over its outputs")
   base = product(x)
-  kernel = jnp.moveaxis(near.squeeze(out_axis), -1, out_axis)
-  # Every group reads its own inputs by the same near factor.
+  kernel = jnp.moveaxis(contracted.squeeze(out_axis), -1, out_axis)
+  # Every group reads its own inputs by the same contracted factor.
   kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
   x = drop(view, x)
-  z = lax.conv_general_dilated(
-    x,
-    kernel.astype(x.dtype),
-    p["window_strides"],
-    p["padding"],
-    lhs_dilation=p["lhs_dilation"],
-    rhs_dilation=p["rhs_dilation"],
-    dimension_numbers=d,
-    feature_group_count=groups,
-    precision=p["precision"],
-  )
+  (z,) = jx.bind(eqn, [x, kernel.astype(x.dtype)], preferred_element_type=None)
   channel = d.out_spec[1]
   z = jnp.moveaxis(z, channel, -1)  # (..., groups * r)
   z = z.reshape((*z.shape[:-1], groups, rank))
-  far = jnp.moveaxis(far, out_axis, 0).reshape((groups, -1, rank))
-  y = jnp.einsum("...gz,goz->...go", z, far.astype(x.dtype), precision=p["precision"])
+  other = jnp.moveaxis(other, out_axis, 0).reshape((groups, -1, rank))
+  precision = jx.param(eqn, "precision")
+  y = jnp.einsum("...gz,goz->...go", z, other.astype(x.dtype), precision=precision)
   y = jnp.moveaxis(y.reshape((*y.shape[:-2], -1)), -1, channel)
   return _finished(_sum(base, y), view, lambda t: _on_channel(t, d, out_axis))
 

@@ -22,7 +22,7 @@ Through = frozenset[str]  # the contractions that a value last came through
 
 @dataclass
 class Usage:
-  """What a program does with one weight.
+  """Record of what a program does with one weight.
 
   Attributes:
     sites: for each contraction, (primitive, role of each kernel axis that it met).
@@ -55,7 +55,7 @@ def discover(
   """Runs the jaxpr abstractly.
 
   Args:
-    jaxpr: of the whole function.
+    jaxpr: of the full function.
     weights: operand number to (path, axes that are known to be stack axes).
     inputs: operand numbers that are data, not parameters.
   """
@@ -107,13 +107,13 @@ def _run(found: Discovery, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
 def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   name = eqn.primitive.name
   views = [v for v in operands if is_view(v)]
-  body = jx.inlined(eqn) or (None if views else jx.ruled(eqn))
-  if body is not None:
-    return _run(found, jx.open_jaxpr(body)[0], operands)
+  call = jx.call(eqn)
+  if isinstance(call, jx.Call) and (views or call.is_inline or call.has_rule):
+    return _call(found, name, call, operands)
   if not views:
     return [_through(operands)] * len(eqn.outvars)
-  if name in CALLS:
-    return CALLS[name](found, eqn, operands)
+  if isinstance(call, jx.Loop):
+    return _loop(found, name, call, operands)
   through = _through(operands)
   # Rules look at the shapes of the operands that are not views.
   shown = [
@@ -174,24 +174,38 @@ def _stable(found: Discovery, primitive, before: list, after: list) -> list[Any]
   return joined
 
 
-def _scan(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
-  s = jx.scan(eqn)
-  body, _ = jx.open_jaxpr(s.body)
-  consts = operands[: s.num_consts]
-  carry = operands[s.num_consts : s.num_consts + s.num_carry]
-  scanned = []
-  for x in operands[s.num_consts + s.num_carry :]:
-    if is_view(x):
-      for path, axis in x.dims[0].labels:
-        found.stack[path, axis] = "stack"
-      x = View.shown(x.shape[1:], x.dtype, x.path, x.dims[1:])
-    scanned.append(x)
+def _call(found: Discovery, name: str, call: jx.Call, operands: list) -> list[Any]:
+  own = operands[call.num_selectors :]
+  columns = [_run(found, jx.open_jaxpr(body)[0], own) for body in call.bodies]
+  if not call.returns_weights:
+    columns = [_plain(found, results, name) for results in columns]
+  first, *others = columns
+  return [
+    x.union(*rest) if rest else x for x, *rest in zip(first, *others, strict=True)
+  ]
+
+
+def _loop(found: Discovery, name: str, loop: jx.Loop, operands: list) -> list[Any]:
+  body = jx.open_jaxpr(loop.body)[0]
+  cond_consts, consts, carry, scanned = loop.split(operands)
+  slices = [_slice(found, x) for x in scanned]
   while True:
-    results = _run(found, body, [*consts, *carry, *scanned])
-    joined = _stable(found, "scan", carry, results[: s.num_carry])
+    if loop.cond is not None:
+      results = _run(found, jx.open_jaxpr(loop.cond)[0], [*cond_consts, *carry])
+      _plain(found, results, name)
+    results = _run(found, body, [*consts, *carry, *slices])
+    joined = _stable(found, name, carry, results[: len(carry)])
     if joined == carry:
-      return [*carry, *(_stack(y, s.length) for y in results[s.num_carry :])]
+      return [*carry, *(_stack(y, loop.length) for y in results[len(carry) :])]
     carry = joined
+
+
+def _slice(found: Discovery, x: Any) -> Any:
+  """One iteration's slice of a scanned operand, whose first axis is a stack's."""
+  if not is_view(x):
+    return x
+  found.stack.update(dict.fromkeys(x.dims[0].labels, "stack"))
+  return View.shown(x.shape[1:], x.dtype, x.path, x.dims[1:])
 
 
 def _stack(x: Any, length: int) -> Any:
@@ -200,51 +214,6 @@ def _stack(x: Any, length: int) -> Any:
     return x
   dims = (Dim(frozenset(), "stack"), *x.dims)
   return View.shown((length, *x.shape), x.dtype, x.path, dims)
-
-
-def _while(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
-  w = jx.while_(eqn)
-  cond, body = jx.open_jaxpr(w.cond)[0], jx.open_jaxpr(w.body)[0]
-  n, m = w.num_cond_consts, w.num_body_consts
-  cond_consts, body_consts = operands[:n], operands[n : n + m]
-  carry = operands[n + m :]
-  while True:
-    _plain(found, _run(found, cond, [*cond_consts, *carry]), "while")
-    results = _run(found, body, [*body_consts, *carry])
-    joined = _stable(found, "while", carry, results)
-    if joined == carry:
-      return carry
-    carry = joined
-
-
-def _cond(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
-  results = [
-    _plain(found, _run(found, jx.open_jaxpr(branch)[0], operands[1:]), "cond")
-    for branch in eqn.params["branches"]
-  ]
-  return [frozenset().union(*column) for column in zip(*results, strict=True)]
-
-
-def _body(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
-  return _run(found, jx.open_jaxpr(eqn.params["jaxpr"])[0], operands)
-
-
-def _ruled(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
-  """A function with a derivative rule of its own: what the function itself does."""
-  results = _run(found, jx.open_jaxpr(jx.ruled(eqn))[0], operands)
-  return list(_plain(found, results, eqn.primitive.name))
-
-
-CALLS = {
-  "checkpoint": _body,
-  "cond": _cond,
-  "custom_jvp_call": _ruled,
-  "custom_vjp_call": _ruled,
-  "remat2": _body,
-  "scan": _scan,
-  "shard_map": _body,
-  "while": _while,
-}
 
 
 def roles(found: Discovery, path: str, ndim: int) -> tuple[str, ...]:

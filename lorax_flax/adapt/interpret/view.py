@@ -15,8 +15,8 @@ class Dim(NamedTuple):
   """One axis of a view.
 
   Attributes:
-    labels: the (path, axis) of the kernel axes that lie in this axis.
-    role: "in", "out" or "stack"; None of an axis that no kernel axis lies in; "?" while
+    labels: the (path, axis) of the kernel axes that this axis holds.
+    role: "in", "out" or "stack"; None of an axis that holds no kernel axis; "?" while
       the roles are being found.
   """
 
@@ -26,12 +26,12 @@ class Dim(NamedTuple):
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["value", "a", "b", "gain", "bias", "index"],
+  data_fields=["value", "a", "b", "out_scale", "bias", "index"],
   meta_fields=["path", "dims", "dropout"],
 )
 @dataclass(frozen=True)
 class View:
-  """gain * (W + sum_r a * b), unevaluated, and a bias for each product with it.
+  """out_scale * (W + sum_r a * b), unevaluated, and a bias for each product with it.
 
   Attributes:
     value: W as the program sees it here, cast, transposed or reshaped. It is a
@@ -39,8 +39,8 @@ class View:
     a, b: the delta's factors with W's axes and a last axis r; of size 1 on the axes
       that a factor does not carry: "in" axes are a's, "out" axes b's, "stack" axes
       both's. None while the roles are being found.
-    gain: as b, with a last axis of size 1; None for 1.
-    bias: as gain; None for 0.
+    out_scale: as b, with a last axis of size 1; None for 1.
+    bias: as out_scale; None for 0.
     index: () int32, the place in the program's repeated structure (which layer, which
       iteration), on which LoRA's dropout depends.
     path: the weight's path; of several joined weights, the first's.
@@ -51,7 +51,7 @@ class View:
   value: Any
   a: Any
   b: Any
-  gain: Any
+  out_scale: Any
   bias: Any
   index: Any
   path: str
@@ -79,11 +79,11 @@ class View:
   @property
   def parts(self) -> tuple[Any, ...]:
     """The arrays that have the weight's axes."""
-    return self.value, self.a, self.b, self.gain, self.bias
+    return self.value, self.a, self.b, self.out_scale, self.bias
 
   def with_parts(self, parts) -> "View":
-    value, a, b, gain, bias = parts
-    return replace(self, value=value, a=a, b=b, gain=gain, bias=bias)
+    value, a, b, out_scale, bias = parts
+    return replace(self, value=value, a=a, b=b, out_scale=out_scale, bias=bias)
 
   def paths(self) -> set[str]:
     return {self.path} | {path for dim in self.dims for path, _ in dim.labels}
@@ -97,18 +97,18 @@ class View:
     }
 
   def on_all(self, fn: Callable, value: Any, dims) -> "View":
-    """Applies fn to the factors, gain and bias; takes `value` and `dims` as given."""
+    """Applies fn to factors, out_scale and bias; takes `value` and `dims` as given."""
     rest = (None if t is None else fn(t) for t in self.parts[1:])
     return replace(self.with_parts((value, *rest)), dims=tuple(dims))
 
   def dense(self) -> jax.Array:
-    """gain * (W + delta), formed."""
+    """out_scale * (W + delta), formed."""
     delta = dense(self.a, self.b, jnp.float32)
     delta = jnp.broadcast_to(delta, self.shape)
-    whole = self.value.astype(jnp.float32) + delta
-    if self.gain is not None:
-      whole = whole * self.gain[..., 0]
-    return whole.astype(self.dtype)
+    full = self.value.astype(jnp.float32) + delta
+    if self.out_scale is not None:
+      full = full * self.out_scale[..., 0]
+    return full.astype(self.dtype)
 
 
 def is_view(x: Any) -> bool:

@@ -155,7 +155,7 @@ class SequenceClassifier(Model):
       name="encoder",
     )
     x_BxTxD = encoder(x_BxTxD, attention_mask)
-    x_BxD = x_BxTxD[:, 0]
+    x_BxD = layers.first_token(x_BxTxD)
     head = HEADS[c.model_type](c, dtype, deterministic)
     return head(x_BxD).astype(jnp.float32)
 

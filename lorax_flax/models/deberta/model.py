@@ -214,7 +214,7 @@ class SequenceClassifier(Model):
     x_BxTxD = Encoder(c, dtype, self.scan, self.remat, deterministic, name="encoder")(
       x_BxTxD, attention_mask
     )
-    x_BxD = nn.Dropout(c.pooler_dropout)(x_BxTxD[:, 0], deterministic)
+    x_BxD = nn.Dropout(c.pooler_dropout)(layers.first_token(x_BxTxD), deterministic)
     dense = _dense(c, c.hidden_size, ("embed", "pooled"), dtype, "pooler")
     x_BxD = ops.activation(c.pooler_hidden_act)(dense(x_BxD))
     x_BxD = nn.Dropout(c.head_dropout)(x_BxD, deterministic)

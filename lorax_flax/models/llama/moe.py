@@ -66,7 +66,7 @@ class Experts(nn.Module):
     down_ExMxD = _param(self, c, "down_proj", axes, (e, m, d))
     # The expert is a batch axis of every product, so that a LoRA has a pair of factors
     # for each.
-    shard = spread.experts_apart
+    shard = spread.shard_experts
     x_ExNxD = shard(jnp.broadcast_to(x_NxD[None], (e, *x_NxD.shape)))
     gate_up_ExNx2M = shard(
       jnp.einsum("END,EDM->ENM", x_ExNxD, up_ExDx2M.astype(self.dtype))
@@ -74,7 +74,7 @@ class Experts(nn.Module):
     y_ExNxM = shard(ops.gated(c.hidden_act, *jnp.split(gate_up_ExNx2M, 2, axis=-1)))
     y_ExNxD = shard(jnp.einsum("ENM,EMD->END", y_ExNxM, down_ExMxD.astype(self.dtype)))
     y_NxD = jnp.einsum("END,NE->ND", y_ExNxD.astype(jnp.float32), weights_NxE)
-    return spread.rows_apart(y_NxD.astype(self.dtype))
+    return spread.shard_rows(y_NxD.astype(self.dtype))
 
 
 class Mixture(nn.Module):

@@ -1,4 +1,4 @@
-"""loralib's state dicts against loralib itself, and the file that LoRA's authors gave.
+"""loralib's state dicts against loralib itself; the released file where it is there.
 
 Facts that the peer does not test: neither alpha nor enable_lora is in a file.
 """
@@ -23,7 +23,7 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.files import torch_file
 from lorax_flax.models import registry
 from lorax_flax.models.bert import keys as bert_keys
-from tests.hub import trees
+from tests.hub import roberta_lora, trees
 from tests.models import family
 
 ALPHA = 6.0
@@ -312,7 +312,7 @@ def test_deltas_that_loralib_has_no_layer_for_are_refused(base):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_the_released_adapter_fits_a_roberta_base(scan, loralib_file):
+def test_an_adapter_fits_a_roberta_base(scan, loralib_file):
   module_shapes = registry.FAMILIES["roberta"]
   config = module_shapes.configure(
     transformers.RobertaConfig(
@@ -331,22 +331,8 @@ def test_the_released_adapter_fits_a_roberta_base(scan, loralib_file):
   assert (config.rank, config.alpha) == (8, 16)
 
 
-def test_the_released_adapter_gives_loralibs_logits(loralib_file, tmp_path):
-  # RoBERTa-base in every size that the file knows; the rest small, to be quick.
-  sizes = {"vocab_size": 30, "intermediate_size": 32, "max_position_embeddings": 24}
-  config = transformers.RobertaConfig(
-    **sizes, type_vocab_size=1, num_labels=3, pad_token_id=1, initializer_range=0.05
-  )
-  model = family.save(
-    tmp_path / "base", transformers.RobertaForSequenceClassification(config)
-  )
-  for layer in model.roberta.encoder.layer:
-    attention = layer.attention.self
-    for name in ("query", "value"):
-      old = getattr(attention, name)
-      new = loralib.Linear(768, 768, r=8, lora_alpha=16, merge_weights=False)
-      new.weight, new.bias = old.weight, old.bias
-      setattr(attention, name, new)
+def test_an_adapter_of_roberta_base_gives_loralibs_logits(loralib_file, tmp_path):
+  model = roberta_lora.adapt(family.save(tmp_path / "base", roberta_lora.base()))
   state = torch.load(loralib_file, map_location="cpu", weights_only=True)
   assert not model.load_state_dict(state, strict=False).unexpected_keys
   loaded = registry.load(tmp_path / "base")

@@ -93,7 +93,7 @@ def test_many_tensors_beyond_the_short_memo(tmp_path):
   _check(_save(tmp_path / "x.bin", {f"t{i}": torch.tensor([i]) for i in range(300)}))
 
 
-def test_the_released_loralib_file_reads_as_torch_reads_it(loralib_file):
+def test_a_loralib_file_reads_as_torch_reads_it(loralib_file):
   got = torch_file.read(loralib_file)
   want = torch.load(loralib_file, map_location="cpu", weights_only=True)
   assert list(got) == list(want)
