@@ -15,28 +15,22 @@ import dataclasses
 import jax
 
 from benchmarks import common
-from experiments.cli import command as cli
 from experiments.cli import config_dict, config_flag
 from launch.dryrun import hlo, report, topology
 from launch.dryrun import step as shapes
-from lorax_flax.jobs import build as job
-from lorax_flax.jobs import settings, shape
-from lorax_flax.jobs.abstract import Abstract
-from lorax_flax.jobs.adapted import adapt
+from lorax_flax.jobs import settings
+from lorax_flax.jobs.abstract import DURATIONS, Abstract
+from lorax_flax.tasks import task as tasks
 from lorax_flax.train import stacked
 from lorax_flax.train import step as steps
-from lorax_flax.train.config import Durations
-
-_PLAN = Durations(total=1000, epoch=1000, warmup=100, save=None)
 
 
 def together(one: Abstract, requested: settings.Settings, n: int) -> Abstract:
   """The step of n trials, from that of one."""
-  kind = job.kind_of(requested)
-  _, forward = adapt(shape.described(requested, kind), requested)
+  objective = tasks.of(requested.data).objective(requested.train.label_smoothing)
   state, base, batch = stacked.abstract(one.state, one.base, one.batch, n)
   step = stacked.train_step(
-    forward, kind.loss, requested.train, _PLAN, stacked.within(stacked.ROOM)
+    one.forward, objective, requested.train, DURATIONS, stacked.within(stacked.ROOM)
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   jitted = steps.jitted(step, shardings)
@@ -90,7 +84,7 @@ def measure(
   fields = config_flag.load(config)
   fields.train.batch_size = batch
   requested = config_dict.convert(fields)
-  one = shapes.job(requested, slice_, cli.silent)
+  one = shapes.job(requested, slice_)
   step = one if n == 1 else together(one, requested, n)
   with topology.quiet():
     compiled = step.compile()

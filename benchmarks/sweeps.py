@@ -11,6 +11,7 @@ trial and of all, from the compiler, and the minimum of some steps' seconds a tr
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -26,13 +27,11 @@ from typing import Any
 import jax
 
 from benchmarks import common
-from experiments.cli import command as cli
+from experiments import run
 from experiments.cli import config_flag, large_pages
 from experiments.sweeps import plan
 from experiments.sweeps.trials import Trial
-from lorax_flax.jobs import build as job
 from lorax_flax.train import loop
-from lorax_flax.train import trials as together
 from lorax_flax.train.config import durations
 
 _SPEC = "quickstart.py"
@@ -123,18 +122,15 @@ def _result(folder: Path) -> dict[str, Any]:
 
 def one_step(chosen: list[Trial]) -> str:
   """The second table: memory and seconds of the step."""
-  jobs, batches = job.prepare_several([t.settings for t in chosen], cli.silent)
-  first, config = jobs[0], chosen[0].settings.train
-  steps = durations(config, first.steps_per_epoch)
-  alone = loop.program_of(config, steps, first)
-  batch = next(batches)
-  pairs = zip(chosen, jobs, strict=True)
-  trials = [together.Trial(t.name, t.settings.train, j, Path()) for t, j in pairs]
-  base = sum(x.nbytes for x in jax.tree.leaves(first.params))
+  job = run.prepare({Path(t.name): t.settings for t in chosen})
+  plan = durations(job.runs[0].config, job.data.steps_per_epoch)
+  alone = loop.program_of(dataclasses.replace(job, runs=job.runs[:1]), plan)
+  batch = next(job.data.batches)
+  base = sum(x.nbytes for x in jax.tree.leaves(job.model.params))
   rows = []
 
   def add(name, step, state, base, batch, count):
-    with jax.set_mesh(first.mesh):
+    with jax.set_mesh(job.model.mesh):
       compiled = step.lower(state, base, batch).compile()
     seconds = []
     for _ in range(_TIMED):
@@ -148,11 +144,11 @@ def one_step(chosen: list[Trial]) -> str:
     rows.append([name, *cells, f"{min(seconds) / count:.3f}"])
 
   one = {name: x[0] for name, x in batch.items()}
-  add("one trial", alone.step, *alone.start(first.params, first.adapter), one, 1)
+  add("one trial", alone.step, *alone.start(), one, 1)
   for width in (1, len(chosen)):
-    made = together.make(trials, steps, width)
+    made = loop.program_of(job, plan, width)
     name = f"{len(chosen)} together, {width} at once"
-    add(name, made.step, made.state, made.base, batch, len(chosen))
+    add(name, made.step, *made.start(), batch, len(chosen))
   title = f"The compiled step, MB; the base alone: {base / _MEGABYTE:,.0f}"
   header = ["step", "arguments", "temporaries", "sum", "seconds a trial"]
   return common.table(title, header, rows)

@@ -7,7 +7,7 @@
 
 DIR then holds adapter/ (PEFT's format; model/ where all weights were trained),
 result.json, metrics.jsonl, curves.png, tensorboard/, config.json and checkpoints/.
-The same command goes on with a run that was killed, or that SIGTERM told to save and
+The same command resumes a run that was killed, or that SIGTERM told to save and
 stop (exit code 143), on the same or on other devices.
 
 Several devices: --config.mesh.data, .fsdp, .tensor and (for mixtures) .expert say how
@@ -20,8 +20,10 @@ launch.local` starts them here, and launch.gcloud, .slurm, .xpk and .sky on clus
 workdir may lie in a bucket, gs://BUCKET/FOLDER (with the extra gcs).
 """
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -30,6 +32,11 @@ from experiments.cli import config_flag, large_pages, run_flags
 from lorax_flax import text_table
 from lorax_flax.jobs import settings
 
+if TYPE_CHECKING:
+  from lorax_flax.train.loop import Job
+
+log = logging.getLogger("lorax_flax.run")
+
 FLAGS = flags.FlagValues()
 config_flag.define(FLAGS)
 DISTRIBUTED = run_flags.distributed(FLAGS)
@@ -37,23 +44,81 @@ WORKDIR = run_flags.workdir(FLAGS, "runs/CONFIG")
 
 
 def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
-  """Trains as `wanted` says, or goes on with that; returns what result.json holds."""
+  """Trains a run, or resumes it; returns the content of its result.json.
+
+  Raises:
+    LoraxError: settings, files or a workdir that do not fit; Diverged.
+    processes.Preempted: SIGTERM asked for it; everything is saved.
+  """
   # Here, since --help and mistakes in flags need not wait for them.
   from lorax_flax.distributed import processes
   from lorax_flax.files import workdir as files
-  from lorax_flax.jobs import build as job
-  from lorax_flax.jobs import claim
-  from lorax_flax.train import loop
 
   files.check(workdir, wanted.to_json())
   result = files.result(workdir)
   # A workdir that only the first process sees is enough for what is not a checkpoint.
   if processes.broadcast(result is not None):
-    if processes.first():
-      print(f"{workdir} holds this run, finished; delete it to run again.")
+    log.info(f"{workdir} holds this run, finished; delete it to run again.")
     return result or {}
-  prepared = claim.prepare({workdir: wanted}, lambda say: job.prepare(wanted, say))
-  return loop.fit(wanted.train, prepared, workdir)
+  [trained] = train({workdir: wanted}, workdir)
+  if isinstance(trained, Exception):
+    raise trained
+  return trained
+
+
+def train(runs: Mapping[Path, settings.Settings], checkpoints: Path) -> list[Any]:
+  """Trains N >= 1 runs in one program; see `lorax_flax.train.loop.fit`.
+
+  Args:
+    runs: settings by the workdir; they differ in the seed, and in what no weight or
+      example depends on.
+    checkpoints: folder of what they share.
+  """
+  from lorax_flax.jobs import claim, compile_cache
+  from lorax_flax.train import loop
+
+  claim.check_writable(runs)
+  compile_cache.use(next(iter(runs.values())).compilation_cache)
+  job = prepare(runs)
+  claim.claim(runs)
+  return loop.fit(job, checkpoints)
+
+
+def prepare(runs: Mapping[Path, settings.Settings]) -> "Job":
+  """Builds what is trained; arguments as in `train`."""
+  from lorax_flax.jobs import build
+  from lorax_flax.jobs.export import export
+  from lorax_flax.tasks import task as tasks
+  from lorax_flax.train.loop import Job
+  from lorax_flax.train.step import Model
+  from lorax_flax.train.trials import Run
+
+  first, configs = next(iter(runs.values())), [own.train for own in runs.values()]
+  task = tasks.of(first.data)
+  mesh = build.mesh(first.mesh, first.train)
+  max_length, seed = first.data.max_length, first.train.seed
+  model = build.model(first.model, task, max_length, mesh, seed)
+  splits, lengths = build.rows(first.data, task, model)
+  _, forward = build.adapt(model, first.model, first.lora)
+  made = []
+  for workdir, own in runs.items():
+    mine = model if own.train.seed == seed else model.reseeded(own.train.seed)
+    lora, _ = build.adapt(model, own.model, own.lora)
+    adapter = build.adapter(
+      lora, mine, splits, lengths, own.train.seed, own.init_adapter
+    )
+    write = export(own.lora, own.model.path, task, mine)
+    title = f"{task.name}, {own.model.path}"
+    name = workdir.name if len(runs) > 1 else ""
+    made.append(Run(own.train, adapter, workdir, write, title, name))
+  for line in build.describe(made[0].adapter, model.params):
+    log.info(line)
+  return Job(
+    made,
+    Model(forward, model.params, build.axes(model), mesh),
+    task.objective(first.train.label_smoothing),
+    build.batches(splits, lengths, configs),
+  )
 
 
 def show(result: dict[str, Any], workdir: Path) -> None:
@@ -81,10 +146,12 @@ def main() -> int:
   large_pages.restart()
   from lorax_flax.distributed import processes, watchdog
   from lorax_flax.files import bucket
+  from lorax_flax.train.logs.console import log_to_console
 
   workdir = bucket.folder(WORKDIR.value or config_flag.default_workdir(chosen.spec))
 
   processes.initialize(DISTRIBUTED.value)
+  log_to_console()
   if processes.first():
     print(f"Workdir: {workdir}", flush=True)
   try:

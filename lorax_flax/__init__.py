@@ -1,8 +1,10 @@
 """lorax_flax: LoRA fine-tuning for JAX and Flax.
 
 Take any function of a params pytree, freeze the params, train low-rank adapters beside
-them. See `adapt`.
+them. See `adapt` and `fit`.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from lorax_flax.adapt import (
   Adapted,
@@ -32,6 +34,9 @@ from lorax_flax.methods import (
 )
 from lorax_flax.version import __version__
 
+if TYPE_CHECKING:
+  from lorax_flax.train.fit import fit
+
 __all__ = [
   "METHODS",
   "Adapted",
@@ -50,6 +55,7 @@ __all__ = [
   "__version__",
   "adapt",
   "combine",
+  "fit",
   "freeze",
   "merge",
   "params_mask",
@@ -57,3 +63,12 @@ __all__ = [
   "trainable_mask",
   "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  """Imports the training loop, and what it is made of, on first use alone."""
+  if name == "fit":
+    from lorax_flax.train.fit import fit
+
+    return fit
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -111,10 +111,6 @@ def _quiet_writers() -> None:
   sys.unraisablehook = hook
 
 
-def silent(line: str) -> None:
-  """Drops a line for the user, who reads it elsewhere."""
-
-
 def parse(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
   """Parses argv (with the program's name first) into `values` and absl's flags.
 

@@ -15,6 +15,7 @@ from experiments.sweeps.trials import Pack, Trial
 from lorax_flax.distributed import processes, subprocesses, watchdog
 from lorax_flax.errors import LoraxError
 from lorax_flax.files import workdir as files
+from lorax_flax.train.logs.console import log_to_console
 
 
 def run(
@@ -110,6 +111,7 @@ def train(plan: Plan, folder: Path, numbers: Sequence[int]) -> int:
 
 
 def _here(pack: Pack, folder: Path) -> int:
+  log_to_console()
   try:
     with watchdog.Watch(cli.explain):
       unit.run(pack, folder)

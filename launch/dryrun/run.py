@@ -23,7 +23,9 @@ def run(
   Raises:
     LoraxError: the step does not fit into a chip's memory.
   """
-  job = shapes.job(settings, topology, print)
+  job = shapes.job(settings, topology)
+  for line in job.notes:
+    print(line)
   print()
   with report.spinner("compiling"):
     useful = shapes.useful_flops(settings, topology)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from experiments.cli import command as cli
 from launch.dryrun import costs, report
 from launch.dryrun import step as shapes
 from launch.dryrun.options import REMAT, Option, meshes
@@ -104,7 +103,7 @@ def _try(
     activations.num_shards(option.sizes) * settings.train.accumulation
   ):
     return None
-  job = shapes.job(option.of(settings), topology, cli.silent)
+  job = shapes.job(option.of(settings), topology)
   needed = useful * option.batch / settings.train.batch_size
   try:
     found, _ = costs.measure(job, topology, needed)

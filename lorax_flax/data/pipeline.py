@@ -1,8 +1,8 @@
-"""Batches: bucketed by length, shuffled by seed and epoch, sharded, resumable.
+"""Batches: bucketed by length, shuffled by seed and epoch, resumable.
 
-The whole order follows from (seed, epoch), so that a batch is a function of its number
-and the number of the next batch is the whole position. It counts global batches: a run
-may go on with another number of processes.
+The order follows from (seed, epoch), so that a batch is a function of its number
+and the number of the next batch is the full position. Every process has the full batch:
+a run may resume with another number of processes.
 """
 
 import functools
@@ -25,39 +25,26 @@ _MULTIPLE = 8
 _MOST_UNITS = 512
 # Rows are sorted by length among this many batches. More pad less, and shuffle less.
 _WINDOW = 50
-# A run that counts in steps and not in epochs sees so many.
+# Epochs in what grain takes for a finite sequence.
 _ENDLESS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Shape:
-  """What batches look like, and whose they are.
+  """The shape of batches.
 
   Attributes:
-    batch_size: rows of a global batch, over all processes.
-    buckets: the lengths that a batch may have, ascending; each is compiled once. One
-      bucket is padding to a fixed length.
-    process_index, process_count: each process gets its own rows of every batch, the
-      same number in each, and all pad to the same length.
+    batch_size: number of rows of a batch, which every process has in full.
+    buckets: padded lengths, ascending; each is compiled once. One bucket is padding to
+      a fixed length.
   """
 
   batch_size: int
   buckets: tuple[int, ...]
-  process_index: int = 0
-  process_count: int = 1
 
   def __post_init__(self):
     if self.batch_size < 1:
       raise LoraxError(f"batch size is {self.batch_size}, and must be at least 1")
-    if self.batch_size % self.process_count:
-      raise LoraxError(
-        f"batch size {self.batch_size} can't be shared by {self.process_count} "
-        "processes: it must be a multiple of their number"
-      )
-    if not 0 <= self.process_index < self.process_count:
-      raise LoraxError(
-        f"process {self.process_index} of {self.process_count}: there is no such one"
-      )
     ascending = list(self.buckets) == sorted(set(self.buckets))
     if not self.buckets or self.buckets[0] < 1 or not ascending:
       raise LoraxError(f"buckets must be ascending lengths, not {self.buckets}")
@@ -81,7 +68,7 @@ def choose_buckets(lengths_N: np.ndarray, count: int) -> tuple[int, ...]:
 
   Args:
     lengths_N: of the rows; take all splits together to share what is compiled.
-    count: how many lengths to compile at most.
+    count: largest number of lengths.
 
   Returns:
     Ascending multiples of 8, the last of which holds the longest row.
@@ -93,10 +80,10 @@ def choose_buckets(lengths_N: np.ndarray, count: int) -> tuple[int, ...]:
   unit = _MULTIPLE * max(1, -(-longest // (_MULTIPLE * _MOST_UNITS)))
   units_N = -(-np.asarray(lengths_N) // unit)
   most = int(units_N.max())
-  # rows[u]: how many rows have at most u units.
+  # rows[u]: number of rows of at most u units.
   rows = np.cumsum(np.bincount(units_N, minlength=most + 1))
   # Dynamic programming over the largest bucket: best[u] is, for the rows with at most
-  # u units, (units with padding, how many buckets, the buckets), u being the last.
+  # u units, (units with padding, number of buckets, the buckets), u being the last.
   best: list[tuple[int, int, tuple[int, ...]]] = [
     (int(rows[u]) * u, 1, (u,)) for u in range(most + 1)
   ]
@@ -121,8 +108,8 @@ def training_order(
 ) -> np.ndarray:
   """One epoch's rows by batch: int64 (batches, batch_size), -1 fills the last one up.
 
-  A permutation of the rows is cut into windows of 50 batches; in each, rows are sorted
-  by bucket (and stay shuffled within a bucket); then the batches are shuffled.
+  A permutation of the rows is split into windows of 50 batches; in each, rows are
+  sorted by bucket (and stay shuffled within a bucket); then the batches are shuffled.
   """
   rng = np.random.default_rng((seed, epoch))
   rows = rng.permutation(len(lengths_N))
@@ -149,7 +136,7 @@ def _rows_by_batch(rows_N: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def _length(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> int:
-  """That a global batch is padded to."""
+  """The padded length of a batch."""
   lengths = tokens.lengths_N[rows_B[rows_B >= 0]]
   return shape.buckets[int(shape.bucket_of(lengths).max())]
 
@@ -157,29 +144,26 @@ def _length(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> int:
 def _assemble(
   tokens: Rows, shape: Shape, rows_B: np.ndarray, length: int | None = None
 ) -> Batch:
-  """This process's part of a global batch, by default at its own length."""
+  """A batch of these rows, by default at its own padded length."""
   length = _length(tokens, shape, rows_B) if length is None else length
-  share = shape.batch_size // shape.process_count
-  start = shape.process_index * share
-  return tokens.batch(rows_B[start : start + share], length)
+  return tokens.batch(rows_B, length)
 
 
 class _Training(Sequence[Batch]):
-  """Batch number i of the whole run, for grain to read ahead."""
+  """Batch number i of a run, for grain to read ahead."""
 
-  def __init__(self, tokens: Rows, shape: Shape, seed: int, epochs: int | None):
+  def __init__(self, tokens: Rows, shape: Shape, seed: int):
     self._tokens, self._shape = tokens, shape
     self._steps = steps_per_epoch(len(tokens), shape.batch_size)
-    self._epochs = _ENDLESS if epochs is None else epochs
     self._order = functools.lru_cache(maxsize=2)(
       functools.partial(training_order, tokens.lengths_N, shape, seed)
     )
 
   def __len__(self) -> int:
-    return self._steps * self._epochs
+    return self._steps * _ENDLESS
 
   def rows(self, number: int) -> np.ndarray:
-    """Which rows it is made of, by their numbers."""
+    """The numbers of its rows."""
     epoch, step = divmod(int(number), self._steps)
     return self._order(epoch)[step]
 
@@ -192,7 +176,7 @@ class _Together(Sequence[Batch]):
 
   def __init__(self, tokens: Rows, shape: Shape, seeds: Sequence[int]):
     self._tokens, self._shape, self._seeds = tokens, shape, seeds
-    self._runs = {seed: _Training(tokens, shape, seed, None) for seed in set(seeds)}
+    self._runs = {seed: _Training(tokens, shape, seed) for seed in set(seeds)}
 
   def __len__(self) -> int:
     return len(self._runs[self._seeds[0]])
@@ -219,27 +203,23 @@ class _Evaluation(Sequence[Batch]):
     return _assemble(self._tokens, self._shape, self._order[number])
 
 
-def training(
-  tokens: Rows, shape: Shape, *, seed: int, epochs: int | None = None
-) -> grain.DatasetIterator[Batch]:
-  """Training batches of this process, read ahead in a thread.
+def training(tokens: Rows, shape: Shape, *, seed: int) -> grain.DatasetIterator[Batch]:
+  """Training batches without end, read ahead in a thread.
 
   Args:
-    tokens: the training split, whole, the same in every process.
-    shape: batch size, lengths and process.
-    seed: of the order.
-    epochs: where to end; None for no end.
+    tokens: the full training split, the same in every process.
+    shape: batch size and padded lengths.
+    seed: seed of the order.
 
   Returns:
-    An iterator over dicts as the rows' `batch` gives them, of `batch_size /
-    process_count` rows, all examples once an epoch. `get_state()` is its position, a
-    small JSON-able dict; after `set_state(position)` the next batches are the very
-    same.
+    An iterator over dicts as the rows' `batch` gives them, of `batch_size` rows, each
+    example once an epoch. `get_state()` is its position, a small JSON-able dict; after
+    `set_state(position)` the next batches are the very same.
   """
   _check(tokens, shape)
   if seed < 0:
     raise LoraxError(f"the seed is {seed}, and must not be negative")
-  return _read_ahead(_Training(tokens, shape, seed, epochs))
+  return _read_ahead(_Training(tokens, shape, seed))
 
 
 def together(
@@ -261,10 +241,10 @@ def _read_ahead(batches: Sequence[Batch]) -> grain.DatasetIterator[Batch]:
 
 
 def evaluation(tokens: Rows, shape: Shape) -> Sequence[Batch]:
-  """Evaluation batches of this process: every row exactly once over all processes.
+  """Evaluation batches: every row exactly once.
 
-  Every process has the same number of batches of the same shapes; rows that aren't
-  there have weight 0 and index -1. `index` puts predictions back in order.
+  The rows that fill up the last batch have weight 0 and index -1. `index` puts
+  predictions back in order.
   """
   _check(tokens, shape)
   return _Evaluation(tokens, shape)

@@ -1,6 +1,6 @@
 """A job of shapes: the step that training runs, with no device, weight or example."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +11,31 @@ from jax.sharding import AbstractMesh, Mesh
 import lorax_flax as lx
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.adapt.plan import start
-from lorax_flax.jobs import adapted, shape
-from lorax_flax.jobs import build as job
+from lorax_flax.jobs import build, outline
 from lorax_flax.jobs.settings import Settings
 from lorax_flax.models import registry
 from lorax_flax.sharding import mesh as meshes
-from lorax_flax.train import program as programs
+from lorax_flax.tasks import task as tasks
 from lorax_flax.train import step as steps
 from lorax_flax.train.config import Durations
 from lorax_flax.train.state import Base, TrainState
 
 # The learning rate follows numbers of steps, which no shape depends on.
-_DURATIONS = Durations(total=1000, epoch=1000, warmup=100, save=None)
+DURATIONS = Durations(total=1000, epoch=1000, warmup=100, save=None)
 
 
 @dataclass(frozen=True)
 class Abstract:
-  """A training step and what it takes, as ShapeDtypeStructs that say how each lies.
+  """A training step and what it takes, as ShapeDtypeStructs with their shardings.
 
   Attributes:
     step: (state, base, batch) -> (state, metrics), jitted.
-    state, base, batch: of the step.
+    state, base, batch: the step's arguments.
     plan: what is adapted.
     mesh: the devices, which may be described only.
-    model: its module, its config, and what its config.json says.
+    model: the adapted model's module, config and config.json.
+    forward: the adapted function.
+    notes: lines for the user: the mesh, what is not sharded, what is trained.
   """
 
   step: Any
@@ -44,6 +45,8 @@ class Abstract:
   plan: lx.Plan
   mesh: Mesh
   model: registry.Outline
+  forward: steps.Forward
+  notes: tuple[str, ...]
 
   def lower(self) -> Any:
     """The step, traced and lowered for the mesh."""
@@ -56,56 +59,51 @@ class Abstract:
 
 
 def abstract(
-  wanted: Settings,
-  devices: Sequence[jax.Device] | Mesh | AbstractMesh,
-  say: Callable[[str], None],
+  settings: Settings, devices: Sequence[jax.Device] | Mesh | AbstractMesh
 ) -> Abstract:
-  """The job that `job.prepare` makes of the same settings, as shapes.
+  """The job that `experiments.run` makes of the same settings, as shapes.
 
   Neither a checkpoint nor examples are read: a batch is as long as data.max_length
-  allows. The model is what model.hf_config says, or else what the config.json of
-  model.path does.
+  allows. The model is that of model.hf_config, or else of the config.json of
+  model.path.
 
   Args:
-    devices: that wanted.mesh is made of, or the mesh itself. They need not be there;
-      with an AbstractMesh the shapes lie as they would, and nothing is lowered.
-    say: takes a line for the user.
+    devices: the devices of settings.mesh, or the mesh itself. They need not exist;
+      with an AbstractMesh there are shardings, and nothing can be lowered.
 
   Raises:
     LoraxError: settings that do not fit one another, the model or the devices.
   """
-  kind = job.kind_of(wanted)
+  task = tasks.of(settings.data)
   mesh: Any = devices
   if isinstance(devices, Sequence):
-    mesh = meshes.make(wanted.mesh, devices)
-  job.check_mesh(mesh, wanted, say)
-  model = shape.described(wanted, kind)
-  length = job.buckets(np.array([wanted.data.max_length]), 1, model)[-1]
-  rows_B = np.zeros(wanted.train.batch_size, np.int64)
-  example = kind.blank(model, length).batch(rows_B, length)
+    mesh = meshes.make(settings.mesh, devices)
+  build.check_batches(mesh, settings.train)
+  max_length = settings.data.max_length
+  model = outline.described(settings.model, task, max_length)
+  length = build.padded_lengths(np.array([max_length]), 1, model)[-1]
+  rows_B = np.zeros(settings.train.batch_size, np.int64)
+  example = task.blank(model, length).batch(rows_B, length)
 
-  logical_axes = model.family.logical_axes(model.module)
-  axes = meshes.names_by_path(logical_axes)
-  params = registry.abstract_params(model, wanted.model.param_dtype)
-  for line in meshes.kept_whole(mesh, axes, params):
-    say(line)
-  lora, forward = adapted.adapt(model, wanted)
+  axes = build.axes(model)
+  params = registry.abstract_params(model, settings.model.param_dtype)
+  lora, forward = build.adapt(model, settings.model, settings.lora)
   plan = lora.plan(params, {n: x[:1] for n, x in steps.inputs(example).items()})
   adapter = jax.eval_shape(
     lambda leaves: start(plan, jax.random.key(0), leaves), flatten(params)
   )
-  for line in job.describe(adapter, params):
-    say(line)
-  program = programs.make(
-    wanted.train,
-    _DURATIONS,
-    forward=forward,
-    loss=kind.loss,
-    adapter=adapter,
-    mesh=mesh,
-    axes=axes,
+  program = steps.program(
+    settings.train,
+    DURATIONS,
+    steps.Model(forward, params, axes, mesh),
+    task.objective(settings.train.label_smoothing),
+    adapter,
   )
-  state, base = program.abstract(params, adapter)
-  spread = meshes.batch(mesh)
-  batch = meshes.lying(example, dict.fromkeys(example, spread))
-  return Abstract(program.step, state, base, batch, plan, mesh, model)
+  state, base = program.abstract()
+  batch = meshes.abstract(example, dict.fromkeys(example, program.batch))
+  notes = (
+    *([meshes.describe(mesh)] if mesh.size > 1 else ()),
+    *meshes.not_sharded(mesh, axes, params),
+    *build.describe(adapter, params),
+  )
+  return Abstract(program.step, state, base, batch, plan, mesh, model, forward, notes)

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept for the next start."""
+"""The cache of compiled programs for the next start."""
 
 import jax
 
@@ -13,7 +13,7 @@ _WORTH_KEEPING = 0.1
 def use(folder: str | None) -> None:
   """Keeps compiled programs in a folder, or a bucket, from now on.
 
-  A program that is damaged there is compiled anew; JAX says so.
+  A program that is damaged there is compiled anew; JAX warns of it.
 
   Args:
     folder: None leaves it to JAX_COMPILATION_CACHE_DIR.

@@ -1,25 +1,29 @@
-"""What a run writes of what it has trained."""
+"""Export of what a run has trained: adapter/, or the full model/."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import lorax_flax as lx
+from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.distributed import processes
 from lorax_flax.hub.adapters import native
 from lorax_flax.hub.checkpoints import export as hub_export
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import folder as peft
-from lorax_flax.jobs.settings import Settings
 from lorax_flax.methods import Adapter, KernelDelta
 from lorax_flax.models import registry
 from lorax_flax.sharding import mesh as meshes
-from lorax_flax.tasks.task import Kind
+from lorax_flax.tasks.task import Task
 
 
 def export(
-  wanted: Settings, kind: Kind, loaded: registry.Loaded
+  config: LoraConfig, base_name: str, task: Task, loaded: registry.Loaded
 ) -> Callable[[Adapter, Path], dict[str, str]]:
-  """Makes what `lorax_flax.train.loop.Job` asks for: adapter/, or the whole model/."""
+  """The export of a run, as `lorax_flax.train.trials.Run` takes it.
+
+  Args:
+    base_name: name of the base in the adapter's config.
+  """
 
   def write_adapter(target: Path, adapter: Adapter) -> None:
     if not processes.first():
@@ -28,10 +32,10 @@ def export(
     if any(delta.peft is None for delta in adapter.values()):
       saved = native.Saved(
         adapter,
-        wanted.lora,
+        config,
         task_type=task_type,
-        base_name=wanted.model.path,
-        labels=None if kind.labels is None else tuple(kind.labels),
+        base_name=base_name,
+        labels=None if task.labels is None else tuple(task.labels),
       )
       native.write_adapter(target, saved)
       return
@@ -39,9 +43,9 @@ def export(
       target,
       adapter,
       loaded.keymap,
-      wanted.lora,
-      base_name=wanted.model.path,
-      labels=kind.labels,
+      config,
+      base_name=base_name,
+      labels=task.labels,
       task_type=task_type,
     )
 
@@ -55,7 +59,7 @@ def export(
       loaded.keymap,
       loaded.hf_config,
       architecture=loaded.family.architecture,
-      labels=kind.labels,
+      labels=task.labels,
       tokenizer_from=loaded.folder,
       may_replace=lambda old: (old / "config.json").is_file(),
     )

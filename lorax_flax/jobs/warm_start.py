@@ -1,6 +1,6 @@
-"""Starting from an adapter that was trained before, on another task maybe."""
+"""Warm starts: adapters that were trained before, maybe on another task."""
 
-from collections.abc import Callable
+import logging
 from dataclasses import replace
 
 import jax
@@ -12,10 +12,10 @@ from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import METHODS, Adapter, Delta, KernelDelta, Tuned
 from lorax_flax.models import registry
 
+log = logging.getLogger(__name__)
 
-def start_from(
-  folder: str, adapter: Adapter, loaded: registry.Loaded, say: Callable[[str], None]
-) -> Adapter:
+
+def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapter:
   """`adapter` with the weights of a PEFT folder.
 
   Its low-rank factors are taken, as the LoRA paper starts RTE, MRPC and STS-B from
@@ -24,8 +24,7 @@ def start_from(
 
   Args:
     folder: PEFT's.
-    adapter: a fresh one, which says what is trained from here on.
-    say: takes a line for the user.
+    adapter: a new one, with the weights that are trained from here on.
 
   Raises:
     LoraxError: the two differ in targets, rank or scale.
@@ -52,7 +51,7 @@ def start_from(
   if theirs is not None:
     same = theirs == ours
     head = "taken too" if same else f"new: it has {theirs} labels there and {ours} here"
-  say(f"starting from {folder}: {len(_factors(found))} deltas; the head is {head}")
+  log.info(f"starting from {folder}: {len(_factors(found))} deltas; the head is {head}")
   return start
 
 

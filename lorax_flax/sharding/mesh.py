@@ -1,8 +1,8 @@
-"""The mesh of devices, and along which of its axes each tensor is cut.
+"""The mesh of devices, and the sharding of each tensor over it.
 
-Models name the axes of their weights ("embed", "mlp"); one table, `RULES`, says which
-axis of the mesh each name is cut along. A delta takes its names from its kernel, so a
-factor lies where the part of the kernel that it multiplies lies.
+Models name the axes of their weights ("embed", "mlp"); one table, `RULES`, maps each
+name to the axis of the mesh that it is sharded along. A delta takes its names from its
+kernel, so a factor is on the devices of the part of the kernel that it multiplies.
 """
 
 import math
@@ -20,12 +20,13 @@ from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, Delta
 from lorax_flax.sharding import activations as spread
 
-# Logical names of each leaf's axes, by the leaf's slash path.
-Axes = Mapping[str, tuple[str | None, ...]]
+# Logical names of each leaf's axes, by the leaf's slash path. Every axis has a name, so
+# that none is replicated because somebody forgot it.
+Axes = Mapping[str, tuple[str, ...]]
 
 AXES = ("data", "fsdp", "tensor", "expert")
 
-# The axis of the mesh that each logical axis is cut along; None: it is never cut.
+# The axis of the mesh that each logical axis is sharded along; None: replicated.
 RULES: dict[str, str | None] = {
   "buckets": None,
   "channels": None,
@@ -41,6 +42,7 @@ RULES: dict[str, str | None] = {
   "pooled": None,
   "positions": None,
   "rank": None,
+  "replicated": None,
   "single": None,
   "types": None,
   "vocab": "tensor",
@@ -50,14 +52,14 @@ RULES: dict[str, str | None] = {
 
 @dataclass(frozen=True)
 class MeshConfig:
-  """How many devices each axis of the mesh has; -1, for one of them, is what is left.
+  """Number of devices along each axis of the mesh; one may be -1: all that are left.
 
   Attributes:
-    data: each part of the batch on devices of its own, weights copied.
-    fsdp: parts of the batch too, and each weight cut: gathered where it is used.
-    tensor: weights cut, and what is computed with them: nothing is gathered.
-    expert: parts of the batch too, and of a mixture the experts: each device computes
-      its own ones, of the tokens of all that share its other places.
+    data: shards the batch; weights are replicated.
+    fsdp: shards the batch too, and each weight: gathered where it is used.
+    tensor: shards weights and what is computed with them; nothing is gathered.
+    expert: shards the batch too, and the experts of a mixture: each device computes its
+      own, for the tokens of all devices along this axis.
   """
 
   data: int = -1
@@ -79,20 +81,20 @@ class MeshConfig:
       raise LoraxError(f"only one axis can be what is left, not {listing(open_ended)}")
 
   def sizes(self, devices: int) -> tuple[int, ...]:
-    """Of each of AXES on so many devices.
+    """The size of each of AXES on this number of devices.
 
     Raises:
       LoraxError: the devices do not come out even.
     """
-    wanted = [getattr(self, name) for name in AXES]
-    known = math.prod(n for n in wanted if n != -1)
-    given = " × ".join(f"{name} {n}" for name, n in zip(AXES, wanted, strict=True))
-    if devices % known or (-1 not in wanted and devices != known):
+    sizes = [getattr(self, name) for name in AXES]
+    known = math.prod(n for n in sizes if n != -1)
+    given = " × ".join(f"{name} {n}" for name, n in zip(AXES, sizes, strict=True))
+    if devices % known or (-1 not in sizes and devices != known):
       raise LoraxError(
         f"the mesh {given} does not fit {devices} devices: the product of its axes must"
         " be their number (-1 takes what is left)"
       )
-    return tuple(devices // known if n == -1 else n for n in wanted)
+    return tuple(devices // known if n == -1 else n for n in sizes)
 
 
 def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -116,32 +118,41 @@ def describe(mesh: Mesh) -> str:
 
 
 def spell(sizes: Mapping[str, int]) -> str:
-  """Of a mesh's axes those that cut anything."""
+  """The axes of a mesh that have more than one device."""
   return " × ".join(f"{name} {n}" for name, n in sizes.items() if n > 1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Of what every device has whole."""
+  """Fully replicated sharding."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-  """Of what has a row for each example: rows are cut along all axes but tensor."""
+  """Sharding of batches: rows are sharded along all axes but tensor."""
   return NamedSharding(mesh, PartitionSpec(spread.ROWS))
 
 
 def check_batch(mesh: Mesh, name: str, size: int, parts: int = 1) -> None:
-  """Raises LoraxError unless a batch, cut into parts, can be spread evenly."""
-  apart = spread.num_shards(mesh.shape)
-  if size % (parts * apart):
-    cut = f" in {parts} parts (train.accumulation)" if parts > 1 else ""
+  """Raises LoraxError unless each microbatch can be sharded evenly.
+
+  Args:
+    parts: number of microbatches.
+  """
+  ways = spread.num_shards(mesh.shape)
+  if size % (parts * ways):
+    split = f" in {parts} parts (train.accumulation)" if parts > 1 else ""
     raise LoraxError(
-      f"{name} is {size}, and{cut} can't be spread evenly over the {apart} devices of"
+      f"{name} is {size}, and{split} can't be spread evenly over the {ways} devices of"
       " mesh.data × mesh.fsdp × mesh.expert"
     )
 
 
-def names_by_path(logical_axes: PyTree) -> dict[str, tuple[str | None, ...]]:
+def replicated_axes(params: PyTree) -> Axes:
+  """Names under which no axis of any leaf is sharded."""
+  return {path: ("replicated",) * leaf.ndim for path, leaf in flatten(params).items()}
+
+
+def names_by_path(logical_axes: PyTree) -> Axes:
   """Axis names by path of a tree as `Family.logical_axes` gives it."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(
     logical_axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
@@ -155,7 +166,7 @@ def of_params(mesh: Mesh, axes: Axes, params: PyTree) -> PyTree:
   """The sharding of each weight.
 
   Args:
-    axes: of every leaf of `params`.
+    axes: names of every leaf's axes.
     params: arrays or ShapeDtypeStructs.
 
   Raises:
@@ -179,7 +190,7 @@ def of_adapter(mesh: Mesh, axes: Axes, adapter: Adapter) -> Adapter:
   """The adapter's tree with each leaf's sharding, inherited from its kernel's.
 
   Args:
-    axes: of the base's leaves.
+    axes: names of the base's axes.
 
   Raises:
     LoraxError: as `of_params`.
@@ -197,7 +208,7 @@ def _of_delta(mesh: Mesh, path: str, delta: Delta, axes: Axes) -> Delta:
   return replace(delta, **found)
 
 
-def _names(axes: Axes, path: str) -> tuple[str | None, ...]:
+def _names(axes: Axes, path: str) -> tuple[str, ...]:
   if path not in axes:
     raise LoraxError(unknown("path with named axes", path, axes))
   return axes[path]
@@ -209,47 +220,50 @@ def _sharding(mesh: Mesh, path: str, names, shape) -> NamedSharding:
       f"{path!r} of shape {tuple(shape)} has {len(shape)} axes, and names for"
       f" {len(names)}: {tuple(names)}. A model names every axis of every weight"
     )
-  cut = [axis for axis, _, _ in _cuts(mesh, path, names, shape)]
-  while cut and cut[-1] is None:
-    cut.pop()
-  return NamedSharding(mesh, PartitionSpec(*cut))
+  spec = [axis for axis, _, _ in _shards(mesh, path, names, shape)]
+  while spec and spec[-1] is None:
+    spec.pop()
+  return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _cuts(mesh: Mesh, path: str, names, shape) -> Iterator[tuple[str | None, str, str]]:
-  """For each axis: what cuts it, what should have, and why that does not."""
+def _shards(
+  mesh: Mesh, path: str, names, shape
+) -> Iterator[tuple[str | None, str, str]]:
+  """Yields, for each axis, the mesh axis that shards it, the one that should, and why
+  it does not."""
   used: set[str] = set()
   for name, size in zip(names, shape, strict=True):
     if name not in RULES:
       raise LoraxError(
-        f"no rule says how to cut axis {name!r} of {path!r}: "
+        f"no rule says how to shard axis {name!r} of {path!r}: "
         f"{unknown('logical axis', str(name), RULES)}"
       )
     axis = RULES[name]
     if axis is None or mesh.shape[axis] == 1:
       yield None, "", ""
     elif axis in used:
-      yield None, axis, f"{axis} cuts another of its axes"
+      yield None, axis, f"{axis} shards another of its axes"
     elif size % mesh.shape[axis]:
-      yield None, axis, f"{name} of {size} can't be cut into {mesh.shape[axis]}"
+      yield None, axis, f"{name} of {size} can't be split into {mesh.shape[axis]}"
     else:
       used.add(axis)
       yield axis, axis, ""
 
 
-def kept_whole(mesh: Mesh, axes: Axes, params: PyTree) -> list[str]:
-  """A line for each reason why weights are not cut along an axis that a rule names."""
+def not_sharded(mesh: Mesh, axes: Axes, params: PyTree) -> list[str]:
+  """Lines with the weights that are not sharded although a rule names an axis."""
   found: dict[tuple[str, str], list[str]] = {}
   for path, leaf in flatten(params).items():
-    for axis, wanted, why in _cuts(mesh, path, _names(axes, path), leaf.shape):
-      if axis is None and wanted:
-        found.setdefault((wanted, why), []).append(path)
+    for axis, ruled, why in _shards(mesh, path, _names(axes, path), leaf.shape):
+      if axis is None and ruled:
+        found.setdefault((ruled, why), []).append(path)
   return [
-    f"not cut along mesh.{axis}, since {why}: {listing(paths, most=2)}"
+    f"not sharded along mesh.{axis}, since {why}: {listing(paths, most=2)}"
     for (axis, why), paths in found.items()
   ]
 
 
-def lying(shapes: PyTree, shardings: PyTree) -> PyTree:
+def abstract(shapes: PyTree, shardings: PyTree) -> PyTree:
   """ShapeDtypeStructs of a tree of shapes, with these shardings."""
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -261,7 +275,7 @@ def lying(shapes: PyTree, shardings: PyTree) -> PyTree:
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
   """The tree with these shardings; every process has the same one.
 
-  A leaf that lies there already is taken as it is, not copied.
+  A leaf that has its sharding already is not copied.
   """
   return jax.tree.map(_put, tree, shardings)
 
@@ -274,9 +288,9 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
   if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
     data = _put(jax.random.key_data(x), sharding)
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-  # Each process has all of it, so nothing need be sent.
-  whole = np.asarray(x)
-  return jax.make_array_from_callback(whole.shape, sharding, lambda i: whole[i])
+  # Each process has the full array: nothing need be sent.
+  full = np.asarray(x)
+  return jax.make_array_from_callback(full.shape, sharding, lambda i: full[i])
 
 
 def _is_global(x: Any) -> bool:
@@ -284,12 +298,12 @@ def _is_global(x: Any) -> bool:
 
 
 def gather(tree: PyTree) -> PyTree:
-  """The tree with what other processes hold a part of whole, on this host.
+  """The tree, on this host in full; all processes have to call it.
 
-  All processes have to call it; a leaf that lies here already is taken as it is.
+  A leaf that this process can address in full is not copied.
   """
 
-  def whole(x):
+  def gathered(x):
     if not _is_global(x):
       return x
     copy: Callable[[Any], Any] = jax.jit(
@@ -297,4 +311,4 @@ def gather(tree: PyTree) -> PyTree:
     )
     return np.asarray(copy(x))
 
-  return jax.tree.map(whole, tree)
+  return jax.tree.map(gathered, tree)

@@ -1,55 +1,70 @@
-"""Token ids, each of which is to follow from those before it."""
+"""Causal language modelling: rows of token ids, each predicted from those before it."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorax_flax.data import sequences
+from lorax_flax.data.config import DataSettings
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs.settings import DataSettings, Settings
-from lorax_flax.models.registry import Loaded
-from lorax_flax.tasks.task import Kind, Splits
+from lorax_flax.tasks.task import Splits, Task
 from lorax_flax.train import losses
+from lorax_flax.train.objective import Objective, Work
+
+if TYPE_CHECKING:
+  from lorax_flax.models.registry import Loaded
+
+log = logging.getLogger(__name__)
 
 _TRAIN, _HELD_OUT = "train", "validation"
 
 
-def kind(wanted: Settings) -> Kind:
-  """Cross entropy of the next token; losses and perplexity are means over tokens."""
-  return Kind(
-    name=wanted.data.task,
-    model="causal-lm",
-    num_labels=None,
-    labels=None,
-    read=lambda loaded, say: _read(wanted.data, loaded, say),
-    blank=lambda model, length: sequences.blank(length),
-    loss=losses.next_token(wanted.train.label_smoothing),
-    eval_loss=losses.next_token(),  # Of which a perplexity can be made.
-    predictions=lambda logits_BxTxV: None,  # A vocabulary is wide.
+def _objective(label_smoothing: float) -> Objective:
+  """Cross entropy of the next token; loss and perplexity are means over tokens."""
+  return Objective(
+    loss=losses.next_token(label_smoothing),
+    eval_loss=losses.next_token(),  # A perplexity is of the loss without smoothing.
     metrics=("perplexity",),
     primary="perplexity",
+    predictions=lambda logits_BxTxV: None,  # A vocabulary is wide.
+    work=Work("tokens", "attention_mask"),
   )
 
 
-def _read(wanted: DataSettings, loaded: Loaded, say: Callable[[str], None]) -> Splits:
-  if wanted.path is None:
+def _read(settings: DataSettings, model: Loaded) -> Splits:
+  if settings.path is None:
     raise LoraxError(
       f"data.path: which folder has {_TRAIN}.jsonl and {_HELD_OUT}.jsonl?"
     )
-  folder = Path(wanted.path).expanduser()
+  folder = Path(settings.path).expanduser()
   found = {}
   for name in (_TRAIN, _HELD_OUT):
     file = folder / f"{name}.jsonl"
     found[name], cut = sequences.read(
       file,
-      max_length=wanted.max_length,
-      vocab_size=loaded.config.vocab_size,
-      pad_id=getattr(loaded.config, "pad_token_id", None) or 0,
+      max_length=settings.max_length,
+      vocab_size=model.config.vocab_size,
+      pad_id=getattr(model.config, "pad_token_id", None) or 0,
     )
     if cut.rows:
       total = len(found[name].labels_S) + cut.tokens
-      say(
+      log.info(
         f"{file}: {cut.rows:,} of {len(found[name]):,} examples are cut to "
-        f"data.max_length = {wanted.max_length} tokens; {cut.tokens:,} of {total:,} "
+        f"data.max_length = {settings.max_length} tokens; {cut.tokens:,} of {total:,} "
         "tokens are left out"
       )
   return Splits(found.pop(_TRAIN), found)
+
+
+TASK = Task(
+  name="next_token",
+  model="causal-lm",
+  num_labels=None,
+  labels=None,
+  settings=("path",),
+  read=_read,
+  blank=lambda model, length: sequences.blank(length),
+  objective=_objective,
+)

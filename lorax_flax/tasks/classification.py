@@ -1,74 +1,86 @@
-"""Texts, or pairs of them, and their classes or numbers."""
+"""Classification of texts, or of pairs of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorax_flax.data import load as data
-from lorax_flax.data import tasks
-from lorax_flax.data.tasks import Task
+from lorax_flax.data.config import DataSettings
+from lorax_flax.data.tasks import Task as Dataset
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.data.tokens import Tokens, ragged
-from lorax_flax.errors import LoraxError
-from lorax_flax.jobs.settings import DataSettings, Settings
-from lorax_flax.models.registry import Loaded, Outline
-from lorax_flax.tasks.task import Kind, Splits
+from lorax_flax.tasks.task import Splits, Task
 from lorax_flax.train import losses
-from lorax_flax.train import step as steps
 from lorax_flax.train.losses import Loss
+from lorax_flax.train.objective import Objective, Work
+
+if TYPE_CHECKING:
+  from lorax_flax.models.registry import Loaded, Outline
 
 
-def kind(wanted: Settings) -> Kind:
-  """What a task of `lorax_flax.data.tasks` brings.
+def task(dataset: Dataset) -> Task:
+  """The task of a dataset with classes."""
+  return of_texts(dataset, dataset.labels, losses.cross_entropy)
 
-  Raises:
-    LoraxError: label smoothing of a regression.
+
+def of_texts(
+  dataset: Dataset, labels: tuple[str, ...], loss: Callable[[float], Loss]
+) -> Task:
+  """The task of a dataset of texts.
+
+  Args:
+    labels: names of the outputs.
+    loss: (label smoothing) -> loss.
   """
-  task = tasks.get(wanted.data.task)
-  loss = _loss(task, wanted.train.label_smoothing)
-  return Kind(
-    name=task.name,
+
+  def objective(label_smoothing: float) -> Objective:
+    work = Work("tokens", "attention_mask")
+    made = loss(label_smoothing)
+    return Objective(made, dataset.metrics, dataset.primary, work=work)
+
+  return Task(
+    name=dataset.name,
     model="sequence-classification",
-    num_labels=task.num_labels,
-    labels=task.labels or ("score",),
-    read=lambda loaded, say: _read(wanted.data, task, loaded),
-    blank=lambda model, length: _blank(task, model, length),
-    loss=loss,
-    eval_loss=loss,
-    predictions=steps.logits,
-    metrics=task.metrics,
-    primary=task.primary,
+    num_labels=len(labels),
+    labels=labels,
+    settings=("glue_dir", "tfds_dir"),
+    read=functools.partial(_read, dataset),
+    blank=functools.partial(
+      blank, label=np.float32 if dataset.regression else np.int32
+    ),
+    objective=objective,
   )
 
 
-def _loss(task: Task, label_smoothing: float) -> Loss:
-  if not task.regression:
-    return losses.cross_entropy(label_smoothing)
-  if label_smoothing:
-    raise LoraxError(f"train.label_smoothing means nothing for {task.name}: no classes")
-  return losses.squared_error
-
-
-def _read(wanted: DataSettings, task: Task, loaded: Loaded) -> Splits:
-  splits = data.load(task.name, glue_dir=wanted.glue_dir, tfds_dir=wanted.tfds_dir)
-  tokenizer = load_tokenizer(loaded.folder)
+def _read(dataset: Dataset, settings: DataSettings, model: Loaded) -> Splits:
+  splits = data.load(
+    dataset.name, glue_dir=settings.glue_dir, tfds_dir=settings.tfds_dir
+  )
+  tokenizer = load_tokenizer(model.folder)
   rows = {
     name: tokenize(
       examples,
       tokenizer,
-      max_length=wanted.max_length,
-      token_types=loaded.token_types,
-      regression=task.regression,
+      max_length=settings.max_length,
+      token_types=model.token_types,
+      regression=dataset.regression,
     )
     for name, examples in {"train": splits.train, **splits.evaluation}.items()
   }
   return Splits(rows.pop("train"), rows)
 
 
-def _blank(task: Task, model: Outline, length: int) -> Tokens:
+def blank(model: Outline, length: int, label: type = np.int32) -> Tokens:
+  """One row of `length` tokens, for its shapes, with a label of that dtype."""
   ids_S, offsets = ragged([np.zeros(length, np.int32)])
   return Tokens(
     ids_S,
     offsets,
     pad_id=0,
     token_type_ids_S=ids_S if model.token_types else None,
-    labels_N=np.zeros(1, np.float32 if task.regression else np.int32),
+    labels_N=np.zeros(1, label),
   )

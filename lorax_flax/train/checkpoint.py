@@ -4,10 +4,10 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ PyTree = Any
 
 @dataclass(frozen=True)
 class Progress:
-  """What a checkpoint holds besides the arrays; JSON-able.
+  """The part of a checkpoint besides the arrays, for one run; JSON-able.
 
   Attributes:
     position: of the data iterator.
@@ -29,9 +29,9 @@ class Progress:
     evaluations: each a dict of step, epoch, metrics and examples, oldest first.
     best: index of the best of them, None before the first.
     seconds: of wall time by what it was spent on, over all processes of the run.
-    tokens: trained on so far.
-    skipped: steps that changed nothing, since they were not finite.
-    failed: where the run ended before its time, and why; None: it did not.
+    tokens: units of work so far, of whatever unit the task counts in.
+    skipped: number of steps that changed nothing, since they were not finite.
+    failed: step and reason of a run that diverged, else None.
   """
 
   position: dict[str, Any]
@@ -49,23 +49,9 @@ class Progress:
     return None if self.best is None else self.evaluations[self.best]["step"]
 
 
-@dataclass(frozen=True)
-class ProgressOfSeveral:
-  """The same of several runs that take their steps together."""
-
-  runs: list[Progress]
-
-  # Each run's best lies in the state itself: only the last checkpoint is kept.
-  best_step: ClassVar[int | None] = None
-
-  @staticmethod
-  def from_json(runs: list[dict[str, Any]]) -> "ProgressOfSeveral":
-    return ProgressOfSeveral([Progress(**run) for run in runs])
-
-
 @dataclass
 class _BestAndLast:
-  """Orbax asks it what to keep; `best` is set before each save."""
+  """Orbax's rule of what to keep; `best` is set before each save."""
 
   best: int | None = None
 
@@ -76,15 +62,14 @@ class _BestAndLast:
 
 
 class Checkpoints:
-  """The checkpoints of one run in a folder.
+  """The checkpoints of a run, or of several that train together, in a folder.
 
   A checkpoint counts only once it is complete, and an older one is deleted only after
   that: a process may be killed at any moment.
   """
 
-  def __init__(self, folder: Path, progress: Callable[..., Any] = Progress):
-    """`progress`: makes it from a checkpoint's JSON."""
-    self._folder, self._progress = folder, progress
+  def __init__(self, folder: Path):
+    self._folder = folder
     self._policy = _BestAndLast()
     with bucket.reaching(folder):
       self._manager = ocp.CheckpointManager(
@@ -93,7 +78,7 @@ class Checkpoints:
           preservation_policy=self._policy,
           cleanup_tmp_directories=True,
           enable_async_checkpointing=True,
-          async_options=ocp.AsyncOptions(barrier_sync_fn=_meet),
+          async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
         ),
       )
 
@@ -101,29 +86,37 @@ class Checkpoints:
     """The step of the newest complete checkpoint, None where there is none."""
     return self._manager.latest_step()
 
-  def save(
-    self, step: int, state: PyTree, progress: Progress | ProgressOfSeveral
-  ) -> None:
+  def save(self, step: int, state: PyTree, progress: Sequence[Progress]) -> None:
     """Starts to write in the background; waits for the save before, if need be.
+
+    Args:
+      progress: of each run. The best checkpoint of a single run is kept; of several,
+        whose best are at different steps, the state itself has to hold them.
 
     Raises:
       LoraxError: this one or the one before can't be written: a full disk.
     """
-    self._policy.best = progress.best_step
-    # The writer reads the buffers while the next step, which is given them to reuse,
-    # is running already.
+    runs = [asdict(run) for run in progress]
+    alone = len(progress) == 1
+    self._policy.best = progress[0].best_step if alone else None
+    # The writer reads the buffers while the next step, to which they are donated, is
+    # running already.
     state = jax.tree.map(jnp.copy, state)
     with self._explained():
       self._manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(state),
-          progress=ocp.args.JsonSave(asdict(progress)),
+          progress=ocp.args.JsonSave(runs[0] if alone else {"runs": runs}),
         ),
       )
 
-  def restore(self, step: int, like: PyTree) -> tuple[PyTree, Any]:
-    """The checkpoint of a step, with `like`'s structure, dtypes and shardings."""
+  def restore(self, step: int, like: PyTree) -> tuple[PyTree, list[Progress]]:
+    """The state at a step and each run's progress.
+
+    Args:
+      like: a state with the structure, shapes, dtypes and shardings.
+    """
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
@@ -134,10 +127,11 @@ class Checkpoints:
           state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
         ),
       )
-    return restored.state, self._progress(**restored.progress)
+    runs = restored.progress.get("runs", [restored.progress])
+    return restored.state, [Progress(**run) for run in runs]
 
   def wait(self) -> None:
-    """Until all that was saved is complete."""
+    """Waits until all that was saved is complete."""
     with self._explained():
       self._manager.wait_until_finished()
 
@@ -148,7 +142,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _explained(self) -> Iterator[None]:
-    """Says why a checkpoint can't be written, and what there is all the same."""
+    """Explains why a checkpoint can't be written, and names the one that is kept."""
     try:
       yield
     except Exception as error:  # Of a bucket there are others than OSError.
@@ -172,7 +166,7 @@ class Checkpoints:
     """
     with bucket.reaching(self._folder):
       steps = [entry for entry in self._folder.iterdir() if entry.name.isdecimal()]
-      if bucket.holds(self._folder):  # There its name does not say that it is complete.
+      if bucket.holds(self._folder):  # There an incomplete one may have the name.
         steps = [entry for entry in steps if (entry / _COMMITTED).exists()]
     return max((int(entry.name) for entry in steps), default=None)
 
@@ -181,11 +175,11 @@ class Checkpoints:
 _COMMITTED = "commit_success.txt"
 
 
-def _meet(*, key: str, timeout_ms: int) -> None:
-  """Orbax's barrier, but for a thread that has failed.
+def _barrier(*, key: str, timeout_ms: int) -> None:
+  """Orbax's barrier, which a thread that has failed does not enter.
 
-  Orbax waits for the others then too, for twenty minutes, and so would they: for what
-  this one did not write. Its error goes on instead.
+  Orbax would wait for the others for twenty minutes, and they for what this one did
+  not write. Its error is raised instead.
   """
   error = sys.exc_info()[1]
   if error is not None:
@@ -198,7 +192,7 @@ _CODE = re.compile(r"os_error_code='(\d+)'")
 
 
 def _refusal(error: BaseException | None) -> int | None:
-  """The number of the system's error that this one comes of; None: of none."""
+  """The errno of the system's error behind this one, None where there is none."""
   while error is not None:
     if isinstance(error, OSError) and error.errno is not None:
       return error.errno

@@ -11,7 +11,7 @@ class Compiled:
   """Calls a jitted `(state, base, batch)` through one executable per batch shape.
 
   Compiling is a step of its own and not a part of the first call, so that it can be
-  timed, said, and kept out of the tokens per second.
+  timed, logged, and kept out of the throughput.
   """
 
   def __init__(
@@ -23,7 +23,7 @@ class Compiled:
     self._programs: dict[Any, Any] = {}
 
   def ready(self, batch: Any) -> bool:
-    """Whether a call with this batch goes without compiling."""
+    """True where a call with this batch compiles nothing."""
     return _shapes(batch) in self._programs
 
   def __call__(self, state: Any, base: Any, batch: Any) -> Any:

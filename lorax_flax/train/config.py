@@ -1,4 +1,4 @@
-"""How to train: one frozen dataclass, and durations turned into steps in one place."""
+"""Settings of training, and its durations in steps."""
 
 import dataclasses
 import math
@@ -10,31 +10,31 @@ from lorax_flax.train.optim import SCHEDULES
 
 @dataclass(frozen=True)
 class TrainConfig:
-  """Everything about training that is not the model, the adapter or the data.
+  """Settings of training: all but the model, the adapter and the data.
 
   A duration is given in one of several units, by the suffix of its name; the others of
   the same duration are None.
 
   Attributes:
-    steps, epochs: how long to train, one of the two; epochs may be a fraction.
-    batch_size: examples an optimiser step.
-    eval_batch_size: examples an evaluation step.
-    accumulation: parts that a batch is cut into, one after another, to save memory.
+    steps, epochs: length of training, one of the two; epochs may be a fraction.
+    batch_size: number of examples in an optimiser step.
+    eval_batch_size: number of examples in an evaluation step.
+    accumulation: number of microbatches that a batch is split into, to save memory.
     learning_rate: at the end of the warm-up.
     schedule: "linear" or "cosine" decay to zero, or "constant", after the warm-up.
     warmup_steps, warmup_epochs, warmup_fraction: linear rise from zero; at most one of
       the three, none for no warm-up. The fraction is of all steps, rounded up.
     weight_decay: decoupled (AdamW); biases and norms are exempt.
-    b1, b2, eps: AdamW's.
-    grad_clip: largest norm of the gradient of all trained leaves; inf for no clipping.
+    b1, b2, eps: hyperparameters of AdamW.
+    grad_clip: largest global norm of the gradient; inf for no clipping.
     label_smoothing: share of a label spread over all classes.
-    seed: of the new weights, the order of examples and dropout.
-    log_steps: steps from one line of metrics to the next.
+    seed: seed of new weights, the order of examples and dropout.
+    log_steps: number of steps from one line of metrics to the next.
     save_steps, save_epochs: checkpoints besides the one after each evaluation; at most
       one of the two.
-    save_seconds: save as well when so long has passed since the last checkpoint.
-    on_nonfinite: what to do about a step whose loss or gradient is not finite: "stop"
-      the run, or "skip" the step, which then changes nothing.
+    save_seconds: largest time from one checkpoint to the next.
+    on_nonfinite: reaction to a step whose loss or gradient is not finite: "stop" the
+      run, or "skip" the step, which then changes nothing.
   """
 
   steps: int | None = None
@@ -89,7 +89,7 @@ class TrainConfig:
       )
     if self.batch_size % self.accumulation:
       raise LoraxError(
-        f"train.batch_size {self.batch_size} can't be cut into "
+        f"train.batch_size {self.batch_size} can't be split into "
         f"train.accumulation = {self.accumulation} equal parts"
       )
 
@@ -117,10 +117,10 @@ class Durations:
   """The durations of a run in steps.
 
   Attributes:
-    total: optimiser steps of the whole run.
-    epoch: of one epoch.
-    warmup: of the warm-up.
-    save: between two extra checkpoints; None for none.
+    total: number of optimiser steps of the run.
+    epoch: steps of one epoch.
+    warmup: steps of the warm-up.
+    save: steps from one extra checkpoint to the next; None for none.
   """
 
   total: int
@@ -139,7 +139,7 @@ def durations(config: TrainConfig, steps_per_epoch: int) -> Durations:
   assert total is not None  # TrainConfig makes sure of it.
   warmup = _steps(config, DURATIONS[1], steps_per_epoch, total) or 0
   if warmup > total:
-    raise LoraxError(f"the warm-up takes {warmup} steps, and the whole run {total}")
+    raise LoraxError(f"the warm-up takes {warmup} steps, and the run {total}")
   save = _steps(config, DURATIONS[2], steps_per_epoch)
   return Durations(total, steps_per_epoch, warmup, save)
 
@@ -165,9 +165,9 @@ def _names(names: tuple[str, ...]) -> str:
 def _check_number(name: str, value: object) -> None:
   if name in _TEXTS or value is None:
     return
-  whole = name in _WHOLE
-  if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-    kind = "a whole number" if whole else "a number"
+  integer = name in _INTEGERS
+  if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+    kind = "a whole number" if integer else "a number"
     raise LoraxError(f"train.{name} must be {kind}, not {value!r}")
   if math.isnan(value):  # type: ignore[arg-type]
     raise LoraxError(f"train.{name} is not a number")
@@ -175,7 +175,7 @@ def _check_number(name: str, value: object) -> None:
     raise LoraxError(f"train.{name} must be finite")
 
 
-_WHOLE = (
+_INTEGERS = (
   *("steps", "batch_size", "eval_batch_size", "accumulation", "warmup_steps", "seed"),
   *("log_steps", "save_steps"),
 )

@@ -12,7 +12,7 @@ from lorax_flax.train import metrics
 from lorax_flax.train.metrics import Mean
 
 Batches = Sequence[Mapping[str, np.ndarray]]
-# What is kept of a batch's logits, and the mean loss.
+# The predictions kept of a batch, and the mean loss.
 Output = tuple[np.ndarray | None, Mean]
 # logits_NxC and labels_N in the examples' order; None where a step keeps no logits.
 _Rows = tuple[np.ndarray | None, np.ndarray | None]
@@ -20,12 +20,12 @@ _Rows = tuple[np.ndarray | None, np.ndarray | None]
 
 @dataclass(frozen=True)
 class Evaluation:
-  """What one evaluation found.
+  """Metrics of one evaluation.
 
   Attributes:
     metrics: by name, and "loss", over all splits together; where there are several
       splits also each split's own, "accuracy_matched" of "validation_matched".
-    examples: how many were evaluated.
+    examples: number of examples that were evaluated.
   """
 
   metrics: dict[str, float]
@@ -40,27 +40,27 @@ def evaluate(
   """Evaluates all splits.
 
   Args:
-    outputs: by the split's name, what `lorax_flax.train.step.eval_step` gives of each
-      of its batches, on the host.
-    splits: batches by the split's name; each has `labels`, `weights`, and `index`, the
-      example's number in its split, -1 in rows that are no example.
+    outputs: results of `lorax_flax.train.step.eval_step` on the host, one for each
+      batch, by the split's name.
+    splits: batches by the split's name; each has `index`, the example's number in its
+      split, -1 in rows that are padding, and `labels` where metrics need them.
     names: keys of `metrics.METRICS`.
 
   Raises:
     LoraxError: a split without examples, or batches that miss or repeat one.
   """
   found: dict[str, float] = {}
-  whole = []
+  parts = []
   for split, batches in splits.items():
     part = _predict(outputs[split], split, batches)
-    whole.append(part)
+    parts.append(part)
     if len(splits) > 1:
       short = split.removeprefix("validation_")
       values = _metrics(names, part.rows, part.loss)
       found |= {f"{name}_{short}": value for name, value in values.items()}
-  loss = sum((part.loss for part in whole), Mean(0.0, 0.0))
-  overall = _metrics(names, _joined([part.rows for part in whole]), loss)
-  return Evaluation(overall | found, sum(part.examples for part in whole))
+  loss = sum((part.loss for part in parts), Mean(0.0, 0.0))
+  overall = _metrics(names, _joined([part.rows for part in parts]), loss)
+  return Evaluation(overall | found, sum(part.examples for part in parts))
 
 
 def _metrics(names: Sequence[str], rows: _Rows, loss: Mean) -> dict[str, float]:

@@ -1,209 +1,370 @@
-"""The training loop: step, log, evaluate, save, and take up where it was."""
+"""The training loop: step, log, evaluate, save and resume, over one run or several."""
 
 import contextlib
-import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 
+from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.distributed import processes
 from lorax_flax.files import bucket, workdir
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import mesh as meshes
-from lorax_flax.train import program as programs
-from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
+from lorax_flax.train import trials
 from lorax_flax.train.checkpoint import Checkpoints, Progress
-from lorax_flax.train.config import Durations, TrainConfig, durations
-from lorax_flax.train.drive import Drive, Work
-from lorax_flax.train.evaluate import Batches
+from lorax_flax.train.compile_by_shape import Compiled
+from lorax_flax.train.config import Durations, durations
+from lorax_flax.train.evaluate import Batches, evaluate
 from lorax_flax.train.logs import curves
-from lorax_flax.train.logs.history import Diverged, Ledger
+from lorax_flax.train.logs.history import Diverged, History, running
 from lorax_flax.train.logs.progress_bar import Display
+from lorax_flax.train.logs.timer import Stopwatch
 from lorax_flax.train.logs.writer import Record, SilentRecord
-from lorax_flax.train.losses import Loss
+from lorax_flax.train.objective import Objective
+from lorax_flax.train.trials import Run
 
 PyTree = Any
+Program = steps.Program | trials.Program
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+  """Batches to train and to evaluate on.
+
+  Attributes:
+    batches: an endless iterator over training batches, with `get_state()`, which is
+      JSON-able, and `set_state()`. Of several runs each array has a leading axis, over
+      the runs.
+    steps_per_epoch: number of batches in an epoch.
+    evaluation: batches by the split's name, the same for all runs.
+  """
+
+  batches: Any
+  steps_per_epoch: int
+  evaluation: Mapping[str, Batches]
 
 
 @dataclass(frozen=True)
 class Job:
-  """What is trained on what.
+  """N >= 1 runs on one base; those after the first differ in `trials.MAY_DIFFER`."""
 
-  Attributes:
-    forward: the adapted model; see `lorax_flax.train.step.Forward`.
-    params: the base, frozen; it lies on the mesh already.
-    adapter: what is trained, as `lora.init` or a folder gave it.
-    loss: of one example each.
-    batches: an endless iterator over training batches, with `get_state()`, which is
-      JSON-able, and `set_state()`.
-    steps_per_epoch: batches an epoch.
-    evaluation: batches by the split's name.
-    metrics: keys of `metrics.METRICS`.
-    primary: the one of them that says which evaluation is the best.
-    export: writes an adapter into the workdir, and returns what to call the files:
-      names to put into result.json, and where each thing lies. Every process calls it,
-      with the adapter whole on its host; the first one writes.
-    title: of the curves.
-    mesh: the devices.
-    axes: names of the axes of every leaf of `params`; see `lorax_flax.sharding.mesh`.
-    eval_loss: of one example each in evaluations, where it is another than `loss`.
-    predictions: what metrics look at of an evaluation's logits.
-  """
-
-  forward: steps.Forward
-  params: PyTree
-  adapter: Adapter
-  loss: Loss
-  batches: Any
-  steps_per_epoch: int
-  evaluation: Mapping[str, Batches]
-  metrics: Sequence[str]
-  primary: str
-  export: Callable[[Adapter, Path], Mapping[str, str]]
-  title: str
-  mesh: Mesh
-  axes: meshes.Axes
-  eval_loss: Loss | None = None
-  predictions: steps.Predictions = steps.logits
+  runs: Sequence[Run]
+  model: steps.Model
+  objective: Objective
+  data: Data
 
 
-def fit(config: TrainConfig, job: Job, folder: Path) -> dict[str, Any]:
-  """Trains to the end, going on from the last checkpoint in `folder`, if any.
+def fit(
+  job: Job, folder: Path, width: int | None = None
+) -> list[dict[str, Any] | Diverged]:
+  """Trains to the end, resuming from the last checkpoint in `folder`, if any.
 
-  A run that was killed and goes on ends with the same weights, the same metrics and the
-  same metrics.jsonl, bit for bit, as one that was not. It may go on with another mesh
-  or number of processes, and is then the same to rounding.
+  A run that was killed and resumed ends with the same weights, the same metrics and the
+  same metrics.jsonl, bit for bit, as one that was not. It may resume on another mesh or
+  number of processes, and is then the same to rounding.
 
   Args:
-    folder: claimed by this run (`workdir.claim`).
+    folder: of the checkpoints; claimed by these runs (`workdir.claim`), as are theirs.
+    width: number of runs that go through the model at once, the others following in the
+      same program; None: as many as the devices' caches have room for, on a CPU one.
 
   Returns:
-    What it wrote to result.json: the metrics of the best evaluation by name (the
-    adapter that is exported is that one's), those of the last one, and figures.
+    For each run the content of its result.json: the metrics of the best evaluation by
+    name (whose adapter is exported), those of the last one, and figures. For a run
+    whose loss or gradient was not finite the error: the others go on.
 
   Raises:
-    Diverged: the loss or the gradient is not finite; the last checkpoint stays.
-    processes.Preempted: SIGTERM asked for it; the run is saved.
+    LoraxError: two of the runs differ in more than they may.
+    processes.Preempted: SIGTERM asked for it; everything is saved.
   """
-  plan = durations(config, job.steps_per_epoch)
-  program = program_of(config, plan, job)
-  state, base = program.start(job.params, job.adapter)
-  progress = Progress(position=job.batches.get_state())
+  plan = durations(job.runs[0].config, job.data.steps_per_epoch)
+  program = program_of(job, plan, width)
+  state, base = program.start()
+  batches = job.data.batches
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(processes.StopRequest())
     checkpoints = Checkpoints(folder / workdir.CHECKPOINTS)
-    stack.enter_context(closing(checkpoints))
+    stack.enter_context(_closing(checkpoints))
+    progress = [Progress(position=batches.get_state()) for _ in job.runs]
     done = checkpoints.latest() or 0
     if done:
       state, progress = checkpoints.restore(done, state)
-      job.batches.set_state(progress.position)
-    record = stack.enter_context(recording(folder, done))
-    display = stack.enter_context(displaying(plan.total, done))
-    work = Work(
-      step=program.step,
-      eval_step=steps.eval_step(
-        job.forward, job.eval_loss or job.loss, job.mesh, job.predictions
-      ),
-      base=base,
-      batches=job.batches,
-      evaluation=job.evaluation,
-      metrics=job.metrics,
-      mesh=job.mesh,
-      lies=meshes.batch(job.mesh),
-      apart=lambda tree: [tree],
-      diverged=functools.partial(_end, checkpoints),
-      evaluated=lambda state, improved: state,
-      progress=lambda each: each[0],
-    )
-    ledger = Ledger(record, plan, job.primary, config.on_nonfinite, progress)
-    drive = Drive(
-      config, plan, work, [ledger], checkpoints, display, stop, progress.seconds
-    )
-    state = drive.train(state, done)
+      batches.set_state(progress[0].position)
+      log.info("resuming after step %d of %d", done, plan.total)
+    histories = [
+      History(
+        stack.enter_context(_recording(run.folder, done)),
+        plan,
+        job.objective,
+        run.config.on_nonfinite,
+        own,
+        run.name,
+      )
+      for run, own in zip(job.runs, progress, strict=True)
+    ]
+    unit, quiet = job.objective.work.unit, not processes.first()
+    display = stack.enter_context(Display(plan.total, done, unit, quiet))
+    seconds = progress[0].seconds
+    loop = _Loop(job, plan, program, histories, checkpoints, display, stop, seconds)
+    state = loop.train(state, base, done)
     checkpoints.wait()
-    best, _ = ledger.best_and_last()
-    if best["step"] != plan.total:
-      state, _ = checkpoints.restore(best["step"], state)
-    adapter = meshes.gather(base.adapter(state.trained))
-    trained = states.trained_parameters(state)
-    result = finish(job, ledger, adapter, trained, folder, drive.clock.seconds())
-    processes.barrier("the result is written")
-  return result
+
+    def restored() -> PyTree:
+      step = histories[0].best_and_last()[0]["step"]
+      return state if step == plan.total else checkpoints.restore(step, state)[0]
+
+    best: list[Adapter] = [{}] * len(histories)
+    if running(histories):
+      best = program.best(state, restored)
+    kept, seconds = checkpoints.latest(), loop.clock.seconds()
+    results = _results(job, histories, best, kept, seconds)
+    processes.barrier("the results are written")
+  return results
 
 
-def program_of(config: TrainConfig, plan: Durations, job: Job) -> programs.Program:
-  """The step that trains a job, and how what it takes lies."""
-  return programs.make(
-    config,
-    plan,
-    forward=job.forward,
-    loss=job.loss,
-    adapter=job.adapter,
-    mesh=job.mesh,
-    axes=job.axes,
-  )
+def program_of(job: Job, plan: Durations, width: int | None = None) -> Program:
+  """The steps that train a job. A single run compiles without an axis over runs."""
+  if len(job.runs) > 1:
+    return trials.program(job.runs, plan, job.model, job.objective, width)
+  [run] = job.runs
+  return steps.program(run.config, plan, job.model, job.objective, run.adapter)
 
 
-def finish(
+_NOTHING = "Nothing was saved yet"
+
+
+class _AllDiverged(Exception):
+  """No run is left to train."""
+
+
+class _Loop:
+  """State of the loop on the host."""
+
+  def __init__(
+    self,
+    job: Job,
+    plan: Durations,
+    program: Program,
+    histories: Sequence[History],
+    checkpoints: Checkpoints,
+    display: Display,
+    stop: processes.StopRequest,
+    seconds: Mapping[str, float],
+  ):
+    self._config, self._data, self._objective = (
+      job.runs[0].config,  # Of its fields, those that all runs have in common.
+      job.data,
+      job.objective,
+    )
+    self._mesh, self._plan, self._program = job.model.mesh, plan, program
+    self._histories, self._checkpoints = histories, checkpoints
+    self._display, self._stop = display, stop
+    self._pending: list[tuple[int, PyTree]] = []
+    self.clock = Stopwatch("steps", seconds)
+    self._logged = (self._work(), self.clock.seconds()["steps"])
+    self._saved_at = self._total_seconds()
+    self._eval_step = Compiled(program.eval_step, self._compiling("evaluation step"))
+
+  def train(self, state: PyTree, base: PyTree, done: int) -> PyTree:
+    """Takes every step after `done`; returns the last state.
+
+    Raises:
+      processes.Preempted: SIGTERM asked for it; everything is saved.
+    """
+    with contextlib.suppress(_AllDiverged):
+      self._check_running()
+      train_step = Compiled(self._program.step, self._compiling("training step"))
+      for number in range(done + 1, self._plan.total + 1):
+        batch = next(self._data.batches)
+        if not train_step.ready(batch):
+          self._drain()  # Steps still running are not to be timed as compilation.
+        placed = self._place(batch, self._program.batch)
+        state, metrics = train_step(state, base, placed)
+        self._pending.append((number, metrics))
+        for history, own in zip(
+          self._histories, self._program.unstack(batch), strict=True
+        ):
+          history.tokens += self._objective.work.count(own)
+        self._display.step(number)
+        at_end = number == self._plan.total
+        if at_end or number % self._config.log_steps == 0:
+          self._log(number)
+        evaluated = at_end or number % self._plan.epoch == 0
+        if evaluated:
+          state = self._evaluate(number, state, base)
+        stopping = not at_end and self._stop.reached(number)
+        if evaluated or stopping or self._save_is_due(number):
+          self._save(number, state)
+        if stopping:
+          self._checkpoints.wait()
+          raise processes.Preempted(number)
+    return state
+
+  def _place(
+    self, batch: Mapping[str, Any], sharding: NamedSharding
+  ) -> dict[str, jax.Array]:
+    """Puts a batch, which every process has in full, on the devices."""
+    return {name: meshes.place(x, sharding) for name, x in batch.items()}
+
+  def _compiling(self, what: str) -> Callable[[str], Any]:
+    @contextlib.contextmanager
+    def timed(shape: str) -> Iterator[None]:
+      before = self.clock.seconds().get("compile", 0.0)
+      with self.clock.on("compile"), jax.set_mesh(self._mesh):
+        yield
+      seconds = self.clock.seconds()["compile"] - before
+      log.info("compiled the %s for %s in %.1fs", what, shape, seconds)
+
+    return timed
+
+  def _drain(self) -> None:
+    """Waits for the steps that still run, and adds up their metrics."""
+    pending, self._pending = self._pending, []
+    for (number, _), metrics in zip(
+      pending, jax.device_get([metrics for _, metrics in pending]), strict=True
+    ):
+      each = self._program.unstack(metrics)
+      for history, own in zip(self._histories, each, strict=True):
+        history.add(number, own)
+    self._check_running()
+
+  def _check_running(self) -> None:
+    if not running(self._histories):
+      raise _AllDiverged
+
+  def _log(self, number: int) -> None:
+    self._drain()
+    lines = [history.log(number) for history in running(self._histories)]
+    values = [line for line in lines if line is not None]
+    if not values:
+      return
+    work, seconds = self._work(), self.clock.seconds()["steps"]
+    passed = max(seconds - self._logged[1], 1e-9)
+    speed = (work - self._logged[0]) / passed
+    self._logged = (work, seconds)
+    left = (self._plan.total - number) * seconds / number
+    name = f"speed/{self._objective.work.unit}_per_second"
+    for history in running(self._histories):
+      history.record.speed(number, {name: speed})
+    self._display.update(
+      number,
+      number / self._plan.epoch,
+      [line["loss"] for line in values],
+      [line["learning_rate"] for line in values],
+      speed,
+      left,
+    )
+
+  def _evaluate(self, number: int, state: PyTree, base: PyTree) -> PyTree:
+    self._drain()
+    splits, improved = self._data.evaluation, [False] * len(self._histories)
+    if not splits:
+      return state
+    with self.clock.on("evaluate"):
+      sharding = meshes.batch(self._mesh)
+      outputs = {  # Not waited for one by one.
+        split: [
+          self._eval_step(state.trained, base, self._place(batch, sharding))
+          for batch in batches
+        ]
+        for split, batches in splits.items()
+      }
+      each = {
+        split: [self._program.unstack(output) for output in found]
+        for split, found in jax.device_get(outputs).items()
+      }
+      for i, history in enumerate(self._histories):
+        if history.failed is None:
+          own = {split: [parts[i] for parts in found] for split, found in each.items()}
+          found = evaluate(own, splits, self._objective.metrics)
+          improved[i] = history.evaluated(number, found)
+    return self._program.keep_best(state, improved)
+
+  def _work(self) -> int:
+    return sum(history.tokens for history in self._histories)
+
+  def _total_seconds(self) -> float:
+    return sum(self.clock.seconds().values())
+
+  def _save_is_due(self, number: int) -> bool:
+    if self._plan.save is not None and number % self._plan.save == 0:
+      return True
+    late = self._total_seconds() - self._saved_at >= self._config.save_seconds
+    if jax.process_count() == 1:
+      return late
+    # Processes have to agree, which takes a moment: where they wait anyway.
+    return number % self._config.log_steps == 0 and processes.broadcast(late)
+
+  def _save(self, number: int, state: PyTree) -> None:
+    self._drain()  # Nothing that is not finite is saved.
+    with self.clock.on("save"):
+      position, seconds = self._data.batches.get_state(), self.clock.seconds()
+      each = [history.progress(position, seconds) for history in self._histories]
+      for history in self._histories:
+        history.record.flush()
+      self._checkpoints.save(number, state, each)
+    self._saved_at = self._total_seconds()
+
+
+def _results(
   job: Job,
-  ledger: Ledger,
-  adapter: Adapter,
-  trained_parameters: int,
-  folder: Path,
+  histories: Sequence[History],
+  best: Sequence[Adapter],
+  kept: int | None,
   seconds: Mapping[str, float],
-) -> dict[str, Any]:
-  """Writes what a run that is over leaves in its folder; returns its result.
+) -> list[dict[str, Any] | Diverged]:
+  """Writes each run's result and exports its best adapter.
 
   Args:
-    adapter: the best evaluation's, whole on this host.
-    seconds: of the run, by what they were spent on.
+    best: what each had trained at its best evaluation.
+    kept: step of the last checkpoint.
+    seconds: wall time by what it was spent on.
   """
-  with bucket.staging(folder) as here:
-    paths = job.export(adapter, here)
-  lie = {n: str(folder / Path(p).relative_to(here)) for n, p in paths.items()}
-  result = ledger.result(trained_parameters, seconds) | lie
+  results: list[dict[str, Any] | Diverged] = []
+  for run, history, trained in zip(job.runs, histories, best, strict=True):
+    if history.failed is not None:
+      advice = f"The checkpoint of step {kept} is kept" if kept else _NOTHING
+      results.append(Diverged(**history.failed, kept=f". {advice}"))
+    else:
+      results.append(_finish(run, history, trained, seconds))
+  return results
+
+
+def _finish(
+  run: Run, history: History, trained: Adapter, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+  """Writes what a finished run leaves in its folder; returns its result."""
+  rest = partition(run.adapter, trainable_mask(run.adapter))[1]
+  adapter = meshes.gather(combine(trained, rest))
+  with bucket.staging(run.folder) as here:
+    paths = run.export(adapter, here)
+  written = {n: str(run.folder / Path(p).relative_to(here)) for n, p in paths.items()}
+  size = sum(x.size for x in jax.tree.leaves(trained))
+  result = history.result(size, seconds) | written
   if processes.first():
-    curves.draw(folder / workdir.CURVES, ledger.record.lines, job.title)
-    workdir.write_json(folder / workdir.RESULT, result)
+    curves.draw(run.folder / workdir.CURVES, history.record.lines, run.title)
+    workdir.write_json(run.folder / workdir.RESULT, result)
   return result
-
-
-def _end(checkpoints: Checkpoints, ledger: Ledger, error: Diverged) -> None:
-  """Ends the run: says what is kept of it."""
-  checkpoints.wait()
-  kept = checkpoints.latest()
-  raise Diverged(
-    error.step,
-    error.reason,
-    f". The checkpoint of step {kept} is kept" if kept else ". Nothing was saved yet",
-  ) from error
 
 
 @contextlib.contextmanager
-def recording(folder: Path, done: int) -> Iterator[Record | SilentRecord]:
-  """A run's record, which the first process keeps; `done` steps were done before."""
+def _recording(folder: Path, done: int) -> Iterator[Record | SilentRecord]:
+  """The metrics writer of a run, in process 0; `done` steps were done before."""
   record = Record(folder, done) if processes.first() else SilentRecord()
-  with closing(record):
+  with _closing(record):
     yield record
 
 
 @contextlib.contextmanager
-def displaying(total: int, done: int) -> Iterator[Display]:
-  """What the first process shows; `done` of `total` steps were done before."""
-  with Display(total, done, quiet=not processes.first()) as display:
-    if done:
-      display.say(f"going on after step {done} of {total}")
-    yield display
-
-
-@contextlib.contextmanager
-def closing(thing: Checkpoints | Record | SilentRecord) -> Iterator[None]:
-  """Closes it; after an error, that is the one that is raised."""
+def _closing(resource: Checkpoints | Record | SilentRecord) -> Iterator[None]:
+  """Closes it on exit; after an error, that error is the one raised."""
   try:
     yield
   except BaseException:
@@ -211,6 +372,6 @@ def closing(thing: Checkpoints | Record | SilentRecord) -> Iterator[None]:
     # others, who wait for it. It will end at once.
     if jax.process_count() == 1:
       with contextlib.suppress(Exception):
-        thing.close()
+        resource.close()
     raise
-  thing.close()
+  resource.close()

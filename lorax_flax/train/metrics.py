@@ -27,7 +27,7 @@ class Mean:
     return Mean(self.total + other.total, self.count + other.count)
 
   def on_host(self) -> "Mean":
-    """In Python's floats, in which long sums stay exact enough."""
+    """The mean in Python's floats, in which long sums stay exact enough."""
     return Mean(float(self.total), float(self.count))
 
   def value(self) -> float:
@@ -66,12 +66,12 @@ def _correlation(function) -> Callable[[np.ndarray, np.ndarray], float]:
 
 @dataclass(frozen=True)
 class Metric:
-  """A number that an evaluation comes to.
+  """A metric of an evaluation.
 
   Attributes:
-    compute: what of: (predictions_N, labels_N), classes, or numbers in a regression;
-      or the mean loss.
-    of_loss: whether it is of the mean loss: no predictions are needed then.
+    compute: (predictions_N, labels_N) -> value, of classes, or of numbers in a
+      regression; or (mean loss) -> value.
+    of_loss: whether it is a function of the mean loss, and needs no predictions.
     better: whether a first value is better than a second.
   """
 
@@ -82,6 +82,7 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
   "accuracy": Metric(_accuracy),
+  "eval_loss": Metric(float, of_loss=True, better=operator.lt),
   "f1": Metric(_f1),
   "matthews_correlation": Metric(_matthews),
   "pearson": Metric(_correlation(scipy.stats.pearsonr)),

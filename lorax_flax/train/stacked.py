@@ -1,6 +1,5 @@
-"""The state of N trials in one tree, and the steps that all of them take at once."""
+"""The state of N runs in one tree, and the steps that all of them take at once."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +11,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lorax_flax.adapt.partition import leaf_mask, partition, trainable_mask
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import mesh as meshes
-from lorax_flax.train import program as programs
 from lorax_flax.train import step as steps
 from lorax_flax.train.config import Durations, TrainConfig
-from lorax_flax.train.losses import Loss
+from lorax_flax.train.objective import Objective
 from lorax_flax.train.state import Base, TrainState
 
 PyTree = Any
 
-# How many trials go through the model at once, by the tokens of one's batch.
+# Number of trials that go through the model at once, by the padded size of one's batch
+# in the task's unit of work (tokens).
 Width = Callable[[int], int]
 # Tokens on each chip up to which several trials at once are faster than one after
-# another, by the roofline of v5e (benchmarks/sweep_roofline.py): what is computed of
-# them lies in the chip's cache.
+# another, by the roofline of v5e (benchmarks/sweep_roofline.py): their activations fit
+# into the chip's cache.
 ROOM = 256
 
 # The fields of a TrainConfig that are numbers of the step, each trial's own.
@@ -37,8 +36,8 @@ class States:
   """The state of N trials: every leaf has a leading axis N.
 
   Attributes:
-    each: of each trial.
-    best: what was trained at each trial's best evaluation.
+    each: the state of each trial.
+    best: each trial's trained leaves at its best evaluation.
     alive: bool (N,), False from the step on that was not finite.
   """
 
@@ -54,11 +53,11 @@ class States:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bases:
-  """What the steps of N trials read.
+  """Everything that the steps of N trials only read.
 
   Attributes:
-    base: what is the same in all, once; `rest` without the leaves of `own`.
-    own: untrained leaves that each trial has its own of (the scale), (N, …).
+    base: what all trials share, once; `rest` without the leaves of `own`.
+    own: untrained leaves that differ from trial to trial (the scale), (N, …).
     numbers: fields of a TrainConfig, (N,) each.
   """
 
@@ -67,7 +66,7 @@ class Bases:
   numbers: dict[str, jax.Array]
 
   def of(self, own: Adapter) -> Base:
-    """The base as the one trial sees it whose own leaves these are."""
+    """The base of the trial whose own leaves these are."""
 
     def either(x, y):
       return y if x is None else x  # Both are None where it is trained.
@@ -77,22 +76,27 @@ class Bases:
 
 
 def within(room: int) -> Width:
-  """As many trials at once as have so many tokens together, and at least one."""
+  """Width of as many trials as fit `room` tokens together, and at least one."""
   return lambda tokens: max(1, room // tokens)
 
 
 def train_step(
-  forward: steps.Forward, loss: Loss, config: TrainConfig, plan: Durations, width: Width
+  forward: steps.Forward,
+  objective: Objective,
+  config: TrainConfig,
+  plan: Durations,
+  width: Width,
 ) -> Any:
   """Makes (States, Bases, batch) -> (States, metrics), every leaf with an axis N.
 
   Args:
     config: of its fields, those that all trials have in common.
   """
+  loss, accumulation = objective.loss, config.accumulation
 
   def one(bases, state, alive, own, numbers, batch):
-    optimizer, rate = programs.optimizer_of(config, plan, numbers)
-    step = steps.one_step(forward, loss, optimizer, rate, config.accumulation, "skip")
+    optimizer, rate = steps.optimizer_of(config, plan, numbers)
+    step = steps.one_step(forward, loss, optimizer, rate, accumulation, "skip")
     new, metrics = step(state, bases.of(own), batch)
     new = steps.select(alive, new, state)
     if config.on_nonfinite == "stop":
@@ -102,36 +106,34 @@ def train_step(
 
   def step(state: States, bases: Bases, batch: steps.Batch):
     new, alive, metrics = _each(
-      lambda *parts: one(bases, *parts),
+      lambda *own: one(bases, *own),
       (state.each, state.alive, bases.own, bases.numbers, batch),
-      width(math.prod(batch["attention_mask"].shape[1:])),
+      width(objective.work.padded(batch) // len(state.alive)),
     )
     return States(new, state.best, alive), metrics
 
   return step
 
 
-def eval_step(
-  forward: steps.Forward, loss: Loss, predictions: steps.Predictions, width: Width
-) -> Any:
+def eval_step(forward: steps.Forward, objective: Objective, width: Width) -> Any:
   """Makes (trained, Bases, batch) -> (predictions, mean loss), with an axis N each.
 
   The batch has none: it is the same for all.
   """
-  evaluate = steps.one_eval_step(forward, loss, predictions)
+  loss = objective.eval_loss or objective.loss
+  evaluate = steps.one_eval_step(forward, loss, objective.predictions)
 
   def step(trained: Adapter, bases: Bases, batch: steps.Batch):
     def one(trained, own):
       return evaluate(trained, bases.of(own), batch)
 
-    tokens = batch["attention_mask"].size
-    return _each(one, (trained, bases.own), width(tokens))
+    return _each(one, (trained, bases.own), width(objective.work.padded(batch)))
 
   return step
 
 
 def _each(function: Any, trees: tuple[PyTree, ...], width: int) -> PyTree:
-  """The function on each trial's part of the trees, `width` of them at once."""
+  """The function over the trials' axis of the trees, `width` of them at once."""
   if width >= len(jax.tree.leaves(trees)[0]):
     return jax.vmap(function)(*trees)
   return jax.lax.map(lambda parts: function(*parts), trees, batch_size=width)
@@ -140,7 +142,7 @@ def _each(function: Any, trees: tuple[PyTree, ...], width: int) -> PyTree:
 def abstract(
   state: TrainState, base: Base, batch: Mapping[str, Any], n: int
 ) -> tuple[States, Bases, dict[str, Any]]:
-  """What N trials' step takes, from what one's does, all as ShapeDtypeStructs."""
+  """ShapeDtypeStructs that N trials' step takes, from those of one's step."""
 
   def stack(tree):
     return jax.tree.map(
@@ -150,10 +152,10 @@ def abstract(
       tree,
     )
 
-  whole = meshes.replicated(jax.tree.leaves(base)[0].sharding.mesh)
+  replicated = meshes.replicated(jax.tree.leaves(base)[0].sharding.mesh)
   own, shared = own_and_shared(base.rest)
-  number: Any = jax.ShapeDtypeStruct((n,), jnp.float32, sharding=whole)
-  alive = jax.ShapeDtypeStruct((n,), jnp.bool_, sharding=whole)
+  number: Any = jax.ShapeDtypeStruct((n,), jnp.float32, sharding=replicated)
+  alive = jax.ShapeDtypeStruct((n,), jnp.bool_, sharding=replicated)
   each = stack(state)
   return (
     States(each, each.trained, alive),  # type: ignore[arg-type]
@@ -189,12 +191,12 @@ def trimmed(trained: Adapter, like: Adapter) -> Adapter:
 
 
 def one(tree: PyTree, i: int) -> PyTree:
-  """Trial i's part."""
+  """The leaves of trial i."""
   return jax.tree.map(lambda x: x[i], tree)
 
 
 def sharding(of: NamedSharding) -> NamedSharding:
-  """Of the same thing with a leading axis, which is not cut."""
+  """The sharding with a leading axis over the trials, which is replicated."""
   mesh = of.mesh
   assert isinstance(mesh, Mesh)
   return NamedSharding(mesh, PartitionSpec(None, *of.spec))

@@ -1,4 +1,4 @@
-"""What changes from step to step, and what does not."""
+"""The state that a step changes, and the base that it reads."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ PyTree = Any
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-  """All that a step changes; a checkpoint is this and the position in the data.
+  """Everything that a step changes; a checkpoint holds it and the position in the data.
 
   Attributes:
     trained: the adapter with None for untrained leaves; float32.
@@ -35,7 +35,7 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Base:
-  """All that a step reads and never changes: neither differentiated nor donated.
+  """Everything that a step only reads: neither differentiated nor donated.
 
   Attributes:
     params: the model's, frozen.
@@ -46,7 +46,7 @@ class Base:
   rest: Adapter
 
   def adapter(self, trained: Adapter) -> Adapter:
-    """The whole adapter, as `lora.apply` takes it."""
+    """The full adapter, as `lora.apply` takes it."""
     return combine(trained, self.rest)
 
 
@@ -73,24 +73,25 @@ def shardings(
   adapter: Adapter,
   mesh: jax.sharding.Mesh,
 ) -> TrainState:
-  """The state's tree, of shardings: an optimiser's moments lie where their leaf does.
+  """Shardings of the state: an optimiser's moments are sharded as their leaf.
 
   Args:
-    adapter: of shardings, as `mesh.of_adapter` gives it.
+    state: arrays or ShapeDtypeStructs.
+    adapter: shardings, as `mesh.of_adapter` gives them.
   """
   trained, _ = partition(adapter, trainable_mask(adapter))
-  whole = meshes.replicated(mesh)
+  replicated = meshes.replicated(mesh)
   opt_state = optax.tree_map_params(
     optimizer,
     lambda _, sharding: sharding,
     state.opt_state,
     trained,
-    transform_non_params=lambda _: whole,
+    transform_non_params=lambda _: replicated,
   )
   # The same tree, with a sharding in each leaf's place.
-  return TrainState(trained, opt_state, whole, whole)  # type: ignore[arg-type]
+  return TrainState(trained, opt_state, replicated, replicated)  # type: ignore[arg-type]
 
 
 def trained_parameters(state: TrainState) -> int:
-  """How many numbers are trained."""
+  """Number of trained parameters."""
   return sum(x.size for x in jax.tree.leaves(state.trained))

@@ -1,6 +1,11 @@
-"""The one training step, and the evaluation step."""
+"""The training step and the evaluation step, and the shardings of what they take.
+
+The loop and an ahead-of-time compilation make the step here, so that what is compiled
+without devices or weights is the very step that trains.
+"""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -8,10 +13,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from lorax_flax.adapt.partition import partition, trainable_mask
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import mesh as meshes
+from lorax_flax.train import optim
+from lorax_flax.train import state as states
+from lorax_flax.train.config import Durations, TrainConfig
 from lorax_flax.train.losses import Loss
 from lorax_flax.train.metrics import Mean
+from lorax_flax.train.objective import Objective, Predictions, logits
 from lorax_flax.train.optim import Schedule
 from lorax_flax.train.state import Base, TrainState
 
@@ -20,11 +30,8 @@ Array = TypeVar("Array", bound=jax.typing.ArrayLike)
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Mean]
 
-# params, adapter, the model's inputs, key of all dropout or None -> logits_BxC
-Forward = Callable[[PyTree, Adapter, Batch, jax.Array | None], jax.Array]
-
-# logits_BxC -> what evaluation keeps of them on the host, (B, …) or None
-Predictions = Callable[[jax.Array], jax.Array | None]
+# params, adapter, the model's inputs, key of all dropout or None -> outputs
+Forward = Callable[[PyTree, Adapter, Batch, jax.Array | None], Any]
 
 Step = Callable[[TrainState, Base, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Adapter, Base, Batch], tuple[jax.Array | None, Mean]]
@@ -36,6 +43,143 @@ _ASIDE = ("labels", "weights", "index")
 def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
   """The columns of a batch that the model takes."""
   return {name: x for name, x in batch.items() if name not in _ASIDE}
+
+
+@dataclass(frozen=True)
+class Model:
+  """A frozen base, and the adapted function of it.
+
+  Attributes:
+    forward: the adapted function.
+    params: the base: sharded arrays, or ShapeDtypeStructs.
+    axes: names of the axes of every leaf of `params`; see `lorax_flax.sharding.mesh`.
+    mesh: the devices.
+  """
+
+  forward: Forward
+  params: PyTree
+  axes: meshes.Axes
+  mesh: Mesh
+
+
+@dataclass(frozen=True)
+class Program:
+  """The steps of one run, and what they take.
+
+  `lorax_flax.train.trials.Program` has the same interface for several runs.
+
+  Attributes:
+    step: (state, base, batch) -> (state, metrics), jitted; to be lowered with the mesh
+      set.
+    eval_step: (state.trained, base, batch) -> (predictions, mean loss), jitted.
+    batch: sharding of a training batch.
+    start: () -> (state before the first step, base).
+    abstract: () -> the same as ShapeDtypeStructs with their shardings.
+  """
+
+  step: Any
+  eval_step: Any
+  batch: jax.sharding.NamedSharding
+  start: Callable[[], tuple[TrainState, Base]]
+  abstract: Callable[[], tuple[TrainState, Base]]
+
+  def unstack(self, tree: PyTree) -> list[PyTree]:
+    """The part of each run in a tree that a step takes or returns."""
+    return [tree]
+
+  def keep_best(self, state: TrainState, improved: list[bool]) -> TrainState:
+    """The state after an evaluation: the best one is kept by its checkpoint."""
+    del improved
+    return state
+
+  def best(self, last: TrainState, restored: Callable[[], TrainState]) -> list[Adapter]:
+    """The trained leaves of each run's best evaluation, from its checkpoint."""
+    del last
+    return [restored().trained]
+
+
+def program(
+  config: TrainConfig,
+  plan: Durations,
+  model: Model,
+  objective: Objective,
+  adapter: Adapter,
+) -> Program:
+  """The program of one run.
+
+  Args:
+    plan: durations that the learning rate follows.
+    adapter: arrays, or ShapeDtypeStructs where only `abstract` is called.
+
+  Raises:
+    LoraxError: a leaf that no rule says how to shard.
+  """
+  mesh = model.mesh
+  optimizer, rate = optimizer_of(config, plan)
+  placed = meshes.of_adapter(mesh, model.axes, adapter)
+
+  def create(params, adapter):
+    return create_state(params, adapter, optimizer, config.seed)
+
+  state, _ = jax.eval_shape(lambda a: create(None, a), adapter)
+  shardings = states.shardings(state, optimizer, placed, mesh)
+
+  def start():
+    state, base = create(model.params, meshes.place(adapter, placed))
+    return meshes.place(state, shardings), base
+
+  def abstract():
+    state, base = jax.eval_shape(create, model.params, adapter)
+    rest = partition(placed, trainable_mask(placed))[1]
+    bases = Base(meshes.of_params(mesh, model.axes, model.params), rest)
+    return meshes.abstract(state, shardings), meshes.abstract(base, bases)
+
+  return Program(
+    train_step(
+      model.forward,
+      objective.loss,
+      optimizer,
+      rate,
+      config.accumulation,
+      shardings,
+      config.on_nonfinite,
+    ),
+    eval_step(
+      model.forward,
+      objective.eval_loss or objective.loss,
+      mesh,
+      objective.predictions,
+    ),
+    meshes.batch(mesh),
+    start,
+    abstract,
+  )
+
+
+def optimizer_of(
+  config: TrainConfig, plan: Durations, own: Mapping[str, Any] | None = None
+) -> tuple[optax.GradientTransformation, Schedule]:
+  """The optimiser and its learning rate by step.
+
+  Args:
+    own: fields that replace those of `config`; they may be traced.
+  """
+  fields = vars(config) | dict(own or {})
+  rate = optim.schedule(
+    config.schedule, fields["learning_rate"], plan.total, plan.warmup
+  )
+  names = ("b1", "b2", "eps", "weight_decay", "grad_clip")
+  return optim.adamw(rate, **{name: fields[name] for name in names}), rate
+
+
+def create_state(
+  params: PyTree, adapter: Adapter, optimizer: optax.GradientTransformation, seed: int
+) -> tuple[TrainState, Base]:
+  """The state before the first step, and the base; keeps their shardings."""
+  # Dropout has a stream of its own: the same seed initialises the adapter and orders
+  # the examples.
+  key = jax.random.fold_in(jax.random.key(seed), 1)
+  return states.create(params, adapter, optimizer, key)
 
 
 def train_step(
@@ -50,8 +194,8 @@ def train_step(
   """Makes the step, jitted; the state's buffers are reused for the next state.
 
   Args:
-    shardings: of the state, so that the next one lies where this one does; without
-      them, where the compiler puts it.
+    shardings: of the state, which every next state keeps; None leaves them to the
+      compiler.
 
   The others, and what it returns, are those of `one_step`.
   """
@@ -63,8 +207,8 @@ def jitted(step: Any, shardings: PyTree | None) -> Any:
   """A step (state, …) -> (state, metrics), jitted; arguments as in `train_step`."""
   if shardings is None:
     return jax.jit(step, donate_argnums=0)
-  whole = meshes.replicated(jax.tree.leaves(shardings)[0].mesh)
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
+  replicated = meshes.replicated(jax.tree.leaves(shardings)[0].mesh)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
 def one_step(
@@ -78,37 +222,38 @@ def one_step(
   """Makes the step as a pure function.
 
   Args:
-    accumulation: parts of a batch that go through the model one after another. Every
-      loss is divided by the whole batch's weight, so the sum over parts is the whole
-      batch's gradient, whatever the weights in each part. The parts draw dropout of
-      their own.
-    on_nonfinite: "skip" leaves the state as it was where the loss or the gradient is
-      not finite; "stop" does not look, and leaves that to the caller.
+    accumulation: number of microbatches, run one after another. Every loss is divided
+      by the full batch's weight, so the sum over microbatches is the full batch's
+      gradient, whatever the weights in each. Each draws its own dropout.
+    on_nonfinite: "skip" leaves the state unchanged where the loss or the gradient is
+      not finite; "stop" does not check, and leaves that to the caller.
 
   Returns:
-    (state, base, batch) -> (state, metrics). A batch has the model's inputs, `labels`
-    and `weights`, each with a leading axis B; an example of weight 0 counts nowhere.
-    The metrics stay on the device: loss, gradient norm before clipping, learning rate.
+    (state, base, batch) -> (state, metrics). A batch has the model's inputs, what the
+    loss reads (`labels`) and `weights`, each with a leading axis B; an example of
+    weight 0 counts nowhere. The metrics stay on the device: loss, gradient norm before
+    clipping, learning rate.
   """
 
-  def part_loss(trained, base, batch, weight, key):
-    logits_BxC = forward(base.params, base.adapter(trained), inputs(batch), key)
-    return jnp.sum(loss(logits_BxC, batch["labels"]) * batch["weights"]) / weight
+  def microbatch_loss(trained, base, batch, weight, key):
+    outputs = forward(base.params, base.adapter(trained), inputs(batch), key)
+    return jnp.sum(loss(outputs, batch) * batch["weights"]) / weight
 
   def gradients(trained, base, batch, key):
     # Differentiated by the trained leaves alone: no other gradient is formed.
-    value_and_grad = jax.value_and_grad(part_loss)
+    value_and_grad = jax.value_and_grad(microbatch_loss)
     weight = jnp.sum(batch["weights"])
     keys = jax.random.split(key, accumulation)
     if accumulation == 1:  # No loop around the model: it would hinder XLA for nothing.
       return value_and_grad(trained, base, batch, weight, keys[0])
 
-    def add(sums, part):
-      new = value_and_grad(trained, base, part[0], weight, part[1])
+    def add(sums, microbatch_and_key):
+      microbatch, key = microbatch_and_key
+      new = value_and_grad(trained, base, microbatch, weight, key)
       return jax.tree.map(jnp.add, sums, new), None
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
-    return jax.lax.scan(add, zeros, (_parts(batch, accumulation), keys))[0]
+    return jax.lax.scan(add, zeros, (_microbatches(batch, accumulation), keys))[0]
 
   def step(state: TrainState, base: Base, batch: Batch):
     key = jax.random.fold_in(state.key, state.step)
@@ -132,20 +277,15 @@ def one_step(
   return step
 
 
-def logits(logits_BxC: jax.Array) -> jax.Array:
-  """All of them, float32: see `eval_step`."""
-  return logits_BxC.astype(jnp.float32)
-
-
 def eval_step(
   forward: Forward,
   loss: Loss,
   mesh: Mesh | None = None,
   predictions: Predictions = logits,
 ) -> EvalStep:
-  """Makes (trained, base, batch) -> (predictions of the logits, mean loss), jitted.
+  """Makes (trained, base, batch) -> (predictions, mean loss), jitted.
 
-  On a mesh every process gets all of the predictions.
+  On a mesh the predictions are replicated: every process gets all of them.
   """
   step = one_eval_step(forward, loss, predictions)
   return jax.jit(step, out_shardings=None if mesh is None else meshes.replicated(mesh))
@@ -157,22 +297,23 @@ def one_eval_step(
   """The evaluation step as a pure function."""
 
   def step(trained: Adapter, base: Base, batch: Batch):
-    logits_BxC = forward(base.params, base.adapter(trained), inputs(batch), None)
-    losses_B = loss(logits_BxC, batch["labels"]) * batch["weights"]
+    outputs = forward(base.params, base.adapter(trained), inputs(batch), None)
+    losses_B = loss(outputs, batch) * batch["weights"]
     weight = jnp.sum(batch["weights"])
-    return predictions(logits_BxC), Mean(jnp.sum(losses_B), weight)
+    return predictions(outputs), Mean(jnp.sum(losses_B), weight)
 
   return step
 
 
 def select(flag: jax.Array, yes: TrainState, no: TrainState) -> TrainState:
+  """The one state or the other, by a bool ()."""
   return jax.tree.map(lambda x, y: jax.lax.select(flag, x, y), yes, no)
 
 
-def _parts(batch: Batch, n: int) -> Batch:
-  """(B, …) as (n, B / n, …), part i having rows i, i + n, …
+def _microbatches(batch: Batch, n: int) -> Batch:
+  """Microbatches (n, B / n, …) of (B, …): number i has rows i, i + n, …
 
-  Strided, so that a batch sharded over devices gives each part to all of them.
+  Strided, so that every microbatch of a sharded batch is on all devices.
   """
   return {
     name: jnp.swapaxes(x.reshape(x.shape[0] // n, n, *x.shape[1:]), 0, 1)

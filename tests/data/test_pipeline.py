@@ -1,3 +1,4 @@
+import itertools
 import json
 from itertools import combinations
 
@@ -22,8 +23,13 @@ def _tokens(count, seed=0):
   )
 
 
-def _train(tokens, shape, **changes):
-  return pipeline.training(tokens, shape, **{"seed": 0, "epochs": 1, **changes})
+def _train(tokens, shape, seed=0):
+  return pipeline.training(tokens, shape, seed=seed)
+
+
+def _epochs(tokens, shape, count=1, seed=0):
+  steps = count * pipeline.steps_per_epoch(len(tokens), shape.batch_size)
+  return list(itertools.islice(_train(tokens, shape, seed), steps))
 
 
 def _rows(batches):
@@ -38,7 +44,7 @@ def _same(batch, other):
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 1000])
 def test_an_epoch_holds_every_example_once_in_steps_per_epoch_full_batches(count):
-  batches = list(_train(_tokens(count), pipeline.Shape(32, BUCKETS)))
+  batches = _epochs(_tokens(count), pipeline.Shape(32, BUCKETS))
   assert len(batches) == pipeline.steps_per_epoch(count, 32)
   assert sorted(_rows(batches)) == list(range(count))
   for batch in batches:
@@ -50,17 +56,17 @@ def test_an_epoch_holds_every_example_once_in_steps_per_epoch_full_batches(count
 def test_every_epoch_and_every_seed_has_an_order_of_its_own():
   tokens, shape = _tokens(400), pipeline.Shape(32, BUCKETS)
   steps = pipeline.steps_per_epoch(400, 32)
-  batches = list(_train(tokens, shape, epochs=2))
+  batches = _epochs(tokens, shape, 2)
   first, second = _rows(batches[:steps]), _rows(batches[steps:])
   assert sorted(first) == sorted(second) == list(range(400))
   assert first != second
-  assert _rows(_train(tokens, shape)) == first
-  assert _rows(_train(tokens, shape, seed=1)) != first
+  assert _rows(_epochs(tokens, shape)) == first
+  assert _rows(_epochs(tokens, shape, seed=1)) != first
 
 
 def test_lengths_are_grouped_but_their_order_is_shuffled():
   tokens, shape = _tokens(1600), pipeline.Shape(32, BUCKETS)
-  lengths = [batch["input_ids"].shape[1] for batch in _train(tokens, shape)]
+  lengths = [batch["input_ids"].shape[1] for batch in _epochs(tokens, shape)]
   # Rows alone would have a mean of 22; ungrouped, all batches have 32.
   assert np.mean(lengths) < 22.8
   assert set(lengths) == set(BUCKETS)
@@ -69,65 +75,39 @@ def test_lengths_are_grouped_but_their_order_is_shuffled():
 
 
 def test_one_bucket_is_a_fixed_length():
-  for batch in _train(_tokens(100), pipeline.Shape(32, (48,))):
+  for batch in _epochs(_tokens(100), pipeline.Shape(32, (48,))):
     assert batch["input_ids"].shape == (32, 48)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 12, 13, 14, 38])
 def test_a_run_resumed_anywhere_sees_the_very_same_batches(stop):
   tokens, shape = _tokens(400), pipeline.Shape(32, BUCKETS)
-  whole = list(_train(tokens, shape, seed=7, epochs=3))
-  first = _train(tokens, shape, seed=7, epochs=3)
+  whole = _epochs(tokens, shape, 3, seed=7)
+  first = _train(tokens, shape, seed=7)
   for _ in range(stop):
     next(first)
   position = json.loads(json.dumps(first.get_state()))
-  again = _train(tokens, shape, seed=7, epochs=3)
+  again = _train(tokens, shape, seed=7)
   again.set_state(position)
-  rest = list(again)
+  rest = list(itertools.islice(again, len(whole) - stop))
   assert len(rest) == len(whole) - stop == 39 - stop
   for batch, other in zip(rest, whole[stop:], strict=True):
     _same(batch, other)
 
 
-def test_a_position_taken_by_one_process_count_serves_another():
-  tokens = _tokens(400)
-  one = _train(tokens, pipeline.Shape(32, BUCKETS), epochs=2)
-  for _ in range(15):
-    next(one)
-  two = [
-    _train(tokens, pipeline.Shape(32, BUCKETS, index, 2), epochs=2) for index in (0, 1)
-  ]
-  for part in two:
-    part.set_state(one.get_state())
-  parts = [next(part) for part in two]
-  _same(next(one), {n: np.concatenate([p[n] for p in parts]) for n in parts[0]})
-
-
-def test_without_epochs_there_is_no_end():
+def test_there_is_no_end():
   tokens, shape = _tokens(5), pipeline.Shape(2, BUCKETS)
-  batches = _train(tokens, shape, epochs=None)
+  batches = _train(tokens, shape)
   assert sorted(_rows(next(batches) for _ in range(300))) == sorted([*range(5)] * 100)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 24, 25, 101])
-@pytest.mark.parametrize("processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("training", [True, False])
-def test_processes_share_every_batch_and_cover_everything_once(
-  count, processes, training
-):
-  tokens = _tokens(count)
-  parts = []
-  for index in range(processes):
-    shape = pipeline.Shape(12, BUCKETS, index, processes)
-    made = _train(tokens, shape) if training else pipeline.evaluation(tokens, shape)
-    parts.append(list(made))
-  assert {len(part) for part in parts} == {pipeline.steps_per_epoch(count, 12)}
-  assert sorted(row for part in parts for row in _rows(part)) == list(range(count))
-  whole = _train(tokens, pipeline.Shape(12, BUCKETS))
-  if not training:
-    whole = pipeline.evaluation(tokens, pipeline.Shape(12, BUCKETS))
-  for batch, *shares in zip(whole, *parts, strict=True):
-    _same(batch, {n: np.concatenate([share[n] for share in shares]) for n in batch})
+def test_batches_cover_everything_once(count, training):
+  tokens, shape = _tokens(count), pipeline.Shape(12, BUCKETS)
+  made = _epochs(tokens, shape) if training else pipeline.evaluation(tokens, shape)
+  assert len(made) == pipeline.steps_per_epoch(count, 12)
+  assert sorted(_rows(made)) == list(range(count))
 
 
 def test_evaluation_goes_by_length_and_index_restores_the_order():
@@ -170,8 +150,6 @@ def test_buckets_for_lengths_all_alike_are_one():
   ("arguments", "message"),
   [
     ((0, BUCKETS), "batch size is 0"),
-    ((9, BUCKETS, 0, 2), "can't be shared by 2 processes"),
-    ((8, BUCKETS, 2, 2), "process 2 of 2"),
     ((8, ()), "ascending"),
     ((8, (16, 8)), "ascending"),
     ((8, (8, 8)), "ascending"),

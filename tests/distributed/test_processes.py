@@ -107,7 +107,7 @@ def test_a_run_moves_between_process_counts_and_meshes_and_survives(
   code, said = _launch(config, tmp_path, 2, "--config.mesh.tensor=2",
                        sabotage="1 kill-save 9")  # fmt: skip
   assert code == 128 + 9, said
-  assert f"going on after step {step} of" in said
+  assert f"resuming after step {step} of" in said
   assert "[0] error: process 1 of 2 is gone" in said
   assert "process 1 of 2 was ended by SIGKILL" in said
   assert "Traceback" not in said
@@ -119,7 +119,7 @@ def test_a_run_moves_between_process_counts_and_meshes_and_survives(
   code, said = _launch(config, tmp_path, 2, "--config.mesh.fsdp=-1",
                        "--config.mesh.data=1")  # fmt: skip
   assert code == 0, said
-  assert "going on after step 8" in said
+  assert "resuming after step 8" in said
   _check_same(tmp_path, alone)
   assert all(name.isdecimal() for name in _checkpoints(tmp_path))
 
@@ -149,7 +149,7 @@ def test_a_full_disk_is_one_error_in_several_processes(config, small_disk):
 def test_a_folder_that_can_not_be_written_is_said_before_anything_is_loaded(
   config, tmp_path, small_disk, monkeypatch
 ):
-  monkeypatch.setattr("lorax_flax.jobs.build.prepare", None)
+  monkeypatch.setattr("experiments.run.prepare", None)
   (tmp_path / "file").write_text("")
   for folder, message in (
     (tmp_path / "file" / "run", "error: Not a directory: "),

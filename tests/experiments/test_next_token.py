@@ -3,10 +3,10 @@
 One run a family starts from a PEFT adapter; torch then takes the same steps.
 """
 
-import dataclasses
 import json
 import math
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +18,6 @@ import transformers
 
 from experiments import run
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import build as job
 from lorax_flax.train import loop
 from tests.experiments import peers
 from tests.experiments.token_ids import (
@@ -31,6 +30,7 @@ from tests.experiments.token_ids import (
   shrunk,
   write,
 )
+from tests.train import toy
 from tests.train.stopping import Stopped, Stopping
 
 pytestmark = pytest.mark.xdist_group("next_token")  # Runs that several tests look at.
@@ -126,8 +126,12 @@ def test_the_adapter_written_has_that_perplexity_in_peft(trained):
   assert trained.result["trained_parameters"] == sum(x.size for x in tensors.values())
 
 
+def _prepare(settings):
+  return run.prepare({Path(): settings})
+
+
 def test_every_step_equals_torch_and_peft(trained):
-  batches = job.prepare(trained.wanted, print).batches
+  batches = _prepare(trained.wanted).data.batches
   model = trained.peft
   named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
   optimizer = torch.optim.AdamW(
@@ -173,16 +177,12 @@ def test_every_step_equals_torch_and_peft(trained):
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
   trained, tmp_path, monkeypatch
 ):
-  prepare = job.prepare
-
-  def stopping(wanted, say):
-    made = prepare(wanted, say)
-    return dataclasses.replace(made, batches=Stopping(made.batches, 7))
-
-  monkeypatch.setattr(job, "prepare", stopping)
+  prepare = run.prepare
+  stopping = lambda runs: toy.with_batches(prepare(runs), lambda x: Stopping(x, 7))
+  monkeypatch.setattr(run, "prepare", stopping)
   with pytest.raises(Stopped):
     run.run(trained.wanted, tmp_path)
-  monkeypatch.setattr(job, "prepare", prepare)
+  monkeypatch.setattr(run, "prepare", prepare)
   result = run.run(trained.wanted, tmp_path)
   assert (tmp_path / "metrics.jsonl").read_text() == (
     trained.workdir / "metrics.jsonl"
@@ -231,43 +231,42 @@ def test_what_does_not_fit_is_an_error(base, tmp_path, changes, message):
   }
   data = write(tmp_path / "data", rows(4, 0), rows(2, 1))
   with pytest.raises(LoraxError, match=message):
-    job.prepare(shrunk("gpt3_175b.py", base, data, **changes), print)
+    _prepare(shrunk("gpt3_175b.py", base, data, **changes))
 
 
 def test_a_config_json_that_says_the_same_in_other_words_is_no_error(base, tmp_path):
   data = write(tmp_path, rows(4, 0), rows(2, 1))
   hf_config = {"model_type": "gpt2", "vocab_size": 24, "hidden_size": 16}
   hf_config |= {"n_layer": 2, "n_head": 2, "n_positions": 22, "initializer_range": 0.3}
-  job.prepare(
-    shrunk("gpt3_175b.py", base, data, **{"model.hf_config": hf_config}), print
-  )
+  _prepare(shrunk("gpt3_175b.py", base, data, **{"model.hf_config": hf_config}))
 
 
-def test_rows_that_are_too_long_are_cut_and_that_is_said(base, tmp_path):
+def test_rows_that_are_too_long_are_cut_and_that_is_said(base, tmp_path, caplog):
+  caplog.set_level("INFO", "lorax_flax")
   data = write(tmp_path, rows(22, 0), rows(9, 1))
-  said = []
   wanted = shrunk("gpt3_175b.py", base, data, **{"data.max_length": 14})
-  made = job.prepare(wanted, said.append)
+  made = _prepare(wanted)
   lengths = [len(row["input_ids"]) for row in rows(22, 0)]
   cut = [n - 14 for n in lengths if n > 14]
-  text = "\n".join(said)
-  assert f"train.jsonl: {len(cut)} of 22 examples are cut to data.max_length" in text
-  assert f"{sum(cut)} of {sum(lengths)} tokens are left out" in text
-  assert max(next(made.batches)["attention_mask"].sum(-1)) <= 14
+  assert (
+    f"train.jsonl: {len(cut)} of 22 examples are cut to data.max_length" in caplog.text
+  )
+  assert f"{sum(cut)} of {sum(lengths)} tokens are left out" in caplog.text
+  assert max(next(made.data.batches)["attention_mask"].sum(-1)) <= 14
 
 
 @pytest.mark.parametrize("trained", ["llama"], indirect=True)
-def test_frozen_weights_in_bfloat16_train_float32_factors(trained, tmp_path):
+def test_frozen_weights_in_bfloat16_train_float32_factors(trained, tmp_path, caplog):
+  caplog.set_level("INFO", "lorax_flax")
   changes = {"model.dtype": "bfloat16", "model.param_dtype": "bfloat16"}
   changes |= {"train.steps": 1, "init_adapter": None}
   wanted = shrunk(
     "llama3_8b_instruct.py", trained.folder / "base", trained.data, **changes
   )
-  said = []
-  made = job.prepare(wanted, said.append)
-  assert {x.dtype.name for x in jax.tree.leaves(made.params)} == {"bfloat16"}
-  assert any("lies in memory as bfloat16: 0.01 MB" in line for line in said)
-  result = loop.fit(wanted.train, made, tmp_path)
+  made = run.prepare({tmp_path: wanted})
+  assert {x.dtype.name for x in jax.tree.leaves(made.model.params)} == {"bfloat16"}
+  assert "is in memory as bfloat16: 0.01 MB" in caplog.text
+  [result] = loop.fit(made, tmp_path)
   assert math.isfinite(result["eval_loss"])
   tensors = safetensors.numpy.load_file(tmp_path / "adapter/adapter_model.safetensors")
   assert {x.dtype.name for x in tensors.values()} == {"float32"}

@@ -16,12 +16,13 @@ from experiments import run
 from experiments.cli import command, config_dict, config_flag
 from experiments.inference import merged
 from lorax_flax import hub
+from lorax_flax.data import tasks as datasets
 from lorax_flax.data.examples import Splits
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import build as job
 from lorax_flax.models import registry
 from lorax_flax.tasks import classification
+from lorax_flax.tasks.task import TASKS
 from tests.experiments import peers
 
 SHRUNK = {
@@ -84,6 +85,10 @@ def _settings(spec, base, **changes):
   return config_dict.convert(config)
 
 
+def _prepare(settings):
+  return run.prepare({Path(): settings})
+
+
 def _logits(whole, examples):
   rows = tokenize(
     examples, load_tokenizer(whole.folder), max_length=12, token_types=True
@@ -128,10 +133,11 @@ def test_the_adapter_written_scores_what_the_result_says(trained, base):
   assert accuracy == pytest.approx(result["accuracy"])
 
 
-def test_a_finished_run_says_so_and_gives_its_result(trained, base, capsys):
+def test_a_finished_run_says_so_and_gives_its_result(trained, base, caplog):
+  caplog.set_level("INFO", "lorax_flax")
   before = (trained / "result.json").read_text()
   result = run.run(_settings("quickstart.py", base), trained)
-  assert "holds this run, finished" in capsys.readouterr().out
+  assert "holds this run, finished" in caplog.text
   assert json.loads(before) == result
   assert (trained / "result.json").read_text() == before
 
@@ -161,16 +167,15 @@ def test_an_adapter_that_peft_loads(trained, base):
 
 
 def test_starting_from_an_adapter_takes_its_factors_and_a_fitting_head(
-  trained, base, monkeypatch
+  trained, base, monkeypatch, caplog
 ):
+  caplog.set_level("INFO", "lorax_flax")
   source = str(trained / "adapter")
-  said: list[str] = []
-  start = job.prepare(
-    _settings("quickstart.py", base, init_adapter=source), said.append
-  )
-  fresh = job.prepare(_settings("quickstart.py", base), said.append)
-  assert any("the head is taken too" in line for line in said)
-  wanted = hub.read_adapter(source, start.params, _keymap(base))[0]
+  job = _prepare(_settings("quickstart.py", base, init_adapter=source))
+  start = job.runs[0]
+  fresh = _prepare(_settings("quickstart.py", base)).runs[0]
+  assert "the head is taken too" in caplog.text
+  wanted = hub.read_adapter(source, job.model.params, _keymap(base))[0]
   for path, delta in wanted.items():
     for name in delta.trained:
       value = getattr(start.adapter[path], name)
@@ -179,15 +184,10 @@ def test_starting_from_an_adapter_takes_its_factors_and_a_fitting_head(
 
   # Three classes instead of two: the factors are taken, the head is not.
   monkeypatch.setattr(classification.data, "load", lambda *args, **kwargs: _splits(3))
-  three = dataclasses.replace(
-    classification.tasks.get("headlines"), labels=("none", "one", "more")
-  )
-  monkeypatch.setattr(classification.tasks, "get", lambda name: three)
-  said.clear()
-  other = job.prepare(
-    _settings("quickstart.py", base, init_adapter=source), said.append
-  )
-  assert any("new: it has 2 labels there and 3 here" in line for line in said)
+  three = dataclasses.replace(datasets.get("headlines"), labels=("none", "one", "more"))
+  monkeypatch.setitem(TASKS, "headlines", classification.task(three))
+  other = _prepare(_settings("quickstart.py", base, init_adapter=source)).runs[0]
+  assert "new: it has 2 labels there and 3 here" in caplog.text
   assert other.adapter["classifier/kernel"].value.shape[-1] == 3
   path = "encoder/layer_0/attention/query/kernel"
   np.testing.assert_array_equal(other.adapter[path].b, wanted[path].b)
@@ -210,7 +210,7 @@ def test_starting_from_an_adapter_of_another_shape_is_an_error(
 ):
   source = str(trained / "adapter")
   with pytest.raises(LoraxError, match=message):
-    job.prepare(_settings("quickstart.py", base, init_adapter=source, **changes), print)
+    _prepare(_settings("quickstart.py", base, init_adapter=source, **changes))
 
 
 def test_a_run_starts_from_an_adapter_of_dora_where_the_flag_says_so(tmp_path, base):
@@ -242,7 +242,7 @@ def test_a_run_starts_from_an_adapter_of_dora_where_the_flag_says_so(tmp_path, b
 )
 def test_what_does_not_fit_the_model_is_an_error(base, changes, message):
   with pytest.raises(LoraxError, match=message):
-    job.prepare(_settings("quickstart.py", base, **changes), print)
+    _prepare(_settings("quickstart.py", base, **changes))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Runs whose workdir is in a bucket, and nowhere else."""
 
-import dataclasses
-import gc
 import importlib.util
 import json
 import os
@@ -18,7 +16,6 @@ import safetensors.numpy
 from lorax_flax.errors import LoraxError
 from lorax_flax.files import bucket as places
 from lorax_flax.files import workdir
-from lorax_flax.train.loop import fit
 from tests.files import buckets
 from tests.train import tiny, toy
 
@@ -70,9 +67,10 @@ def test_a_run_killed_and_taken_up_in_a_bucket_is_one_on_a_disk_bit_for_bit(
   assert "a run/result.json" not in bucket.names()
   assert bucket.read("a run/metrics.jsonl").count(b"\n") > 0
 
-  fit(toy.CONFIG, toy.job(), places.folder("gs://bucket/a run"))
-  assert "going on after step" in capfd.readouterr().out
-  fit(toy.CONFIG, toy.job(), tmp_path)
+  folder = places.folder("gs://bucket/a run")
+  toy.fit(toy.job(folder), folder)
+  assert "resuming after step" in capfd.readouterr().out
+  toy.fit(toy.job(tmp_path), tmp_path)
   for name in ("metrics.jsonl", "adapter.json"):
     assert bucket.read(f"a run/{name}") == (tmp_path / name).read_bytes(), name
   result = bucket.read("a run/result.json")
@@ -107,7 +105,7 @@ def test_processes_share_a_bucket_for_workdir_and_programs_and_one_goes_on(
 
   code, said = _run("-m", "experiments.run", *flags, **tiny.QUICK_TO_COMPILE)
   assert code == 0, said
-  assert f"going on after step {told[1]} of 12" in said
+  assert f"resuming after step {told[1]} of 12" in said
   assert "gs://bucket/shared/adapter/\n" in said
   assert "Traceback" not in said
   assert "Warning" not in said
@@ -142,18 +140,16 @@ class _Breaking:
 def test_a_bucket_that_takes_nothing_any_more_is_one_error_and_keeps_what_it_has(
   bucket,
 ):
-  job = toy.job()
-  job = dataclasses.replace(job, batches=_Breaking(job.batches, bucket, 15))
   folder = places.folder("gs://bucket/lost")
+  job = toy.with_batches(toy.job(folder), lambda x: _Breaking(x, bucket, 15))
   try:
     with pytest.raises(LoraxError, match=r"^can't (reach|write).* gs://bucket/lost"):
-      fit(toy.CONFIG, job, folder)
+      toy.fit(job, folder)
   finally:
     bucket.broken.clear()
   kept = re.compile(r"lost/checkpoints/\d+/commit_success.txt")
   assert any(map(kept.fullmatch, bucket.names("lost/")))
-  assert fit(toy.CONFIG, toy.job(), folder)["steps"] == 24
-  gc.collect()
+  assert toy.fit(toy.job(folder), folder)["steps"] == 24
 
 
 def test_a_bucket_that_takes_nothing_is_one_error_before_anything_is_loaded(bucket):

@@ -2,17 +2,18 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from experiments import run
 from experiments.cli import config_dict, config_flag
 from lorax_flax.data.examples import Splits
 from lorax_flax.errors import LoraxError
 from lorax_flax.jobs import abstract
-from lorax_flax.jobs import build as job
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.sharding.mesh import AXES
 from lorax_flax.tasks import classification
@@ -68,11 +69,10 @@ LARGE = {
 def test_large_models_have_the_sizes_that_are_known(spec):
   mesh, (whole, trained) = LARGE[spec]
   wanted = config_dict.convert(config_flag.load(spec))
-  said = []
-  made = abstract.abstract(wanted, _mesh(*mesh), said.append)
+  made = abstract.abstract(wanted, _mesh(*mesh))
   assert _sizes(made.base.params) == whole
   assert _sizes(made.state.trained) == trained
-  assert f"training {trained:,} of {whole:,} parameters" in "\n".join(said)
+  assert f"training {trained:,} of {whole:,} parameters" in "\n".join(made.notes)
   assert f"{whole:,} parameters" in config_flag.names()[spec[:-3]].read_text()
   assert f"{trained:,} are trained" in config_flag.names()[spec[:-3]].read_text()
   assert {x.dtype.name for x in jax.tree.leaves(made.base.params)} == {"bfloat16"}
@@ -97,7 +97,7 @@ def test_the_totals_are_those_that_the_models_publish():
 def test_trained_in_full_all_weights_have_masters_and_moments(spec):
   mesh, (whole, _) = LARGE[spec]
   wanted = config_dict.convert(config_flag.load(f"{spec}:full"))
-  made = abstract.abstract(wanted, _mesh(*mesh), print)
+  made = abstract.abstract(wanted, _mesh(*mesh))
   assert _sizes(made.state.trained) == whole
   assert 3 * 4 * whole <= sum(
     x.size * x.dtype.itemsize
@@ -110,10 +110,10 @@ def test_a_scanned_program_does_not_grow_with_its_layers():
   texts = []
   for layers in (12, 96):
     config = config_flag.load("gpt3_175b.py")
-    config.model.hf_config.n_layer = layers
+    config.model.hf_config["n_layer"] = layers
     config.mesh.fsdp = config.mesh.tensor = 1
     wanted = config_dict.convert(config)
-    made = abstract.abstract(wanted, jax.devices()[:1], print)
+    made = abstract.abstract(wanted, jax.devices()[:1])
     texts.append(made.lower().as_text())
   assert texts[0] != texts[1]
   assert len(texts[0].splitlines()) == len(texts[1].splitlines())
@@ -153,18 +153,18 @@ def test_the_abstract_step_is_the_very_step_that_trains(kind, folder, monkeypatc
   splits = Splits(list(_pairs(9, 0)), {"validation": list(_pairs(3, 1))})
   monkeypatch.setattr(classification.data, "load", lambda *args, **kwargs: splits)
   wanted = _wanted(kind, folder)
-  real = job.prepare(wanted, print)
-  plan = durations(wanted.train, real.steps_per_epoch)
-  program = loop.program_of(wanted.train, plan, real)
-  state, base = program.start(real.params, real.adapter)
-  spread = meshes.batch(real.mesh)
-  batch = {n: meshes.place(x, spread) for n, x in next(real.batches).items()}
-  made = abstract.abstract(wanted, real.mesh, print)
+  real = run.prepare({Path(): wanted})
+  plan, mesh = durations(wanted.train, real.data.steps_per_epoch), real.model.mesh
+  program = loop.program_of(real, plan)
+  state, base = program.start()
+  rows = meshes.batch(mesh)
+  batch = {n: meshes.place(x, rows) for n, x in next(real.data.batches).items()}
+  made = abstract.abstract(wanted, mesh)
   _check_like((state, base, batch), (made.state, made.base, made.batch))
-  with jax.set_mesh(real.mesh):
+  with jax.set_mesh(mesh):
     want = program.step.lower(state, base, batch).as_text()
   assert made.lower().as_text() == want
-  other = abstract.abstract(_wanted(kind, folder, **{"lora.rank": 2}), real.mesh, print)
+  other = abstract.abstract(_wanted(kind, folder, **{"lora.rank": 2}), mesh)
   assert other.lower().as_text() != want
 
 
@@ -178,7 +178,7 @@ def _check_like(arrays, shapes):
 def test_a_folder_with_config_json_alone_is_enough(folder, tmp_path):
   shutil.copy(folder / "gpt2/config.json", tmp_path)
   wanted = _wanted("gpt2", folder, **{"model.path": str(tmp_path), "data.path": None})
-  found = abstract.abstract(wanted, jax.devices()[:1], print)
+  found = abstract.abstract(wanted, jax.devices()[:1])
   assert found.model.config.n_embd == 16
 
 
@@ -196,4 +196,4 @@ def test_a_folder_with_config_json_alone_is_enough(folder, tmp_path):
 )
 def test_what_does_not_fit_is_an_error(folder, changes, message):
   with pytest.raises(LoraxError, match=message):
-    abstract.abstract(_wanted("gpt2", folder, **changes), _mesh(1, 4, 1, 1), print)
+    abstract.abstract(_wanted("gpt2", folder, **changes), _mesh(1, 4, 1, 1))

@@ -11,7 +11,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from experiments.cli import config_dict, config_flag
 from lorax_flax.errors import LoraxError
 from lorax_flax.jobs import compile_cache
-from lorax_flax.train.loop import fit
 from tests.train import toy
 
 
@@ -37,7 +36,7 @@ def _as_started(folder):
 
 
 def _train(folder):
-  fit(toy.CONFIG, toy.job(), folder)
+  toy.fit(toy.job(folder), folder)
   return (folder / "metrics.jsonl").read_text(), (folder / "adapter.json").read_text()
 
 
@@ -71,7 +70,7 @@ def test_a_place_that_can_not_be_written_is_an_error(tmp_path):
   before = jax.config.jax_compilation_cache_dir
   with pytest.raises(OSError, match="file"):
     compile_cache.use(str(tmp_path / "file" / "programs"))
-  with pytest.raises(LoraxError, match="gs://BUCKET/FOLDER is supported"):
+  with pytest.raises(LoraxError, match="only buckets gs://BUCKET/FOLDER are supported"):
     compile_cache.use("s3://bucket/programs")
   compile_cache.use(None)
   assert jax.config.jax_compilation_cache_dir == before

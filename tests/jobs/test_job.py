@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import adapted
-from lorax_flax.jobs.settings import ModelSettings
+from lorax_flax.jobs import build
 from lorax_flax.models import registry
+from lorax_flax.models.settings import ModelSettings
 
 RATES = {
   "bert": (
@@ -39,17 +39,17 @@ def _loaded(name):
 def test_dropout_goes_by_each_familys_own_names(name):
   loaded = _loaded(name)
   inside, head = RATES[name]
-  module = adapted.with_dropout(loaded, ModelSettings("there", dropout=0.4))
+  module = build.with_dropout(loaded, ModelSettings("there", dropout=0.4))
   want = dataclasses.replace(loaded.config, **dict.fromkeys(inside, 0.4))
   assert module.config == want
-  module = adapted.with_dropout(loaded, ModelSettings("there"))
+  module = build.with_dropout(loaded, ModelSettings("there"))
   assert module.config == loaded.config
   if head is not None:
-    module = adapted.with_dropout(loaded, ModelSettings("there", head_dropout=0.3))
+    module = build.with_dropout(loaded, ModelSettings("there", head_dropout=0.3))
     assert module.config == dataclasses.replace(loaded.config, **{head: 0.3})
 
 
 def test_a_rate_that_a_family_does_not_have_is_an_error():
   loaded = _loaded("gpt2")
   with pytest.raises(LoraxError, match=r"head_dropout is 0\.3, and a gpt2 has no such"):
-    adapted.with_dropout(loaded, ModelSettings("there", head_dropout=0.3))
+    build.with_dropout(loaded, ModelSettings("there", head_dropout=0.3))

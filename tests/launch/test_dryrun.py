@@ -84,7 +84,7 @@ def measured(wanted):
   @functools.cache
   def of(name, *sizes):
     where = _topology(name)
-    job = abstract(_with(wanted, *sizes), where.devices, print)
+    job = abstract(_with(wanted, *sizes), where.devices)
     return costs.measure(job, where, useful)[0]
 
   return of
@@ -241,7 +241,7 @@ def test_a_batch_that_does_not_come_out_even_is_refused(wanted):
 def pretend(monkeypatch):
   """Compilations of which a function says the memory (GiB) and the seconds."""
 
-  def job(wanted, topology, say):
+  def job(wanted, topology):
     sizes = wanted.mesh.sizes(topology.size)
     ids = jax.ShapeDtypeStruct((wanted.train.batch_size, LENGTH), int)
     return SimpleNamespace(

@@ -63,7 +63,7 @@ def test_a_slurm_job_that_is_told_to_stop_is_queued_again_and_ends(tmp_path):
   told = re.search(r"told to stop: saved at step (\d+)", said)
   assert told, said
   assert "slurm: start 1 of run" in said
-  assert f"going on after step {told[1]} of 12" in said
+  assert f"resuming after step {told[1]} of 12" in said
   assert said.splitlines()[-1] == "slurm: the job ended with 0"
   # The first process was found by the name that the cluster calls it.
   assert "can't watch" not in said

@@ -12,18 +12,19 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
 
+from experiments import run as experiments_run
 from experiments.cli import config_dict, config_flag
 from launch.dryrun import hlo
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.files.safetensors import Reader
 from lorax_flax.jobs import abstract, settings
-from lorax_flax.jobs import build as job
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import loop
 from lorax_flax.train.config import durations
@@ -80,7 +81,7 @@ def prepare(
   wanted = config_dict.convert(config)
   devices = jax.devices()[: math.prod(sizes)]
   with mock.patch.object(jax, "devices", return_value=devices):
-    return wanted, job.prepare(wanted, lambda line: None)
+    return wanted, experiments_run.prepare({Path(): wanted})
 
 
 @contextmanager
@@ -103,25 +104,26 @@ def watched() -> Iterator[dict[str, list[int]]]:
 def run(spec: str, changes: dict[str, Any], sizes: tuple[int, ...]) -> dict:
   with watched() as reads:
     wanted, made = prepare(spec, changes, sizes)
-  plan = durations(wanted.train, made.steps_per_epoch)
-  program = loop.program_of(wanted.train, plan, made)
-  state, base = program.start(made.params, made.adapter)
+  mesh, data = made.model.mesh, made.data
+  plan = durations(wanted.train, data.steps_per_epoch)
+  program = loop.program_of(made, plan)
+  state, base = program.start()
   start = hashlib.sha256()
   for path, leaf in sorted(flatten(state.trained).items()):
     start.update(path.encode() + np.asarray(leaf).tobytes())
-  rows = meshes.batch(made.mesh)
+  rows = meshes.batch(mesh)
   found, compiled, same = [], None, None
   for _ in range(STEPS):
-    batch = {n: meshes.place(x, rows) for n, x in next(made.batches).items()}
+    batch = {n: meshes.place(x, rows) for n, x in next(data.batches).items()}
     if compiled is None:
       if sizes.count(2) == 3:
-        shapes = abstract.abstract(wanted, made.mesh, lambda line: None)
+        shapes = abstract.abstract(wanted, mesh)
         same = _same((state, base, batch), (shapes.state, shapes.base, shapes.batch))
-      with jax.set_mesh(made.mesh):
+      with jax.set_mesh(mesh):
         compiled = program.step.lower(state, base, batch).compile()
     state, metrics = compiled(state, base, batch)
     found.append([metrics["loss"].value(), metrics["grad_norm"].value()])
-  leaves = flatten(made.params)
+  leaves = flatten(made.model.params)
   return {
     "losses": found,
     "lies as described": same,
@@ -131,7 +133,7 @@ def run(spec: str, changes: dict[str, Any], sizes: tuple[int, ...]) -> dict:
     "shapes": {path: leaf.shape for path, leaf in leaves.items()},
     "held": [
       sum(leaf.addressable_shards[i].data.size for leaf in leaves.values())
-      for i in range(made.mesh.size)
+      for i in range(mesh.size)
     ],
     "moments": [
       str(x.sharding.spec) for x in jax.tree.leaves(state.opt_state) if x.ndim

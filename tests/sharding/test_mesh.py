@@ -76,9 +76,9 @@ def test_what_can_not_be_cut_stays_whole_and_is_said():
     "odd": ("fsdp",),
     "twice": ("tensor",),
   }
-  assert meshes.kept_whole(EIGHT, AXES, params) == [
-    "not cut along mesh.tensor, since vocab of 37 can't be cut into 2: odd",
-    "not cut along mesh.tensor, since tensor cuts another of its axes: twice",
+  assert meshes.not_sharded(EIGHT, AXES, params) == [
+    "not sharded along mesh.tensor, since vocab of 37 can't be split into 2: odd",
+    "not sharded along mesh.tensor, since tensor shards another of its axes: twice",
   ]
 
 
@@ -86,8 +86,8 @@ def test_what_can_not_be_cut_stays_whole_and_is_said():
   ("axes", "message"),
   [
     ({}, "unknown path with named axes 'up'"),
-    ({"up": ("embed", "mpl")}, "how to cut axis 'mpl' of 'up'.* did you mean 'mlp'"),
-    ({"up": ("embed", None)}, "how to cut axis None of 'up'"),
+    ({"up": ("embed", "mpl")}, "how to shard axis 'mpl' of 'up'.* did you mean 'mlp'"),
+    ({"up": ("embed", None)}, "how to shard axis None of 'up'"),
     ({"up": ("embed",)}, "has 2 axes, and names for 1"),
     ({"up": ()}, "names every axis of every weight"),
   ],
@@ -159,8 +159,8 @@ def test_an_axis_for_experts_is_for_models_that_have_some():
     "up": ("expert", None, "tensor"),
     "odd": (None, None, "tensor"),
   }
-  assert meshes.kept_whole(mesh, axes, params) == [
-    "not cut along mesh.expert, since expert of 6 can't be cut into 4: odd"
+  assert meshes.not_sharded(mesh, axes, params) == [
+    "not sharded along mesh.expert, since expert of 6 can't be split into 4: odd"
   ]
   with pytest.raises(
     LoraxError, match=r"mesh.expert is 4, and the model has no experts"

@@ -68,5 +68,5 @@ def test_a_bad_value_is_named(given, message):
 
 
 def test_a_warmup_longer_than_the_run_is_an_error():
-  with pytest.raises(LoraxError, match="11 steps, and the whole run 10"):
+  with pytest.raises(LoraxError, match="11 steps, and the run 10"):
     durations(TrainConfig(steps=10, warmup_steps=11), 10)

@@ -15,8 +15,10 @@ def _evaluate(splits, names=("accuracy", "f1"), **options):
   optimizer = optim.adamw(
     lambda step: jnp.float32(0), b1=0.9, b2=0.9, eps=1e-8, weight_decay=0, grad_clip=1
   )
-  state, base = states.create(job.params, job.adapter, optimizer, jax.random.key(0))
-  run = step.eval_step(job.forward, job.loss, **options)
+  state, base = states.create(
+    job.model.params, job.runs[0].adapter, optimizer, jax.random.key(0)
+  )
+  run = step.eval_step(job.model.forward, job.objective.loss, **options)
   outputs = {
     split: jax.device_get([run(state.trained, base, batch) for batch in batches])
     for split, batches in splits.items()

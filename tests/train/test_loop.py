@@ -16,8 +16,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.train import optim
 from lorax_flax.train import state as states
 from lorax_flax.train.checkpoint import Checkpoints
-from lorax_flax.train.logs import history as ledger
-from lorax_flax.train.loop import fit
+from lorax_flax.train.logs import history
 from tests.train import toy
 from tests.train.stopping import Stopped, Stopping
 
@@ -47,7 +46,7 @@ def _outcome(folder: Path):
 def whole(tmp_path_factory) -> Path:
   """A run that nothing interrupted."""
   folder = tmp_path_factory.mktemp("whole")
-  fit(toy.CONFIG, toy.job(), folder)
+  toy.fit(toy.job(folder), folder)
   return folder
 
 
@@ -97,17 +96,18 @@ def _fresh_state():
   optimizer = optim.adamw(
     lambda step: 0.0, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.01, grad_clip=1
   )
-  return states.create(job.params, job.adapter, optimizer, jax.random.key(0))[0]
+  return states.create(
+    job.model.params, job.runs[0].adapter, optimizer, jax.random.key(0)
+  )[0]
 
 
 @pytest.mark.parametrize("steps", [[13, 9]])
 def test_an_interrupted_run_ends_as_if_nothing_had_happened(whole, tmp_path, steps):
   for after in steps:
-    job = toy.job()
-    job = dataclasses.replace(job, batches=Stopping(job.batches, after))
+    job = toy.with_batches(toy.job(tmp_path), lambda x, n=after: Stopping(x, n))
     with pytest.raises(Stopped):
-      fit(toy.CONFIG, job, tmp_path)
-  fit(toy.CONFIG, toy.job(), tmp_path)
+      toy.fit(job, tmp_path)
+  toy.fit(toy.job(tmp_path), tmp_path)
   assert _outcome(tmp_path) == _outcome(whole)
 
 
@@ -149,16 +149,15 @@ class _Poisoned(Stopping):
     return batch
 
 
-def _poisoned(which):
-  job = toy.job()
-  return dataclasses.replace(job, batches=_Poisoned(job.batches, which))
+def _poisoned(folder, which, config=toy.CONFIG):
+  return toy.with_batches(toy.job(folder, config), lambda x: _Poisoned(x, which))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
   with pytest.raises(
     LoraxError, match=r"nan at step 12: .*checkpoint of step 10 is kept"
   ):
-    fit(toy.CONFIG, _poisoned({12}), tmp_path)
+    toy.fit(_poisoned(tmp_path, {12}), tmp_path)
   assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} >= {10}
   assert not (tmp_path / "result.json").exists()
 
@@ -166,8 +165,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
 SKIPPING = dataclasses.replace(toy.CONFIG, on_nonfinite="skip", log_steps=1)
 
 
-def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(tmp_path, capfd):
-  result = fit(SKIPPING, _poisoned({2, 3, 12}), tmp_path)
+def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(
+  tmp_path, capfd, logs
+):
+  result = toy.fit(_poisoned(tmp_path, {2, 3, 12}, SKIPPING), tmp_path)
   said = capfd.readouterr().out
   for step in (2, 3, 12):
     assert f"loss is nan at step {step}: the step is skipped" in said
@@ -176,7 +177,7 @@ def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(tmp_path, 
   assert logged == [step for step in range(1, 25) if step not in (2, 3, 12)]
   assert all(np.isfinite(x) for line in _lines(tmp_path) for x in line.values())
   checkpoints = Checkpoints(tmp_path / "checkpoints")
-  state, progress = checkpoints.restore(24, _fresh_state())
+  state, [progress] = checkpoints.restore(24, _fresh_state())
   checkpoints.close()
   assert int(state.step) == 21  # The steps that were taken.
   assert progress.skipped == 3
@@ -184,10 +185,10 @@ def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(tmp_path, 
 
 
 def test_many_skipped_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
-  monkeypatch.setattr(ledger, "_MOST_SKIPPED", 4)
+  monkeypatch.setattr(history, "_MOST_SKIPPED", 4)
   # Three in a row, and then four.
   with pytest.raises(LoraxError, match=r"4 steps in a row .* nan at step 14: .*kept"):
-    fit(SKIPPING, _poisoned({2, 3, 4, 11, 12, 13, 14}), tmp_path)
+    toy.fit(_poisoned(tmp_path, {2, 3, 4, 11, 12, 13, 14}, SKIPPING), tmp_path)
 
 
 # Writers that Orbax gives up report to an event loop that is gone.
@@ -197,15 +198,17 @@ def test_a_full_disk_keeps_what_there_is_and_the_run_goes_on_later(whole, small_
   with pytest.raises(
     LoraxError, match=r"can't write a checkpoint to .*: No space left"
   ):
-    fit(toy.CONFIG, toy.job(), disk)
+    toy.fit(toy.job(disk), disk)
   assert not (disk / "result.json").exists()
   subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-  fit(toy.CONFIG, toy.job(), disk)
+  toy.fit(toy.job(disk), disk)
   assert _outcome(disk) == _outcome(whole)
 
 
-def test_without_a_terminal_each_update_is_a_line_that_reads_by_itself(tmp_path, capfd):
-  fit(toy.CONFIG, toy.job(), tmp_path)
+def test_without_a_terminal_each_update_is_a_line_that_reads_by_itself(
+  tmp_path, capfd, logs
+):
+  toy.fit(toy.job(tmp_path), tmp_path)
   lines = capfd.readouterr().out.splitlines()
   updates = [line for line in lines if line.startswith("step ")]
   assert len(updates) == 4

@@ -18,15 +18,23 @@ def test_cross_entropy_equals_torch(smoothing):
     label_smoothing=smoothing,
     reduction="none",
   )
-  ours = losses.cross_entropy(smoothing)(jnp.asarray(logits), jnp.asarray(labels))
+  ours = losses.cross_entropy(smoothing)(
+    jnp.asarray(logits), {"labels": jnp.asarray(labels)}
+  )
   np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_losses_are_float32_whatever_the_logits_are():
   logits = jnp.ones((4, 3), jnp.bfloat16)
-  assert losses.cross_entropy()(logits, jnp.zeros(4, jnp.int32)).dtype == jnp.float32
+  assert (
+    losses.cross_entropy()(logits, {"labels": jnp.zeros(4, jnp.int32)}).dtype
+    == jnp.float32
+  )
   one = logits[:, :1]
-  assert losses.squared_error(one, jnp.zeros(4, jnp.float32)).dtype == jnp.float32
+  assert (
+    losses.squared_error(one, {"labels": jnp.zeros(4, jnp.float32)}).dtype
+    == jnp.float32
+  )
 
 
 def test_squared_error_equals_torch():
@@ -35,7 +43,7 @@ def test_squared_error_equals_torch():
   wanted = torch.nn.functional.mse_loss(
     torch.tensor(logits[:, 0]), torch.tensor(labels), reduction="none"
   )
-  ours = losses.squared_error(jnp.asarray(logits), jnp.asarray(labels))
+  ours = losses.squared_error(jnp.asarray(logits), {"labels": jnp.asarray(labels)})
   np.testing.assert_allclose(ours, wanted, rtol=1e-6)
 
 
@@ -47,7 +55,9 @@ def test_next_token_is_torchs_over_a_batchs_tokens(smoothing):
   labels_BxT[0, 3:] = sequences.IGNORED
   labels_BxT[1, :4] = sequences.IGNORED
   labels_BxT[2, 1:] = sequences.IGNORED  # Nothing is left to predict.
-  got_B = losses.next_token(smoothing)(jnp.asarray(logits_BxTxV), labels_BxT)
+  got_B = losses.next_token(smoothing)(
+    jnp.asarray(logits_BxTxV), {"labels": labels_BxT}
+  )
   weights_B = losses.targets(labels_BxT)
   np.testing.assert_array_equal(weights_B, [2, 3, 0, 6])
   assert got_B[2] == 0

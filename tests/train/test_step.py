@@ -11,17 +11,21 @@ from tests.train import toy
 
 def _start(accumulation=1, dropout=False, rate=0.01):
   job = toy.job()
-  forward = job.forward
+  forward = job.model.forward
   if not dropout:
-    forward = lambda params, adapter, batch, key: job.forward(
+    forward = lambda params, adapter, batch, key: job.model.forward(
       params, adapter, batch, None
     )
   schedule = lambda step: jnp.float32(rate)
   optimizer = optim.adamw(
     schedule, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, grad_clip=1e9
   )
-  state, base = states.create(job.params, job.adapter, optimizer, jax.random.key(0))
-  train = step.train_step(forward, job.loss, optimizer, schedule, accumulation)
+  state, base = states.create(
+    job.model.params, job.runs[0].adapter, optimizer, jax.random.key(0)
+  )
+  train = step.train_step(
+    forward, job.objective.loss, optimizer, schedule, accumulation
+  )
   return train, state, base
 
 
@@ -117,22 +121,24 @@ def test_a_step_counts_and_reports_means():
 
 def test_trained_leaves_are_float32_masters():
   job = toy.job()
-  low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), job.adapter)
+  low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), job.runs[0].adapter)
   optimizer = optim.adamw(
     lambda step: jnp.float32(0.1), b1=0.9, b2=0.9, eps=1e-8, weight_decay=0, grad_clip=1
   )
-  state, _ = states.create(job.params, low, optimizer, jax.random.key(0))
+  state, _ = states.create(job.model.params, low, optimizer, jax.random.key(0))
   assert {x.dtype for x in jax.tree.leaves(state.trained)} == {jnp.dtype("float32")}
 
 
 def test_a_tuned_leaf_that_shares_the_bases_buffer_is_copied():
   job = toy.job()
-  leaf = job.params["head"]["kernel"]
-  adapter = job.adapter | {"head/kernel": Tuned(leaf, leaf)}
+  leaf = job.model.params["head"]["kernel"]
+  adapter = job.runs[0].adapter | {"head/kernel": Tuned(leaf, leaf)}
   rate = lambda step: jnp.float32(0.1)
   optimizer = optim.adamw(
     rate, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.0, grad_clip=1.0
   )
-  state, base = states.create(job.params, adapter, optimizer, jax.random.key(0))
-  step.train_step(job.forward, job.loss, optimizer, rate)(state, base, _batch())
+  state, base = states.create(job.model.params, adapter, optimizer, jax.random.key(0))
+  step.train_step(job.model.forward, job.objective.loss, optimizer, rate)(
+    state, base, _batch()
+  )
   assert not leaf.is_deleted()

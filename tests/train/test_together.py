@@ -6,8 +6,7 @@ import pytest
 
 from lorax_flax.data import pipeline
 from lorax_flax.errors import LoraxError
-from lorax_flax.train import loop
-from lorax_flax.train import trials as together
+from lorax_flax.train import loop, trials
 from lorax_flax.train.logs.history import Diverged
 from tests.train import toy
 
@@ -27,21 +26,23 @@ def _config(number, **changes):
   return dataclasses.replace(toy.CONFIG, **own, **changes)
 
 
-def _job(number, **changes):
-  return toy.job(_config(number), rank=TRIALS[number][-1], **changes)
+def _job(folder, number, name="", **changes):
+  return toy.job(folder, _config(number, **changes), TRIALS[number][-1], name)
 
 
 def _trials(folder, **changes):
-  """All trials on one base, in folders of their own; and their batches."""
-  params, found = toy.params(), []
+  """All trials on one base, in folders of their own."""
+  jobs = []
   for i in range(len(TRIALS)):
     own = folder / f"t{i}"
     own.mkdir(exist_ok=True)
-    config, job = _config(i, **changes), _job(i, params=params)
-    found.append(together.Trial(f"t{i}", config, job, own))
-  seeds = [trial.config.seed for trial in found]
+    jobs.append(_job(own, i, f"t{i}", **changes))
+  runs = [job.runs[0] for job in jobs]
   shape = pipeline.Shape(toy.CONFIG.batch_size, (24,))
-  return found, pipeline.together(toy.tokens(60, 1), shape, seeds=seeds)
+  seeds = [run.config.seed for run in runs]
+  batches = pipeline.together(toy.tokens(60, 1), shape, seeds=seeds)
+  job = toy.with_batches(jobs[0], lambda _: batches)
+  return dataclasses.replace(job, runs=runs)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def alone(tmp_path_factory):
   folders = []
   for i in range(len(TRIALS)):
     folder = tmp_path_factory.mktemp(f"alone{i}")
-    loop.fit(_config(i), _job(i), folder)
+    toy.fit(_job(folder, i), folder)
     folders.append(folder)
   return folders
 
@@ -59,7 +60,7 @@ def alone(tmp_path_factory):
 def whole(tmp_path_factory):
   """The trials together, all at once, that nothing interrupted."""
   folder = tmp_path_factory.mktemp("together")
-  together.fit(*_trials(folder), folder, width=len(TRIALS))
+  loop.fit(_trials(folder), folder, width=len(TRIALS))
   return folder
 
 
@@ -95,7 +96,7 @@ def test_a_trial_is_what_it_is_alone(whole, alone, number):
 
 def test_they_are_the_same_some_at_a_time(alone, tmp_path):
   # Three, and the one that is left over.
-  together.fit(*_trials(tmp_path), tmp_path, width=3)
+  loop.fit(_trials(tmp_path), tmp_path, width=3)
   for number, folder in enumerate(alone):
     _check_same(tmp_path / f"t{number}", folder)
 
@@ -125,28 +126,31 @@ class _Stopped(Exception):
   pass
 
 
+def _changed(job, *args, **kwargs):
+  return toy.with_batches(job, lambda batches: _Changed(batches, *args, **kwargs))
+
+
 def test_interrupted_they_end_as_if_nothing_had_happened(whole, tmp_path):
   for end in (13, 9):
-    trials, batches = _trials(tmp_path)
+    job = _changed(_trials(tmp_path), end=end)
     with pytest.raises(_Stopped):
-      together.fit(trials, _Changed(batches, end=end), tmp_path, width=len(TRIALS))
-  together.fit(*_trials(tmp_path), tmp_path, width=len(TRIALS))
+      loop.fit(job, tmp_path, width=len(TRIALS))
+  loop.fit(_trials(tmp_path), tmp_path, width=len(TRIALS))
   for i in range(len(TRIALS)):
     for name in ("metrics.jsonl", "adapter.json"):
       file = f"t{i}/{name}"
       assert (tmp_path / file).read_text() == (whole / file).read_text()
   # Results that were lost are written again.
   (tmp_path / "t1" / "result.json").unlink()
-  together.fit(*_trials(tmp_path), tmp_path, width=len(TRIALS))
+  loop.fit(_trials(tmp_path), tmp_path, width=len(TRIALS))
   assert (tmp_path / "t1" / "result.json").exists()
 
 
 def test_one_that_diverges_is_frozen_and_stops_no_other(alone, tmp_path, monkeypatch):
-  ends, train = [], together.Drive.train
-  keep = lambda drive, *args: ends.append(train(drive, *args)) or ends[-1]
-  monkeypatch.setattr(together.Drive, "train", keep)
-  trials, batches = _trials(tmp_path)
-  found = together.fit(trials, _Changed(batches, {1: {12}}), tmp_path)
+  ends, best = [], trials.Program.best
+  keep = lambda program, state, *args: ends.append(state) or best(program, state, *args)
+  monkeypatch.setattr(trials.Program, "best", keep)
+  found = loop.fit(_changed(_trials(tmp_path), {1: {12}}), tmp_path)
   assert isinstance(found[1], Diverged)
   assert found[1].step == 12
   assert not (tmp_path / "t1" / "result.json").exists()
@@ -155,28 +159,27 @@ def test_one_that_diverges_is_frozen_and_stops_no_other(alone, tmp_path, monkeyp
     _check_same(tmp_path / f"t{number}", alone[number])
   assert ends[0].each.step.tolist() == [24, 11, 24, 24]
   # It stays so when the run is taken up again.
-  trials, batches = _trials(tmp_path)
-  again = together.fit(trials, batches, tmp_path)
+  again = loop.fit(_trials(tmp_path), tmp_path)
   assert [type(x) for x in again] == [dict, Diverged, dict, dict]
 
 
 def test_where_all_diverge_the_run_ends(tmp_path):
-  trials, batches = _trials(tmp_path, log_steps=1)
-  poisoned = _Changed(batches, {i: {3} for i in range(len(TRIALS))}, end=4)
-  found = together.fit(trials, poisoned, tmp_path)
+  poison = {i: {3} for i in range(len(TRIALS))}
+  job = _changed(_trials(tmp_path, log_steps=1), poison, end=4)
+  found = loop.fit(job, tmp_path)
   assert [x.step for x in found] == [3] * len(TRIALS)
 
 
 def test_a_step_is_skipped_in_one_trial_alone(alone, tmp_path):
-  trials, batches = _trials(tmp_path, on_nonfinite="skip")
-  found = together.fit(trials, _Changed(batches, {2: {5, 6}}), tmp_path)
+  job = _changed(_trials(tmp_path, on_nonfinite="skip"), {2: {5, 6}})
+  found = loop.fit(job, tmp_path)
   assert [result["skipped_steps"] for result in found] == [0, 0, 2, 0]
   _check_same(tmp_path / "t0", alone[0])
 
 
 def test_what_can_not_train_together_is_an_error(tmp_path):
-  trials, batches = _trials(tmp_path)
-  config = dataclasses.replace(trials[1].config, b2=0.99)
-  trials[1] = dataclasses.replace(trials[1], config=config)
+  job = _trials(tmp_path)
+  config = dataclasses.replace(job.runs[1].config, b2=0.99)
+  job.runs[1] = dataclasses.replace(job.runs[1], config=config)
   with pytest.raises(LoraxError, match="t1 and t0 can't train together: of train's"):
-    together.fit(trials, batches, tmp_path)
+    loop.fit(job, tmp_path)

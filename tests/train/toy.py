@@ -3,6 +3,7 @@
 As a program (`python -m tests.train.toy WORKDIR`) it is what the tests kill.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,9 +17,13 @@ from lorax_flax.data import pipeline
 from lorax_flax.data.tokens import Tokens, ragged
 from lorax_flax.files import bucket, workdir
 from lorax_flax.sharding import mesh
-from lorax_flax.train import losses
+from lorax_flax.train import loop, losses
 from lorax_flax.train.config import TrainConfig
-from lorax_flax.train.loop import Job, fit
+from lorax_flax.train.logs.history import Diverged
+from lorax_flax.train.loop import Data, Job
+from lorax_flax.train.objective import Objective, Work
+from lorax_flax.train.step import Model
+from lorax_flax.train.trials import Run
 
 VOCAB, WIDTH = 50, 8
 AXES = {
@@ -68,7 +73,9 @@ def params():
   }
 
 
-def job(config: TrainConfig = CONFIG, rank: int = 2, **changes) -> Job:
+def job(
+  folder: Path = Path(), config: TrainConfig = CONFIG, rank: int = 2, name: str = ""
+) -> Job:
   train, held_out = tokens(60, 1), tokens(37, 2)
   shape = pipeline.Shape(config.batch_size, (24,))
   lora = lx.adapt(
@@ -83,28 +90,36 @@ def job(config: TrainConfig = CONFIG, rank: int = 2, **changes) -> Job:
     keys = (None, None) if key is None else jax.random.split(key)
     return lora.apply(params, adapter, batch, keys[0], dropout_key=keys[1])
 
-  batches = pipeline.training(train, shape, seed=config.seed)
   example = {k: v for k, v in train.batch(np.arange(4), 24).items() if v.ndim == 2}
-  fields = {
-    "forward": forward,
-    "params": base,
-    "adapter": lora.init(jax.random.key(config.seed), base, example),
-    "loss": losses.cross_entropy(config.label_smoothing),
-    "batches": batches,
-    "steps_per_epoch": pipeline.steps_per_epoch(60, config.batch_size),
-    "evaluation": {
-      "validation": pipeline.evaluation(
-        held_out, pipeline.Shape(config.eval_batch_size, (24,))
-      )
-    },
-    "metrics": ("accuracy", "f1"),
-    "primary": "accuracy",
-    "export": export,
-    "title": "toy",
-    "mesh": mesh.make(mesh.MeshConfig(), jax.devices()[:1]),
-    "axes": AXES,
-  }
-  return Job(**(fields | changes))
+  adapter = lora.init(jax.random.key(config.seed), base, example)
+  loss = losses.cross_entropy(config.label_smoothing)
+  eval_shape = pipeline.Shape(config.eval_batch_size, (24,))
+  return Job(
+    runs=[Run(config, adapter, folder, export, "toy", name)],
+    model=Model(forward, base, AXES, mesh.make(mesh.MeshConfig(), jax.devices()[:1])),
+    objective=Objective(
+      loss, ("accuracy", "f1"), "accuracy", work=Work("tokens", "attention_mask")
+    ),
+    data=Data(
+      pipeline.training(train, shape, seed=config.seed),
+      pipeline.steps_per_epoch(60, config.batch_size),
+      {"validation": pipeline.evaluation(held_out, eval_shape)},
+    ),
+  )
+
+
+def with_batches(job: Job, change) -> Job:
+  """The job with `change(batches)` in the place of its batches."""
+  data = dataclasses.replace(job.data, batches=change(job.data.batches))
+  return dataclasses.replace(job, data=data)
+
+
+def fit(job: Job, folder: Path):
+  """The result of the job's one run; Diverged is raised."""
+  [result] = loop.fit(job, folder)
+  if isinstance(result, Diverged):
+    raise result
+  return result
 
 
 def export(adapter, folder: Path) -> dict[str, str]:
@@ -118,4 +133,4 @@ if __name__ == "__main__":
   jax.config.update("jax_num_cpu_devices", 1)
   run = bucket.folder(sys.argv[1])
   workdir.claim(run, {"toy": 1})
-  fit(CONFIG, job(), run)
+  fit(job(run), run)

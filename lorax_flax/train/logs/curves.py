@@ -15,7 +15,7 @@ def draw(file: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
   """Draws the lines of metrics.jsonl.
 
   Args:
-    file: a PNG, written whole or not at all.
+    file: a PNG, written atomically.
     lines: each has `step` and names such as train/loss or eval/accuracy.
     title: over the panels.
   """

@@ -1,5 +1,6 @@
-"""What one run has measured: its next line, its evaluations, and which was the best."""
+"""The metrics of one run: its next line, its evaluations, and which was the best."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,17 +11,20 @@ from lorax_flax.train.config import Durations
 from lorax_flax.train.evaluate import Evaluation
 from lorax_flax.train.logs.writer import Record, SilentRecord
 from lorax_flax.train.metrics import METRICS, Mean
+from lorax_flax.train.objective import Objective
+
+log = logging.getLogger(__name__)
 
 # Steps in a row that may be skipped, where a run does not stop at the first.
 _MOST_SKIPPED = 50
 
 
 class Diverged(LoraxError):
-  """A loss or a gradient is not finite, and that ends the run.
+  """A loss or a gradient that is not finite has ended the run.
 
   Attributes:
-    step: where.
-    reason: in a few words.
+    step: the step that was not finite.
+    reason: a few words.
   """
 
   def __init__(self, step: int, reason: str, kept: str = ""):
@@ -31,28 +35,29 @@ class Diverged(LoraxError):
     self.step, self.reason = step, reason
 
 
-class Ledger:
-  """The books of one run, on the host.
+class History:
+  """The metrics of one run, on the host.
 
   Attributes:
-    record: takes the lines.
-    name: of the run, before what is said of it; empty where there is only one.
-    tokens: trained on so far.
-    skipped: steps that changed nothing, since they were not finite.
-    failed: why and where the run ended before its time, or None.
+    record: writer of the lines.
+    name: of the run, which prefixes its log lines; empty where there is only one.
+    tokens: units of work so far.
+    skipped: number of steps that changed nothing, since they were not finite.
+    failed: step and reason of a run that diverged, else None.
   """
 
   def __init__(
     self,
     record: Record | SilentRecord,
     plan: Durations,
-    primary: str,
+    objective: Objective,
     on_nonfinite: str,
     progress: Progress,
     name: str = "",
   ):
     self.record, self.name = record, name
-    self._plan, self._primary, self._on_nonfinite = plan, primary, on_nonfinite
+    self._plan, self._on_nonfinite = plan, on_nonfinite
+    self._primary, self._unit = objective.primary, objective.work.unit
     self._pending = {name: Mean(*pair) for name, pair in progress.pending.items()}
     self._evaluations = list(progress.evaluations)
     self._best = progress.best
@@ -60,39 +65,48 @@ class Ledger:
     self.tokens, self.skipped = progress.tokens, progress.skipped
     self.failed = progress.failed
 
-  def add(self, number: int, metrics: Mapping[str, Mean]) -> str | None:
-    """Adds a step's metrics, which are on the host already.
+  def add(self, number: int, metrics: Mapping[str, Mean]) -> None:
+    """Adds a step's metrics, which are on the host already; one may be skipped.
 
-    Returns:
-      What there is to say of a step that was skipped.
-
-    Raises:
-      Diverged: they are not finite, and that is not to be passed over.
+    The first step that is not finite and may not be skipped ends the run: sets
+    `failed`.
     """
+    if self.failed is not None:
+      return
     found = {name: mean.on_host() for name, mean in metrics.items()}
     wrong = {n: m.total for n, m in found.items() if not math.isfinite(m.total)}
     if not wrong:
       self._skipped_in_a_row = 0
       for name, new in found.items():
         self._pending[name] = self._pending.get(name, Mean(0.0, 0.0)) + new
-      return None
+      return
     name = "loss" if "loss" in wrong else next(iter(wrong))
     reason = f"{name} is {wrong[name]} at step {number}"
     if self._on_nonfinite == "stop":
-      raise Diverged(number, reason)
+      self._fail(number, reason)
+      return
     self.skipped += 1
     self._skipped_in_a_row += 1
-    if self._skipped_in_a_row == _MOST_SKIPPED:
-      raise Diverged(
-        number,
-        f"{_MOST_SKIPPED} steps in a row were not finite and changed nothing. {reason}",
-      )
-    return f"{reason}: the step is skipped"
+    if self._skipped_in_a_row < _MOST_SKIPPED:
+      self.info("%s: the step is skipped", reason)
+      return
+    row = f"{_MOST_SKIPPED} steps in a row were not finite and changed nothing"
+    self._fail(number, f"{row}. {reason}")
+
+  def _fail(self, number: int, reason: str) -> None:
+    self.failed = {"step": number, "reason": reason}
+    if self.name:
+      self.info("%s: it ends here, the others go on", reason)
+
+  def info(self, message: str, *values: object) -> None:
+    """Logs a line about the run, with its name where there are several."""
+    prefix = f"{self.name}  ".replace("%", "%%") if self.name else ""
+    log.info(prefix + message, *values)
 
   def log(self, number: int) -> dict[str, float] | None:
     """Writes the means since the last line, and returns them; None: there are none."""
     if not self._pending:
-      return None  # All steps since the last line were skipped, and said so.
+      return None  # All steps since the last line were skipped.
     values = {name: mean.value() for name, mean in self._pending.items()}
     self._pending = {}
     self.record.write(
@@ -121,23 +135,30 @@ class Ledger:
     )
     if improved:
       self._best = len(self._evaluations) - 1
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    self.info("epoch %.2f  %s examples  %s", epoch, f"{found.examples:,}", shown)
     return improved
 
-  def last_evaluation(self) -> str:
-    """The last evaluation in a line."""
-    last = self._evaluations[-1]
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in last["metrics"].items())
-    return f"epoch {last['epoch']:.2f}  {last['examples']:,} examples  {shown}"
-
   def best_and_last(self) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The best evaluation (the first of equals), and the last one."""
-    assert self._best is not None  # The last step is followed by an evaluation.
+    """The best evaluation (the first of equals), and the last one.
+
+    The end of a run that evaluates nothing takes the place of both.
+    """
+    if self._best is None:
+      total, epoch = self._plan.total, self._plan.total / self._plan.epoch
+      last = {"step": total, "epoch": epoch, "metrics": {}, "examples": 0}
+      return last, last
     return self._evaluations[self._best], self._evaluations[-1]
 
   def progress(
     self, position: Mapping[str, Any], seconds: Mapping[str, float]
   ) -> Progress:
-    """What a checkpoint holds of this run."""
+    """The part of a checkpoint that describes this run.
+
+    Args:
+      position: of the data iterator.
+      seconds: wall time by what it was spent on.
+    """
     return Progress(
       position=dict(position),
       pending={
@@ -155,7 +176,7 @@ class Ledger:
   def result(
     self, trained_parameters: int, seconds: Mapping[str, float]
   ) -> dict[str, Any]:
-    """What result.json says of the run, but for where things lie."""
+    """The content of result.json, except for the paths of what was written."""
     best, last = self.best_and_last()
     return {
       **best["metrics"],
@@ -170,16 +191,13 @@ class Ledger:
       "train_seconds": sum(seconds.values()),
       "seconds": dict(seconds),
       "skipped_steps": self.skipped,
-      "tokens": self.tokens,
-      "tokens_per_second": self.tokens / seconds["steps"] if seconds["steps"] else 0.0,
+      self._unit: self.tokens,
+      f"{self._unit}_per_second": (
+        self.tokens / seconds["steps"] if seconds["steps"] else 0.0
+      ),
     }
 
 
-def say_of(ledger: Ledger, line: str) -> str:
-  """A line about a run, with its name where there are several."""
-  return f"{ledger.name}  {line}" if ledger.name else line
-
-
-def running(ledgers: Sequence[Ledger]) -> list[Ledger]:
-  """Those that have not failed."""
-  return [ledger for ledger in ledgers if ledger.failed is None]
+def running(histories: Sequence[History]) -> list[History]:
+  """The runs that have not diverged."""
+  return [history for history in histories if history.failed is None]

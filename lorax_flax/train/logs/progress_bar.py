@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a bar in a terminal, else one line at a time."""
+"""Progress of training on the console: a bar in a terminal, else one line at a time."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -6,18 +6,20 @@ from typing import Self
 from rich import console as rich_console
 from rich import progress as rich_progress
 
+from lorax_flax.train.logs import console
+
 
 class Display:
-  """Progress with loss, tokens per second and time left.
+  """Progress with loss, speed and time left.
 
   In a terminal a bar, redrawn in place; elsewhere (a file, a pipe) each update is a
   line that reads by itself.
   """
 
-  def __init__(self, total: int, done: int, quiet: bool = False):
-    """`total` steps, of which `done` were done by an earlier process."""
-    self._total = total
-    self._console = rich_console.Console(highlight=False, soft_wrap=True, quiet=quiet)
+  def __init__(self, total: int, done: int, unit: str, quiet: bool = False):
+    """Starts at `done` of `total` steps; `unit` is what speed is counted in."""
+    self._total, self._unit = total, unit
+    self._console = rich_console.Console(quiet=True) if quiet else console.CONSOLE
     self._bar = rich_progress.Progress(
       rich_progress.TextColumn("step {task.completed}/{task.total}"),
       rich_progress.BarColumn(),
@@ -51,19 +53,16 @@ class Display:
 
     Args:
       losses, rates: mean loss and learning rate of each run.
-      speed: tokens a second, of all runs.
-      left: seconds.
+      speed: units of work per second, of all runs together.
+      left: estimated seconds to the end.
     """
     loss = _span(losses, ".4f")
-    status = f"loss {loss}  {speed:,.0f} tokens/s  {duration(left)} left"
+    status = f"loss {loss}  {speed:,.0f} {self._unit}/s  {duration(left)} left"
     self._bar.update(self._task, completed=step, status=status)
     if not self._console.is_terminal:
       rate = _span(rates, ".2e")
-      self.say(f"step {step}/{self._total}  epoch {epoch:.2f}  lr {rate}  {status}")
-
-  def say(self, line: str) -> None:
-    """A line that stays."""
-    self._console.print(line, markup=False)
+      line = f"step {step}/{self._total}  epoch {epoch:.2f}  lr {rate}  {status}"
+      self._console.print(line, markup=False)
 
 
 def _span(values: Sequence[float], form: str) -> str:
@@ -74,9 +73,9 @@ def _span(values: Sequence[float], form: str) -> str:
 
 def duration(seconds: float) -> str:
   """Seconds as 42s, 3m05s or 2h07m."""
-  whole = round(max(0.0, seconds))
-  if whole < 60:
-    return f"{whole}s"
-  if whole < 3600:
-    return f"{whole // 60}m{whole % 60:02}s"
-  return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+  rounded = round(max(0.0, seconds))
+  if rounded < 60:
+    return f"{rounded}s"
+  if rounded < 3600:
+    return f"{rounded // 60}m{rounded % 60:02}s"
+  return f"{rounded // 3600}h{rounded % 3600 // 60:02}m"

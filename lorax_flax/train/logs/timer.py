@@ -1,4 +1,4 @@
-"""Wall time by what it is spent on."""
+"""Wall time by activity."""
 
 import contextlib
 import time
@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 
 
 class Stopwatch:
-  """Books time to one activity at a time; an inner one interrupts the outer one."""
+  """A stopwatch of one activity at a time; an inner one interrupts the outer one."""
 
   def __init__(self, activity: str, seconds: Mapping[str, float] | None = None):
-    """Starts with `activity`, on top of the `seconds` of an earlier process."""
+    """Starts `activity`; adds to the `seconds` of an earlier process."""
     self._seconds = dict(seconds or {})
     self._activities = [activity]
     self._since = time.monotonic()
 
   @contextlib.contextmanager
   def on(self, activity: str) -> Iterator[None]:
-    """Books the block to `activity`."""
+    """Adds the time of the block to `activity`."""
     self._book()
     self._activities.append(activity)
     try:
@@ -26,7 +26,7 @@ class Stopwatch:
       self._activities.pop()
 
   def seconds(self) -> dict[str, float]:
-    """So far, by activity."""
+    """Seconds so far, by activity."""
     self._book()
     return dict(self._seconds)
 

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl and TensorBoard's events."""
+"""Writers of metrics: metrics.jsonl and TensorBoard's events."""
 
 import contextlib
 import json
@@ -18,14 +18,14 @@ from lorax_flax.files import workdir as files
 class Record:
   """Lines of metrics.
 
-  metrics.jsonl holds nothing that depends on the clock: a run that was killed and went
-  on has the very file of one that was not. Speeds go to TensorBoard alone.
+  metrics.jsonl holds nothing that depends on the clock: a run that was killed and
+  resumed has the very file of one that was not. Speeds go to TensorBoard alone.
 
   In a bucket, where nothing can be appended to, both are complete after each `flush`.
   """
 
   def __init__(self, workdir: Path, step: int):
-    """Goes on after `step`: later lines, of a process that was killed, are dropped."""
+    """Resumes after `step`: drops later lines, of a process that was killed."""
     self.lines: list[dict[str, Any]] = _lines_until(workdir / files.METRICS, step)
     self._mirror = bucket.Mirror(workdir) if bucket.holds(workdir) else None
     if self._mirror is not None:
@@ -43,7 +43,7 @@ class Record:
         self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-    """One line: the step, the epochs that are done, and values such as train/loss."""
+    """Writes a line: the step, the epochs that are done, values such as train/loss."""
     line = {"step": step, "epoch": epoch, **values}
     self.lines.append(line)
     with atomic.naming(self._file):
@@ -52,14 +52,14 @@ class Record:
     self.speed(step, values)
 
   def speed(self, step: int, values: Mapping[str, float]) -> None:
-    """Values for TensorBoard alone."""
+    """Writes values to TensorBoard alone."""
     with atomic.naming(self._folder):
       for name, value in values.items():
         self._event(step, summary=summary.scalar(name, value))
       self._events.flush()
 
   def flush(self) -> None:
-    """Until all lines would survive the end of this machine, as a checkpoint does."""
+    """Waits until all lines would survive the end of this machine."""
     if self._mirror is not None:
       self._mirror.send()
 
@@ -77,21 +77,21 @@ class Record:
 
 
 class SilentRecord:
-  """Of a process that is not the one that writes: the others' lines are the same."""
+  """Writer of the processes after the first, whose lines would be the same."""
 
   lines: Sequence[dict[str, Any]] = ()
 
   def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-    """Nothing."""
+    """Does nothing."""
 
   def speed(self, step: int, values: Mapping[str, float]) -> None:
-    """Nothing."""
+    """Does nothing."""
 
   def flush(self) -> None:
-    """Nothing."""
+    """Does nothing."""
 
   def close(self) -> None:
-    """Nothing."""
+    """Does nothing."""
 
 
 def _dump(line: Mapping[str, Any]) -> str:

@@ -1,0 +1,97 @@
+"""The outline of a run's model: from the settings, from config.json, and compared."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorax_flax.errors import LoraxError
+from lorax_flax.hub.resolve import resolve
+from lorax_flax.models import registry
+from lorax_flax.models.settings import ModelSettings
+from lorax_flax.tasks.task import Task
+
+
+def check(
+  settings: ModelSettings,
+  task: Task,
+  max_length: int,
+  hf_config: Mapping[str, Any],
+  folder: str,
+) -> registry.Outline:
+  """The model that a config.json describes, where it fits the settings and the task.
+
+  Args:
+    max_length: number of tokens that it has to take.
+    folder: where the config.json is, for messages.
+
+  Raises:
+    LoraxError: it is no model of the task's kind, takes fewer tokens, or differs from
+      model.hf_config.
+  """
+  family = registry.of(hf_config)
+  if family.task != task.model:
+    raise LoraxError(
+      f"the task {task.name} trains a {task.model} model, and a "
+      f"{hf_config['model_type']} is a {family.task} model"
+    )
+  model = _outline(settings, task, hf_config)
+  if max_length > model.max_length:
+    raise LoraxError(
+      f"data.max_length is {max_length}, and this model takes at most "
+      f"{model.max_length} tokens"
+    )
+  stated = settings.hf_config
+  if stated is not None and stated is not hf_config:
+    _check_same(_outline(settings, task, stated), model, folder)
+  return model
+
+
+def described(settings: ModelSettings, task: Task, max_length: int) -> registry.Outline:
+  """The model without its weights.
+
+  It is made from model.hf_config, where that is set, with no look at any file; else
+  from the config.json of model.path, which may be a folder with that file alone.
+
+  Raises:
+    LoraxError: there is neither; what `check` refuses.
+  """
+  stated = settings.hf_config
+  if stated is not None:
+    return check(settings, task, max_length, stated, "model.hf_config")
+  folder = Path(settings.path).expanduser()
+  if not (folder / "config.json").is_file():
+    folder = resolve(settings.path)
+  return check(settings, task, max_length, registry.read_config(folder), str(folder))
+
+
+def _outline(
+  settings: ModelSettings, task: Task, hf_config: Mapping[str, Any]
+) -> registry.Outline:
+  return registry.outline(
+    hf_config,
+    num_labels=task.num_labels,
+    dtype=settings.dtype,
+    scan=settings.scan,
+    remat=settings.remat,
+  )
+
+
+def _check_same(stated: registry.Outline, found: registry.Outline, folder: str) -> None:
+  there, here = _fields(found), _fields(stated)
+  differences = [
+    f"{name} is {here.get(name)!r} there and {there.get(name)!r} in {folder}"
+    for name in sorted(there.keys() | here.keys())
+    if there.get(name) != here.get(name)
+  ]
+  if differences:
+    raise LoraxError(
+      f"config.model.hf_config is not of this model: {'; '.join(differences)}. Name "
+      "another --config.model.path, or describe it: --config.model.hf_config.FIELD"
+    )
+
+
+def _fields(model: registry.Outline) -> dict[str, Any]:
+  """The fields that numbers depend on, under config.json's names."""
+  fields = dataclasses.asdict(model.config)
+  return {"model_type": model.hf_config["model_type"], **fields}

@@ -1,0 +1,45 @@
+"""Settings of the model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lorax_flax.errors import LoraxError, unknown
+
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "full", "dots")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+  """Choice of model, and how it computes.
+
+  Attributes:
+    path: a folder, a name on the hub or an alias.
+    hf_config: content of its config.json, so that the step can be compiled without the
+      model; a config.json that differs is an error. None where that is unknown.
+    dtype: dtype of computing; weights that train are float32.
+    param_dtype: dtype of frozen weights in memory; None leaves each as it is stored.
+    scan: whether the layers are stacked and scanned: compiles faster, runs slower on a
+      CPU.
+    remat: what is recomputed in the backward pass: "none", "full", "dots".
+    dropout: rate in the encoder; None takes the checkpoint's.
+    head_dropout: rate before the classifier; None takes the checkpoint's.
+  """
+
+  path: str
+  hf_config: Mapping[str, Any] | None = None
+  dtype: str = "float32"
+  param_dtype: str | None = None
+  scan: bool = False
+  remat: str = "none"
+  dropout: float | None = None
+  head_dropout: float | None = None
+
+  def __post_init__(self):
+    for name in ("dtype", "param_dtype"):
+      value = getattr(self, name)
+      if value is not None and value not in DTYPES:
+        raise LoraxError(unknown(f"model.{name}", value, DTYPES))
+    if self.remat not in REMAT:
+      raise LoraxError(unknown("model.remat", self.remat, REMAT))

@@ -1,0 +1,61 @@
+"""The objective of a training: loss, metrics, and the unit of work."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_flax.train.losses import Loss
+
+# outputs -> the array or None that evaluation keeps of them on the host, (B, …)
+Predictions = Callable[[Any], jax.Array | None]
+
+
+def logits(logits_BxC: jax.Array) -> jax.Array:
+  """All logits, float32."""
+  return logits_BxC.astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Work:
+  """Unit in which progress and speed are counted.
+
+  Attributes:
+    unit: its plural, "tokens".
+    column: column of a batch with 1 for each unit and 0 for padding.
+  """
+
+  unit: str = "examples"
+  column: str = "weights"
+
+  def count(self, batch: Mapping[str, np.ndarray]) -> int:
+    """Number of units in a batch on the host."""
+    return int(batch[self.column].sum())
+
+  def padded(self, batch: Mapping[str, Any]) -> int:
+    """Number of units that the model computes for a batch, padding included."""
+    return int(np.prod(batch[self.column].shape))
+
+
+@dataclass(frozen=True)
+class Objective:
+  """Loss, metrics and unit of work of a task.
+
+  Attributes:
+    loss: per example; a batch's `weights` scale it.
+    metrics: keys of `metrics.METRICS`.
+    primary: the metric that picks the best evaluation.
+    eval_loss: the loss in evaluations; None: the same.
+    predictions: selects what metrics need of a model's outputs.
+    work: unit of the throughput.
+  """
+
+  loss: Loss
+  metrics: Sequence[str]
+  primary: str
+  eval_loss: Loss | None = None
+  predictions: Predictions = logits
+  work: Work = Work()
