@@ -6,8 +6,8 @@ median of 5 seeds, best epoch): 87.5 ± 0.3 with RoBERTa-base, where full fine-t
 `:large_dagger` 90.6, the paper's setting for comparison with adapters;
 `:xxlarge` 91.9 ± 0.2 with DeBERTa-v2-xxlarge (full fine-tuning 91.8).
 
-Hyper-parameters: those of the paper's table 9, for `:xxlarge` of table 10 with rank 16
-and alpha 32 (arXiv 2106.09685, appendix D); `common.glue` says what is from elsewhere.
+Hyper-parameters: the paper's table 9 (arXiv 2106.09685, appendix D); `:xxlarge` is its
+table 10 with rank 16 and alpha 32. `common.glue` says what is from elsewhere.
 
 Hardware: one accelerator with 16 GB is ample; 392,702 examples, 30 epochs of
 24,544 steps. Data: TFDS glue/mnli, downloaded at first use.

@@ -6,8 +6,8 @@ median of 5 seeds, best epoch): 93.3 ± 0.3 with RoBERTa-base, where full fine-t
 `:large_dagger` 94.8, the paper's setting for comparison with adapters;
 `:xxlarge` 96.0 ± 0.1 with DeBERTa-v2-xxlarge (full fine-tuning 96.0).
 
-Hyper-parameters: those of the paper's table 9, for `:xxlarge` of table 10 with rank 16
-and alpha 32 (arXiv 2106.09685, appendix D); `common.glue` says what is from elsewhere.
+Hyper-parameters: the paper's table 9 (arXiv 2106.09685, appendix D); `:xxlarge` is its
+table 10 with rank 16 and alpha 32. `common.glue` says what is from elsewhere.
 
 Hardware: one accelerator with 16 GB is ample; 104,743 examples, 25 epochs of
 3,274 steps. Data: TFDS glue/qnli, downloaded at first use.

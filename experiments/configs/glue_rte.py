@@ -10,8 +10,8 @@ The paper starts this task from the adapter that it trained on MNLI. Without
 --config.init_adapter the recipe is the same but for that start, and scores lower
 (`:large_dagger` is the paper's own recipe without it).
 
-Hyper-parameters: those of the paper's table 9, for `:xxlarge` of table 10 with rank 16
-and alpha 32 (arXiv 2106.09685, appendix D); `common.glue` says what is from elsewhere.
+Hyper-parameters: the paper's table 9 (arXiv 2106.09685, appendix D); `:xxlarge` is its
+table 10 with rank 16 and alpha 32. `common.glue` says what is from elsewhere.
 
 Hardware: one accelerator with 16 GB is ample; 2,490 examples, 80 epochs of
 78 steps. Data: TFDS glue/rte, downloaded at first use.

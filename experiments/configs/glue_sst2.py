@@ -6,8 +6,8 @@ median of 5 seeds, best epoch): 95.1 ± 0.2 with RoBERTa-base, where full fine-t
 `:large_dagger` 96.2, the paper's setting for comparison with adapters;
 `:xxlarge` 96.9 ± 0.2 with DeBERTa-v2-xxlarge (full fine-tuning 97.2).
 
-Hyper-parameters: those of the paper's table 9, for `:xxlarge` of table 10 with rank 16
-and alpha 32 (arXiv 2106.09685, appendix D); `common.glue` says what is from elsewhere.
+Hyper-parameters: the paper's table 9 (arXiv 2106.09685, appendix D); `:xxlarge` is its
+table 10 with rank 16 and alpha 32. `common.glue` says what is from elsewhere.
 
 Hardware: one accelerator with 16 GB is ample; 67,349 examples, 60 epochs of
 4,210 steps. Data: TFDS glue/sst2, downloaded at first use.

@@ -109,7 +109,7 @@ def fit(
       )
       for run, own in zip(job.runs, progress, strict=True)
     ]
-    unit, quiet = job.objective.work.unit, not processes.first()
+    unit, quiet = job.objective.throughput.unit, not processes.first()
     display = stack.enter_context(Display(plan.total, done, unit, quiet))
     seconds = progress[0].seconds
     loop = _Loop(job, plan, program, histories, checkpoints, display, stop, seconds)
@@ -191,7 +191,7 @@ class _Loop:
         for history, own in zip(
           self._histories, self._program.unstack(batch), strict=True
         ):
-          history.tokens += self._objective.work.count(own)
+          history.tokens += self._objective.throughput.count(own)
         self._display.step(number)
         at_end = number == self._plan.total
         if at_end or number % self._config.log_steps == 0:
@@ -250,7 +250,7 @@ class _Loop:
     speed = (work - self._logged[0]) / passed
     self._logged = (work, seconds)
     left = (self._plan.total - number) * seconds / number
-    name = f"speed/{self._objective.work.unit}_per_second"
+    name = f"speed/{self._objective.throughput.unit}_per_second"
     for history in running(self._histories):
       history.record.speed(number, {name: speed})
     self._display.update(

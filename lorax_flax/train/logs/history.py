@@ -57,7 +57,7 @@ class History:
   ):
     self.record, self.name = record, name
     self._plan, self._on_nonfinite = plan, on_nonfinite
-    self._primary, self._unit = objective.primary, objective.work.unit
+    self._primary, self._unit = objective.primary, objective.throughput.unit
     self._pending = {name: Mean(*pair) for name, pair in progress.pending.items()}
     self._evaluations = list(progress.evaluations)
     self._best = progress.best
