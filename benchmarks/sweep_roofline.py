@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from benchmarks import common
 from experiments.cli import config_dict, config_flag
 from launch.dryrun import hlo, report, topology
-from launch.dryrun import step as shapes
 from lorax_flax.jobs import settings
-from lorax_flax.jobs.abstract import DURATIONS, Abstract
+from lorax_flax.jobs.abstract import DURATIONS, Abstract, abstract
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.tasks import task as tasks
 from lorax_flax.train import step as steps
@@ -33,7 +32,7 @@ from lorax_flax.train.state import Base, TrainState
 def together(one: Abstract, requested: settings.Settings, n: int) -> Abstract:
   """The step of n trials, from that of one."""
   objective = tasks.of(requested.data).objective(requested.train.label_smoothing)
-  state, base, batch = abstract(one.state, one.base, one.batch, n)
+  state, base, batch = _stacked(one.state, one.base, one.batch, n)
   step = trials.train_step(
     one.forward, objective, requested.train, DURATIONS, trials.within(trials.ROOM)
   )
@@ -42,7 +41,7 @@ def together(one: Abstract, requested: settings.Settings, n: int) -> Abstract:
   return dataclasses.replace(one, step=jitted, state=state, base=base, batch=batch)
 
 
-def abstract(
+def _stacked(
   state: TrainState, base: Base, batch: Mapping[str, Any], n: int
 ) -> tuple[trials.States, trials.Bases, dict[str, Any]]:
   """ShapeDtypeStructs that N trials' step takes, from those of one's step."""
@@ -116,7 +115,7 @@ def measure(
   fields = config_flag.load(config)
   fields.train.batch_size = batch
   requested = config_dict.convert(fields)
-  one = shapes.job(requested, slice_)
+  one = abstract(requested, slice_.devices)
   step = one if n == 1 else together(one, requested, n)
   with topology.quiet():
     compiled = step.compile()

@@ -150,11 +150,18 @@ def instruct(
   return config
 
 
-def in_full(config: ConfigDict, learning_rate: float) -> ConfigDict:
-  """Full fine-tuning: every weight trained, no deltas, the same code path."""
-  config.lora.targets = ()
-  config.lora.tuned = ".*"
-  config.train.learning_rate = learning_rate
+def or_full(
+  name: str, variant: str | None, config: ConfigDict, *, full_learning_rate: float
+) -> ConfigDict:
+  """The config as it is, or as full fine-tuning by the same code for ":full".
+
+  Raises:
+    LoraxError: there is no such variant.
+  """
+  if choose(name, variant, {"": False, "full": True}):
+    config.lora.targets = ()
+    config.lora.tuned = ".*"  # every weight is trained, and there are no deltas
+    config.train.learning_rate = full_learning_rate
   return config
 
 

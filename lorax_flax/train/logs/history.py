@@ -153,18 +153,11 @@ class History:
   def progress(
     self, position: Mapping[str, Any], seconds: Mapping[str, float]
   ) -> Progress:
-    """The part of a checkpoint that describes this run.
-
-    Args:
-      position: of the data iterator.
-      seconds: wall time by what it was spent on.
-    """
+    """The part of a checkpoint that describes this run; arguments are its fields."""
+    pending = self._pending.items()
     return Progress(
       position=dict(position),
-      pending={
-        name: (float(mean.total), float(mean.count))
-        for name, mean in self._pending.items()
-      },
+      pending={name: (float(m.total), float(m.count)) for name, m in pending},
       evaluations=self._evaluations,
       best=self._best,
       seconds=dict(seconds),
@@ -178,6 +171,7 @@ class History:
   ) -> dict[str, Any]:
     """The content of result.json, except for the paths of what was written."""
     best, last = self.best_and_last()
+    speed = self.tokens / seconds["steps"] if seconds["steps"] else 0.0
     return {
       **best["metrics"],
       "primary_metric": self._primary,
@@ -192,9 +186,7 @@ class History:
       "seconds": dict(seconds),
       "skipped_steps": self.skipped,
       self._unit: self.tokens,
-      f"{self._unit}_per_second": (
-        self.tokens / seconds["steps"] if seconds["steps"] else 0.0
-      ),
+      f"{self._unit}_per_second": speed,
     }
 
 
