@@ -41,7 +41,7 @@ class History:
   Attributes:
     record: writer of the lines.
     name: of the run, which prefixes its log lines; empty where there is only one.
-    tokens: units of work so far.
+    tokens: number of units so far, of the throughput.
     skipped: number of steps that changed nothing, since they were not finite.
     failed: step and reason of a run that diverged, else None.
   """
