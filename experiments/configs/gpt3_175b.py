@@ -32,10 +32,6 @@ from experiments.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  return common.choose("gpt3_175b", variant, {"": _lora, "full": _full})()
-
-
-def _lora() -> ConfigDict:
   config = common.next_token()
   config.model.path = "gpt3-175b"  # none is public
   config.model.hf_config = {
@@ -59,8 +55,4 @@ def _lora() -> ConfigDict:
   config.train.warmup_steps = 1
   config.train.weight_decay = 0.1
   config.mesh.tensor = 2
-  return config
-
-
-def _full() -> ConfigDict:
-  return common.in_full(_lora(), learning_rate=5e-6)
+  return common.or_full("gpt3_175b", variant, config, full_learning_rate=5e-6)
