@@ -135,7 +135,7 @@ def instruct(
   """
   config = next_token()
   config.model.path = path
-  config.model.hf_config = dict(hf_config)
+  config.model.hf_config = ConfigDict(dict(hf_config))
   config.data.max_length = 2048
   config.lora.targets = "all-linear"
   config.lora.rank = 16

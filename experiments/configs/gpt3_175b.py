@@ -34,15 +34,17 @@ from experiments.configs import common
 def get_config(variant: str | None = None) -> ConfigDict:
   config = common.next_token()
   config.model.path = "gpt3-175b"  # none is public
-  config.model.hf_config = {
-    "model_type": "gpt2",
-    "vocab_size": 50257,
-    "n_positions": 2048,
-    "n_embd": 12288,
-    "n_layer": 96,
-    "n_head": 96,
-    "torch_dtype": "bfloat16",
-  }
+  config.model.hf_config = ConfigDict(
+    {
+      "model_type": "gpt2",
+      "vocab_size": 50257,
+      "n_positions": 2048,
+      "n_embd": 12288,
+      "n_layer": 96,
+      "n_head": 96,
+      "torch_dtype": "bfloat16",
+    }
+  )
   config.model.dropout = 0.0  # the paper names none
   config.data.max_length = 2048
   config.lora.targets = ".*/attn/c_attn/kernel"
