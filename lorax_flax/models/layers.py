@@ -31,6 +31,34 @@ class Model(nn.Module):
   remat: str = "none"
 
 
+class TextClassifier(Model):
+  """An encoder with a head over its first token; one output is a regression."""
+
+  def __call__(
+    self,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    token_type_ids: jax.Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Logits, BxC float32.
+
+    Args:
+      input_ids, attention_mask, token_type_ids: BxT int32; the mask is 1 where a token
+        is attended to; the types are zeros by default.
+      deterministic: without dropout; otherwise a "dropout" rng is needed.
+    """
+    if token_type_ids is None:
+      token_type_ids = jnp.zeros_like(input_ids)
+    y_BxC = self.logits(input_ids, attention_mask, token_type_ids, deterministic)
+    return y_BxC.astype(jnp.float32)
+
+  def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
+    """Logits, BxC, of a family's own layers; compact."""
+    raise NotImplementedError
+
+
 def check_length(input_ids_BxT: jax.Array, most: int) -> None:
   """Raises LoraxError for texts with more tokens than the model has positions."""
   if (length := input_ids_BxT.shape[1]) > most:
@@ -61,6 +89,14 @@ def dense(
     bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
     name=name,
   )
+
+
+def dense_of(
+  config: Any, features: int, axes, dtype: DType, name: str, bias: bool = True
+) -> nn.Dense:
+  """A `dense` layer with the standard deviation of a family's config."""
+  std = config.initializer_range
+  return dense(features, axes, dtype, name, std=std, bias=bias)
 
 
 class Embed(nn.Embed):

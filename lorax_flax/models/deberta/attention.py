@@ -134,8 +134,7 @@ class Attention(nn.Module):
     c, heads = self.config, self.config.num_attention_heads
 
     def dense(name, axes=("embed", "heads")):
-      std = c.initializer_range
-      return layers.dense(c.hidden_size, axes, self.dtype, name, std=std)
+      return layers.dense_of(c, c.hidden_size, axes, self.dtype, name)
 
     def dropped(x, rate):
       return nn.Dropout(rate)(x, self.deterministic)
