@@ -24,7 +24,7 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType, TextClassifier, check_length, dense_of
+from lorax_flax.models.layers import Part, TextClassifier, check_length, dense_of
 
 _EPS = 1e-12  # of every norm; config.json has no field for it
 _QKV = ("q_lin", "k_lin", "v_lin")
@@ -64,12 +64,8 @@ _ALIASES = {
 }
 
 
-class Attention(nn.Module):
+class Attention(Part[DistilBertConfig]):
   """Self-attention."""
-
-  config: DistilBertConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -81,12 +77,8 @@ class Attention(nn.Module):
     return dense_of(c, c.dim, ("heads", "embed"), self.dtype, "out_lin")(y_BxTxD)
 
 
-class Layer(nn.Module):
+class Layer(Part[DistilBertConfig]):
   """One layer, in the form of nn.scan."""
-
-  config: DistilBertConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
@@ -108,12 +100,8 @@ class Layer(nn.Module):
     return layers.Norm(_EPS, name="output_layer_norm")(x_BxTxD + y_BxTxD), None
 
 
-class Embeddings(nn.Module):
+class Embeddings(Part[DistilBertConfig]):
   """Token and position embeddings, summed and normed."""
-
-  config: DistilBertConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, input_ids_BxT: jax.Array) -> jax.Array:
@@ -133,10 +121,8 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.dropout)(x_BxTxD, self.deterministic)
 
 
-class SequenceClassifier(TextClassifier):
+class SequenceClassifier(TextClassifier[DistilBertConfig]):
   """A DistilBERT; it has no token types, and ignores those that it is given."""
-
-  config: DistilBertConfig
 
   @nn.compact
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):

@@ -28,7 +28,7 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType, Model, check_length, dense_of
+from lorax_flax.models.layers import Model, Part, check_length, dense_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +81,8 @@ def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> GPT2Config:
   return fields.read(GPT2Config, hf_config, aliases=_ALIASES, only=only, **overrides)
 
 
-class Attention(nn.Module):
+class Attention(Part[GPT2Config]):
   """Self-attention of each token to those before it and to itself."""
-
-  config: GPT2Config
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -111,12 +107,8 @@ class Attention(nn.Module):
     return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
 
 
-class Layer(nn.Module):
+class Layer(Part[GPT2Config]):
   """One layer, in the form of nn.scan."""
-
-  config: GPT2Config
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -140,10 +132,8 @@ class Layer(nn.Module):
     return x_BxTxD + feed(y_BxTxD), None
 
 
-class LanguageModel(Model):
+class LanguageModel(Model[GPT2Config]):
   """A decoder whose outputs score every token of the vocabulary as the next."""
-
-  config: GPT2Config
 
   @nn.compact
   def __call__(

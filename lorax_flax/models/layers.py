@@ -1,7 +1,7 @@
 """Modules and functions that families share; kernels are (in, out), with named axes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,10 @@ from lorax_flax.models import ops
 from lorax_flax.sharding import activations as spread
 
 DType = Any
+Config = TypeVar("Config")
 
 
-class Model(nn.Module):
+class Model(nn.Module, Generic[Config]):
   """A full model; a family's own is called with its inputs by name.
 
   Attributes:
@@ -25,13 +26,27 @@ class Model(nn.Module):
     remat: recomputation in the backward pass: "none", "full" or "dots".
   """
 
-  config: Any
+  config: Config
   dtype: DType = jnp.float32
   scan: bool = False
   remat: str = "none"
 
 
-class TextClassifier(Model):
+class Part(nn.Module, Generic[Config]):
+  """A part of a model.
+
+  Attributes:
+    config: the family's own.
+    dtype: of computation.
+    deterministic: without dropout.
+  """
+
+  config: Config
+  dtype: DType
+  deterministic: bool
+
+
+class TextClassifier(Model[Config]):
   """An encoder with a head over its first token; one output is a regression."""
 
   def __call__(

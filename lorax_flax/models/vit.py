@@ -29,7 +29,7 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family
-from lorax_flax.models.layers import DType, Model, dense_of
+from lorax_flax.models.layers import Model, Part, dense_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +87,8 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
   return pair
 
 
-class Attention(nn.Module):
+class Attention(Part[ViTConfig]):
   """Self-attention of every token to every token."""
-
-  config: ViTConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -108,12 +104,8 @@ class Attention(nn.Module):
     return dense_of(c, c.hidden_size, axes[::-1], self.dtype, "o_proj")(y_BxTxD)
 
 
-class Layer(nn.Module):
+class Layer(Part[ViTConfig]):
   """One layer, in the form of nn.scan."""
-
-  config: ViTConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array):
@@ -135,12 +127,8 @@ class Layer(nn.Module):
     return x_BxTxD + drop(feed(y_BxTxD)), None
 
 
-class Embeddings(nn.Module):
+class Embeddings(Part[ViTConfig]):
   """The learned token and the projected patches, with positions added."""
-
-  config: ViTConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, pixels_BxCxHxW: jax.Array) -> jax.Array:
@@ -173,10 +161,8 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
 
 
-class ImageClassifier(Model):
+class ImageClassifier(Model[ViTConfig]):
   """An encoder with a head over its first token; one output is a regression."""
-
-  config: ViTConfig
 
   @nn.compact
   def __call__(

@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import numpy as np
+from lorax_flax.methods.peft_form import Form
 
 Part = Literal["body", "head"]
 Kind = Literal["linear", "conv", "embedding", "norm", "raw"]
@@ -41,18 +41,10 @@ class Entry:
   piece: tuple[int, int] = (0, 1)
   labels: bool = False
 
-  def to_ours(self, stored: np.ndarray) -> np.ndarray:
-    """The stored tensor as our array (a slice of our leaf)."""
-    return stored if self.axes is None else stored.transpose(self.axes)
-
-  def to_stored(self, ours: np.ndarray) -> np.ndarray:
-    """The inverse of `to_ours`."""
-    return ours if self.axes is None else ours.transpose(np.argsort(self.axes))
-
-  def stored_shape(self, ours: Sequence[int]) -> tuple[int, ...]:
-    """The stored tensor's shape, by that of our array."""
-    order = range(len(ours)) if self.axes is None else np.argsort(self.axes)
-    return tuple(ours[i] for i in order)
+  @property
+  def form(self) -> Form:
+    """The stored tensor's form, for our array (a slice of our leaf)."""
+    return Form(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.bert import keys as bert_keys
 from lorax_flax.models.bert.config import UNSUPPORTED, EncoderConfig
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType, TextClassifier, check_length, dense_of
+from lorax_flax.models.layers import Part, TextClassifier, check_length, dense_of
 
 
 def _sequential(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
@@ -45,12 +45,8 @@ POSITIONS = {
 }
 
 
-class Attention(nn.Module):
+class Attention(Part[EncoderConfig]):
   """Self-attention, its output added to its input and normed."""
-
-  config: EncoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -68,12 +64,8 @@ class Attention(nn.Module):
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
 
 
-class Layer(nn.Module):
+class Layer(Part[EncoderConfig]):
   """One encoder layer, in the form of nn.scan."""
-
-  config: EncoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
@@ -87,12 +79,8 @@ class Layer(nn.Module):
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD), None
 
 
-class Embeddings(nn.Module):
+class Embeddings(Part[EncoderConfig]):
   """Token, position and type embeddings, summed and normed."""
-
-  config: EncoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, input_ids_BxT, token_type_ids_BxT) -> jax.Array:
@@ -116,10 +104,8 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
 
 
-class SequenceClassifier(TextClassifier):
+class SequenceClassifier(TextClassifier[EncoderConfig]):
   """A BERT or RoBERTa."""
-
-  config: EncoderConfig
 
   @nn.compact
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
@@ -154,12 +140,8 @@ def _bert_head(config, dtype, deterministic):
   return head
 
 
-class RobertaHead(nn.Module):
+class RobertaHead(Part[EncoderConfig]):
   """A classifier with a dense layer of its own."""
-
-  config: EncoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxD: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from lorax_flax.models.deberta import attention
 from lorax_flax.models.deberta import keys as deberta_keys
 from lorax_flax.models.deberta.config import DebertaConfig, from_hf
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType, TextClassifier, check_length, dense_of
+from lorax_flax.models.layers import Part, TextClassifier, check_length, dense_of
 
 
 class Branch(NamedTuple):
@@ -31,12 +31,8 @@ class Branch(NamedTuple):
   bias_D: jax.Array
 
 
-class Layer(nn.Module):
+class Layer(Part[DebertaConfig]):
   """One encoder layer, in the form of nn.scan."""
-
-  config: DebertaConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -63,15 +59,11 @@ class Layer(nn.Module):
     return jax.lax.cond(first, joined, lambda x_BxTxD: x_BxTxD, x_BxTxD), None
 
 
-class Conv(nn.Module):
+class Conv(Part[DebertaConfig]):
   """The convolution of the embeddings that joins the first layer's output.
 
   It depends on no layer, so it runs once, before them, and they can be scanned.
   """
-
-  config: DebertaConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, real_BxTx1: jax.Array) -> Branch:
@@ -95,14 +87,11 @@ class Conv(nn.Module):
     return Branch(y_BxTxD, real_BxTx1, *norm)
 
 
-class Encoder(nn.Module):
+class Encoder(Part[DebertaConfig]):
   """All layers, and the table of relative positions that they share."""
 
-  config: DebertaConfig
-  dtype: DType
   scan: bool
   remat: str
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -137,12 +126,8 @@ class Encoder(nn.Module):
     )
 
 
-class Embeddings(nn.Module):
+class Embeddings(Part[DebertaConfig]):
   """Token embeddings, with positions and types where the model has these, normed."""
-
-  config: DebertaConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, input_ids_BxT, token_type_ids_BxT, mask_BxT) -> jax.Array:
@@ -172,10 +157,8 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
 
 
-class SequenceClassifier(TextClassifier):
+class SequenceClassifier(TextClassifier[DebertaConfig]):
   """A DeBERTa."""
-
-  config: DebertaConfig
 
   @nn.compact
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
@@ -185,7 +168,7 @@ class SequenceClassifier(TextClassifier):
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
       input_ids, token_type_ids, attention_mask
     )
-    x_BxTxD = Encoder(c, dtype, self.scan, self.remat, deterministic, name="encoder")(
+    x_BxTxD = Encoder(c, dtype, deterministic, self.scan, self.remat, name="encoder")(
       x_BxTxD, attention_mask
     )
     x_BxD = nn.Dropout(c.pooler_dropout)(layers.first_token(x_BxTxD), deterministic)

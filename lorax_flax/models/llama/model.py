@@ -17,7 +17,7 @@ import numpy as np
 
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import layers, ops, stacking
-from lorax_flax.models.layers import DType, Model, dense_of
+from lorax_flax.models.layers import DType, Model, Part, dense_of
 from lorax_flax.models.llama import keys as decoder_keys
 from lorax_flax.models.llama import moe
 from lorax_flax.models.llama.config import DecoderConfig
@@ -42,12 +42,8 @@ def mlp_names(c: DecoderConfig) -> dict[str, int]:
   return {"gate_up_proj": 2 * m} if c.fused else {"gate_proj": m, "up_proj": m}
 
 
-class Attention(nn.Module):
+class Attention(Part[DecoderConfig]):
   """Causal self-attention with rotary positions."""
-
-  config: DecoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -122,12 +118,8 @@ def layer_norms(c: DecoderConfig) -> tuple[str, ...]:
   )
 
 
-class Layer(nn.Module):
+class Layer(Part[DecoderConfig]):
   """One layer, in the form of nn.scan."""
-
-  config: DecoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -165,14 +157,11 @@ class Layer(nn.Module):
     return x_BxTxD + dropped(normed(after_mlp, y_BxTxD)), None
 
 
-class Decoder(nn.Module):
+class Decoder(Part[DecoderConfig]):
   """Embeddings, layers and the final norm; logits too, if the head is tied."""
 
-  config: DecoderConfig
-  dtype: DType
   scan: bool
   remat: str
-  deterministic: bool
 
   @nn.compact
   def __call__(self, input_ids_BxT, mask_BxT, positions_BxT, length) -> jax.Array:
@@ -215,10 +204,8 @@ class Decoder(nn.Module):
     return jnp.einsum("BTD,VD->BTV", x_BxTxD, words.embedding.astype(dtype))
 
 
-class CausalLM(Model):
+class CausalLM(Model[DecoderConfig]):
   """A decoder with a language model's head."""
-
-  config: DecoderConfig
 
   @nn.compact
   def __call__(
@@ -243,7 +230,7 @@ class CausalLM(Model):
       position_ids = jnp.arange(length, dtype=jnp.int32)[None, :]
     else:
       length = jnp.max(position_ids) + 1
-    decoder = Decoder(c, dtype, self.scan, self.remat, deterministic, name="model")
+    decoder = Decoder(c, dtype, deterministic, self.scan, self.remat, name="model")
     y = decoder(input_ids, attention_mask, position_ids, length)
     if not c.tie_word_embeddings:
       y = dense_of(c, c.vocab_size, ("embed", "vocab"), dtype, "lm_head", False)(y)
