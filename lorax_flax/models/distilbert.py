@@ -155,8 +155,9 @@ _ENTRIES = (
   embedding("embeddings/position_embeddings", "embeddings.position_embeddings"),
   *norm("embeddings/layer_norm", "embeddings.LayerNorm"),
   *each(linear, f"{_LAYER}/attention", f"{_KEY}.attention", (*_QKV, "out_lin")),
+  *norm(f"{_LAYER}/sa_layer_norm", f"{_KEY}.sa_layer_norm"),
   *each(linear, f"{_LAYER}/ffn", f"{_KEY}.ffn", ("lin1", "lin2")),
-  *each(norm, _LAYER, _KEY, ("sa_layer_norm", "output_layer_norm")),
+  *norm(f"{_LAYER}/output_layer_norm", f"{_KEY}.output_layer_norm"),
   *linear("pre_classifier", "pre_classifier", part="head"),
   *linear("classifier", "classifier", part="head", labels=True),
 )
