@@ -1,5 +1,6 @@
 """The transform: a function of frozen params becomes one of (params, adapter)."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from lorax_flax.adapt.interpret.interpreter import Run
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
 from lorax_flax.adapt.paths import PyTree, flatten
 from lorax_flax.adapt.plan import Plan, make_plan, start
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, Followed
 
 
@@ -24,12 +25,12 @@ class Adapted:
   apply_fn: Callable[..., Any]
   config: LoraConfig
 
-  def plan(self, params: PyTree, *args, **kwargs) -> Plan:
+  def plan(self, params: PyTree, /, *args, **kwargs) -> Plan:
     """The config's meaning for this function; arguments may be ShapeDtypeStructs."""
     traced = _trace(self.apply_fn, params, args, kwargs)
     return make_plan(self.config, traced.jaxpr, traced.leaves, traced.num_args)
 
-  def init(self, key: jax.Array, params: PyTree, *args, **kwargs) -> Adapter:
+  def init(self, key: jax.Array, params: PyTree, /, *args, **kwargs) -> Adapter:
     """An adapter that changes nothing yet.
 
     Args:
@@ -46,15 +47,25 @@ class Adapted:
     self,
     params: PyTree,
     adapter: Adapter,
+    /,
     *args,
-    dropout_key: jax.Array | None = None,
+    lora_dropout_key: jax.Array | None = None,
     **kwargs,
   ) -> Any:
     """apply_fn(params with the deltas, *args, **kwargs), the sums never formed.
 
     Args:
-      dropout_key: LoRA's dropout acts only where a key is given.
+      lora_dropout_key: LoRA's dropout acts only where a key is given. `dropout_key`
+        means the same to a function that has no argument of that name.
+
+    Raises:
+      LoraxError: a delta that doesn't fit or isn't used; `dropout_key` where both the
+        function and LoRA's dropout could take it.
     """
+    if "dropout_key" in kwargs and not _takes(self.apply_fn, "dropout_key"):
+      lora_dropout_key = kwargs.pop("dropout_key")
+    elif kwargs.get("dropout_key") is not None and lora_dropout_key is None:
+      _check_no_dropout(adapter)
     leaves = flatten(params)
     for path in adapter:
       if path not in leaves:
@@ -62,7 +73,7 @@ class Adapted:
       adapter[path].check(path, leaves[path].shape)
     params = _with_replaced(params, adapter)
     traced = _trace(self.apply_fn, params, args, kwargs)
-    run = Run(dropout_key, self.config.on_unsupported == "materialize")
+    run = Run(lora_dropout_key, self.config.on_unsupported == "materialize")
     operands = list(traced.values)
     for i, path in enumerate(traced.leaves):
       delta = adapter.get(path)
@@ -109,6 +120,27 @@ def adapt(apply_fn: Callable[..., Any], config: LoraConfig) -> Adapted:
   True
   """
   return Adapted(apply_fn, config)
+
+
+def _takes(fn: Callable[..., Any], name: str) -> bool:
+  """Whether a function may take a keyword of this name."""
+  try:
+    parameters = inspect.signature(fn).parameters
+  except (TypeError, ValueError):  # a callable that has no signature
+    return True
+  return any(
+    p.kind is p.VAR_KEYWORD or (p.name == name and p.kind is not p.POSITIONAL_ONLY)
+    for p in parameters.values()
+  )
+
+
+def _check_no_dropout(adapter: Adapter) -> None:
+  dropped = [p for p, d in adapter.items() if isinstance(d, Followed) and d.dropout]
+  if dropped:
+    raise LoraxError(
+      "apply: the function itself takes 'dropout_key', so whose it is can't be told;"
+      f" LoRA's dropout, of {listing(dropped, 4)}, takes lora_dropout_key=KEY beside it"
+    )
 
 
 @dataclass(frozen=True)

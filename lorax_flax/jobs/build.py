@@ -151,7 +151,7 @@ def adapt(
 
   def forward(params, adapter, batch, key):
     keys = (None, None) if key is None else jax.random.split(key)
-    return lora.apply(params, adapter, batch, keys[0], dropout_key=keys[1])
+    return lora.apply(params, adapter, batch, keys[0], lora_dropout_key=keys[1])
 
   return lora, forward
 
