@@ -1,5 +1,6 @@
 """Runs whose workdir is in a bucket, and nowhere else."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -150,6 +151,7 @@ def test_a_bucket_that_takes_nothing_any_more_is_one_error_and_keeps_what_it_has
   kept = re.compile(r"lost/checkpoints/\d+/commit_success.txt")
   assert any(map(kept.fullmatch, bucket.names("lost/")))
   assert toy.fit(toy.job(folder), folder)["steps"] == 24
+  gc.collect()
 
 
 def test_a_bucket_that_takes_nothing_is_one_error_before_anything_is_loaded(bucket):
