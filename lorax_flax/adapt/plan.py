@@ -132,7 +132,7 @@ class Plan:
     return "\n".join([text_table.render(header, rows), *left_out])
 
   def summary(self) -> str:
-    """What was left out, by reason, in a line; "" where nothing was."""
+    """A line of what was left out, by reason; "" where nothing was."""
     by_reason: dict[str, list[str]] = {}
     for path, (_, why) in self.left_out.items():
       by_reason.setdefault(why, []).append(path)
@@ -173,13 +173,17 @@ def make_plan(
   jaxpr: Any,
   leaves: Mapping[str, Any],
   num_args: int,
-) -> Plan:
+) -> tuple[Plan, list[str]]:
   """Settles what a config means for a traced function.
 
   Args:
     jaxpr: of the function, its first operands the leaves in order, then num_args of
       data.
     leaves: the parameters by path, arrays or ShapeDtypeStructs.
+
+  Returns:
+    The plan, and the paths of the targets and rows that only a trace of the adapted
+    function and its gradient can tell to be followed everywhere.
 
   Raises:
     LoraxError: a pattern that matches nothing, a target that no contraction consumes.
@@ -204,6 +208,7 @@ def make_plan(
       " rows are trained cannot be either as well"
     )
   found = look([*chosen.paths, *indices])
+  consumed = found.usage
   targets = [
     _target(config, p, tuple(leaves[p].shape), found, stack_axes.get(p, ()))
     for p in chosen.paths
@@ -230,7 +235,8 @@ def make_plan(
     raise LoraxError("nothing to train: LoraConfig has no targets, no tuned, no rows")
   layers = _tuned_layers(config, leaves, tuned, targets, own_biases)
   layers = {path: layers[path] for path in in_full if path in layers}
-  return Plan(
+  to_try = [p for p in [*adapted, *indices] if not consumed[p].is_plain]
+  plan = Plan(
     tuple(targets),
     in_full,
     chosen.heads,
@@ -239,6 +245,7 @@ def make_plan(
     layers,
     {p: (tuple(leaves[p].shape), why) for p, why in chosen.left_out.items()},
   )
+  return plan, to_try
 
 
 def _beside(path: str, biases: Sequence[str]) -> str:

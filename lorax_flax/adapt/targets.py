@@ -28,7 +28,7 @@ def _hits(pattern: str, is_regex: bool, names: Sequence[str]) -> bool:
 
 
 def ends_with(name: str, suffix: str) -> bool:
-  """Whether a suffix of full names is the end of a path, "query/kernel"."""
+  """True where a suffix of full names is the end of a path, "query/kernel"."""
   return name == suffix or name.endswith("/" + suffix)
 
 

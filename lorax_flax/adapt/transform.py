@@ -1,21 +1,26 @@
 """The transform: a function of frozen params becomes one of (params, adapter)."""
 
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.interpreter import Run
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
+from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.adapt.paths import PyTree, flatten
 from lorax_flax.adapt.plan import Plan, make_plan, start
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, Followed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,37 @@ class Adapted:
   def plan(self, params: PyTree, /, *args, **kwargs) -> Plan:
     """The config's meaning for this function; arguments may be ShapeDtypeStructs."""
     traced = _trace(self.apply_fn, params, args, kwargs)
-    return make_plan(self.config, traced.jaxpr, traced.leaves, traced.num_args)
+    plan, to_try = make_plan(self.config, traced.jaxpr, traced.leaves, traced.num_args)
+    if to_try and self.config.on_unsupported == "error":
+      self._check(plan, to_try, traced)
+    return plan
+
+  def _check(self, plan: Plan, paths: Sequence[str], traced: "_Traced") -> None:
+    """Refuses deltas with which the function can't be run or differentiated.
+
+    Both are traced for their shapes. What JAX refuses to differentiate without any
+    delta as well (a while loop) may still be run.
+    """
+    adapter = jax.eval_shape(
+      lambda leaves: start(plan, jax.random.key(0), leaves), traced.leaves
+    )
+    followed = {p: adapter[p] for p in paths if isinstance(adapter[p], Followed)}
+    trained, rest = partition(followed, trainable_mask(followed))
+
+    def gradient(trained, rest, values, key):
+      def run(trained):
+        return self._evaluated(traced, values, combine(trained, rest), key)
+
+      results, pull = jax.vjp(run, trained)
+      return pull(list(map(_cotangent, results)))
+
+    key = jax.eval_shape(lambda: jax.random.key(0)) if plan.dropout else None
+    try:
+      jax.eval_shape(gradient, trained, rest, traced.values, key)
+    except LoraxError:
+      raise
+    except (NotImplementedError, TypeError, ValueError) as e:
+      log.debug("the gradient can't be traced: %s", e)
 
   def init(self, key: jax.Array, params: PyTree, /, *args, **kwargs) -> Adapter:
     """An adapter that changes nothing yet.
@@ -73,8 +108,19 @@ class Adapted:
       adapter[path].check(path, leaves[path].shape)
     params = _with_replaced(params, adapter)
     traced = _trace(self.apply_fn, params, args, kwargs)
-    run = Run(lora_dropout_key, self.config.on_unsupported == "materialize")
-    operands = list(traced.values)
+    results = self._evaluated(traced, traced.values, adapter, lora_dropout_key)
+    return jax.tree.unflatten(traced.out_tree, results)
+
+  def _evaluated(
+    self,
+    traced: "_Traced",
+    values: Sequence[Any],
+    adapter: Adapter,
+    dropout_key: jax.Array | None,
+  ) -> list[Any]:
+    """The results of a traced function on these operands, with the deltas."""
+    run = Run(dropout_key, self.config.on_unsupported == "materialize")
+    operands = list(values)
     for i, path in enumerate(traced.leaves):
       delta = adapter.get(path)
       if isinstance(delta, Followed):
@@ -92,7 +138,7 @@ class Adapted:
         f"the adapter's delta of {', '.join(map(repr, lost))} is never used by the"
         " function"
       )
-    return jax.tree.unflatten(traced.out_tree, results)
+    return results
 
 
 def adapt(apply_fn: Callable[..., Any], config: LoraConfig) -> Adapted:
@@ -123,7 +169,7 @@ def adapt(apply_fn: Callable[..., Any], config: LoraConfig) -> Adapted:
 
 
 def _takes(fn: Callable[..., Any], name: str) -> bool:
-  """Whether a function may take a keyword of this name."""
+  """True of a function that takes a keyword of this name, or may."""
   try:
     parameters = inspect.signature(fn).parameters
   except (TypeError, ValueError):  # a callable that has no signature
@@ -150,6 +196,11 @@ class _Traced:
   values: list[Any]  # operands of the jaxpr: the leaves, then the arrays among the args
   num_args: int
   out_tree: Any
+
+
+def _cotangent(x: Any) -> Any:
+  is_float = jnp.issubdtype(x.dtype, jnp.inexact)
+  return jnp.ones_like(x) if is_float else np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _is_array(x: Any) -> bool:

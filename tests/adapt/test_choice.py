@@ -1,10 +1,11 @@
-"""What targets mean in programs that are no plain stack of layers, and what is shown."""
+"""What targets mean where a model is no plain stack of layers, and what is shown."""
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.ode import odeint
 
 import lorax_flax as lx
 from tests.adapt.checks import check_equals_merged, perturbed
@@ -203,8 +204,9 @@ def mixed(p, x, ids):
 
 
 MIXED = {
-  "table": normal(0, 11, 6), "position": normal(1, 3, 6), "standardised": normal(2, 6, 6),
-  "bias": normal(3, 6), "scale": normal(4, 6), "up": normal(5, 6, 6),
+  "table": normal(0, 11, 6), "position": normal(1, 3, 6),
+  "standardised": normal(2, 6, 6), "bias": normal(3, 6), "scale": normal(4, 6),
+  "up": normal(5, 6, 6),
   "small": jnp.ones((6, 6), jnp.int8), "experts": normal(6, 2, 6, 6),
   "idle": normal(7, 6, 6), "head": normal(8, 6, 2),
 }  # fmt: skip
@@ -311,7 +313,10 @@ def test_biases_are_found_by_what_is_added_to_a_products_result():
   [
     (lambda p, x: jnp.einsum("bd,dhk->bhk", x, p["k"]) + p["c"], (6, 3, 4), (3, 4)),
     (lambda p, x: (p["k"] @ x.T + p["c"][:, None]).T, (5, 6), (5,)),
-    (lambda p, x: jnp.einsum("bd,edf->ebf", x, p["k"]) + p["c"][:, None], (2, 6, 5), (2, 5)),
+    (
+      lambda p, x: jnp.einsum("bd,edf->ebf", x, p["k"]) + p["c"][:, None],
+      (2, 6, 5), (2, 5),
+    ),
     (
       lambda p, x: jax.lax.scan(
         lambda x, w: (jnp.tanh(x @ w["k"] + w["c"]), None), x, p
@@ -384,3 +389,65 @@ def test_loras_dropout_and_the_functions_own_are_told_apart():
   assert not np.allclose(ours, lora.apply(NAMED, adapter, X))
   plain = lx.adapt(lambda p, x: named(p, x), lora.config)
   np.testing.assert_array_equal(plain.apply(NAMED, adapter, X, dropout_key=key), ours)
+
+
+# What can't be applied or differentiated is refused by the plan.
+
+
+def doubled(x, w):
+  """x @ w, whose rule gives w a gradient that no contraction makes."""
+
+  @jax.custom_vjp
+  def product(x, w):
+    return x @ w
+
+  def backward(kept, dy):
+    x, w = kept
+    return dy @ w.T, jnp.cumsum(x.T @ dy, 0)
+
+  product.defvjp(lambda x, w: (x @ w, (x, w)), backward)
+  return product(x, w)
+
+
+def ode(p, x):
+  speed = lambda y, t, p: jnp.tanh(y @ p["a"]) @ p["b"]
+  return odeint(speed, x, jnp.array([0.0, 0.5]), p)[-1]
+
+
+def joined_inputs(p, x):
+  return jnp.concatenate([x, x], 1) @ jnp.concatenate([p["a"], p["b"].T], 0)
+
+
+PAIR = {"a": normal(2, 6, 8), "b": normal(3, 8, 6)}
+
+
+@pytest.mark.parametrize(
+  ("fn", "config", "message"),
+  [
+    (ode, {"targets": ["a", "b"]}, "custom_vjp '_odeint'"),
+    (lambda p, x: doubled(x, p["a"]), {"targets": "a"}, "does not follow from a contr"),
+    (joined_inputs, {"targets": ["a", "b"], "method": "dora"}, "join of the inputs"),
+    (
+      lambda p, x: doubled(x, p["a"]) @ p["b"],
+      {"targets": ["b"], "tuned": "a"}, None,
+    ),
+    (joined_inputs, {"targets": ["a", "b"]}, None),
+  ],
+)  # fmt: skip
+def test_the_plan_refuses_what_can_not_be_applied_or_differentiated(
+  fn, config, message
+):
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, **config))
+  if message is None:
+    lora.plan(PAIR, X)
+    return
+  with pytest.raises(lx.LoraxError, match=message):
+    lora.plan(PAIR, X)
+  with pytest.raises(lx.LoraxError, match=message):
+    lora.init(jax.random.key(0), PAIR, X)
+
+
+def test_a_while_loop_that_jax_can_only_run_is_planned():
+  body = lambda x, p: jnp.tanh(x @ (p["w"] * 2.0))
+  fn = lambda p, x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: body(x, p), x)
+  assert paths(fn, {"w": normal(2, 6, 6)}, X, targets="w") == ["w"]

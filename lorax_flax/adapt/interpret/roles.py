@@ -21,6 +21,27 @@ from lorax_flax.adapt.interpret.flow import Flow
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
 
+# What a delta of any method follows, where the weight's products agree on its axes.
+PLAIN = {
+  "checkpoint",
+  "closed_call",
+  "conv_general_dilated",
+  "convert_element_type",
+  "copy",
+  "copy_p",
+  "core_call",
+  "dot_general",
+  "gather",
+  "jit",
+  "name",
+  "pjit",
+  "remat2",
+  "scan",
+  "sharding_constraint",
+  "squeeze",
+  "transpose",
+}
+
 
 @dataclass
 class Usage:
@@ -33,6 +54,7 @@ class Usage:
     num_axes: the most axes of the weight at a refusal, less stack axes and those of
       size 1: of a scale or a bias 1, whatever it is stacked to.
     added_to: the kernels to whose products' results it is added.
+    met: the primitives that it meets, calls that it goes into among them.
   """
 
   sites: list[tuple[str, dict[int, str]]] = field(default_factory=list)
@@ -40,6 +62,7 @@ class Usage:
   rivals: dict[str, set[str]] = field(default_factory=dict)
   num_axes: int = 0
   added_to: frozenset[str] = frozenset()
+  met: set[str] = field(default_factory=set)
 
   @property
   def problems(self) -> dict[str, str]:
@@ -50,6 +73,12 @@ class Usage:
   @property
   def primitives(self) -> set[str]:
     return {name for name, _ in self.sites}
+
+  @property
+  def is_plain(self) -> bool:
+    """True where no rule can refuse, or find no gradient, whatever the delta's factors."""
+    splits = {tuple(sorted(roles.items())) for _, roles in self.sites}
+    return self.met <= PLAIN and len(splits) == 1
 
 
 @dataclass
@@ -165,6 +194,9 @@ def _run(found: Discovery, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
 def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   name = eqn.primitive.name
   views = [v for v in operands if is_view(v)]
+  for view in views:
+    for path in view.paths():
+      found.usage[path].met.add(name)
   seen = [_seen(x) for x in operands]
   call = jx.call(eqn)
   has_weights = any(x.made_of for x in seen)
