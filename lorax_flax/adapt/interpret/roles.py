@@ -76,7 +76,7 @@ class Usage:
 
   @property
   def is_plain(self) -> bool:
-    """True where no rule can refuse, or find no gradient, whatever the delta's factors."""
+    """True where every rule follows, and finds a gradient, whatever the factors are."""
     splits = {tuple(sorted(roles.items())) for _, roles in self.sites}
     return self.met <= PLAIN and len(splits) == 1
 
