@@ -147,7 +147,8 @@ def _named(
 
   Of a module, its scale or bias is not meant.
   """
-  hits = tg.select("targets", suffixes, floating, depth=2)
+  matrices = [p for p in floating if len(leaves[p].shape) > 1]
+  hits = tg.select("targets", suffixes, floating, depth=2, listed=matrices)
   found = look(hits)
   why = {p: _no_kernel(found.usage[p], len(leaves[p].shape)) for p in hits}
   for suffix in suffixes:

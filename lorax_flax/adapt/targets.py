@@ -33,7 +33,12 @@ def ends_with(name: str, suffix: str) -> bool:
 
 
 def select(
-  what: str, patterns: Patterns, paths: Sequence[str], *, depth: int | None
+  what: str,
+  patterns: Patterns,
+  paths: Sequence[str],
+  *,
+  depth: int | None,
+  listed: Sequence[str] | None = None,
 ) -> list[str]:
   """The paths that any pattern matches, in the order of `paths`.
 
@@ -43,6 +48,7 @@ def select(
     paths: what there is.
     depth: number of names of a path count: 1 the path, 2 also its module's, None also
       all that hold it.
+    listed: what the message offers, of `paths`; None for all.
 
   Raises:
     LoraxError: a pattern matches nothing.
@@ -52,12 +58,13 @@ def select(
   for pattern in as_list(patterns):
     hits = [p for p in paths if _hits(pattern, is_regex, modules(p)[:depth])]
     if not hits:
-      ends = {name for p in paths for name in modules(p)[:2]}
+      listed = paths if listed is None else listed
+      ends = {name for p in listed for name in modules(p)[:2]}
       ends |= {"/".join(name.split("/")[-2:]) for name in ends}
       near = nearest(re.sub(r"[^\w/]+", "", pattern), ends)
       hint = f" Nearest: {', '.join(near)}." if near else ""
       raise LoraxError(
-        f"{what}: {pattern!r} matches nothing.{hint} There are: {listing(paths, 40)}"
+        f"{what}: {pattern!r} matches nothing.{hint} There are: {listing(listed, 40)}"
       )
     chosen |= set(hits)
   return [p for p in paths if p in chosen]

@@ -228,7 +228,8 @@ def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   else:
     found.problem(views, name, "has no rule")
   if name == "add" and len(views) == 1:
-    result = _added(found, views[0], *_flows(operands), result)
+    (other,) = _flows(operands)
+    result = _added(found, views[0], other, result)
   return [result] * len(eqn.outvars)
 
 
