@@ -36,7 +36,7 @@ def shard_rows(x: Any) -> Any:
   """
   mesh = jax.sharding.get_abstract_mesh()
 
-  def cut(x):
+  def constrained(x):
     if not can_shard_rows(mesh, x):
       return x
     rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
