@@ -36,13 +36,13 @@ def shard_rows(x: Any) -> Any:
   """
   mesh = jax.sharding.get_abstract_mesh()
 
-  def constrained(x):
+  def cut(x):
     if not can_shard_rows(mesh, x):
       return x
     rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *rest))
 
-  return jax.tree.map(constrained, x)
+  return jax.tree.map(cut, x)
 
 
 def shard_experts(x_ExNxD: jax.Array) -> jax.Array:
