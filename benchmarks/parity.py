@@ -180,7 +180,7 @@ def _round_trip(loaded: registry.Loaded, folder: Path, model) -> str:
     architecture=loaded.family.architecture,
     labels=labels,
     tokenizer_from=folder,
-    may_replace=lambda _: False,
+    overwrite=False,
   )
   want = model.state_dict()
   got = type(model).from_pretrained(folder / "written").state_dict()

@@ -57,7 +57,7 @@ MAX_RANK = flags.DEFINE_integer(
   lower_bound=1,
   flag_values=FLAGS,
 )
-OVERWRITE = model_flags.overwrite(FLAGS, "an adapter in --to")
+OVERWRITE = model_flags.overwrite(FLAGS, "an adapter in --to that was written here")
 
 
 def convert(
@@ -81,15 +81,12 @@ def convert(
     raise LoraxError(unknown("--format", form, FORMATS))
   if max_rank is not None and form != "vllm":
     raise LoraxError("--max_rank is vLLM's: it goes with --format=vllm")
-  atomic.refuse_unless_free(folder, lambda old: overwrite)
-  if file.resolve().is_relative_to(folder.resolve()):
-    raise LoraxError(f"--to={to} would replace {source}, which is read from")
+  atomic.refuse_inputs(folder, (Path(base).expanduser(), file))
+  atomic.refuse_unless_free(folder, overwrite=overwrite)
   where = resolve(base)
   model = registry.outline(registry.read_config(where))
   outputs = adapters.num_labels(file, model.keymap)
   loaded = registry.load(where, num_labels=outputs, new_head=outputs is not None)
-  if where.resolve().is_relative_to(folder.resolve()):
-    raise LoraxError(f"--to={to} would replace {base}, which is read from")
   is_loralib = adapters.form(file) == "loralib"
   saved = adapters.read(
     file,

@@ -13,7 +13,6 @@ from absl import flags
 from experiments.cli import command as cli
 from experiments.cli import model_flags
 from experiments.inference import merged
-from lorax_flax.errors import LoraxError
 from lorax_flax.files import atomic
 from lorax_flax.hub.checkpoints import export
 
@@ -21,19 +20,15 @@ FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
 ADAPTER = model_flags.adapter(FLAGS)
 OUT = model_flags.out(FLAGS)
-OVERWRITE = model_flags.overwrite(FLAGS, "a checkpoint in --out")
+OVERWRITE = model_flags.overwrite(FLAGS, "a checkpoint in --out that was written here")
 
 
 def merge(base: str, adapter: str, out: str, *, overwrite: bool = False) -> Path:
   """Merges and writes; see the flags. Returns the folder written."""
   folder = Path(out).expanduser()
-  # Only a checkpoint is ever replaced: --out=~ --overwrite must not empty a home.
-  may_replace = lambda old: overwrite and (old / "config.json").is_file()
-  atomic.refuse_unless_free(folder, may_replace)
+  atomic.refuse_inputs(folder, (Path(base).expanduser(), Path(adapter).expanduser()))
+  atomic.refuse_unless_free(folder, overwrite=overwrite)
   model = merged.load(base, adapter)
-  for source in (model.folder, Path(adapter).expanduser()):
-    if source.resolve().is_relative_to(folder.resolve()):
-      raise LoraxError(f"--out={out} would replace {source}, which is read from")
   export.write_checkpoint(
     folder,
     model.loaded.params,
@@ -42,7 +37,7 @@ def merge(base: str, adapter: str, out: str, *, overwrite: bool = False) -> Path
     architecture=model.loaded.family.architecture,
     labels=model.labels,
     tokenizer_from=model.folder,
-    may_replace=may_replace,
+    overwrite=overwrite,
   )
   return folder
 

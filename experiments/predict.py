@@ -13,6 +13,8 @@ A line of OUT.jsonl holds "logits", and "label" and "score" (its probability) wh
 head has classes. A language model's logits are those of what follows the last token;
 with --all_positions, of what follows each, null where the attention mask is 0.
 
+Either file may be a pipe, /dev/stdin or /dev/stdout, or "-" for these two.
+
 The adapter is merged into the base first, so that it costs nothing per line.
 """
 
@@ -32,7 +34,7 @@ from experiments.cli import model_flags
 from experiments.inference import lines, merged
 from experiments.inference import logits as inference
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import atomic
+from lorax_flax.files import atomic, streams
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry
 
@@ -84,6 +86,8 @@ def predict(
   target = Path(out).expanduser()
   if target.is_dir():
     raise LoraxError(f"--out={out} is a folder; it is to be a file")
+  if target.is_file() and Path(source).exists() and target.samefile(source):
+    raise LoraxError(f"--out={out} is --input: it would be replaced while it is read")
   hf_config = registry.read_config(resolve(base))
   family = registry.of(hf_config)
   if all_positions and family.has_labels:
@@ -130,7 +134,7 @@ def _best(logits_C: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _write(target: Path, results: Iterator[Mapping[str, Any]]) -> None:
-  """Writes all of the file, or none of it."""
+  """Writes all of the file, or none of it; into a pipe line by line."""
   target.parent.mkdir(parents=True, exist_ok=True)
   with atomic.new_file(target) as stream:
     for result in results:
@@ -147,7 +151,10 @@ def main() -> None:
     max_length=MAX_LENGTH.value,
     all_positions=ALL_POSITIONS.value,
   )
-  print(f"Predictions: {OUT.value} ({count:,} lines)")
+  # Lines on standard output are not to be mixed with one of ours.
+  is_output = streams.descriptor(Path(OUT.value), dash=1) is not None
+  report = sys.stderr if is_output else sys.stdout
+  print(f"Predictions: {OUT.value} ({count:,} lines)", file=report)
 
 
 if __name__ == "__main__":

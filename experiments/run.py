@@ -78,14 +78,16 @@ def train(runs: Mapping[Path, "Settings"], checkpoints: Path) -> list[Any]:
 
   claim.check_writable(runs)
   compile_cache.use(next(iter(runs.values())).compilation_cache)
-  job = prepare(runs)
-  claim.claim(runs)
-  return loop.fit(job, checkpoints)
+  with claim.locked((*runs, checkpoints)):
+    job = prepare(runs)
+    claim.claim(runs, job.fingerprints)
+    return loop.fit(job, checkpoints)
 
 
 def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   """Builds what is trained; arguments as in `train`."""
-  from lorax_flax.jobs import build
+  from lorax_flax.distributed import processes
+  from lorax_flax.jobs import build, fingerprint
   from lorax_flax.jobs.export import export
   from lorax_flax.tasks import task as tasks
   from lorax_flax.train.loop import Job
@@ -116,6 +118,7 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
     Model(forward, model.params, build.axes(model), mesh),
     task.objective(first.train.label_smoothing),
     build.batches(splits, lengths, [own.train for own in runs.values()]),
+    fingerprint.of(model, splits, first.init_adapter) if processes.first() else {},
   )
 
 

@@ -93,7 +93,7 @@ def main() -> int:
   large_pages.restart()
   from experiments.sweeps import runner
   from lorax_flax.distributed import processes
-  from lorax_flax.files import bucket
+  from lorax_flax.files import bucket, lock
 
   usual = f"{config_flag.default_workdir(config.spec)}-sweep"
   folder = bucket.folder(WORKDIR.value or usual)
@@ -107,7 +107,8 @@ def main() -> int:
     )
   if TABLE.value:
     return runner.table(found, folder)
-  return runner.run(found, folder, AT_ONCE.value, JOBS.value, sys.argv[1:])
+  with lock.held(folder):
+    return runner.run(found, folder, AT_ONCE.value, JOBS.value, sys.argv[1:])
 
 
 def _numbers(texts: Sequence[str]) -> list[int]:

@@ -27,12 +27,18 @@ from lorax_flax.errors import LoraxError
 _USERS_ERRNOS = frozenset(
   {
     errno.EACCES,
+    errno.EBADF,
     errno.EDQUOT,
     errno.EEXIST,
     errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
     errno.ENOSPC,
     errno.ENOTDIR,
+    errno.ENXIO,
     errno.EPERM,
+    errno.EPIPE,
     errno.EROFS,
   }
 )

@@ -150,30 +150,5 @@ def _tokens(
       f"example {long[0] + 1} has {lengths_N[long[0]]} tokens, and at most "
       f"{longest} are taken"
     )
-  # JAX clamps an index that is out of bounds: look before.
-  columns = {
-    "input_ids": (found.input_ids_S, found.offsets, vocab_size),
-    "attention_mask": (found.attention_mask_S, found.offsets, 2),
-  }
-  if loaded.token_types:
-    end = loaded.config.type_vocab_size
-    columns["token_type_ids"] = (found.token_type_ids_S, found.offsets, end)
-  if found.decoder is not None:
-    ids = found.decoder
-    columns[tokens.DECODER_INPUT] = (ids.values_S, ids.offsets, vocab_size)
-  for name, (ids_S, offsets, end) in columns.items():
-    _check_ids(name, ids_S, offsets, end)
+  tokens.check_ids(found, vocab_size, getattr(loaded.config, "type_vocab_size", 0))
   return found
-
-
-def _check_ids(
-  name: str, ids_S: np.ndarray | None, offsets: np.ndarray, end: int
-) -> None:
-  if ids_S is None:
-    return
-  wrong = np.flatnonzero((ids_S < 0) | (ids_S >= end))
-  if len(wrong):
-    row = int(np.searchsorted(offsets, wrong[0], side="right"))
-    raise LoraxError(
-      f"example {row}: {name} has {ids_S[wrong[0]]}, and goes from 0 to {end - 1}"
-    )

@@ -152,6 +152,34 @@ def ragged(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.n
   return values_S, offsets
 
 
+def check_ids(rows: Tokens, vocab_size: int, token_types: int) -> None:
+  """Checks that every id has a row in its table: JAX would clamp it, or give NaN.
+
+  Args:
+    vocab_size: number of rows of the token embeddings.
+    token_types: number of token types.
+
+  Raises:
+    LoraxError: one that has none; it counts rows as examples, from 1.
+  """
+  columns = {
+    "input_ids": (rows.input_ids_S, rows.offsets, vocab_size),
+    "attention_mask": (rows.attention_mask_S, rows.offsets, 2),
+    "token_type_ids": (rows.token_type_ids_S, rows.offsets, token_types),
+  }
+  if rows.decoder is not None:
+    columns[DECODER_INPUT] = (rows.decoder.values_S, rows.decoder.offsets, vocab_size)
+  for name, (ids_S, offsets, end) in columns.items():
+    if ids_S is None:
+      continue
+    wrong = np.flatnonzero((ids_S < 0) | (ids_S >= end))
+    if len(wrong):
+      row = int(np.searchsorted(offsets, wrong[0], side="right"))
+      raise LoraxError(
+        f"example {row}: {name} has {ids_S[wrong[0]]}, and goes from 0 to {end - 1}"
+      )
+
+
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 DECODER_INPUT = "decoder_input_ids"
 _MULTIPLE = 8  # of the decoder's padded length, for vector units

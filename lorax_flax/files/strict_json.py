@@ -1,14 +1,15 @@
-"""JSON files of others: bounded size, no duplicate names, and finite numbers only."""
+"""Strict JSON: bounded size, no duplicate names, and finite numbers only."""
 
 import collections
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.files import streams
 
 _MOST_BYTES = 32 << 20  # a header of 200,000 tensors, read in half a second
 
@@ -34,6 +35,21 @@ def parse(text: str | bytes) -> Any:
     )
   except RecursionError as error:
     raise ValueError("too many brackets in one another") from error
+
+
+def dump(value: Any, *, indent: int | None = None) -> str:
+  """The JSON text of a value; null takes the place of a number that is not finite."""
+  return json.dumps(_with_nulls(value), indent=indent, ensure_ascii=False)
+
+
+def _with_nulls(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {name: _with_nulls(each) for name, each in value.items()}
+  if isinstance(value, list | tuple):
+    return [_with_nulls(each) for each in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
 
 
 def read(file: Path, *, most_bytes: int = _MOST_BYTES) -> Any:
@@ -62,16 +78,17 @@ def read_object(file: Path, *, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
 
 
 def lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-  """The line numbers, from 1, and objects of a file of JSON lines.
+  """The line numbers, from 1, and objects of JSON lines: of a file, a pipe, or "-".
 
   Raises:
     LoraxError: no such file, an empty one, or a line that is not a JSON object; it
       names the line.
   """
-  if not file.is_file():
+  source = streams.opened(file, "rb")
+  if source is None and not file.is_file():
     raise LoraxError(f"no file {file}")
   number = 0
-  with file.open("rb") as stream:
+  with source or file.open("rb") as stream:
     for number, raw in enumerate(stream, 1):
       try:
         line = _line(raw)

@@ -5,14 +5,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorax_flax.errors import LoraxError
-from lorax_flax.files import atomic, bucket
+from lorax_flax.errors import LoraxError, listing
+from lorax_flax.files import atomic, bucket, strict_json
 
 CONFIG = "config.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 CHECKPOINTS = "checkpoints"
+# The entry of config.json with digests of what the run is made from, by name.
+_FINGERPRINTS = "fingerprints"
 TENSORBOARD = "tensorboard"
 
 
@@ -24,7 +26,9 @@ def check(workdir: Path, config: Mapping[str, Any]) -> None:
       raise LoraxError(f"{workdir} is a file, and a workdir is a folder")
     if not file.exists():
       return
-  if differences := list(_differences(read_json(file), _as_json(config))):
+  there = read_json(file)
+  there.pop(_FINGERPRINTS, None)
+  if differences := list(_differences(there, _as_json(config))):
     raise LoraxError(
       f"{workdir} holds a run of another config: {'; '.join(differences)}. Choose "
       "another --workdir, or delete that one"
@@ -45,18 +49,40 @@ def check_writable(workdir: Path) -> None:
     probe.unlink()
 
 
-def claim(workdir: Path, config: Mapping[str, Any]) -> None:
+def claim(
+  workdir: Path,
+  config: Mapping[str, Any],
+  fingerprints: Mapping[str, str] | None = None,
+) -> None:
   """Makes the folder, or accepts that of a run with the same config, to resume it.
 
   Args:
     config: nested dicts and JSON values; written to config.json.
+    fingerprints: digests of what the run is made from, by name; written there too. A
+      folder that has none is resumed.
 
   Raises:
-    LoraxError: the folder holds a run of another config; it names the differences.
+    LoraxError: the folder holds a run of another config, or one made from something
+      else; it names the differences.
   """
   check(workdir, config)
   workdir.mkdir(parents=True, exist_ok=True)
-  write_json(workdir / CONFIG, _as_json(config))
+  file, values = workdir / CONFIG, _as_json(config)
+  if fingerprints:
+    there = read_json(file).get(_FINGERPRINTS) if file.exists() else None
+    _check_same(workdir, there or fingerprints, fingerprints)
+    values |= {_FINGERPRINTS: dict(fingerprints)}
+  write_json(file, values)
+
+
+def _check_same(workdir: Path, there: Mapping[str, str], here: Mapping[str, str]):
+  names = [n for n in there.keys() | here.keys() if there.get(n) != here.get(n)]
+  if names:
+    raise LoraxError(
+      f"{workdir} holds a run whose {listing(names)} was not the same: the content has "
+      "changed under its name since that run started. Put it back, or choose another "
+      "--workdir"
+    )
 
 
 def result(workdir: Path) -> dict[str, Any] | None:
@@ -67,8 +93,8 @@ def result(workdir: Path) -> dict[str, Any] | None:
 
 
 def write_json(file: Path, value: Any) -> None:
-  """Writes indented JSON, all of it or nothing."""
-  write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+  """Writes indented JSON, all of it or nothing; see `strict_json.dump`."""
+  write_text(file, strict_json.dump(value, indent=2) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:

@@ -15,8 +15,10 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.adapt.plan import Plan, start
 from lorax_flax.adapt.transform import Adapted
-from lorax_flax.data import pipeline
+from lorax_flax.data import pipeline, tokens
 from lorax_flax.data.config import DataSettings
+from lorax_flax.data.pipeline import Rows
+from lorax_flax.data.tokens import Tokens
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.jobs import outline
@@ -99,6 +101,8 @@ def rows(
   """The task's rows, and the padded lengths of their batches."""
   splits = task.read(settings, model)
   train, evaluation = splits
+  for name, split in {"train": train, **evaluation}.items():
+    _check_ids(f"{task.name}, {name}", split, model)
   lengths = [split.lengths_N for split in (train, *evaluation.values())]
   lengths_padded = padded_lengths(np.concatenate(lengths), settings.buckets, model)
   log.info(
@@ -107,6 +111,20 @@ def rows(
     f"padded to {' or '.join(map(str, lengths_padded))} tokens"
   )
   return splits, lengths_padded
+
+
+def _check_ids(name: str, split: Rows, model: registry.Loaded) -> None:
+  """Raises LoraxError for a token id that the embeddings have no row for."""
+  if not isinstance(split, Tokens):
+    return
+  types = getattr(model.config, "type_vocab_size", 0)
+  try:
+    tokens.check_ids(split, model.config.vocab_size, types)
+  except LoraxError as error:
+    raise LoraxError(
+      f"{name}: {error}: the tokenizer in {model.folder} has tokens that the model's "
+      "vocabulary has not"
+    ) from error
 
 
 def padded_lengths(

@@ -61,7 +61,7 @@ def export(
       architecture=loaded.family.architecture,
       labels=task.labels,
       tokenizer_from=loaded.folder,
-      may_replace=lambda old: (old / "config.json").is_file(),
+      overwrite=True,
     )
 
   def write(adapter: Adapter, workdir: Path) -> dict[str, str]:

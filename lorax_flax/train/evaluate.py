@@ -1,5 +1,6 @@
 """Evaluation: every example of every split once, metrics from all predictions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,10 @@ Batches = Sequence[Mapping[str, np.ndarray]]
 Output = tuple[np.ndarray | None, Mean]
 # logits_NxC and labels_N in the examples' order; None where a step keeps no logits.
 _Rows = tuple[np.ndarray | None, np.ndarray | None]
+
+
+class NotFinite(LoraxError):
+  """An evaluation that would count predictions or losses that are no numbers."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ def evaluate(
 
   Raises:
     LoraxError: a split without examples, or batches that miss or repeat one.
+    NotFinite: a prediction or a loss is not finite; it names the example.
   """
   found: dict[str, float] = {}
   parts = []
@@ -88,7 +94,19 @@ def _predict(outputs: Sequence[Output], split: str, batches: Batches) -> _Predic
   if not np.array_equal(index_N[order_N], np.arange(len(index_N))):
     raise LoraxError(f"the batches of {split} miss or repeat some of its examples")
   ordered = jax.tree.map(lambda x: x[order_N], _joined(rows))
+  _check_finite(split, ordered[0], loss)
   return _Predicted(ordered, loss, len(index_N))
+
+
+def _check_finite(split: str, kept_NxC: np.ndarray | None, loss: Mean) -> None:
+  # The argmax of NaN is class 0, which would count as right or wrong.
+  for x_NxC in jax.tree.leaves(kept_NxC):
+    wrong_N = ~np.isfinite(x_NxC).reshape(len(x_NxC), -1).all(-1)
+    if wrong_N.any():
+      number = int(np.argmax(wrong_N)) + 1
+      raise NotFinite(f"example {number} of {split} gives logits that are not finite")
+  if not math.isfinite(loss.value()):
+    raise NotFinite(f"the loss of {split} is {loss.value()}")
 
 
 def _joined(parts):

@@ -15,6 +15,7 @@ import numpy as np
 from lorax_flax.adapt.transform import Adapted
 from lorax_flax.distributed import processes
 from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.files import lock
 from lorax_flax.files import workdir as files
 from lorax_flax.hub.adapters import native
 from lorax_flax.methods import Adapter
@@ -132,6 +133,8 @@ def fit(
       folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     else:
       folder = Path(workdir)
+      if processes.first():
+        stack.enter_context(lock.held(folder))
       settings = (dataclasses.asdict(config), dataclasses.asdict(lora.config))
       files.claim(folder, dict(zip(("train", "lora"), settings, strict=True)))
     job = loop.Job(

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lorax_flax.train import trials
 from lorax_flax.train.checkpoint import Checkpoints, Progress
 from lorax_flax.train.compile_by_shape import Compiled
 from lorax_flax.train.config import Durations, durations
-from lorax_flax.train.evaluate import Batches, evaluate
+from lorax_flax.train.evaluate import Batches, NotFinite, evaluate
 from lorax_flax.train.logs import curves
 from lorax_flax.train.logs.history import Diverged, History, running
 from lorax_flax.train.logs.progress_bar import Display
@@ -54,12 +54,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Job:
-  """N >= 1 runs on one base; those after the first differ in `trials.MAY_DIFFER`."""
+  """N >= 1 runs on one base; those after the first differ in `trials.MAY_DIFFER`.
+
+  Attributes:
+    fingerprints: digests of what the runs are made from, by name.
+  """
 
   runs: Sequence[Run]
   model: steps.Model
   objective: Objective
   data: Data
+  fingerprints: Mapping[str, str] = field(default_factory=dict)
 
 
 def fit(
@@ -282,8 +287,12 @@ class _Loop:
       for i, history in enumerate(self._histories):
         if history.failed is None:
           own = {split: [parts[i] for parts in found] for split, found in each.items()}
-          found = evaluate(own, splits, self._objective.metrics)
-          improved[i] = history.evaluated(number, found)
+          try:
+            found = evaluate(own, splits, self._objective.metrics)
+          except NotFinite as error:
+            history.fail(number, f"{error} at step {number}")
+          else:
+            improved[i] = history.evaluated(number, found)
     return self._program.keep_best(state, improved)
 
   def _work(self) -> int:

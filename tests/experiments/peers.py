@@ -176,12 +176,13 @@ def logits(model, lines, tokenizer=None, max_length=None):
   return rows
 
 
-def run(module, *args, **environment):
+def run(module, *args, stdin=None, **environment):
   """A command in a process of its own."""
   return subprocess.run(
     [sys.executable, "-m", f"experiments.{module}", *args],
     cwd=ROOT,
     env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+    stdin=stdin,
     capture_output=True,
     text=True,
     check=False,

@@ -89,11 +89,20 @@ def test_overwrite_replaces_a_checkpoint_whole(base, adapter, tmp_path):
   merge(str(base), str(adapter), str(out))
   wanted = _everything(out)
   (out / "config.json").write_text("old")
-  (out / "more").write_text("old")
   with pytest.raises(LoraxError, match="not empty"):
     merge(str(base), str(adapter), str(out))
   merge(str(base), str(adapter), str(out), overwrite=True)
   assert _everything(out) == wanted
+
+
+def test_overwrite_keeps_a_folder_with_more_in_it(base, adapter, tmp_path):
+  out = tmp_path / "out"
+  merge(str(base), str(adapter), str(out))
+  (out / "NOTES.md").write_text("six weeks")
+  before = _everything(out)
+  with pytest.raises(LoraxError, match=r"it holds NOTES\.md, not written by this"):
+    merge(str(base), str(adapter), str(out), overwrite=True)
+  assert _everything(out) == before
 
 
 def test_what_is_read_is_never_replaced(base, adapter):

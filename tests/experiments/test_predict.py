@@ -246,6 +246,29 @@ def test_the_command_prints_where_it_wrote_and_keeps_an_old_file_on_failure(tmp_
   assert out.read_text() == written
 
 
+def test_lines_come_from_standard_input_and_go_to_standard_output(tmp_path):
+  peers.tiny("bert", tmp_path / "base", num_labels=3)
+  base, source = f"--base={tmp_path / 'base'}", _write(tmp_path / "in.jsonl", INPUTS)
+  to_file = peers.run(
+    "predict", base, f"--input={source}", f"--out={tmp_path / 'out.jsonl'}"
+  )
+  assert to_file.returncode == 0, to_file.stderr
+  with source.open() as stream:
+    piped = peers.run("predict", base, "--input=/dev/stdin", "--out=-", stdin=stream)
+  assert piped.stdout == (tmp_path / "out.jsonl").read_text(), piped.stderr
+  assert "Predictions: - (4 lines)" in piped.stderr
+
+
+def test_the_input_is_never_replaced(bert_base, tmp_path):
+  source = _write(tmp_path / "in.jsonl", INPUTS)
+  (tmp_path / "link").symlink_to(source)
+  before = source.read_bytes()
+  for out in (source, tmp_path / "link"):
+    with pytest.raises(LoraxError, match="is --input: it would be replaced"):
+      predict(str(bert_base), None, str(source), str(out))
+  assert source.read_bytes() == before
+
+
 def test_help_explains_and_a_mistyped_flag_suggests():
   done = peers.run("predict", "--help")
   assert done.returncode == 0

@@ -11,6 +11,7 @@ from experiments.inference import logits as inference
 from experiments.merge import merge
 from experiments.predict import predict
 from lorax_flax.errors import LoraxError
+from lorax_flax.files import atomic
 from lorax_flax.models import registry
 from tests.experiments import peers
 
@@ -225,4 +226,4 @@ def test_transformers_loads_the_merged_checkpoint_to_the_same_logits(
   for mine, wanted in zip(got, peers.logits(adapted, rows), strict=True):
     np.testing.assert_allclose(mine, wanted, atol=TOLERANCE)
   names = {path.name for path in (folder / "base").iterdir()}
-  assert {path.name for path in out.iterdir()} == names
+  assert {path.name for path in out.iterdir()} == names | {atomic.MANIFEST}

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,8 @@ from lorax_flax.data import tasks as datasets
 from lorax_flax.data.examples import Splits
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.errors import LoraxError
+from lorax_flax.files import lock
+from lorax_flax.jobs import claim
 from lorax_flax.models import registry
 from lorax_flax.tasks import classification
 from lorax_flax.tasks.task import TASKS
@@ -147,6 +151,35 @@ def test_another_config_in_the_same_workdir_is_an_error(trained, base):
     run.run(_settings("quickstart.py", base, **{"lora.rank": 4}), trained)
 
 
+@pytest.mark.parametrize("changed", ["data.validation", "base", "tokenizer"])
+def test_a_run_is_not_resumed_from_something_else(changed, base, tmp_path, monkeypatch):
+  made, own = tmp_path / "run", tmp_path / "base"
+  shutil.copytree(base, own)
+  wanted = _settings("quickstart.py", own)
+  claim.claim({made: wanted}, _prepare(wanted).fingerprints)
+  claim.claim({made: wanted}, _prepare(wanted).fingerprints)
+  if changed == "base":
+    weights = own / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+  elif changed == "tokenizer":
+    (own / "special_tokens_map.json").write_text("{}")
+  else:
+    other = Splits(_splits().train, {"validation": list(_examples(30, 2))})
+    monkeypatch.setattr(classification.data, "load", lambda *args, **kwargs: other)
+  with pytest.raises(LoraxError, match=f"holds a run whose {changed} was not the same"):
+    run.run(wanted, made)
+  assert not (made / "metrics.jsonl").exists()
+
+
+def test_a_second_run_in_one_workdir_is_refused(base, tmp_path):
+  with (
+    lock.held(tmp_path),
+    pytest.raises(LoraxError, match=f"a run is under way in {tmp_path}"),
+  ):
+    run.run(_settings("quickstart.py", base), tmp_path)
+
+
 def test_full_fine_tuning_writes_a_checkpoint_that_transformers_loads(tmp_path, base):
   workdir = tmp_path / "run"
   wanted = _settings("quickstart.py:full", base, **{"train.steps": 2})
@@ -243,6 +276,20 @@ def test_a_run_starts_from_an_adapter_of_dora_where_the_flag_says_so(tmp_path, b
 def test_what_does_not_fit_the_model_is_an_error(base, changes, message):
   with pytest.raises(LoraxError, match=message):
     _prepare(_settings("quickstart.py", base, **changes))
+
+
+def test_a_token_that_has_no_embedding_is_named_before_a_step(base, monkeypatch):
+  def more(rows, *args):
+    return dataclasses.replace(rows, input_ids_S=rows.input_ids_S + 1000)
+
+  usual = classification.tokenize
+  monkeypatch.setattr(
+    classification, "tokenize", lambda *args, **kwargs: more(usual(*args, **kwargs))
+  )
+  with pytest.raises(
+    LoraxError, match=r"headlines, train: example 1: input_ids has 1\d+, and goes from"
+  ):
+    _prepare(_settings("quickstart.py", base))
 
 
 @pytest.mark.parametrize(
@@ -365,6 +412,11 @@ def _command(*arguments, cwd):
 
 
 def test_the_command_refuses_without_a_traceback_and_helps(tmp_path):
+  for name in ("lr=1e-2," * 40, "/proc/x"):
+    told = _command("--config=quickstart.py", f"--workdir={name}", cwd=tmp_path)
+    assert told.returncode == 1
+    assert "Traceback" not in told.stderr
+    assert re.search(r"^error: (File name too long|No such file or d)", told.stderr)
   refused = _command("--config=glue_rte.py", cwd=tmp_path)
   assert refused.returncode == 1
   assert "Traceback" not in refused.stderr

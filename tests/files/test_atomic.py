@@ -1,9 +1,12 @@
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import atomic
+from lorax_flax.files import atomic, strict_json
 
 
 def names(folder):
@@ -43,28 +46,28 @@ def test_an_error_of_the_system_has_the_name_of_the_file(tmp_path):
 
 def test_a_failed_write_leaves_the_old_folder_and_no_scratch(tmp_path):
   folder = tmp_path / "out"
-  folder.mkdir()
-  (folder / "old").write_text("old")
+  with atomic.new_folder(folder, overwrite=False) as scratch:
+    (scratch / "old").write_text("old")
 
   def fail():
-    with atomic.new_folder(folder, lambda old: True) as scratch:
+    with atomic.new_folder(folder, overwrite=True) as scratch:
       (scratch / "new").write_text("half")
       raise KeyError("in the middle")
 
   with pytest.raises(KeyError):
     fail()
-  assert [entry.name for entry in tmp_path.rglob("*")] == ["out", "old"]
+  assert names(tmp_path) == ["out", f"out/{atomic.MANIFEST}", "out/old"]
 
 
 def test_a_write_replaces_the_whole_folder_only_where_it_may(tmp_path):
   folder = tmp_path / "a/out"
   for content in ("first", "second"):
-    with atomic.new_folder(folder, lambda old: True) as scratch:
+    with atomic.new_folder(folder, overwrite=True) as scratch:
       (scratch / content).write_text(content)
-  assert [entry.name for entry in folder.parent.rglob("*")] == ["out", "second"]
+  assert names(folder.parent) == ["out", f"out/{atomic.MANIFEST}", "out/second"]
   with (
     pytest.raises(LoraxError, match="not empty: it holds second"),
-    atomic.new_folder(folder, lambda old: False),
+    atomic.new_folder(folder, overwrite=False),
   ):
     pass
 
@@ -104,3 +107,92 @@ def test_a_cache_that_cannot_be_written_says_what_else_to_do(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(LoraxError, match=r"cannot write .*; try elsewhere"):
     cache(tmp_path / "file/cached")
+
+
+def fill(folder, *files, **options):
+  with atomic.new_folder(folder, **options) as scratch:
+    for file in files:
+      (scratch / file).parent.mkdir(exist_ok=True)
+      (scratch / file).write_text("ours")
+
+
+@pytest.mark.parametrize("stranger", ["NOTES.md", "results/eval.csv", "arrays/mine"])
+def test_a_folder_that_holds_what_was_not_written_here_is_kept(tmp_path, stranger):
+  fill(tmp_path / "out", "arrays/0", overwrite=False)
+  (tmp_path / "out" / stranger).parent.mkdir(exist_ok=True)
+  (tmp_path / "out" / stranger).write_text("six weeks")
+  before = names(tmp_path)
+  with pytest.raises(LoraxError, match=f"holds .*{stranger}, not written by this"):
+    fill(tmp_path / "out", "arrays/0", overwrite=True)
+  assert names(tmp_path) == before
+
+
+def test_a_folder_without_a_manifest_is_kept_whatever_its_names(tmp_path):
+  (tmp_path / "app").mkdir()
+  (tmp_path / "app/config.json").write_text("mine")
+  with pytest.raises(LoraxError, match=r"holds config\.json, not written by this"):
+    fill(tmp_path / "app", "config.json", overwrite=True)
+  assert (tmp_path / "app/config.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_links_are_followed(tmp_path, exists):
+  (tmp_path / "link").symlink_to(tmp_path / "target")
+  (tmp_path / "place").symlink_to(tmp_path / "folder")
+  if exists:
+    (tmp_path / "target").write_bytes(b"old")
+    (tmp_path / "folder").mkdir()
+  write(tmp_path / "link", b"new")
+  fill(tmp_path / "place", "file", overwrite=False)
+  assert (tmp_path / "link").is_symlink()
+  assert (tmp_path / "place").is_symlink()
+  assert (tmp_path / "target").read_bytes() == b"new"
+  assert (tmp_path / "folder/file").read_text() == "ours"
+
+
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+    write(pipe, b"through")
+    assert reader.communicate(timeout=60)[0] == b"through"
+  assert pipe.is_fifo()
+  assert names(tmp_path) == ["pipe"]
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/proc/self/fd/1", "link"])
+def test_standard_output_appends_where_the_shell_does(tmp_path, name):
+  (tmp_path / "link").symlink_to("/proc/self/fd/1")
+  (tmp_path / "log").write_text("before ")
+  code = "import sys, pathlib; from tests.files.test_atomic import write; "
+  code += "write(pathlib.Path(sys.argv[1]), b'after')"
+  with (tmp_path / "log").open("a") as log:
+    subprocess.run(
+      [sys.executable, "-c", code, name if name != "link" else tmp_path / name],
+      stdout=log,
+      check=True,
+      cwd=Path(__file__).parents[2],
+    )
+  assert (tmp_path / "log").read_text() == "before after"
+  assert (tmp_path / "link").is_symlink()
+
+
+def test_json_lines_are_read_from_a_pipe_and_from_a_descriptor(tmp_path):
+  line, pipe = b'{"text": "a"}\n', tmp_path / "pipe"
+  os.mkfifo(pipe)
+  with subprocess.Popen(["tee", pipe], stdin=subprocess.PIPE, stdout=-3) as writer:
+    writer.stdin.write(line)
+    writer.stdin.close()
+    assert list(strict_json.lines(pipe)) == [(1, {"text": "a"})]
+  source, sink = os.pipe()
+  os.write(sink, line)
+  os.close(sink)
+  assert list(strict_json.lines(Path(f"/dev/fd/{source}"))) == [(1, {"text": "a"})]
+  os.close(source)
+
+
+def test_a_name_as_long_as_names_may_be_is_written(tmp_path):
+  longest = tmp_path / ("x" * 255)
+  write(longest, b"new")
+  fill(tmp_path / ("y" * 255), "file", overwrite=False)
+  assert longest.read_bytes() == b"new"

@@ -132,7 +132,7 @@ def check_round_trip(folder, out, model, **options):
     architecture=loaded.family.architecture,
     labels=labels,
     tokenizer_from=folder,
-    may_replace=lambda _: False,
+    overwrite=False,
   )
   again, report = type(model).from_pretrained(out, output_loading_info=True)
   assert not any(report.values()), report

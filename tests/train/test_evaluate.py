@@ -6,7 +6,7 @@ import pytest
 from lorax_flax.errors import LoraxError
 from lorax_flax.train import optim, step
 from lorax_flax.train import state as states
-from lorax_flax.train.evaluate import evaluate
+from lorax_flax.train.evaluate import NotFinite, evaluate
 from tests.train import toy
 
 
@@ -86,3 +86,19 @@ def test_without_predictions_there_are_the_metrics_of_the_loss_over_all_splits()
     if not name.startswith("accuracy")
   }
   assert found.metrics["perplexity"] == pytest.approx(np.exp(found.metrics["loss"]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_prediction_that_is_not_finite_is_an_error_that_names_the_example(value):
+  def predictions(logits):
+    return logits.at[1].set(value)
+
+  with pytest.raises(NotFinite, match="example 2 of dev gives logits that are not"):
+    _evaluate({"dev": _whole(5)}, predictions=predictions)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_where_no_predictions_are_kept():
+  [batch] = _whole(5)
+  wrong = dict(batch, weights=np.full_like(batch["weights"], np.nan))
+  with pytest.raises(NotFinite, match="the loss of dev is nan"):
+    _evaluate({"dev": [wrong]}, (), predictions=lambda logits: None)

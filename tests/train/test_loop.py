@@ -191,6 +191,25 @@ def test_many_skipped_steps_in_a_row_end_the_run(tmp_path, monkeypatch):
     toy.fit(_poisoned(tmp_path, {2, 3, 4, 11, 12, 13, 14}, SKIPPING), tmp_path)
 
 
+def test_a_run_whose_steps_were_all_skipped_does_not_end_well(tmp_path):
+  every = _poisoned(tmp_path, range(1, 25), SKIPPING)
+  with pytest.raises(LoraxError, match="all 24 steps in a row were not finite and ch"):
+    toy.fit(every, tmp_path)
+  assert not (tmp_path / "result.json").exists()
+  assert not (tmp_path / "adapter.json").exists()
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path):
+  job = toy.job(tmp_path)
+  [first, *rest] = job.data.evaluation["validation"]
+  wrong = first | {"weights": first["weights"] * np.float32("nan")}
+  data = dataclasses.replace(job.data, evaluation={"validation": [wrong, *rest]})
+  with pytest.raises(LoraxError, match="the loss of validation is nan at step 8: "):
+    toy.fit(dataclasses.replace(job, data=data), tmp_path)
+  assert not (tmp_path / "result.json").exists()
+  assert not (tmp_path / "adapter.json").exists()
+
+
 # Writers that Orbax gives up report to an event loop that is gone.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_keeps_what_there_is_and_the_run_goes_on_later(whole, small_disk):

@@ -337,7 +337,6 @@ def write_adapter(
     The alpha to read it with, which the file does not hold.
   """
   tensors, alpha = to_state_dict(adapter, keymap, enable_lora=enable_lora)
-  is_ours = lambda old: (old / FILE).is_file()
-  with atomic.new_folder(Path(folder).expanduser(), is_ours) as scratch:
+  with atomic.new_folder(Path(folder).expanduser(), overwrite=True) as scratch:
     torch_file.write(scratch / FILE, tensors)
   return alpha

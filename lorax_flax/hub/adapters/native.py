@@ -72,7 +72,7 @@ def write_adapter(folder: str | Path, saved: Saved) -> None:
     "deltas": {path: _about(delta) for path, delta in saved.adapter.items()},
     **{name: getattr(saved, name) for name in _SAID},
   }
-  with atomic.new_folder(Path(folder).expanduser(), is_ours) as scratch:
+  with atomic.new_folder(Path(folder).expanduser(), overwrite=True) as scratch:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save((scratch / ARRAYS).absolute(), arrays)
     about["files"] = _digests(scratch / ARRAYS)

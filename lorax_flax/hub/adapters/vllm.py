@@ -59,8 +59,7 @@ def write_adapter(
     LoraxError: what vLLM rejects, or a folder that can't be written.
   """
   _check(saved, keymap, max_rank)
-  is_adapter = lambda old: (old / peft_config.CONFIG_FILE).is_file()
-  with atomic.new_folder(Path(folder).expanduser(), is_adapter) as scratch:
+  with atomic.new_folder(Path(folder).expanduser(), overwrite=True) as scratch:
     peft.write_adapter(
       scratch,
       saved.adapter,

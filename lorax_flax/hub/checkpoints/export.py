@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def write_checkpoint(
   architecture: str,
   labels: Sequence[str] | None,
   tokenizer_from: Path,
-  may_replace: Callable[[Path], bool],
+  overwrite: bool,
 ) -> None:
   """Writes config.json, model.safetensors and the tokenizer; all of it or nothing.
 
@@ -57,12 +57,12 @@ def write_checkpoint(
     labels: names of the head's outputs; None where they are not classes.
     tokenizer_from: a folder whose tokenizer files are copied; a GGUF file's are
       converted.
-    may_replace: whether an existing folder, which isn't empty, may be replaced.
+    overwrite: whether to replace a folder that was written here.
 
   Raises:
     LoraxError: the destination is taken, or can't be written.
   """
-  with atomic.new_folder(Path(folder), may_replace) as scratch:
+  with atomic.new_folder(Path(folder), overwrite=overwrite) as scratch:
     config = to_hf_config(hf_config, architecture, labels)
     text = json.dumps(config, indent=2, sort_keys=True)
     (scratch / "config.json").write_text(f"{text}\n", encoding="utf-8")

@@ -81,7 +81,7 @@ def write_adapter(
   name: str = DEFAULT,
   dtypes: Mapping[str, str] | str = "float32",
 ) -> None:
-  """Writes a PEFT folder, all of it or nothing; an older adapter there is replaced.
+  """Writes a PEFT folder, all of it or nothing; one that was written here is replaced.
 
   Args:
     folder: the destination.
@@ -113,9 +113,8 @@ def write_adapter(
   leaves = {} if params is None else flatten(params)
   tensors = to_tensors(adapter, slots, peft, leaves)
   tensors = {key: _cast(key, value, dtypes) for key, value in tensors.items()}
-  is_adapter = lambda old: (old / peft_config.CONFIG_FILE).is_file()
   folder = folder if name == DEFAULT else folder / name
-  with atomic.new_folder(folder, is_adapter) as scratch:
+  with atomic.new_folder(folder, overwrite=True) as scratch:
     text = json.dumps(config_file.dump(peft), indent=2, sort_keys=True)
     (scratch / peft_config.CONFIG_FILE).write_text(text, encoding="utf-8")
     try:

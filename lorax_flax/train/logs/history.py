@@ -20,10 +20,10 @@ _MOST_SKIPPED = 50
 
 
 class Diverged(LoraxError):
-  """A loss or a gradient that is not finite has ended the run.
+  """A loss, a gradient or an evaluation that is not finite has ended the run.
 
   Attributes:
-    step: the step that was not finite.
+    step: the step that was not finite, or before the evaluation that was not.
     reason: a few words.
   """
 
@@ -68,8 +68,8 @@ class History:
   def add(self, number: int, metrics: Mapping[str, Mean]) -> None:
     """Adds a step's metrics, which are on the host already; one may be skipped.
 
-    The first step that is not finite and may not be skipped ends the run: sets
-    `failed`.
+    The first step that is not finite and may not be skipped ends the run, and so does
+    the last one where all were skipped: sets `failed`.
     """
     if self.failed is not None:
       return
@@ -83,17 +83,20 @@ class History:
     name = "loss" if "loss" in wrong else next(iter(wrong))
     reason = f"{name} is {wrong[name]} at step {number}"
     if self._on_nonfinite == "stop":
-      self._fail(number, reason)
+      self.fail(number, reason)
       return
     self.skipped += 1
     self._skipped_in_a_row += 1
-    if self._skipped_in_a_row < _MOST_SKIPPED:
+    nothing_learnt = self.skipped == self._plan.total
+    if self._skipped_in_a_row < _MOST_SKIPPED and not nothing_learnt:
       self.info("%s: the step is skipped", reason)
       return
-    row = f"{_MOST_SKIPPED} steps in a row were not finite and changed nothing"
-    self._fail(number, f"{row}. {reason}")
+    steps = f"all {self.skipped}" if nothing_learnt else f"{_MOST_SKIPPED}"
+    row = f"{steps} steps in a row were not finite and changed nothing"
+    self.fail(number, f"{row}. {reason}")
 
-  def _fail(self, number: int, reason: str) -> None:
+  def fail(self, number: int, reason: str) -> None:
+    """Ends the run: what it would write from here on is not what it is asked for."""
     self.failed = {"step": number, "reason": reason}
     if self.name:
       self.info("%s: it ends here, the others go on", reason)

@@ -11,7 +11,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from lorax_flax.files import atomic, bucket
+from lorax_flax.files import atomic, bucket, strict_json
 from lorax_flax.files import workdir as files
 
 
@@ -88,7 +88,7 @@ class SilentRecord:
 
 
 def _dump(line: Mapping[str, Any]) -> str:
-  return json.dumps(line) + "\n"
+  return strict_json.dump(line) + "\n"
 
 
 def _lines_until(file: Path, step: int) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ def rewrite(source, folder, labels, **options):
     architecture=loaded.family.architecture,
     labels=labels,
     tokenizer_from=source,
-    may_replace=lambda _: False,
+    overwrite=False,
   )
   return loaded
 
