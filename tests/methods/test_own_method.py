@@ -21,14 +21,13 @@ import pytest
 
 import lorax_flax as lx
 from experiments import run
-from experiments.cli import config_flag
+from experiments.cli import config_dict, config_flag
 from experiments.inference import merged
 from experiments.sweeps import plan, runner
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.adapters import native
 from lorax_flax.hub.peft import folder as peft
-from lorax_flax.jobs import settings
 from lorax_flax.models import registry
 from tests.adapt.checks import check_equals_merged, check_no_dense_gradient, perturbed
 from tests.train import tiny
@@ -224,7 +223,7 @@ def config(tmp_path_factory):
 
 
 def _settings(config):
-  return settings.convert(config_flag.load(str(config)))
+  return config_dict.convert(config_flag.load(str(config)))
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +257,7 @@ def test_a_run_trains_it_and_its_adapter_is_merged(config, trained, tmp_path):
 
 
 def test_trials_of_other_ranks_train_together_as_alone(config, tmp_path):
-  planned = plan.of(str(config), config_flag.load(str(config)), [])
+  planned = plan.of(config_flag.choose(str(config)))
   listed = planned.listed()
   assert runner.train(planned, tmp_path / "swept", [0, 1]) == 0
   for trial in listed:
@@ -273,11 +272,11 @@ from pathlib import Path
 from experiments import run
 from experiments.cli import config_flag
 from lorax_flax.hub.peft import folder as peft
-from lorax_flax.jobs import settings
+from experiments.cli import config_dict
 from lorax_flax.sharding.mesh import MeshConfig
 
 config, folder, mesh = sys.argv[1:]
-found = settings.convert(config_flag.load(config))
+found = config_dict.convert(config_flag.load(config))
 found = dataclasses.replace(found, mesh=MeshConfig(**json.loads(mesh)))
 run.run(found, Path(folder))
 """
