@@ -18,24 +18,22 @@ class MLP(nnx.Module):
     return self.down(nnx.tanh(self.up(self.norm(x_BxD))))
 
 
-model = MLP(nnx.Rngs(0))
-graph, params, state = nnx.split(model, nnx.Param, ...)
+graph, params, state = nnx.split(model := MLP(nnx.Rngs(0)), nnx.Param, ...)
+
 
 def apply_fn(params, state, x):
-  # A call in training mode changes the rest of the state (batch statistics, the count
-  # of random numbers): copy=True gives it Variables of its own to change.
+  # A call in training mode changes its state; copy=True gives it one of its own.
   model = nnx.merge(graph, params, state, copy=True)
   return model(x), nnx.state(model, nnx.Not(nnx.Param))
 
 
 x = jax.random.normal(jax.random.key(2), (256, 8))
+y = jnp.sin(3 * x[:, :1])
 lora = lx.adapt(apply_fn, lx.LoraConfig(targets=["up", "down"], rank=4, alpha=8))
 print(lora.plan(params, state, x))
 adapter = lora.init(jax.random.key(1), params, state, x)
-y = jnp.sin(3 * x[:, :1])
 trained, frozen = lx.partition(adapter, lx.trainable_mask(adapter))
-optimizer = optax.adam(1e-2)
-opt = optimizer.init(trained)
+opt = (optimizer := optax.adam(1e-2)).init(trained)
 
 
 @jax.jit
@@ -54,11 +52,9 @@ for i in range(200):
   if i % 50 == 0 or i == 199:
     print(f"step {i}: loss {value:.4f}")
 
-merged = lx.merge(
-  params, lx.combine(trained, frozen)
-)  # a state like params, which stays the base
-# `params` hold the model's own Variables: they are the merged weights from here on, so
-# the adapter is not to be applied again. lx.unmerge gives the base back.
+merged = lx.merge(params, lx.combine(trained, frozen))  # params stay the base, until:
+# they hold the model's own Variables, so its update merges them too; do not apply the
+# adapter to them again. lx.unmerge gives the base back.
 nnx.update(model, merged, state)
 model.eval()
 print("loss when merged:", f"{jnp.mean((model(x) - y) ** 2):.4f}")

@@ -231,6 +231,13 @@ def transposed(eqn: Any, numbers: Sequence[int]) -> Any:
   return _flat(jax.make_jaxpr(back)(struct(eqn.outvars[0].aval), *others))
 
 
+def shards(x: Any) -> list[str]:
+  """The manual mesh axes over which a value differs from shard to shard."""
+  aval = jax.typeof(x)
+  varying = aval.mat.varying if hasattr(aval, "mat") else aval.vma
+  return sorted(varying)
+
+
 def struct(x: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
 

@@ -127,6 +127,7 @@ class Run:
     place = f"{view.path}#{int(index)}" if static else view.path
     site = self.sites[place] = self.sites.get(place, -1) + 1
     key = path_key(self.dropout_key, f"{view.path}:{site}")
+    index = call_rules.in_shard(index, jx.shards(x))
     keep = jax.random.bernoulli(
       jax.random.fold_in(key, index), 1.0 - view.dropout, x.shape
     )
