@@ -19,6 +19,8 @@ def programs(run: Any, eqn: Any, call: jx.Call) -> list[Callable[..., list[Any]]
 
   def program(body):
     def results(*operands):
+      if call.is_inline:
+        return run.jaxpr(*jx.open_jaxpr(body), operands)
       results = run.closed(body, operands)
       name = eqn.primitive.name
       return results if call.returns_weights else run.plain(name, results)
@@ -203,6 +205,7 @@ RULES: dict[str, Callable[[Any, Any, Any, list[Any]], list[Any]]] = {
   "closed_call": _inline,
   "cond": _cond,
   "core_call": _inline,
+  "custom_vmap_call": _inline,
   "jit": _inline,
   "pjit": _inline,
   "remat2": _remat,

@@ -137,6 +137,9 @@ _CALLS: dict[str, Callable[[Any], Call | Loop]] = {
   "core_call": _closed,
   "custom_jvp_call": _custom,
   "custom_vjp_call": _custom,
+  "custom_vmap_call": lambda p: Call(
+    (p["call"],), is_inline=True, returns_weights=True
+  ),
   "jit": _jit,
   "pjit": _jit,
   "remat2": _checkpoint,

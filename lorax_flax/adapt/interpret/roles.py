@@ -6,13 +6,13 @@ axes; what reaches an output through one contraction alone tells the output head
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
 from lorax_flax.adapt.interpret import encoding as jx
-from lorax_flax.adapt.interpret import layout_rules, product_rules
+from lorax_flax.adapt.interpret import layout_rules, look_ups, product_rules
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
 
@@ -72,7 +72,7 @@ def discover(
       operands.append(View.shown(var.aval.shape, var.aval.dtype, path, dims))
     else:
       operands.append(frozenset({INPUT}) if i in set(inputs) else frozenset())
-  results = _run(found, open_, operands)
+  results = _settled(found, _run(found, open_, operands))
   heads = set()
   for result in results:
     if is_view(result):
@@ -106,7 +106,14 @@ def _run(found: Discovery, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
 
 def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   name = eqn.primitive.name
+  moves = any(not is_view(v) and v for v in operands)
+  try:
+    data = look_ups.data(eqn, operands, moves)
+  except Unsupported:
+    data = {i for i, v in enumerate(operands) if is_view(v) and look_ups.is_table(v)}
+  operands = [_rows(found, v) if i in data else v for i, v in enumerate(operands)]
   views = [v for v in operands if is_view(v)]
+  moves = any(not is_view(v) and v for v in operands)
   call = jx.call(eqn)
   if isinstance(call, jx.Call) and (views or call.is_inline or call.has_rule):
     return _call(found, name, call, operands)
@@ -121,32 +128,55 @@ def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
     for v, a in zip(operands, eqn.invars, strict=True)
   ]
   try:
-    if name in layout_rules.RULES:
-      return list(
-        layout_rules.RULES[name](eqn, shown, [_abstract(v) for v in eqn.outvars])
-      )
+    if name in look_ups.RULES:
+      if moves and name in layout_rules.WITH_CONSTANTS:
+        raise Unsupported("a sum with what depends on the inputs")
+      outs = look_ups.RULES[name](eqn, shown, [_abstract(v) for v in eqn.outvars])
+      if name == "dynamic_slice" and INPUT not in through:
+        # A place in the program (a layer's number) does not look anything up.
+        return [replace(v, looked_up=shown[0].looked_up) for v in outs]
+      return [v if is_view(v) else through for v in outs]
     if name in product_rules.RULES:
       axes = product_rules.axes_of(eqn, shown)
-      _record(found, views[0], name, axes)
+      _record(found, views[0], product_rules.site(eqn), axes)
       return [views[0].paths() | frozenset()] * len(eqn.outvars)
+    why = "has no rule"
   except Unsupported as e:
-    found.problem(views, name, str(e))
-  else:
-    found.problem(views, name, "has no rule")
+    why = str(e)
+  tables = [v for v in views if look_ups.is_table(v)]
+  found.problem([v for v in views if v not in tables], name, why)
+  through = through.union(*(_rows(found, v) for v in tables))
   return [through] * len(eqn.outvars)
 
 
 def _record(found: Discovery, view: View, primitive: str, axes: product_rules.Axes):
   sites: dict[str, dict[int, str]] = {path: {} for path in view.paths()}
+  chosen = look_ups.chosen(view, axes)
   for role, numbers in zip(("in", "stack", "out"), axes, strict=True):
     for i in numbers:
-      if view.dims[i].role == "stack":
+      if view.dims[i].role == "stack" or i in chosen:
         continue
       for path, axis in view.dims[i].labels:
         if sites[path].setdefault(axis, role) != role:
           found.problem([view], primitive, f"axis {axis} is split between two roles")
   for path, roles in sites.items():
     found.usage[path].sites.append((primitive, roles))
+
+
+def _rows(found: Discovery, view: View) -> Through:
+  """Rows of a table as data: what was looked up is "in", an axis of the rows "out"."""
+  looked = view.looked_up.labels if view.looked_up else frozenset()
+  labels = {x for d in view.dims if d.role != "stack" for x in d.labels}
+  for path in view.paths() | {path for path, _ in looked}:
+    site = {axis: "out" for p, axis in labels - looked if p == path}
+    site |= {axis: "in" for p, axis in looked if p == path}
+    found.usage[path].sites.append(("gather", site))
+  return frozenset(view.paths())
+
+
+def _settled(found: Discovery, values: Sequence[Any]) -> list[Any]:
+  """What a program of its own hands out: rows looked up in it are data."""
+  return [_rows(found, v) if is_view(v) and look_ups.is_table(v) else v for v in values]
 
 
 def _plain(found: Discovery, values: Sequence[Any], primitive: str) -> list[Through]:
@@ -177,6 +207,8 @@ def _stable(found: Discovery, primitive, before: list, after: list) -> list[Any]
 def _call(found: Discovery, name: str, call: jx.Call, operands: list) -> list[Any]:
   own = operands[call.num_selectors :]
   columns = [_run(found, jx.open_jaxpr(body)[0], own) for body in call.bodies]
+  if not call.is_inline:
+    columns = [_settled(found, results) for results in columns]
   if not call.returns_weights:
     columns = [_plain(found, results, name) for results in columns]
   first, *others = columns
@@ -193,7 +225,7 @@ def _loop(found: Discovery, name: str, loop: jx.Loop, operands: list) -> list[An
     if loop.cond is not None:
       results = _run(found, jx.open_jaxpr(loop.cond)[0], [*cond_consts, *carry])
       _plain(found, results, name)
-    results = _run(found, body, [*consts, *carry, *slices])
+    results = _settled(found, _run(found, body, [*consts, *carry, *slices]))
     joined = _stable(found, name, carry, results[: len(carry)])
     if joined == carry:
       return [*carry, *(_stack(y, loop.length) for y in results[len(carry) :])]
