@@ -151,7 +151,7 @@ def job(
     state, base = _with_shardings((state, base), (shardings, states.Base(params, rest)))
     batch = _with_shardings(batch, dict.fromkeys(batch, meshes.batch(mesh)))
   loss = losses.cross_entropy(0.0)
-  step = steps.train_step(forward, loss, optimizer, _rate, 1, shardings)
+  step = steps.jitted(steps.train_step(forward, loss, optimizer, _rate), shardings)
   return Job(step, state, base, batch, plan, mesh)
 
 

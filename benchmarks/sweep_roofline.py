@@ -11,30 +11,61 @@ follow them.
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks import common
 from experiments.cli import config_dict, config_flag
 from launch.dryrun import hlo, report, topology
-from launch.dryrun import step as shapes
 from lorax_flax.jobs import settings
-from lorax_flax.jobs.abstract import DURATIONS, Abstract
+from lorax_flax.jobs.abstract import DURATIONS, Abstract, abstract
+from lorax_flax.sharding import mesh as meshes
 from lorax_flax.tasks import task as tasks
-from lorax_flax.train import stacked
 from lorax_flax.train import step as steps
+from lorax_flax.train import trials
+from lorax_flax.train.state import Base, TrainState
 
 
 def together(one: Abstract, requested: settings.Settings, n: int) -> Abstract:
   """The step of n trials, from that of one."""
   objective = tasks.of(requested.data).objective(requested.train.label_smoothing)
-  state, base, batch = stacked.abstract(one.state, one.base, one.batch, n)
-  step = stacked.train_step(
-    one.forward, objective, requested.train, DURATIONS, stacked.within(stacked.ROOM)
+  state, base, batch = _stacked(one.state, one.base, one.batch, n)
+  step = trials.train_step(
+    one.forward, objective, requested.train, DURATIONS, trials.within(trials.ROOM)
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   jitted = steps.jitted(step, shardings)
   return dataclasses.replace(one, step=jitted, state=state, base=base, batch=batch)
+
+
+def _stacked(
+  state: TrainState, base: Base, batch: Mapping[str, Any], n: int
+) -> tuple[trials.States, trials.Bases, dict[str, Any]]:
+  """ShapeDtypeStructs that N trials' step takes, from those of one's step."""
+
+  def stack(tree):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        (n, *x.shape), x.dtype, sharding=trials.sharding(x.sharding)
+      ),
+      tree,
+    )
+
+  replicated = meshes.replicated(jax.tree.leaves(base)[0].sharding.mesh)
+  own, shared = trials.own_and_shared(base.rest)
+  number: Any = jax.ShapeDtypeStruct((n,), jnp.float32, sharding=replicated)
+  alive = jax.ShapeDtypeStruct((n,), jnp.bool_, sharding=replicated)
+  each = stack(state)
+  return (
+    trials.States(each, each.trained, alive),  # type: ignore[arg-type]
+    trials.Bases(
+      Base(base.params, shared), stack(own), dict.fromkeys(trials.NUMBERS, number)
+    ),
+    stack(dict(batch)),
+  )
 
 
 def main() -> None:
@@ -84,7 +115,7 @@ def measure(
   fields = config_flag.load(config)
   fields.train.batch_size = batch
   requested = config_dict.convert(fields)
-  one = shapes.job(requested, slice_)
+  one = abstract(requested, slice_.devices)
   step = one if n == 1 else together(one, requested, n)
   with topology.quiet():
     compiled = step.compile()

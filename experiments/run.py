@@ -29,10 +29,9 @@ from absl import flags
 
 from experiments.cli import command as cli
 from experiments.cli import config_flag, large_pages, run_flags
-from lorax_flax import text_table
-from lorax_flax.jobs import settings
 
 if TYPE_CHECKING:
+  from lorax_flax.jobs.settings import Settings
   from lorax_flax.train.loop import Job
 
 log = logging.getLogger("lorax_flax.run")
@@ -43,7 +42,7 @@ DISTRIBUTED = run_flags.distributed(FLAGS)
 WORKDIR = run_flags.workdir(FLAGS, "runs/CONFIG")
 
 
-def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
+def run(settings: "Settings", workdir: Path) -> dict[str, Any]:
   """Trains a run, or resumes it; returns the content of its result.json.
 
   Raises:
@@ -54,19 +53,19 @@ def run(wanted: settings.Settings, workdir: Path) -> dict[str, Any]:
   from lorax_flax.distributed import processes
   from lorax_flax.files import workdir as files
 
-  files.check(workdir, wanted.to_json())
+  files.check(workdir, settings.to_json())
   result = files.result(workdir)
   # A workdir that only the first process sees is enough for what is not a checkpoint.
   if processes.broadcast(result is not None):
     log.info(f"{workdir} holds this run, finished; delete it to run again.")
     return result or {}
-  [trained] = train({workdir: wanted}, workdir)
+  [trained] = train({workdir: settings}, workdir)
   if isinstance(trained, Exception):
     raise trained
   return trained
 
 
-def train(runs: Mapping[Path, settings.Settings], checkpoints: Path) -> list[Any]:
+def train(runs: Mapping[Path, "Settings"], checkpoints: Path) -> list[Any]:
   """Trains N >= 1 runs in one program; see `lorax_flax.train.loop.fit`.
 
   Args:
@@ -84,7 +83,7 @@ def train(runs: Mapping[Path, settings.Settings], checkpoints: Path) -> list[Any
   return loop.fit(job, checkpoints)
 
 
-def prepare(runs: Mapping[Path, settings.Settings]) -> "Job":
+def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   """Builds what is trained; arguments as in `train`."""
   from lorax_flax.jobs import build
   from lorax_flax.jobs.export import export
@@ -93,10 +92,10 @@ def prepare(runs: Mapping[Path, settings.Settings]) -> "Job":
   from lorax_flax.train.step import Model
   from lorax_flax.train.trials import Run
 
-  first, configs = next(iter(runs.values())), [own.train for own in runs.values()]
+  first = next(iter(runs.values()))
+  seed, max_length = first.train.seed, first.data.max_length
   task = tasks.of(first.data)
   mesh = build.mesh(first.mesh, first.train)
-  max_length, seed = first.data.max_length, first.train.seed
   model = build.model(first.model, task, max_length, mesh, seed)
   splits, lengths = build.rows(first.data, task, model)
   _, forward = build.adapt(model, first.model, first.lora)
@@ -108,8 +107,8 @@ def prepare(runs: Mapping[Path, settings.Settings]) -> "Job":
       lora, mine, splits, lengths, own.train.seed, own.init_adapter
     )
     write = export(own.lora, own.model.path, task, mine)
-    title = f"{task.name}, {own.model.path}"
     name = workdir.name if len(runs) > 1 else ""
+    title = f"{task.name}, {own.model.path}"
     made.append(Run(own.train, adapter, workdir, write, title, name))
   for line in build.describe(made[0].adapter, model.params):
     log.info(line)
@@ -117,53 +116,23 @@ def prepare(runs: Mapping[Path, settings.Settings]) -> "Job":
     made,
     Model(forward, model.params, build.axes(model), mesh),
     task.objective(first.train.label_smoothing),
-    build.batches(splits, lengths, configs),
-  )
-
-
-def show(result: dict[str, Any], workdir: Path) -> None:
-  """Prints the results, and where everything is."""
-  rows = [
-    (name, _number(x)) for name, x in result.items() if isinstance(x, int | float)
-  ]
-  print(text_table.render(("Result (best evaluation)", ""), rows, align="lr"))
-  for path in sorted(workdir.iterdir()):
-    if not path.name.startswith("."):
-      print(f"{path}{'/' if path.is_dir() else ''}")
-
-
-def _number(value: float) -> str:
-  return (
-    f"{value:,.4f}"
-    if isinstance(value, float) and abs(value) < 100
-    else f"{value:,.0f}"
+    build.batches(splits, lengths, [own.train for own in runs.values()]),
   )
 
 
 def main() -> int:
   chosen = config_flag.read(FLAGS)
-  wanted = chosen.settings()
+  settings = chosen.settings()
   large_pages.restart()
-  from lorax_flax.distributed import processes, watchdog
+  from experiments.cli import training
+  from lorax_flax.distributed import processes
   from lorax_flax.files import bucket
-  from lorax_flax.train.logs.console import log_to_console
 
   workdir = bucket.folder(WORKDIR.value or config_flag.default_workdir(chosen.spec))
-
   processes.initialize(DISTRIBUTED.value)
-  log_to_console()
   if processes.first():
     print(f"Workdir: {workdir}", flush=True)
-  try:
-    with watchdog.Watch(cli.explain):
-      result = run(wanted, workdir)
-  except processes.Preempted as told:
-    if processes.first():
-      print(told, flush=True)
-    return processes.PREEMPTED
-  if processes.first():
-    show(result, workdir)
-  return 0
+  return training.supervise(lambda: training.show(run(settings, workdir), workdir))
 
 
 if __name__ == "__main__":

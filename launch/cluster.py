@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-from launch import arguments
 from launch import options as launch_options
 from launch.calls import Call, script
 from launch.options import OptionsT
@@ -68,7 +67,7 @@ def main(engine: Engine[Any], about: str | None, argv: Sequence[str]) -> int:
     about: the module's docstring, shown by --help.
     argv: flags, then `-- PYTHON'S ARGUMENTS`.
   """
-  own, command = arguments.split(argv)
+  own, command = launch_options.split(argv)
   parser = _parser(engine, about or "")
   flags = parser.parse_args(own)
   if not command:

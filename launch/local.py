@@ -18,7 +18,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
-from launch import arguments
+from launch import options
 from lorax_flax.distributed import subprocesses
 
 
@@ -79,7 +79,7 @@ def _free_port() -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-  own, command = arguments.split(argv)
+  own, command = options.split(argv)
   about, _, rest = (__doc__ or "").partition("\n")
   parser = argparse.ArgumentParser(
     prog="python -m launch.local",

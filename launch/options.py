@@ -5,6 +5,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -97,6 +98,14 @@ def parsed(options: type[OptionsT], flags: argparse.Namespace) -> OptionsT:
   values: Any = {name: v for name, v in vars(flags).items() if name != "print"}
   lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
   return options(**values | lists)
+
+
+def split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+  """The arguments before the first `--`, and those after it."""
+  if "--" not in argv:
+    return argv, ()
+  at = list(argv).index("--")
+  return argv[:at], argv[at + 1 :]
 
 
 def _argument(each: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:

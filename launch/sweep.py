@@ -26,7 +26,8 @@ from experiments.cli import command as cli
 from experiments.cli import config_flag, run_flags
 from experiments.sweeps import outcomes, plan, runner
 from experiments.sweeps.plan import Plan
-from launch import arguments, cluster
+from launch import cluster
+from launch import options as launch_options
 from launch.engines import ENGINES
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.files import bucket
@@ -115,5 +116,5 @@ def main(launcher: Sequence[str], argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-  ARGV, LAUNCHER = arguments.split(sys.argv)
+  ARGV, LAUNCHER = launch_options.split(sys.argv)
   cli.run(lambda: main(LAUNCHER, ARGV[1:]), FLAGS, config_flag.help_text, ARGV)

@@ -99,7 +99,7 @@ def _quietly(main: Callable[[], int | None]) -> int | None:
 
 
 def _quiet_writers() -> None:
-  """Silences Orbax's threads: their errors reach us, and are told once, by us."""
+  """Silences Orbax's threads: their errors reach us, and are logged once, by us."""
   absl_logging.get_absl_logger().addFilter(lambda line: "/orbax/" not in line.pathname)
   usual = sys.unraisablehook
 

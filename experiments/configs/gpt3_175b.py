@@ -32,21 +32,19 @@ from experiments.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  return common.choose("gpt3_175b", variant, {"": _lora, "full": _full})()
-
-
-def _lora() -> ConfigDict:
   config = common.next_token()
   config.model.path = "gpt3-175b"  # none is public
-  config.model.hf_config = {
-    "model_type": "gpt2",
-    "vocab_size": 50257,
-    "n_positions": 2048,
-    "n_embd": 12288,
-    "n_layer": 96,
-    "n_head": 96,
-    "torch_dtype": "bfloat16",
-  }
+  config.model.hf_config = ConfigDict(
+    {
+      "model_type": "gpt2",
+      "vocab_size": 50257,
+      "n_positions": 2048,
+      "n_embd": 12288,
+      "n_layer": 96,
+      "n_head": 96,
+      "torch_dtype": "bfloat16",
+    }
+  )
   config.model.dropout = 0.0  # the paper names none
   config.data.max_length = 2048
   config.lora.targets = ".*/attn/c_attn/kernel"
@@ -59,8 +57,4 @@ def _lora() -> ConfigDict:
   config.train.warmup_steps = 1
   config.train.weight_decay = 0.1
   config.mesh.tensor = 2
-  return config
-
-
-def _full() -> ConfigDict:
-  return common.in_full(_lora(), learning_rate=5e-6)
+  return common.or_full("gpt3_175b", variant, config, full_learning_rate=5e-6)

@@ -11,16 +11,11 @@ Hardware: TPU v5e, 64 chips (8×8), by the dry run 6.6 of 16 GiB each.
 Command: python -m experiments.run --config=llama3_70b_instruct.py \\
 --config.data.path=FOLDER --workdir=DIR
 
-FOLDER holds train.jsonl and validation.jsonl, a line for each example: {"input_ids":
-[…], "loss_mask": […]}, where the mask, which may be left out, is 0 where a token is
-read and not learnt, as a prompt's are. The model is gated: accept its terms on the hub
-and set HF_TOKEN, or name a folder, --config.model.path=FOLDER.
+FOLDER holds token ids, and the model is gated, as llama3_8b_instruct.py says.
 
-Hyper-parameters: all linear layers, alpha 32 with 1/rank scaling and small batches as
-"LoRA Without Regret" recommends; learning rate 1e-4, constant, batches of 16 and
-clipping at 0.3 as QLoRA (arXiv 2305.14314) took for models of this size. `:full` has a
-tenth of the learning rate. The shape is config.json's of
-meta-llama/Meta-Llama-3-70B-Instruct.
+Hyper-parameters: those of llama3_8b_instruct.py but for the learning rate 1e-4, QLoRA's
+(arXiv 2305.14314) for models of this size. `:full` has a tenth of it. The shape is
+config.json's of meta-llama/Meta-Llama-3-70B-Instruct.
 """
 
 from ml_collections import ConfigDict
@@ -29,11 +24,6 @@ from experiments.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  variants = {"": _lora, "full": _full}
-  return common.choose("llama3_70b_instruct", variant, variants)()
-
-
-def _lora() -> ConfigDict:
   config = common.llama3(
     "meta-llama/Meta-Llama-3-70B-Instruct",
     layers=80,
@@ -44,8 +34,4 @@ def _lora() -> ConfigDict:
   )
   config.mesh.fsdp = 16  # a row of the batch each
   config.mesh.tensor = -1
-  return config
-
-
-def _full() -> ConfigDict:
-  return common.in_full(_lora(), learning_rate=1e-5)
+  return common.or_full("llama3_70b_instruct", variant, config, full_learning_rate=1e-5)

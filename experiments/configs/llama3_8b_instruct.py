@@ -29,12 +29,7 @@ from experiments.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  variants = {"": _lora, "full": _full}
-  return common.choose("llama3_8b_instruct", variant, variants)()
-
-
-def _lora() -> ConfigDict:
-  return common.llama3(
+  config = common.llama3(
     "meta-llama/Meta-Llama-3-8B-Instruct",
     layers=32,
     hidden=4096,
@@ -42,7 +37,4 @@ def _lora() -> ConfigDict:
     mlp=14336,
     learning_rate=2e-4,
   )
-
-
-def _full() -> ConfigDict:
-  return common.in_full(_lora(), learning_rate=2e-5)
+  return common.or_full("llama3_8b_instruct", variant, config, full_learning_rate=2e-5)

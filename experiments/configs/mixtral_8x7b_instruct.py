@@ -26,11 +26,6 @@ from experiments.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  variants = {"": _lora, "full": _full}
-  return common.choose("mixtral_8x7b_instruct", variant, variants)()
-
-
-def _lora() -> ConfigDict:
   shape = {
     "model_type": "mixtral",
     "vocab_size": 32000,
@@ -51,8 +46,6 @@ def _lora() -> ConfigDict:
   config = common.instruct(path, shape, learning_rate=2e-4)
   config.lora.exclude = ".*/mlp/gate/weight"  # the routers
   config.mesh.expert = 8
-  return config
-
-
-def _full() -> ConfigDict:
-  return common.in_full(_lora(), learning_rate=2e-5)
+  return common.or_full(
+    "mixtral_8x7b_instruct", variant, config, full_learning_rate=2e-5
+  )

@@ -22,10 +22,6 @@ from experiments.configs import common
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-  return common.choose("quickstart", variant, {"": _lora, "full": _full})()
-
-
-def _lora() -> ConfigDict:
   config = common.base()
   config.model.path = "minilm"
   config.model.dropout = 0.0
@@ -40,11 +36,7 @@ def _lora() -> ConfigDict:
   config.train.learning_rate = 2e-3
   config.train.warmup_fraction = 0.06
   config.train.save_steps = 50
-  return config
-
-
-def _full() -> ConfigDict:
-  return common.in_full(_lora(), learning_rate=2e-4)
+  return common.or_full("quickstart", variant, config, full_learning_rate=2e-4)
 
 
 def sweep(add) -> None:

@@ -5,17 +5,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.cli import command as cli
-from experiments.sweeps import outcomes, trials, unit
+from experiments import run as experiment
+from experiments.cli import training
+from experiments.sweeps import outcomes, trials
 from experiments.sweeps import page as sweep_page
 from experiments.sweeps import table as sweep_table
 from experiments.sweeps.outcomes import Outcome
 from experiments.sweeps.plan import Plan
 from experiments.sweeps.trials import Pack, Trial
-from lorax_flax.distributed import processes, subprocesses, watchdog
+from lorax_flax.distributed import processes, subprocesses
 from lorax_flax.errors import LoraxError
 from lorax_flax.files import workdir as files
-from lorax_flax.train.logs.console import log_to_console
+from lorax_flax.train.logs.history import Diverged
 
 
 def run(
@@ -53,8 +54,7 @@ def run(
     ends = outcomes.read(known, folder)
     if not all(end.over for end in ends):
       break
-  write(plan, folder, ends)
-  show(ends, folder)
+  report(plan, folder, ends)
   for name, reason in reasons.items():
     print(f"{name} could not be run: {reason}", file=sys.stderr)
   if code == 0 and not any(end.result is not None for end in ends):
@@ -92,8 +92,7 @@ def table(plan: Plan, folder: Path) -> int:
   ends = outcomes.read(plan.make(plan.chosen(folder)), folder)
   if not any(end.over for end in ends):
     raise LoraxError(f"no trial in {folder} is over yet")
-  write(plan, folder, ends)
-  show(ends, folder)
+  report(plan, folder, ends)
   return 0
 
 
@@ -111,15 +110,27 @@ def train(plan: Plan, folder: Path, numbers: Sequence[int]) -> int:
 
 
 def _here(pack: Pack, folder: Path) -> int:
-  log_to_console()
-  try:
-    with watchdog.Watch(cli.explain):
-      unit.run(pack, folder)
-  except processes.Preempted as told:
-    if processes.first():
-      print(told, flush=True)
-    return processes.PREEMPTED
-  return 0
+  return training.supervise(lambda: train_pack(pack, folder))
+
+
+def train_pack(pack: Pack, folder: Path) -> None:
+  """Trains the trials of a pack; each one's folder records how it ended.
+
+  Raises:
+    LoraxError: what `experiments.run` raises, but for a trial that diverges.
+    processes.Preempted: SIGTERM asked for it; all is saved.
+  """
+  if processes.broadcast(_over(pack, folder)):
+    return
+  runs = {folder / trial.name: trial.settings for trial in pack.trials}
+  for own, settings in runs.items():
+    files.check(own, settings.to_json())
+  shared = folder / pack.name if len(runs) > 1 else next(iter(runs))
+  results = experiment.train(runs, shared)
+  if processes.first():
+    for own, result in zip(runs, results, strict=True):
+      if isinstance(result, Diverged):
+        outcomes.write_failed(own, result)
 
 
 def _over(pack: Pack, folder: Path) -> bool:
@@ -156,14 +167,11 @@ def command(pack: Pack, folder: Path, arguments: Sequence[str]) -> list[str]:
   return ["-m", "experiments.sweep", *arguments, *own]
 
 
-def write(plan: Plan, folder: Path, ends: Sequence[Outcome]) -> None:
-  """Writes results.csv and results.html."""
+def report(plan: Plan, folder: Path, ends: Sequence[Outcome]) -> None:
+  """Writes results.csv and results.html, and prints the table and where they are."""
   files.write_text(folder / "results.csv", sweep_table.to_csv(ends))
   files.write_text(folder / "results.html", sweep_page.page(ends, plan.config.spec))
 
-
-def show(ends: Sequence[Outcome], folder: Path) -> None:
-  """Prints the table, and where everything is."""
   for text in (sweep_table.to_text(ends), sweep_table.medians_to_text(ends)):
     if text is not None:
       print(text, end="\n\n")

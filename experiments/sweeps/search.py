@@ -13,6 +13,7 @@ seed of the config and from how the trials before have ended, so a search that w
 interrupted goes on as if it had not been.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,16 +118,15 @@ def ask(space: Space, seed: int, outcomes: Sequence[Outcome]) -> list[dict[str, 
       "a search needs Optuna: pip install 'lorax-flax[sweep]'"
     ) from error
   optuna.logging.set_verbosity(optuna.logging.WARNING)
-  kinds = {
-    "uniform": lambda low, high: optuna.distributions.FloatDistribution(low, high),
-    "log_uniform": lambda low, high: optuna.distributions.FloatDistribution(
-      low, high, log=True
-    ),
-    "integer": lambda low, high: optuna.distributions.IntDistribution(low, high),
-    "choice": lambda *values: optuna.distributions.CategoricalDistribution(values),
+  known = optuna.distributions
+  kinds: dict[str, Any] = {
+    "uniform": known.FloatDistribution,
+    "log_uniform": functools.partial(known.FloatDistribution, log=True),
+    "integer": known.IntDistribution,
+    "choice": lambda *values: known.CategoricalDistribution(values),
   }
   bounds = {name: kinds[kind](*args) for name, (kind, args) in space.bounds.items()}
-  # The history is told anew each time: the folders hold it, and nothing else need.
+  # The history is given anew each time: the folders hold it, and nothing else need.
   metric = METRICS.get(ends.primary(outcomes))
   maximize = metric is None or metric.better(1.0, 0.0)
   sampler = optuna.samplers.TPESampler(

@@ -115,8 +115,7 @@ def make(
   Raises:
     LoraxError: a field or a value that can't be; two trials that are the same.
   """
-  found: dict[str, Trial] = {}
-  named = dict.fromkeys(name for own in changes for name in own)
+  found: dict[str, tuple[int, Mapping[str, Any], Settings]] = {}
   for number, own in enumerate(changes):
     try:
       if both := [name for name in own if name in overridden]:
@@ -131,18 +130,14 @@ def make(
       raise LoraxError(f"trial {number} ({_of(own)}): {error}") from error
     key = json.dumps(settings.to_json(), sort_keys=True)
     if key in found:
-      raise LoraxError(
-        f"trials {found[key].number} and {number} are the same: {_of(own)}"
-      )
-    found[key] = Trial(number, own, own, settings)
+      raise LoraxError(f"trials {found[key][0]} and {number} are the same: {_of(own)}")
+    found[key] = number, own, settings
+  named = dict.fromkeys(name for own in changes for name in own)
+  usual = {name: config_dict.value(config, name) for name in named}
   return [
-    dataclasses.replace(t, fields=_fields(config, t, named)) for t in found.values()
+    Trial(number, own, {**usual, **own}, settings)
+    for number, own, settings in found.values()
   ]
-
-
-def _fields(config: Values, trial: Trial, names: Collection[str]) -> dict[str, Any]:
-  own = trial.changes
-  return {n: own[n] if n in own else config_dict.value(config, n) for n in names}
 
 
 def _of(changes: Mapping[str, Any]) -> str:

@@ -6,14 +6,12 @@ from launch.dryrun import costs, report
 from launch.dryrun import step as shapes
 from launch.dryrun.topology import Topology
 from lorax_flax.errors import LoraxError
+from lorax_flax.jobs.abstract import abstract
 from lorax_flax.jobs.settings import Settings
 
 
 def run(
-  settings: Settings,
-  topology: Topology,
-  title: str,
-  hlo_file: str | None = None,
+  settings: Settings, topology: Topology, title: str, hlo_file: str | None = None
 ) -> None:
   """Prints the costs of a run's step.
 
@@ -23,7 +21,7 @@ def run(
   Raises:
     LoraxError: the step does not fit into a chip's memory.
   """
-  job = shapes.job(settings, topology)
+  job = abstract(settings, topology.devices)
   for line in job.notes:
     print(line)
   print()

@@ -1,4 +1,4 @@
-"""A run's training step for a slice, as shapes, and the FLOPs that it needs."""
+"""The experts of a run's model, and the FLOPs that its training step needs."""
 
 import dataclasses
 
@@ -7,14 +7,9 @@ import jax
 from launch.dryrun import jaxpr_flops
 from launch.dryrun.topology import Topology
 from lorax_flax.jobs import outline
-from lorax_flax.jobs.abstract import Abstract, abstract
+from lorax_flax.jobs.abstract import abstract
 from lorax_flax.jobs.settings import Settings
 from lorax_flax.tasks import task as tasks
-
-
-def job(settings: Settings, topology: Topology) -> Abstract:
-  """The step that training runs on a slice; see `lorax_flax.jobs.abstract`."""
-  return abstract(settings, topology.devices)
 
 
 def experts(settings: Settings) -> int:
@@ -27,7 +22,7 @@ def experts(settings: Settings) -> int:
 def useful_flops(settings: Settings, topology: Topology) -> int:
   """Matmul FLOPs of a step on all chips together, with nothing recomputed."""
   model = dataclasses.replace(settings.model, remat="none")
-  once = job(dataclasses.replace(settings, model=model), topology)
+  once = abstract(dataclasses.replace(settings, model=model), topology.devices)
   with jax.set_mesh(once.mesh):
     traced = once.step.trace(once.state, once.base, once.batch)
   return jaxpr_flops.matmul_flops(traced.jaxpr)

@@ -11,6 +11,7 @@ from launch.dryrun.options import REMAT, Option, meshes
 from launch.dryrun.topology import Topology
 from lorax_flax import text_table
 from lorax_flax.errors import LoraxError
+from lorax_flax.jobs.abstract import abstract
 from lorax_flax.jobs.settings import Settings
 from lorax_flax.sharding import activations
 from lorax_flax.sharding.mesh import AXES
@@ -103,7 +104,7 @@ def _try(
     activations.num_shards(option.sizes) * settings.train.accumulation
   ):
     return None
-  job = shapes.job(option.of(settings), topology)
+  job = abstract(option.of(settings), topology.devices)
   needed = useful * option.batch / settings.train.batch_size
   try:
     found, _ = costs.measure(job, topology, needed)

@@ -56,10 +56,10 @@ class Watch:
     """Every process has to; waits for the first one."""
     if jax.process_count() == 1:
       return self
-    listener, told = None, b""
+    listener, address = None, b""
     if processes.first():
-      listener, told = _listen()
-    padded = np.frombuffer(told.ljust(_ADDRESS), np.uint8)
+      listener, address = _listen()
+    padded = np.frombuffer(address.ljust(_ADDRESS), np.uint8)
     address = bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded)))
     host, port, token = json.loads(address)
     if listener is not None:
@@ -149,8 +149,10 @@ def _listen() -> tuple[socket.socket, bytes]:
   # Where the others reach this machine through another name, any address will do.
   local = host in ("127.0.0.1", "localhost")
   listener = socket.create_server((host if local else "", 0))
-  told = json.dumps([host, listener.getsockname()[1], secrets.token_hex(_TOKEN // 2)])
-  return listener, told.encode()
+  address = json.dumps(
+    [host, listener.getsockname()[1], secrets.token_hex(_TOKEN // 2)]
+  )
+  return listener, address.encode()
 
 
 def _connect(host: str, port: int, token: str) -> socket.socket:

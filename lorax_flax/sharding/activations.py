@@ -42,7 +42,7 @@ def shard_rows(x: Any) -> Any:
     rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *rest))
 
-  return jax.tree.map(constrained, x)
+  return jax.tree.map(cut, x)
 
 
 def shard_experts(x_ExNxD: jax.Array) -> jax.Array:

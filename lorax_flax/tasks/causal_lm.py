@@ -11,7 +11,7 @@ from lorax_flax.data.config import DataSettings
 from lorax_flax.errors import LoraxError
 from lorax_flax.tasks.task import Splits, Task
 from lorax_flax.train import losses
-from lorax_flax.train.objective import Objective, Work
+from lorax_flax.train.objective import Objective, Throughput
 
 if TYPE_CHECKING:
   from lorax_flax.models.registry import Loaded
@@ -29,7 +29,7 @@ def _objective(label_smoothing: float) -> Objective:
     metrics=("perplexity",),
     primary="perplexity",
     predictions=lambda logits_BxTxV: None,  # A vocabulary is wide.
-    work=Work("tokens", "attention_mask"),
+    throughput=Throughput("tokens", "attention_mask"),
   )
 
 

@@ -16,7 +16,7 @@ from lorax_flax.data.tokens import Tokens, ragged
 from lorax_flax.tasks.task import Splits, Task
 from lorax_flax.train import losses
 from lorax_flax.train.losses import Loss
-from lorax_flax.train.objective import Objective, Work
+from lorax_flax.train.objective import Objective, Throughput
 
 if TYPE_CHECKING:
   from lorax_flax.models.registry import Loaded, Outline
@@ -38,9 +38,9 @@ def of_texts(
   """
 
   def objective(label_smoothing: float) -> Objective:
-    work = Work("tokens", "attention_mask")
+    throughput = Throughput("tokens", "attention_mask")
     made = loss(label_smoothing)
-    return Objective(made, dataset.metrics, dataset.primary, work=work)
+    return Objective(made, dataset.metrics, dataset.primary, throughput=throughput)
 
   return Task(
     name=dataset.name,

@@ -40,7 +40,7 @@ class Task:
       `max_length` and `buckets`; another that is set is an error.
     read: (settings, model) -> rows.
     blank: (model, length) -> one row of that many tokens, for its shapes.
-    objective: (label smoothing) -> loss, metrics and unit of work.
+    objective: (label smoothing) -> loss, metrics and unit of throughput.
   """
 
   name: str

@@ -29,7 +29,7 @@ class Progress:
     evaluations: each a dict of step, epoch, metrics and examples, oldest first.
     best: index of the best of them, None before the first.
     seconds: of wall time by what it was spent on, over all processes of the run.
-    tokens: units of work so far, of whatever unit the task counts in.
+    tokens: number of units so far, of whatever unit the task counts in.
     skipped: number of steps that changed nothing, since they were not finite.
     failed: step and reason of a run that diverged, else None.
   """

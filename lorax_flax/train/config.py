@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass
 
 from lorax_flax.errors import LoraxError, unknown
@@ -62,7 +63,7 @@ class TrainConfig:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      _check_number(field.name, getattr(self, field.name))
+      _check_number(field, getattr(self, field.name))
     for names in DURATIONS:
       if len(_given(self, names)) > 1:
         raise LoraxError(f"give one of {_names(names)}, not several")
@@ -72,13 +73,13 @@ class TrainConfig:
       raise LoraxError(unknown("train.schedule", self.schedule, SCHEDULES))
     if self.on_nonfinite not in ON_NONFINITE:
       raise LoraxError(unknown("train.on_nonfinite", self.on_nonfinite, ON_NONFINITE))
-    for name in _POSITIVE:
-      value = getattr(self, name)
-      if value is not None and value <= 0:
+    for name in _given(self, _POSITIVE):
+      if getattr(self, name) <= 0:
+        value = getattr(self, name)
         raise LoraxError(f"train.{name} must be more than 0, not {value}")
-    for name in _NOT_NEGATIVE:
-      value = getattr(self, name)
-      if value is not None and value < 0:
+    for name in _given(self, _NOT_NEGATIVE):
+      if getattr(self, name) < 0:
+        value = getattr(self, name)
         raise LoraxError(f"train.{name} can't be negative, and is {value}")
     for name in ("b1", "b2", "label_smoothing"):
       if not 0 <= getattr(self, name) < 1:
@@ -107,9 +108,7 @@ _POSITIVE = (
   *("learning_rate", "eps", "grad_clip", "log_steps", "save_steps", "save_epochs"),
   "save_seconds",
 )
-_NOT_NEGATIVE = (
-  *("warmup_steps", "warmup_epochs", "warmup_fraction", "weight_decay", "seed"),
-)
+_NOT_NEGATIVE = (*DURATIONS[1], "weight_decay", "seed")
 
 
 @dataclass(frozen=True)
@@ -162,22 +161,18 @@ def _names(names: tuple[str, ...]) -> str:
   return " and ".join(f"train.{name}" for name in names)
 
 
-def _check_number(name: str, value: object) -> None:
-  if name in _TEXTS or value is None:
+def _check_number(field: dataclasses.Field, value: object) -> None:
+  kinds = typing.get_args(field.type) or (field.type,)
+  if str in kinds or value is None:
     return
-  integer = name in _INTEGERS
+  integer, name = int in kinds, field.name
   if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
     kind = "a whole number" if integer else "a number"
     raise LoraxError(f"train.{name} must be {kind}, not {value!r}")
-  if math.isnan(value):  # type: ignore[arg-type]
+  if math.isnan(value):
     raise LoraxError(f"train.{name} is not a number")
-  if math.isinf(value) and name not in _MAY_BE_INFINITE:  # type: ignore[arg-type]
+  if math.isinf(value) and name not in _MAY_BE_INFINITE:
     raise LoraxError(f"train.{name} must be finite")
 
 
-_INTEGERS = (
-  *("steps", "batch_size", "eval_batch_size", "accumulation", "warmup_steps", "seed"),
-  *("log_steps", "save_steps"),
-)
-_TEXTS = ("schedule", "on_nonfinite")
 _MAY_BE_INFINITE = ("grad_clip", "save_seconds")

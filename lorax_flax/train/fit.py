@@ -93,8 +93,7 @@ def fit(
     processes.Preempted: SIGTERM asked for it; everything is saved in workdir.
   """
   stream = Stream(batches)
-  layout = Layout.of(stream.first)
-  first = layout.columns(stream.first)
+  layout, first = stream.layout, stream.first
   size = len(first["weights"])
   config = _config(train, size)
   devices = jax.devices()[:1] if mesh is None else None
@@ -140,7 +139,7 @@ def fit(
       Model(forward, params, axes, made),
       Objective(per_example, (), "eval_loss", predictions=lambda outputs: None),
       loop.Data(
-        stream.columns(layout),
+        stream,
         _steps_per_epoch(batches, config),
         _splits(evaluation, layout),
       ),

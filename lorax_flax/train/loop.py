@@ -30,6 +30,7 @@ from lorax_flax.train.objective import Objective
 from lorax_flax.train.trials import Run
 
 PyTree = Any
+Seconds = Mapping[str, float]
 Program = steps.Program | trials.Program
 log = logging.getLogger(__name__)
 
@@ -98,18 +99,13 @@ def fit(
       state, progress = checkpoints.restore(done, state)
       batches.set_state(progress[0].position)
       log.info("resuming after step %d of %d", done, plan.total)
-    histories = [
-      History(
-        stack.enter_context(_recording(run.folder, done)),
-        plan,
-        job.objective,
-        run.config.on_nonfinite,
-        own,
-        run.name,
-      )
-      for run, own in zip(job.runs, progress, strict=True)
-    ]
-    unit, quiet = job.objective.work.unit, not processes.first()
+    first, histories = processes.first(), []
+    for run, own in zip(job.runs, progress, strict=True):
+      record = Record(run.folder, done) if first else SilentRecord()
+      stack.enter_context(_closing(record))
+      reaction = run.config.on_nonfinite
+      histories.append(History(record, plan, job.objective, reaction, own, run.name))
+    unit, quiet = job.objective.throughput.unit, not first
     display = stack.enter_context(Display(plan.total, done, unit, quiet))
     seconds = progress[0].seconds
     loop = _Loop(job, plan, program, histories, checkpoints, display, stop, seconds)
@@ -124,7 +120,10 @@ def fit(
     if running(histories):
       best = program.best(state, restored)
     kept, seconds = checkpoints.latest(), loop.clock.seconds()
-    results = _results(job, histories, best, kept, seconds)
+    results = [
+      _finish(run, history, trained, kept, seconds)
+      for run, history, trained in zip(job.runs, histories, best, strict=True)
+    ]
     processes.barrier("the results are written")
   return results
 
@@ -156,7 +155,7 @@ class _Loop:
     checkpoints: Checkpoints,
     display: Display,
     stop: processes.StopRequest,
-    seconds: Mapping[str, float],
+    seconds: Seconds,
   ):
     self._config, self._data, self._objective = (
       job.runs[0].config,  # Of its fields, those that all runs have in common.
@@ -191,7 +190,7 @@ class _Loop:
         for history, own in zip(
           self._histories, self._program.unstack(batch), strict=True
         ):
-          history.tokens += self._objective.work.count(own)
+          history.tokens += self._objective.throughput.count(own)
         self._display.step(number)
         at_end = number == self._plan.total
         if at_end or number % self._config.log_steps == 0:
@@ -250,7 +249,7 @@ class _Loop:
     speed = (work - self._logged[0]) / passed
     self._logged = (work, seconds)
     left = (self._plan.total - number) * seconds / number
-    name = f"speed/{self._objective.work.unit}_per_second"
+    name = f"speed/{self._objective.throughput.unit}_per_second"
     for history in running(self._histories):
       history.record.speed(number, {name: speed})
     self._display.update(
@@ -313,34 +312,19 @@ class _Loop:
     self._saved_at = self._total_seconds()
 
 
-def _results(
-  job: Job,
-  histories: Sequence[History],
-  best: Sequence[Adapter],
-  kept: int | None,
-  seconds: Mapping[str, float],
-) -> list[dict[str, Any] | Diverged]:
-  """Writes each run's result and exports its best adapter.
+def _finish(
+  run: Run, history: History, trained: Adapter, kept: int | None, seconds: Seconds
+) -> dict[str, Any] | Diverged:
+  """Writes a run's result and exports its best adapter.
 
   Args:
-    best: what each had trained at its best evaluation.
+    trained: the trained leaves at the best evaluation.
     kept: step of the last checkpoint.
     seconds: wall time by what it was spent on.
   """
-  results: list[dict[str, Any] | Diverged] = []
-  for run, history, trained in zip(job.runs, histories, best, strict=True):
-    if history.failed is not None:
-      advice = f"The checkpoint of step {kept} is kept" if kept else _NOTHING
-      results.append(Diverged(**history.failed, kept=f". {advice}"))
-    else:
-      results.append(_finish(run, history, trained, seconds))
-  return results
-
-
-def _finish(
-  run: Run, history: History, trained: Adapter, seconds: Mapping[str, float]
-) -> dict[str, Any]:
-  """Writes what a finished run leaves in its folder; returns its result."""
+  if history.failed is not None:
+    advice = f"The checkpoint of step {kept} is kept" if kept else _NOTHING
+    return Diverged(**history.failed, kept=f". {advice}")
   rest = partition(run.adapter, trainable_mask(run.adapter))[1]
   adapter = meshes.gather(combine(trained, rest))
   with bucket.staging(run.folder) as here:
@@ -352,14 +336,6 @@ def _finish(
     curves.draw(run.folder / workdir.CURVES, history.record.lines, run.title)
     workdir.write_json(run.folder / workdir.RESULT, result)
   return result
-
-
-@contextlib.contextmanager
-def _recording(folder: Path, done: int) -> Iterator[Record | SilentRecord]:
-  """The metrics writer of a run, in process 0; `done` steps were done before."""
-  record = Record(folder, done) if processes.first() else SilentRecord()
-  with _closing(record):
-    yield record
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The objective of a training: loss, metrics, and the unit of work."""
+"""The objective of a training: loss, metrics, and the unit of throughput."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ def logits(logits_BxC: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class Work:
-  """Unit in which progress and speed are counted.
+class Throughput:
+  """The unit in which progress and speed are counted.
 
   Attributes:
     unit: its plural, "tokens".
@@ -42,7 +42,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Objective:
-  """Loss, metrics and unit of work of a task.
+  """Loss, metrics and throughput of a task.
 
   Attributes:
     loss: per example; a batch's `weights` scale it.
@@ -50,7 +50,7 @@ class Objective:
     primary: the metric that picks the best evaluation.
     eval_loss: the loss in evaluations; None: the same.
     predictions: selects what metrics need of a model's outputs.
-    work: unit of the throughput.
+    throughput: what progress and speed are counted in.
   """
 
   loss: Loss
@@ -58,4 +58,4 @@ class Objective:
   primary: str
   eval_loss: Loss | None = None
   predictions: Predictions = logits
-  work: Work = Work()
+  throughput: Throughput = Throughput()

@@ -90,8 +90,3 @@ def shardings(
   )
   # The same tree, with a sharding in each leaf's place.
   return TrainState(trained, opt_state, replicated, replicated)  # type: ignore[arg-type]
-
-
-def trained_parameters(state: TrainState) -> int:
-  """Number of trained parameters."""
-  return sum(x.size for x in jax.tree.leaves(state.trained))

@@ -134,22 +134,17 @@ def program(
     bases = Base(meshes.of_params(mesh, model.axes, model.params), rest)
     return meshes.abstract(state, shardings), meshes.abstract(base, bases)
 
+  loss, accumulation = objective.loss, config.accumulation
+  step = train_step(
+    model.forward, loss, optimizer, rate, accumulation, config.on_nonfinite
+  )
+  evaluate = eval_step(
+    model.forward, objective.eval_loss or loss, objective.predictions
+  )
+  # Predictions are replicated: every process gets all of them.
   return Program(
-    train_step(
-      model.forward,
-      objective.loss,
-      optimizer,
-      rate,
-      config.accumulation,
-      shardings,
-      config.on_nonfinite,
-    ),
-    eval_step(
-      model.forward,
-      objective.eval_loss or objective.loss,
-      mesh,
-      objective.predictions,
-    ),
+    jitted(step, shardings),
+    jax.jit(evaluate, out_shardings=meshes.replicated(mesh)),
     meshes.batch(mesh),
     start,
     abstract,
@@ -182,36 +177,20 @@ def create_state(
   return states.create(params, adapter, optimizer, key)
 
 
-def train_step(
-  forward: Forward,
-  loss: Loss,
-  optimizer: optax.GradientTransformation,
-  rate: Schedule,
-  accumulation: int = 1,
-  shardings: TrainState | None = None,
-  on_nonfinite: str = "stop",
-) -> Step:
-  """Makes the step, jitted; the state's buffers are reused for the next state.
+def jitted(step: Any, shardings: PyTree | None = None) -> Any:
+  """A step (state, …) -> (state, metrics), jitted; the state's buffers are donated.
 
   Args:
     shardings: of the state, which every next state keeps; None leaves them to the
       compiler.
-
-  The others, and what it returns, are those of `one_step`.
   """
-  step = one_step(forward, loss, optimizer, rate, accumulation, on_nonfinite)
-  return jitted(step, shardings)
-
-
-def jitted(step: Any, shardings: PyTree | None) -> Any:
-  """A step (state, …) -> (state, metrics), jitted; arguments as in `train_step`."""
   if shardings is None:
     return jax.jit(step, donate_argnums=0)
   replicated = meshes.replicated(jax.tree.leaves(shardings)[0].mesh)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
-def one_step(
+def train_step(
   forward: Forward,
   loss: Loss,
   optimizer: optax.GradientTransformation,
@@ -278,23 +257,9 @@ def one_step(
 
 
 def eval_step(
-  forward: Forward,
-  loss: Loss,
-  mesh: Mesh | None = None,
-  predictions: Predictions = logits,
-) -> EvalStep:
-  """Makes (trained, base, batch) -> (predictions, mean loss), jitted.
-
-  On a mesh the predictions are replicated: every process gets all of them.
-  """
-  step = one_eval_step(forward, loss, predictions)
-  return jax.jit(step, out_shardings=None if mesh is None else meshes.replicated(mesh))
-
-
-def one_eval_step(
   forward: Forward, loss: Loss, predictions: Predictions = logits
 ) -> EvalStep:
-  """The evaluation step as a pure function."""
+  """Makes (trained, base, batch) -> (predictions, mean loss), a pure function."""
 
   def step(trained: Adapter, base: Base, batch: Batch):
     outputs = forward(base.params, base.adapter(trained), inputs(batch), None)

@@ -4,7 +4,7 @@ A batch is a pytree of arrays with a leading axis B; its leaves become columns n
 their number, beside `weights`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,6 @@ class Layout:
   """The structure of a batch."""
 
   tree: Any
-
-  @staticmethod
-  def of(batch: Any) -> "Layout":
-    """The layout of a batch."""
-    return Layout(jax.tree.structure(batch))
 
   def columns(self, batch: Any) -> dict[str, np.ndarray]:
     """The columns of a batch of this layout, each example of weight 1.
@@ -49,7 +44,12 @@ class Layout:
 
 
 class Stream:
-  """An iterable, started anew where it ends, and the position in it."""
+  """The columns of an iterable's batches, started anew where it ends, and the position.
+
+  Attributes:
+    layout: structure of the batches.
+    first: columns of the first batch.
+  """
 
   def __init__(self, batches: Iterable[Any]):
     """Takes the first batch, which is not counted as taken.
@@ -60,18 +60,16 @@ class Stream:
     self._batches, self._iterator = batches, iter(batches)
     self._taken, self._ahead = 0, False
     self._start = self.get_state()
-    self.first = self._read()
+    self._first = self._read()
     self._ahead = True
+    self.layout = Layout(jax.tree.structure(self._first))
+    self.first = self.layout.columns(self._first)
 
-  def columns(self, layout: Layout) -> "Columns":
-    """The batches' columns, as `lorax_flax.train.loop.Data` takes them."""
-    return Columns(self, layout)
+  def __next__(self) -> dict[str, np.ndarray]:
+    return self.layout.columns(self._take())
 
-  def __iter__(self) -> Iterator[Any]:
-    return self
-
-  def __next__(self) -> Any:
-    batch = self.first if self._ahead else self._read()
+  def _take(self) -> Any:
+    batch = self._first if self._ahead else self._read()
     self._ahead = False
     self._taken += 1
     return batch
@@ -104,15 +102,4 @@ class Stream:
       self._iterator.set_state(state["iterator"])
       self._ahead, self._taken = False, state["taken"]
     while self._taken < state["taken"]:
-      next(self)
-
-
-class Columns:
-  """The columns of a stream's batches."""
-
-  def __init__(self, stream: Stream, layout: Layout):
-    self._stream, self._layout = stream, layout
-    self.get_state, self.set_state = stream.get_state, stream.set_state
-
-  def __next__(self) -> dict[str, np.ndarray]:
-    return self._layout.columns(next(self._stream))
+      self._take()

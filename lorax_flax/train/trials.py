@@ -15,24 +15,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lorax_flax.adapt.partition import leaf_mask, partition, trainable_mask
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Adapter
-from lorax_flax.sharding import activations as spread
+from lorax_flax.sharding import activations
 from lorax_flax.sharding import mesh as meshes
-from lorax_flax.train import stacked
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 from lorax_flax.train.config import Durations, TrainConfig
 from lorax_flax.train.objective import Objective
-from lorax_flax.train.stacked import Bases, States
 from lorax_flax.train.state import Base, TrainState
 
 PyTree = Any
 
+# Number of trials that go through the model at once, by the padded size of one's batch
+# in the task's unit of throughput (tokens).
+Width = Callable[[int], int]
+# Tokens on each chip up to which several trials at once are faster than one after
+# another, by the roofline of v5e (benchmarks/sweep_roofline.py): their activations fit
+# into the chip's cache.
+ROOM = 256
+
+# The fields of a TrainConfig that are numbers of the step, each trial's own.
+NUMBERS = ("learning_rate", "weight_decay", "grad_clip")
 # The fields of a TrainConfig in which trials that train together may differ.
-MAY_DIFFER = (*stacked.NUMBERS, "seed")
+MAY_DIFFER = (*NUMBERS, "seed")
 
 
 @dataclass(frozen=True)
@@ -41,9 +50,8 @@ class Run:
 
   Attributes:
     config: how it trains; `MAY_DIFFER` names the fields that may be its own.
-    adapter: the adapter before the first step. Leaves of the base
-      that are not the same in all runs (a new head, drawn by the seed) are trained in
-      full.
+    adapter: the adapter before the first step. Leaves of the base that are not the
+      same in all runs (a new head, drawn by the seed) are trained in full.
     folder: claimed by this run.
     export: writes an adapter into a folder, and returns paths by the names under which
       result.json has them. Every process calls it, with the adapter replicated on its
@@ -60,17 +68,57 @@ class Run:
   name: str = ""
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Program:
-  """The steps of N runs, and what they take; see `lorax_flax.train.step.Program`.
+class States:
+  """The state of N trials: every leaf has a leading axis N.
 
   Attributes:
-    step: (state, base, batch) -> (state, metrics), each leaf with a leading axis N.
-    eval_step: (trained, base, batch) -> (predictions, mean loss); the batch has no
-      such axis, and is the same for all.
-    batch: sharding of a training batch.
-    start: () -> (state before the first step, base).
-    adapters: of the runs; their shapes are those of what is trained.
+    each: the state of each trial.
+    best: each trial's trained leaves at its best evaluation.
+    alive: bool (N,), False from the step on that was not finite.
+  """
+
+  each: TrainState
+  best: Adapter
+  alive: jax.Array
+
+  @property
+  def trained(self) -> Adapter:
+    return self.each.trained
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bases:
+  """Everything that the steps of N trials only read.
+
+  Attributes:
+    base: what all trials share, once; `rest` without the leaves of `own`.
+    own: untrained leaves that differ from trial to trial (the scale), (N, …).
+    numbers: fields of a TrainConfig, (N,) each.
+  """
+
+  base: Base
+  own: Adapter
+  numbers: dict[str, jax.Array]
+
+  def of(self, own: Adapter) -> Base:
+    """The base of the trial whose own leaves these are."""
+
+    def either(x, y):
+      return y if x is None else x  # Both are None where it is trained.
+
+    rest = jax.tree.map(either, own, self.base.rest, is_leaf=lambda x: x is None)
+    return Base(self.base.params, rest)
+
+
+@dataclass(frozen=True)
+class Program:
+  """The steps of N runs, with the interface of `lorax_flax.train.step.Program`.
+
+  Every leaf of the state, of a training batch and of what a step returns has a leading
+  axis N. An evaluation batch has none, and is the same for all.
   """
 
   step: Any
@@ -81,7 +129,7 @@ class Program:
 
   def unstack(self, tree: PyTree) -> list[PyTree]:
     """The part of each run in a tree that a step takes or returns."""
-    return [stacked.one(tree, i) for i in range(len(self.adapters))]
+    return [_one(tree, i) for i in range(len(self.adapters))]
 
   def keep_best(self, state: States, improved: Sequence[bool]) -> States:
     """The state after an evaluation, with the best of each run so far."""
@@ -92,10 +140,7 @@ class Program:
     """The trained leaves of each run's best evaluation, from the last state."""
     del restored
     best = meshes.gather(last.best)
-    return [
-      stacked.trimmed(stacked.one(best, i), like)
-      for i, like in enumerate(self.adapters)
-    ]
+    return [_trimmed(_one(best, i), like) for i, like in enumerate(self.adapters)]
 
 
 def program(
@@ -115,32 +160,29 @@ def program(
   """
   _check(runs)
   adapters = [run.adapter for run in runs]
-  ranks, mesh, config = stacked.largest_ranks(adapters), model.mesh, runs[0].config
+  ranks, mesh, config = _largest_ranks(adapters), model.mesh, runs[0].config
   at_once = _width(mesh) if width is None else lambda tokens: width
   placed = meshes.of_adapter(mesh, model.axes, adapters[0])
   optimizer, _ = steps.optimizer_of(config, plan)
   replicated = meshes.replicated(mesh)
 
-  def create(params: PyTree, adapter: Adapter, seed: int) -> tuple[TrainState, Base]:
-    return steps.create_state(params, adapter, optimizer, seed)
+  def create(adapter: Adapter, seed: int) -> tuple[TrainState, Base]:
+    return steps.create_state(model.params, adapter, optimizer, seed)
 
-  first, _ = jax.eval_shape(lambda adapter: create(None, adapter, 0), adapters[0])
-  own = states.shardings(first, optimizer, placed, mesh)
-  own = jax.tree.map(stacked.sharding, own)
-
-  def start_one(run: Run) -> tuple[TrainState, Base]:
-    adapter = meshes.place(stacked.padded(run.adapter, ranks), placed)
-    return create(model.params, adapter, run.config.seed)
-
+  first, _ = jax.eval_shape(lambda adapter: create(adapter, 0), adapters[0])
+  own = jax.tree.map(sharding, states.shardings(first, optimizer, placed, mesh))
   shardings = States(own, own.trained, replicated)  # type: ignore[arg-type]
 
   def start() -> tuple[States, Bases]:
-    pairs = [start_one(run) for run in runs]
+    pairs = [
+      create(meshes.place(_padded(run.adapter, ranks), placed), run.config.seed)
+      for run in runs
+    ]
     state = _stack([state for state, _ in pairs])
-    rests = [stacked.own_and_shared(base.rest) for _, base in pairs]
+    rests = [own_and_shared(base.rest) for _, base in pairs]
     numbers = {
       name: jnp.array([getattr(run.config, name) for run in runs], jnp.float32)
-      for name in stacked.NUMBERS
+      for name in NUMBERS
     }
     best = jax.tree.map(jnp.copy, state.trained)
     return (
@@ -150,12 +192,10 @@ def program(
 
   return Program(
     steps.jitted(
-      stacked.train_step(model.forward, objective, config, plan, at_once), shardings
+      train_step(model.forward, objective, config, plan, at_once), shardings
     ),
-    jax.jit(
-      stacked.eval_step(model.forward, objective, at_once), out_shardings=replicated
-    ),
-    stacked.sharding(meshes.batch(mesh)),
+    jax.jit(eval_step(model.forward, objective, at_once), out_shardings=replicated),
+    sharding(meshes.batch(mesh)),
     start,
     adapters,
   )
@@ -163,6 +203,108 @@ def program(
 
 def _stack(trees: Sequence[PyTree]) -> PyTree:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def within(room: int) -> Width:
+  """Width of as many trials as fit `room` tokens together, and at least one."""
+  return lambda tokens: max(1, room // tokens)
+
+
+def train_step(
+  forward: steps.Forward,
+  objective: Objective,
+  config: TrainConfig,
+  plan: Durations,
+  width: Width,
+) -> Any:
+  """Makes (States, Bases, batch) -> (States, metrics), every leaf with an axis N.
+
+  Args:
+    config: of its fields, those that all trials have in common.
+  """
+  loss, accumulation = objective.loss, config.accumulation
+
+  def one(bases, state, alive, own, numbers, batch):
+    optimizer, rate = steps.optimizer_of(config, plan, numbers)
+    step = steps.train_step(forward, loss, optimizer, rate, accumulation, "skip")
+    new, metrics = step(state, bases.of(own), batch)
+    new = steps.select(alive, new, state)
+    if config.on_nonfinite == "stop":
+      for mean in metrics.values():
+        alive &= jnp.isfinite(mean.total)
+    return new, alive, metrics
+
+  def step(state: States, bases: Bases, batch: steps.Batch):
+    new, alive, metrics = _each(
+      lambda *own: one(bases, *own),
+      (state.each, state.alive, bases.own, bases.numbers, batch),
+      width(objective.throughput.padded(batch) // len(state.alive)),
+    )
+    return States(new, state.best, alive), metrics
+
+  return step
+
+
+def eval_step(forward: steps.Forward, objective: Objective, width: Width) -> Any:
+  """Makes (trained, Bases, batch) -> (predictions, mean loss), with an axis N each.
+
+  The batch has none: it is the same for all.
+  """
+  loss = objective.eval_loss or objective.loss
+  evaluate = steps.eval_step(forward, loss, objective.predictions)
+
+  def step(trained: Adapter, bases: Bases, batch: steps.Batch):
+    def one(trained, own):
+      return evaluate(trained, bases.of(own), batch)
+
+    return _each(one, (trained, bases.own), width(objective.throughput.padded(batch)))
+
+  return step
+
+
+def _each(function: Any, trees: tuple[PyTree, ...], width: int) -> PyTree:
+  """The function over the trials' axis of the trees, `width` of them at once."""
+  if width >= len(jax.tree.leaves(trees)[0]):
+    return jax.vmap(function)(*trees)
+  return jax.lax.map(lambda parts: function(*parts), trees, batch_size=width)
+
+
+def own_and_shared(rest: Adapter) -> tuple[Adapter, Adapter]:
+  """Untrained leaves as (those of the trial, those of the base)."""
+  return partition(rest, leaf_mask(rest, lambda delta: delta.per_trial))
+
+
+def _largest_ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
+  """The largest rank that a trial gives each delta that has one."""
+  ranks = {p: max(each[p].rank for each in adapters) for p in adapters[0]}
+  return {path: rank for path, rank in ranks.items() if rank}
+
+
+def _padded(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
+  """The deltas with these ranks, zero beyond their own."""
+  return {p: d.padded(ranks[p]) if p in ranks else d for p, d in adapter.items()}
+
+
+def _trimmed(trained: Adapter, like: Adapter) -> Adapter:
+  """The factors of `trained` without their padding, as long as `like`'s."""
+  return jax.tree.map(
+    lambda mark, x, own: x[tuple(map(slice, own.shape))] if mark else None,
+    trainable_mask(like),
+    trained,
+    like,
+  )
+
+
+def _one(tree: PyTree, i: int) -> PyTree:
+  """The leaves of trial i."""
+  return jax.tree.map(lambda x: x[i], tree)
+
+
+def sharding(of: NamedSharding) -> NamedSharding:
+  """The sharding with a leading axis over the trials, which is replicated."""
+  mesh = of.mesh
+  assert isinstance(mesh, Mesh)
+  return NamedSharding(mesh, PartitionSpec(None, *of.spec))
 
 
 def _check(runs: Sequence[Run]) -> None:
@@ -181,10 +323,10 @@ def _check(runs: Sequence[Run]) -> None:
       )
 
 
-def _width(mesh: Mesh) -> stacked.Width:
+def _width(mesh: Mesh) -> Width:
   if jax.default_backend() == "cpu":
-    return stacked.within(0)
-  return stacked.within(stacked.ROOM * spread.num_shards(mesh.shape))
+    return within(0)
+  return within(ROOM * activations.num_shards(mesh.shape))
 
 
 @jax.jit

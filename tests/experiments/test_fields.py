@@ -70,9 +70,9 @@ def test_a_field_of_any_type_is_reached_by_a_flag(argument, field, value):
 
 
 def test_the_method_is_reached_by_a_flag():
-  method = lambda config: (getattr(config, "method", None), config.use_dora)
-  assert method(_lora("--config.lora.use_dora")) == method(LoraConfig(use_dora=True))
-  assert method(_lora("--noconfig.lora.use_dora")) == method(LoraConfig(use_dora=False))
+  assert _lora("--config.lora.method=dora") == _lora("--config.lora.use_dora")
+  assert _lora("--config.lora.use_dora").method == "dora"
+  assert _lora("--noconfig.lora.use_dora").method == "lora"
 
 
 def test_an_override_may_come_before_the_config_and_several_entries_add_up():
@@ -102,6 +102,8 @@ def test_an_override_may_come_before_the_config_and_several_entries_add_up():
       "model.hf_config.hidden_size=8",
       "unknown config field 'model.hf_config.hidden_size'",
     ),
+    ("lora.method=dorra", "did you mean 'dora'"),
+    ("lora.options.shared=true", "unknown option of lora 'shared'"),
     ("lora.init=gausian", "did you mean 'gaussian'"),
   ],
 )

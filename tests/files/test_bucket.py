@@ -1,5 +1,6 @@
 """Runs whose workdir is in a bucket, and nowhere else."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -54,8 +55,9 @@ def _result(text):
 
 
 def test_a_run_killed_and_taken_up_in_a_bucket_is_one_on_a_disk_bit_for_bit(
-  bucket, tmp_path, capfd
+  bucket, tmp_path, caplog
 ):
+  caplog.set_level("INFO", "lorax_flax")
   first = _start("-m", "tests.train.toy", "gs://bucket/a run")
   until = time.monotonic() + 120
   complete = "a run/checkpoints/10/commit_success.txt"
@@ -69,7 +71,7 @@ def test_a_run_killed_and_taken_up_in_a_bucket_is_one_on_a_disk_bit_for_bit(
 
   folder = places.folder("gs://bucket/a run")
   toy.fit(toy.job(folder), folder)
-  assert "resuming after step" in capfd.readouterr().out
+  assert "resuming after step" in caplog.text
   toy.fit(toy.job(tmp_path), tmp_path)
   for name in ("metrics.jsonl", "adapter.json"):
     assert bucket.read(f"a run/{name}") == (tmp_path / name).read_bytes(), name
@@ -150,6 +152,7 @@ def test_a_bucket_that_takes_nothing_any_more_is_one_error_and_keeps_what_it_has
   kept = re.compile(r"lost/checkpoints/\d+/commit_success.txt")
   assert any(map(kept.fullmatch, bucket.names("lost/")))
   assert toy.fit(toy.job(folder), folder)["steps"] == 24
+  gc.collect()
 
 
 def test_a_bucket_that_takes_nothing_is_one_error_before_anything_is_loaded(bucket):

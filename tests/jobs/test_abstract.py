@@ -110,7 +110,7 @@ def test_a_scanned_program_does_not_grow_with_its_layers():
   texts = []
   for layers in (12, 96):
     config = config_flag.load("gpt3_175b.py")
-    config.model.hf_config["n_layer"] = layers
+    config.model.hf_config.n_layer = layers
     config.mesh.fsdp = config.mesh.tensor = 1
     wanted = config_dict.convert(config)
     made = abstract.abstract(wanted, jax.devices()[:1])

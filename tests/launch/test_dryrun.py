@@ -241,8 +241,8 @@ def test_a_batch_that_does_not_come_out_even_is_refused(wanted):
 def pretend(monkeypatch):
   """Compilations of which a function says the memory (GiB) and the seconds."""
 
-  def job(wanted, topology):
-    sizes = wanted.mesh.sizes(topology.size)
+  def job(wanted, devices):
+    sizes = wanted.mesh.sizes(len(devices))
     ids = jax.ShapeDtypeStruct((wanted.train.batch_size, LENGTH), int)
     return SimpleNamespace(
       sizes=sizes, remat=wanted.model.remat, batch={"input_ids": ids}
@@ -262,7 +262,7 @@ def pretend(monkeypatch):
       return costs.Costs(parts, 0, 0, 0, 0, useful, useful, 1, {}, {}, *times), ""
 
     monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(shapes, "job", job)
+    monkeypatch.setattr(suggest, "abstract", job)
     monkeypatch.setattr(shapes, "useful_flops", lambda wanted, topology: 1e12)
     monkeypatch.setattr(costs, "measure", measure)
     return compiled

@@ -270,9 +270,7 @@ _RUN = """
 import dataclasses, json, sys
 from pathlib import Path
 from experiments import run
-from experiments.cli import config_flag
-from lorax_flax.hub.peft import folder as peft
-from experiments.cli import config_dict
+from experiments.cli import config_dict, config_flag
 from lorax_flax.sharding.mesh import MeshConfig
 
 config, folder, mesh = sys.argv[1:]

@@ -18,7 +18,7 @@ def _evaluate(splits, names=("accuracy", "f1"), **options):
   state, base = states.create(
     job.model.params, job.runs[0].adapter, optimizer, jax.random.key(0)
   )
-  run = step.eval_step(job.model.forward, job.objective.loss, **options)
+  run = jax.jit(step.eval_step(job.model.forward, job.objective.loss, **options))
   outputs = {
     split: jax.device_get([run(state.trained, base, batch) for batch in batches])
     for split, batches in splits.items()

@@ -69,12 +69,14 @@ def _train_ours(folder, adapter_folder, family, accumulation):
     rate, b1=0.9, b2=0.999, eps=1e-6, weight_decay=DECAY, grad_clip=CLIP
   )
   state, base = states.create(loaded.params, adapter, optimizer, jax.random.key(0))
-  train = step.train_step(
-    lambda params, adapter, batch, key: lora.apply(params, adapter, batch),
-    losses.cross_entropy(SMOOTHING),
-    optimizer,
-    rate,
-    accumulation,
+  train = step.jitted(
+    step.train_step(
+      lambda params, adapter, batch, key: lora.apply(params, adapter, batch),
+      losses.cross_entropy(SMOOTHING),
+      optimizer,
+      rate,
+      accumulation,
+    )
   )
   found, norms = [], []
   for batch in _batches(family):

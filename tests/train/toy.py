@@ -21,7 +21,7 @@ from lorax_flax.train import loop, losses
 from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.logs.history import Diverged
 from lorax_flax.train.loop import Data, Job
-from lorax_flax.train.objective import Objective, Work
+from lorax_flax.train.objective import Objective, Throughput
 from lorax_flax.train.step import Model
 from lorax_flax.train.trials import Run
 
@@ -98,7 +98,10 @@ def job(
     runs=[Run(config, adapter, folder, export, "toy", name)],
     model=Model(forward, base, AXES, mesh.make(mesh.MeshConfig(), jax.devices()[:1])),
     objective=Objective(
-      loss, ("accuracy", "f1"), "accuracy", work=Work("tokens", "attention_mask")
+      loss,
+      ("accuracy", "f1"),
+      "accuracy",
+      throughput=Throughput("tokens", "attention_mask"),
     ),
     data=Data(
       pipeline.training(train, shape, seed=config.seed),

@@ -41,7 +41,7 @@ class History:
   Attributes:
     record: writer of the lines.
     name: of the run, which prefixes its log lines; empty where there is only one.
-    tokens: units of work so far.
+    tokens: number of units so far, of the throughput.
     skipped: number of steps that changed nothing, since they were not finite.
     failed: step and reason of a run that diverged, else None.
   """
@@ -57,7 +57,7 @@ class History:
   ):
     self.record, self.name = record, name
     self._plan, self._on_nonfinite = plan, on_nonfinite
-    self._primary, self._unit = objective.primary, objective.work.unit
+    self._primary, self._unit = objective.primary, objective.throughput.unit
     self._pending = {name: Mean(*pair) for name, pair in progress.pending.items()}
     self._evaluations = list(progress.evaluations)
     self._best = progress.best
@@ -153,18 +153,11 @@ class History:
   def progress(
     self, position: Mapping[str, Any], seconds: Mapping[str, float]
   ) -> Progress:
-    """The part of a checkpoint that describes this run.
-
-    Args:
-      position: of the data iterator.
-      seconds: wall time by what it was spent on.
-    """
+    """The part of a checkpoint that describes this run; arguments are its fields."""
+    pending = self._pending.items()
     return Progress(
       position=dict(position),
-      pending={
-        name: (float(mean.total), float(mean.count))
-        for name, mean in self._pending.items()
-      },
+      pending={name: (float(m.total), float(m.count)) for name, m in pending},
       evaluations=self._evaluations,
       best=self._best,
       seconds=dict(seconds),
@@ -178,6 +171,7 @@ class History:
   ) -> dict[str, Any]:
     """The content of result.json, except for the paths of what was written."""
     best, last = self.best_and_last()
+    speed = self.tokens / seconds["steps"] if seconds["steps"] else 0.0
     return {
       **best["metrics"],
       "primary_metric": self._primary,
@@ -192,9 +186,7 @@ class History:
       "seconds": dict(seconds),
       "skipped_steps": self.skipped,
       self._unit: self.tokens,
-      f"{self._unit}_per_second": (
-        self.tokens / seconds["steps"] if seconds["steps"] else 0.0
-      ),
+      f"{self._unit}_per_second": speed,
     }
 
 

@@ -53,7 +53,7 @@ class Display:
 
     Args:
       losses, rates: mean loss and learning rate of each run.
-      speed: units of work per second, of all runs together.
+      speed: units of throughput per second, of all runs together.
       left: estimated seconds to the end.
     """
     loss = _span(losses, ".4f")

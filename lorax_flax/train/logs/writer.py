@@ -81,17 +81,10 @@ class SilentRecord:
 
   lines: Sequence[dict[str, Any]] = ()
 
-  def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+  def _nothing(self, *values: Any) -> None:
     """Does nothing."""
 
-  def speed(self, step: int, values: Mapping[str, float]) -> None:
-    """Does nothing."""
-
-  def flush(self) -> None:
-    """Does nothing."""
-
-  def close(self) -> None:
-    """Does nothing."""
+  write = speed = flush = close = _nothing
 
 
 def _dump(line: Mapping[str, Any]) -> str:
