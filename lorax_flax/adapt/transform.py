@@ -129,7 +129,8 @@ def _opened(tree: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], PyTree]]
 
   def rebuilt(values: Sequence[Any]) -> PyTree:
     given = iter(values)
-    return structure.unflatten([next(given) if is_array(x) else x for x in leaves])
+    new = [next(given) if is_array(x) else x for x in leaves]
+    return jax.tree.unflatten(structure, new)
 
   return list(filter(is_array, leaves)), rebuilt
 

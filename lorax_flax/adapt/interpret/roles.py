@@ -134,7 +134,7 @@ def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
       outs = look_ups.RULES[name](eqn, shown, [_abstract(v) for v in eqn.outvars])
       if name == "dynamic_slice" and INPUT not in through:
         # A place in the program (a layer's number) does not look anything up.
-        return [replace(v, looked_up=shown[0].looked_up) for v in outs]
+        return [replace(v, looked_up=operands[0].looked_up) for v in outs]
       return [v if is_view(v) else through for v in outs]
     if name in product_rules.RULES:
       axes = product_rules.axes_of(eqn, shown)
