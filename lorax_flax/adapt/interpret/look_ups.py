@@ -109,7 +109,7 @@ def row_axes(view: View) -> set[int]:
 
 
 def is_table(view: View) -> bool:
-  """Whether what was looked up may be rows of a table.
+  """True where what was looked up may be rows of a table.
 
   While roles are being found, more than one axis of a row tells a stack of kernels.
   """
@@ -152,7 +152,7 @@ def _others(operands):
 
 
 def _is_row(eqn, operands, moves) -> bool:
-  """Whether a product takes what was looked up for rows of data, not for a kernel."""
+  """True where a product takes what was looked up for rows of data, not a kernel."""
   (view,) = (x for x in operands if is_view(x))
   axes, index, row = (
     product_rules.axes_of(eqn, operands),

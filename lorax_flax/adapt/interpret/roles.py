@@ -175,7 +175,7 @@ def _rows(found: Discovery, view: View) -> Through:
 
 
 def _settled(found: Discovery, values: Sequence[Any]) -> list[Any]:
-  """What a program of its own hands out: rows looked up in it are data."""
+  """Results of a program of its own: rows looked up in it are data."""
   return [_rows(found, v) if is_view(v) and look_ups.is_table(v) else v for v in values]
 
 
