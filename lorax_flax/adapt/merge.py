@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from lorax_flax.adapt.paths import PyTree, flatten, map_with_path
+from lorax_flax.adapt.paths import PyTree, arrays, map_with_path
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.methods import Adapter
 
@@ -10,8 +10,10 @@ from lorax_flax.methods import Adapter
 def merge(params: PyTree, adapter: Adapter) -> PyTree:
   """params with every delta added: the same tree, and no added latency.
 
+  Leaves without a delta are returned as they are, arrays or not; params is not changed.
+
   Args:
-    params: the base, any pytree of arrays.
+    params: the base, any pytree.
     adapter: path to delta, of any method.
 
   Raises:
@@ -38,7 +40,7 @@ def unmerge(params: PyTree, adapter: Adapter) -> PyTree:
 
 
 def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
-  leaves = flatten(params)
+  leaves = arrays(params)
   for path in adapter:
     if path not in leaves:
       raise LoraxError(unknown("adapter path", path, leaves))
@@ -47,6 +49,8 @@ def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
 
   def shift(path, leaf):
     delta, new = adapter.get(path), leaf
+    if delta is None and path not in biases:
+      return leaf
     if path in biases and sign < 0:
       new = new.astype(jnp.float32) - biases[path]
     if delta is not None:

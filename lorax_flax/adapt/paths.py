@@ -42,6 +42,16 @@ def _name(place, neighbours) -> str:
   return "/".join(keystr((key,), simple=True) for key in place)
 
 
+def is_array(x: Any) -> bool:
+  """True for arrays, their shapes, and objects in their place (quantised ones)."""
+  return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def arrays(tree: PyTree) -> dict[str, Any]:
+  """The leaves that are arrays, by path; numbers and functions are static."""
+  return {path: leaf for path, leaf in flatten(tree).items() if is_array(leaf)}
+
+
 def map_with_path(fn, tree: PyTree, *rest: PyTree) -> PyTree:
   """`fn(path, leaf, …)` over the leaves of trees alike, `path` being a slash path."""
   structure: Any = jax.tree.structure(tree)

@@ -15,7 +15,7 @@ from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.interpreter import Run
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
-from lorax_flax.adapt.paths import PyTree, flatten
+from lorax_flax.adapt.paths import PyTree, arrays, flatten, is_array
 from lorax_flax.adapt.plan import Plan, make_plan, start
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, Followed
@@ -76,7 +76,7 @@ class Adapted:
     Returns:
       dict of path to delta: of the config's method, Rows, or Tuned.
     """
-    return start(self.plan(params, *args, **kwargs), key, flatten(params))
+    return start(self.plan(params, *args, **kwargs), key, arrays(params))
 
   def apply(
     self,
@@ -101,7 +101,7 @@ class Adapted:
       lora_dropout_key = kwargs.pop("dropout_key")
     elif kwargs.get("dropout_key") is not None and lora_dropout_key is None:
       _check_no_dropout(adapter)
-    leaves = flatten(params)
+    leaves = arrays(params)
     for path in adapter:
       if path not in leaves:
         raise LoraxError(unknown("adapter path", path, leaves))
@@ -149,7 +149,7 @@ def adapt(apply_fn: Callable[..., Any], config: LoraConfig) -> Adapted:
   gradient of W is ever formed. The result composes with jit, grad, vmap, remat, scan.
 
   Args:
-    apply_fn: fn(params, *args, **kwargs), `params` any pytree of arrays: a Linen
+    apply_fn: fn(params, *args, **kwargs), `params` any pytree: a Linen
       module's apply, a function that merges an NNX graph, or any JAX function.
     config: targets, ranks, scales.
 
@@ -203,28 +203,33 @@ def _cotangent(x: Any) -> Any:
   return jnp.ones_like(x) if is_float else np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _is_array(x: Any) -> bool:
-  return hasattr(x, "shape") and hasattr(x, "dtype")
+def _opened(tree: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], PyTree]]:
+  """The tree's arrays, and a function of their replacements to such a tree.
+
+  Other leaves (flags, names, numbers, functions) stay Python values.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+
+  def rebuilt(values: Sequence[Any]) -> PyTree:
+    given = iter(values)
+    new = [next(given) if is_array(x) else x for x in leaves]
+    return jax.tree.unflatten(structure, new)
+
+  return list(filter(is_array, leaves)), rebuilt
 
 
 def _trace(fn, params, args, kwargs) -> _Traced:
-  """Traces fn; arguments that are not arrays (flags, names) stay Python values."""
-  leaves = flatten(params)
-  rest, rest_tree = jax.tree.flatten((args, kwargs))
-  arrays = [x for x in rest if _is_array(x)]
-  params_tree = jax.tree.structure(params)
+  """Traces fn; only the arrays among params and arguments are traced."""
+  weights, with_weights = _opened(params)
+  data, with_data = _opened((args, kwargs))
 
-  def flat(leaf_values, array_values):
-    given = iter(array_values)
-    merged = [next(given) if _is_array(x) else x for x in rest]
-    inner_args, inner_kwargs = jax.tree.unflatten(rest_tree, merged)
-    inner = jax.tree.unflatten(params_tree, leaf_values)
-    return fn(inner, *inner_args, **inner_kwargs)
+  def flat(weights, data):
+    inner_args, inner_kwargs = with_data(data)
+    return fn(with_weights(weights), *inner_args, **inner_kwargs)
 
-  values = list(leaves.values())
-  jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(values, arrays)
+  jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(weights, data)
   return _Traced(
-    jaxpr, leaves, [*values, *arrays], len(arrays), jax.tree.structure(shapes)
+    jaxpr, arrays(params), [*weights, *data], len(data), jax.tree.structure(shapes)
   )
 
 

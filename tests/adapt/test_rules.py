@@ -5,11 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorax_flax as lx
-from tests.adapt.checks import check_equals_merged, check_no_dense_gradient, perturbed
+from lorax_flax.adapt.interpret import interpreter, look_ups, product_rules
+from tests.adapt import test_look_ups
+from tests.adapt.checks import (
+  all_equations,
+  check_equals_merged,
+  check_no_dense_gradient,
+  perturbed,
+)
 
 
 def normal(seed, *shape):
@@ -55,6 +63,45 @@ def sharded(p, x):
   inner = lambda x, w: lax.psum(x @ w, "d")
   specs = (P(None, "d"), P("d", None))
   return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=P())(x, p["w"])
+
+
+def shards_along(p, x):
+  """Steps on a weight's shards inside shard_map, on a mesh of one device."""
+  mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+
+  def inner(x, w):
+    w = lax.ppermute(lax.all_gather(w, "d", axis=0, tiled=True), "d", [(0, 0)])
+    return lax.psum(x @ w, "d")
+
+  specs = (P(None, "d"), P("d", None))
+  return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=P())(x, p["w"])
+
+
+def varying(p, x):
+  mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+  inner = lambda x, w: x @ lax.pcast(w, "d", to="varying")
+  specs = (P("d"), P())
+  return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=P("d"))(x, p["w"])
+
+
+def constrained(p, x):
+  mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+  return x @ lax.with_sharding_constraint(p["w"], NamedSharding(mesh, P("d")))
+
+
+def resharded(p, x):
+  mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Explicit,))
+  return x @ jax.sharding.reshard(p["w"], NamedSharding(mesh, P("d")))
+
+
+@jax.custom_batching.custom_vmap
+def doubled(w):
+  return 2.0 * w
+
+
+@doubled.def_vmap
+def _(axis_size, in_batched, w):
+  return doubled(w), in_batched[0]
 
 
 def stacked_lists(p, x):
@@ -208,6 +255,64 @@ PROGRAMS = {
     (2, 3, 5),
     "in out",
   ),
+  "shards": (shards_along, (5, 7), (3, 5), "in out"),
+  "varying": (varying, (5, 7), (3, 5), "in out"),
+  "constrained": (constrained, (5, 7), (3, 5), "in out"),
+  "resharded": (resharded, (5, 7), (3, 5), "in out"),
+  "barrier": (
+    lambda p, x: jnp.matmul(*lax.optimization_barrier((x, p["w"]))),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "named": (
+    lambda p, x: x @ checkpoint_name(jnp.copy(p["w"]), "w"),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "tiled": (
+    lambda p, x: jnp.tanh(x @ jnp.tile(p["w"], (2, 3))),
+    (5, 7),
+    (3, 10),
+    "in out",
+  ),
+  "plus_a_constant": (
+    lambda p, x: jnp.tanh(x @ (2.0 - (p["w"] + jnp.eye(6)))),
+    (6, 6),
+    (3, 6),
+    "in out",
+  ),
+  "running_sum_of_inputs": (
+    lambda p, x: jnp.tanh(x @ jnp.cumsum(p["w"], 0)),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "running_sum_of_outputs": (
+    lambda p, x: jnp.tanh(x @ lax.cumsum(p["w"], 1, reverse=True)),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "reversed_and_padded": (
+    lambda p, x: x @ jnp.pad(lax.rev(p["w"], (0, 1)), ((1, 0), (0, 2))),
+    (5, 7),
+    (3, 6),
+    "in out",
+  ),
+  "reduced_precision": (
+    lambda p, x: x @ lax.reduce_precision(p["w"], 8, 23),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "conv_depthwise": (
+    conv((1, 1), feature_group_count=8),
+    (3, 3, 1, 16),
+    (2, 7, 5, 8),
+    "in in in out",
+  ),
   "bfloat16_cast_back": (
     lambda p, x: x @ p["w"].astype(jnp.bfloat16).astype(jnp.float32),
     (5, 7),
@@ -235,8 +340,61 @@ def test_program_equals_merged(name):
   adapter = perturbed(adapter)
   tol = 3e-2 if name == "bfloat16_cast_back" else 5e-5
   check_equals_merged(lora, fn, params, adapter, x, tol=tol)
-  if "size_one" not in name and name != "split":
+  # A depthwise kernel is smaller than the activations of its factors: it is formed.
+  if "size_one" not in name and name not in ("split", "conv_depthwise"):
     check_no_dense_gradient(lora, params, adapter, x)
+
+
+# In the tables for other releases of JAX, or what has a test of its own elsewhere.
+ELSEWHERE = {
+  "checkpoint", "closed_call", "copy", "copy_p", "core_call", "custom_jvp_call",
+  "custom_vjp_call", "custom_vmap_call", "pcast", "pjit", "pvary", "reduce_sum",
+  "remat2", "stack", "while",
+}  # fmt: skip
+
+
+def test_every_rule_has_a_program():
+  met = set()
+  for fn, w_shape, x_shape, _ in [*PROGRAMS.values(), *test_look_ups.PROGRAMS.values()]:
+    w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (w_shape, x_shape))
+    jaxpr = jax.make_jaxpr(fn)({"w": w}, x)
+    met |= {eqn.primitive.name for eqn in all_equations(jaxpr)}
+  rules = {*look_ups.RULES, *product_rules.RULES, *interpreter.CALL_RULES}
+  assert rules - met <= ELSEWHERE, rules - met - ELSEWHERE
+
+
+def test_depthwise_kernels_are_formed_and_left_out_of_all_linear():
+  fn, w_shape, x_shape, _ = PROGRAMS["conv_depthwise"]
+  params = {"w": normal(0, *w_shape), "up": normal(1, 16, 5), "head": normal(2, 5, 3)}
+  x = normal(3, *x_shape)
+  both = lambda p, x: jnp.tanh(fn(p, x) @ p["up"]) @ p["head"]
+  plan = lx.adapt(both, lx.LoraConfig(targets="all-linear")).plan(params, x)
+  assert [t.path for t in plan.targets] == ["up"]
+
+  def flops(fn, *args):
+    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+  lora = lx.adapt(fn, lx.LoraConfig(rank=8, targets=["w"]))
+  adapter = lora.init(jax.random.key(2), params, x)
+  ratio = flops(lora.apply, params, adapter, x) / flops(fn, params, x)
+  assert ratio < 2.5, ratio
+
+
+def test_a_function_with_a_vmap_rule_of_its_own_is_entered():
+  # JAX has no reverse-mode gradient of it; the adapter's is taken inside.
+  params, x = {"w": normal(0, 5, 7)}, normal(1, 3, 5)
+  fn = lambda p, x: x @ doubled(p["w"])
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
+  adapter = perturbed(lora.init(jax.random.key(2), params, x))
+  want = fn(lx.merge(params, adapter), x)
+  np.testing.assert_allclose(lora.apply(params, adapter, x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_in_a_sum_with_data_is_no_kernel():
+  fn = lambda p, x: jnp.tanh((x + p["w"]) @ jnp.ones((6, 4)))
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
+  with pytest.raises(lx.LoraxError, match="'w' is used by 'add'"):
+    lora.plan({"w": normal(0, 3, 6)}, normal(1, 3, 6))
 
 
 def test_a_while_loop_is_entered():

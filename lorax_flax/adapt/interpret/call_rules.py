@@ -19,6 +19,8 @@ def programs(run: Any, eqn: Any, call: jx.Call) -> list[Callable[..., list[Any]]
 
   def program(body):
     def results(*operands):
+      if call.is_inline:
+        return run.jaxpr(*jx.open_jaxpr(body), operands)
       results = run.closed(body, operands)
       name = eqn.primitive.name
       return results if call.returns_weights else run.plain(name, results)
@@ -77,6 +79,10 @@ def _shard_map(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[A
     return replace(x.on_all(factor, spec, x.dims), index=PartitionSpec())
 
   (body,) = programs(run, eqn, call)
+  if not call.options["check_vma"]:
+    # Values do not tell there which axes they vary over: the specs do.
+    axes = {name for spec in call.options["in_specs"] for name in _names(spec)}
+    body = _told_apart(body, sorted(axes))
   specs = map(spec_of, operands, call.options["in_specs"])
   options = {
     **call.options,
@@ -84,6 +90,32 @@ def _shard_map(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[A
     "out_specs": tuple(call.options["out_specs"]),
   }
   return list(jax.shard_map(lambda *xs: tuple(body(*xs)), **options)(*operands))
+
+
+def in_shard(index: Any, axes: Sequence[str]) -> Any:
+  """A place in the program as each shard along these mesh axes numbers it."""
+  for name in axes:
+    index = index * lax.axis_size(name) + lax.axis_index(name)
+  return index
+
+
+def _told_apart(body: Callable, axes: Sequence[str]) -> Callable:
+  """The body, given weights whose place in the program tells the shard."""
+
+  def told(*operands):
+    return body(
+      *(
+        replace(x, index=in_shard(x.index, axes)) if is_view(x) else x for x in operands
+      )
+    )
+
+  return told
+
+
+def _names(spec: PartitionSpec) -> list[str]:
+  """The mesh axes of a spec."""
+  entries = ((e,) if isinstance(e, str) else e or () for e in spec)
+  return [name for names in entries for name in names]
 
 
 def _repeat(x: Any, i: jax.Array, length: int) -> Any:
@@ -173,6 +205,7 @@ RULES: dict[str, Callable[[Any, Any, Any, list[Any]], list[Any]]] = {
   "closed_call": _inline,
   "cond": _cond,
   "core_call": _inline,
+  "custom_vmap_call": _inline,
   "jit": _inline,
   "pjit": _inline,
   "remat2": _remat,

@@ -137,6 +137,9 @@ _CALLS: dict[str, Callable[[Any], Call | Loop]] = {
   "core_call": _closed,
   "custom_jvp_call": _custom,
   "custom_vjp_call": _custom,
+  "custom_vmap_call": lambda p: Call(
+    (p["call"],), is_inline=True, returns_weights=True
+  ),
   "jit": _jit,
   "pjit": _jit,
   "remat2": _checkpoint,
@@ -229,6 +232,13 @@ def transposed(eqn: Any, numbers: Sequence[int]) -> Any:
 
   linear, others = _apart(is_linear, avals)
   return _flat(jax.make_jaxpr(back)(struct(eqn.outvars[0].aval), *others))
+
+
+def shards(x: Any) -> list[str]:
+  """The manual mesh axes over which a value differs from shard to shard."""
+  aval = jax.typeof(x)
+  varying = aval.mat.varying if hasattr(aval, "mat") else aval.vma
+  return sorted(varying)
 
 
 def struct(x: Any) -> jax.ShapeDtypeStruct:

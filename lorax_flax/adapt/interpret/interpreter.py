@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lorax_flax.adapt.interpret import (
   call_rules,
   custom_derivatives,
-  layout_rules,
+  look_ups,
   product_rules,
 )
 from lorax_flax.adapt.interpret import encoding as jx
@@ -63,24 +63,34 @@ class Run:
     return [read(a) for a in jaxpr.outvars]
 
   def closed(self, jaxpr: Any, operands: Sequence[Any]) -> list:
-    return self.jaxpr(*jx.open_jaxpr(jaxpr), operands)
+    """Results of a program of its own, at whose end rows looked up in it are data."""
+    results = self.jaxpr(*jx.open_jaxpr(jaxpr), operands)
+    return [self.rows(x) if is_view(x) and x.looked_up else x for x in results]
+
+  def rows(self, view: View) -> Any:
+    """Rows of a table as data, W + delta of these rows alone."""
+    self.used |= view.paths()
+    return view.dense()
 
   def equation(self, eqn: Any, operands: list[Any]) -> list[Any]:
-    views = [x for x in operands if is_view(x)]
-    if not views:
+    if not any(map(is_view, operands)):
       return jx.bind(eqn, operands)
     name = eqn.primitive.name
     try:
+      data = look_ups.data(eqn, operands)
+      if data:
+        plain = [self.rows(x) if i in data else x for i, x in enumerate(operands)]
+        return self.equation(eqn, plain)
+      views = [x for x in operands if is_view(x)]
       call = jx.call(eqn)
       if call is not None:
         in_place = isinstance(call, jx.Call) and call.is_inline
         if not in_place and any(v.is_abstract for v in views):
           raise Unsupported("a change of the weight alone does not go in")
         return CALL_RULES[name](self, eqn, call, operands)
-      if name in layout_rules.RULES or product_rules.is_choice(eqn, operands):
-        rule = layout_rules.RULES.get(name, product_rules.choose)
+      if name in look_ups.RULES:
         with jx.scope(eqn):
-          return list(rule(eqn, operands, _on_values(eqn, operands)))
+          return list(look_ups.RULES[name](eqn, operands, _on_values(eqn, operands)))
       if name in product_rules.RULES:
         product_rules.axes_of(eqn, operands)
 
@@ -100,6 +110,8 @@ class Run:
 
   def materialize(self, primitive: str, view: View, why: str = "it has no rule") -> Any:
     """W + delta, where that was allowed; otherwise an error that names both."""
+    if view.looked_up is not None:
+      return self.rows(view)
     if self.strict:
       raise Unsupported(f"at {primitive!r}, {why}")
     if not self.may_materialize or view.bias is not None:
@@ -127,6 +139,7 @@ class Run:
     place = f"{view.path}#{int(index)}" if static else view.path
     site = self.sites[place] = self.sites.get(place, -1) + 1
     key = path_key(self.dropout_key, f"{view.path}:{site}")
+    index = call_rules.in_shard(index, jx.shards(x))
     keep = jax.random.bernoulli(
       jax.random.fold_in(key, index), 1.0 - view.dropout, x.shape
     )

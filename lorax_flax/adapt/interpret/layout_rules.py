@@ -8,6 +8,7 @@ every value is a ShapeDtypeStruct. A rule that cannot follow raises `Unsupported
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,6 +35,65 @@ def _transpose(eqn, operands, out):
 def _same(eqn, operands, out):
   """The weight as it was, in another dtype, place or name."""
   return [replace(operands[0], value=out[0])]
+
+
+def _barrier(eqn, operands, out):
+  """Each operand as it was; they only wait for each other."""
+  pairs = zip(operands, out, strict=True)
+  return [replace(x, value=y) if is_view(x) else y for x, y in pairs]
+
+
+def _shift(eqn, operands, out):
+  """A sum with, or a difference from, values that are no weight: W alone changes."""
+  views = [x for x in operands if is_view(x)]
+  if len(views) != 1 or views[0].out_scale is not None:
+    raise Unsupported("a sum with a weight, or of a weight with an out_scale")
+  (view,) = views
+  is_taken_away = eqn.primitive.name == "sub" and is_view(operands[1])
+  b = -view.b if is_taken_away and view.b is not None else view.b
+  return [replace(view, value=out[0], b=b)]
+
+
+def _tile(eqn, operands, out):
+  (view,) = operands
+  reps = jx.param(eqn, "reps")
+
+  def on(t):
+    times = [n if t.shape[i] != 1 else 1 for i, n in enumerate(reps)]
+    return jnp.tile(t, (*times, 1))
+
+  return [view.on_all(on, out[0], view.dims)]
+
+
+def _cumsum(eqn, operands, out):
+  """Running sums along an axis of the factor that carries it."""
+  (view,) = operands
+  axis = jx.param(eqn, "axis")
+  if view.out_scale is not None or view.bias is not None:
+    raise Unsupported("a running sum of a weight with an out_scale or a bias")
+  if view.a is None:
+    return [replace(view, value=out[0])]
+  a, b = view.a, view.b
+  if a.shape[axis] != 1 and b.shape[axis] != 1:
+    raise Unsupported("a running sum along a stack axis")
+  running = partial(lax.cumsum, axis=axis, reverse=jx.param(eqn, "reverse"))
+  if b.shape[axis] != 1:
+    return [replace(view, value=out[0], b=running(b))]
+  full = (*a.shape[:axis], view.shape[axis], *a.shape[axis + 1 :])
+  a = running(jnp.broadcast_to(a, full))
+  return [replace(view, value=out[0], a=a)]
+
+
+def _permute(eqn, operands, out):
+  """Shards that change places; the factors' shards go along."""
+  (view,) = operands
+
+  def on(t):
+    # A factor that is the same in every shard has nothing to exchange.
+    is_replicated = jx.shards(view.value) and not jx.shards(t)
+    return t if is_replicated else jx.bind(eqn, [t])[0]
+
+  return [view.on_all(on, out[0], view.dims)]
 
 
 def _convert(eqn, operands, out):
@@ -159,6 +219,28 @@ def _slice(eqn, operands, out):
   return [_slice_axes(view, starts, out[0].shape, cut, out[0])]
 
 
+def looked_up(view: View, axes: Sequence[int]) -> Dim | None:
+  """The mark of a view whose places on these axes are chosen by index.
+
+  Raises:
+    Unsupported: axes of different roles, or rows of which places are chosen again.
+  """
+  roles = {view.dims[i].role for i in axes} - {None}
+  if len(roles) > 1:
+    raise Unsupported(f"a look-up on axes with the roles {sorted(map(str, roles))}")
+  labels = frozenset().union(*(view.dims[i].labels for i in axes))
+  before = view.looked_up
+  if before is not None and not labels <= before.labels:
+    rest = [d for d in view.dims if d.labels and not d.labels <= before.labels | labels]
+    if len(rest) < 2 or roles - {before.role}:
+      raise Unsupported("a look-up of a part of each row")
+    labels |= before.labels
+  if "in" in roles and view.bias is not None:
+    raise Unsupported("a look-up of its inputs, where it has a bias of its own")
+  # Of a stack, full kernels are chosen: these are never rows of a table.
+  return before if roles <= {"stack"} else Dim(labels, *roles)
+
+
 def _dynamic_slice(eqn, operands, out):
   view, *starts = operands
   if not is_view(view) or any(map(is_view, starts)):
@@ -168,7 +250,12 @@ def _dynamic_slice(eqn, operands, out):
   def cut(t, i):
     return lax.dynamic_slice_in_dim(t, starts[i], sizes[i], i)
 
-  return [_slice_axes(view, starts, sizes, cut, out[0])]
+  sliced = _slice_axes(view, starts, sizes, cut, out[0])
+  one = [i for i, n in enumerate(view.shape) if sizes[i] == 1 != n]
+  # One place on some axes is a look-up, as a gather of one row is.
+  if not one or all(n == 1 for n in sizes):
+    return [sliced]
+  return [replace(sliced, looked_up=looked_up(view, one))]
 
 
 def _split(eqn, operands, out):
@@ -373,27 +460,38 @@ def _vary(eqn, operands, out):
 
 
 RULES: dict[str, Callable[[Any, list, list], list[View]]] = {
+  "add": _shift,
   "all_gather": _all_gather,
   "broadcast_in_dim": _broadcast,
   "concatenate": _concatenate,
   "convert_element_type": _convert,
   "copy": _same,
   "copy_p": _same,
+  "cumsum": _cumsum,
   "div": _scalar,
   "dynamic_slice": _dynamic_slice,
   "mul": _scalar,
   "name": _same,
   "neg": _neg,
+  "optimization_barrier": _barrier,
   "pad": _pad,
   "pcast": _vary,
+  "ppermute": _permute,
   "pvary": _vary,
+  "reduce_precision": _same,
   "reduce_sum": _reduce_sum,
   "reshape": _reshape,
+  "reshard": _same,
   "rev": _rev,
   "sharding_constraint": _same,
   "slice": _slice,
   "split": _split,
   "squeeze": _squeeze,
   "stack": _stack,
+  "sub": _shift,
+  "tile": _tile,
   "transpose": _transpose,
 }
+
+# Those that follow a weight only where the other operand is a constant.
+WITH_CONSTANTS = {"add", "sub"}

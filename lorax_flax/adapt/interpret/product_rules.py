@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
-from lorax_flax.adapt.interpret.view import Dim, View, is_view
+from lorax_flax.adapt.interpret.view import View, is_view
 from lorax_flax.methods.parts import dense
 
 
@@ -36,26 +36,28 @@ def axes_of(eqn: Any, operands: list[Any]) -> Axes:
   if name == "dot_general":
     contract, batch = numbers
     contracted, shared = tuple(contract[where[0]]), tuple(batch[where[0]])
-  elif where[0] != (0 if name == "gather" else 1):
+  elif where[0] != 1:
     raise Unsupported("a weight in the place of the input")
-  elif name == "gather":
-    contracted = tuple(numbers.start_index_map)
-    shared = tuple(numbers.operand_batching_dims)
-    if set(contracted) != set(numbers.collapsed_slice_dims):
-      raise Unsupported("a look-up of more than one row at a place")
-    sizes = zip(jx.param(eqn, "slice_sizes"), operands[0].shape, strict=True)
-    if any(
-      s != n and i not in (*contracted, *shared) for i, (s, n) in enumerate(sizes)
-    ):
-      raise Unsupported("a look-up of a part of each row")
   else:
     contracted, shared = tuple(numbers.rhs_spec[1:]), ()
     if jx.param(eqn, "batch_group_count") != 1:
       raise Unsupported("batch_group_count")
   kept = tuple(i for i in range(n) if i not in (*contracted, *shared))
-  if name != "gather" and not contracted:
+  if not contracted:
     raise Unsupported("a product that contracts nothing")
   return Axes(contracted, shared, kept)
+
+
+def site(eqn: Any) -> str:
+  """The name of a product: its primitive's, but for depthwise convolutions.
+
+  These hold no matrix for each channel, and "all-linear" leaves them out.
+  """
+  name = eqn.primitive.name
+  if name != "conv_general_dilated" or jx.param(eqn, "feature_group_count") == 1:
+    return name
+  inputs = jx.param(eqn, "dimension_numbers").rhs_spec[1]
+  return "depthwise convolution" if eqn.invars[1].aval.shape[inputs] == 1 else name
 
 
 def _contracted_and_other(view: View, axes: Axes) -> tuple[jax.Array, jax.Array]:
@@ -191,74 +193,6 @@ def _named_keeping(t, letters, always) -> tuple[jax.Array, str]:
   return t.reshape(shape), "".join(letters[i] for i in keep) + "z"
 
 
-def look_up(eqn, t, indices) -> jax.Array:
-  """The gather of a factor, whose last axis is the rank's."""
-  d = jx.param(eqn, "dimension_numbers")
-  numbers = d._replace(offset_dims=(*d.offset_dims, len(eqn.outvars[0].aval.shape)))
-  sizes = map(min, (*jx.param(eqn, "slice_sizes"), t.shape[-1]), t.shape)
-  return jx.bind(eqn, [t, indices], dimension_numbers=numbers, slice_sizes=(*sizes,))[0]
-
-
-def is_choice(eqn, operands) -> bool:
-  """True for a gather of full weights from a stack, which contracts nothing yet."""
-  if eqn.primitive.name != "gather" or not is_view(operands[0]):
-    return False
-  axes = jx.param(eqn, "dimension_numbers").start_index_map
-  return {operands[0].dims[i].role for i in axes} == {"stack"}
-
-
-def choose(eqn, operands, out) -> list[View]:
-  """Weights chosen by index: each axis of the indices is a stack axis then."""
-  view, indices = operands
-  axes = axes_of(eqn, operands)
-  d = jx.param(eqn, "dimension_numbers")
-  dims = [Dim(frozenset(), "stack")] * len(out[0].shape)
-  for place, i in zip(d.offset_dims, axes.kept, strict=True):
-    dims[place] = view.dims[i]
-  carried = {i for i in axes.contracted if view.shape[i] != 1}
-
-  def on(t):
-    # A joined weight may have a stack axis that one part alone carries.
-    full = [view.shape[i] if i in carried else n for i, n in enumerate(t.shape)]
-    return look_up(eqn, jnp.broadcast_to(t, full), indices)
-
-  return [view.on_all(on, out[0], dims)]
-
-
-def gather(eqn, operands, product, drop) -> jax.Array:
-  """base + contracted[ids] other for a look-up."""
-  view, indices = operands
-  axes, d = axes_of(eqn, operands), jx.param(eqn, "dimension_numbers")
-  base = product(indices)
-  n_out = len(base.shape)
-  contracted, other = _contracted_and_other(view, axes)
-  _no_bias(view)
-  if view.out_scale is not None and contracted is view.b:
-    raise Unsupported("a look-up of its outputs")
-  # The other factor has no looked-up axis: its kept axes go to the offset axes, its
-  # shared ones to the axes of the indices that they are paired with.
-  rows = [i for i in range(n_out) if i not in d.offset_dims]
-  target = [1] * n_out
-  order = []
-  for i in axes.kept:
-    order.append((d.offset_dims[axes.kept.index(i)], i))
-  for i, j in zip(d.operand_batching_dims, d.start_indices_batching_dims, strict=True):
-    order.append((rows[j], i))
-  order.sort()
-
-  def place(t):
-    t = t.transpose((*(i for _, i in order), *axes.contracted, t.ndim - 1))
-    t = t.squeeze(tuple(range(len(order), t.ndim - 1)))
-    shape = list(target)
-    for (where, _), size in zip(order, t.shape[:-1], strict=True):
-      shape[where] = size
-    return t.reshape((*shape, t.shape[-1]))
-
-  delta = dense(look_up(eqn, contracted, indices), place(other), jnp.float32)
-  y = _sum(base, jnp.broadcast_to(delta, base.shape))
-  return _finished(y, view, lambda t: place(t)[..., 0])
-
-
 def conv(eqn, operands, product, drop) -> jax.Array:
   """base + conv(x, contracted) other: the same window into r channels, then 1 x 1."""
   x, view = operands
@@ -273,6 +207,14 @@ def conv(eqn, operands, product, drop) -> jax.Array:
     if view.out_scale is not None:
       raise Unsupported("a convolution over its outputs")
   base = product(x)
+  place = lambda t: _on_channel(t, d, out_axis)
+  if groups * rank > view.shape[out_axis]:
+    # The factor would give more channels than the kernel does: the kernel's change is
+    # smaller than these activations, and is formed.
+    change = jnp.broadcast_to(dense(contracted, other, jnp.float32), view.shape)
+    x = drop(view, x)
+    (y,) = jx.bind(eqn, [x, change.astype(x.dtype)])
+    return _finished(_sum(base, y), view, place)
   kernel = jnp.moveaxis(contracted.squeeze(out_axis), -1, out_axis)
   # Every group reads its own inputs by the same contracted factor.
   kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
@@ -285,7 +227,7 @@ def conv(eqn, operands, product, drop) -> jax.Array:
   precision = jx.param(eqn, "precision")
   y = jnp.einsum("...gz,goz->...go", z, other.astype(x.dtype), precision=precision)
   y = jnp.moveaxis(y.reshape((*y.shape[:-2], -1)), -1, channel)
-  return _finished(_sum(base, y), view, lambda t: _on_channel(t, d, out_axis))
+  return _finished(_sum(base, y), view, place)
 
 
 def _on_channel(t: jax.Array, d: Any, out_axis: int) -> jax.Array:
@@ -294,4 +236,4 @@ def _on_channel(t: jax.Array, d: Any, out_axis: int) -> jax.Array:
   return t.reshape(shape)
 
 
-RULES = {"conv_general_dilated": conv, "dot_general": dot_general, "gather": gather}
+RULES = {"conv_general_dilated": conv, "dot_general": dot_general}

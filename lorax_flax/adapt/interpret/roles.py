@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from lorax_flax.adapt.interpret import encoding as jx
-from lorax_flax.adapt.interpret import flow, layout_rules, product_rules
+from lorax_flax.adapt.interpret import flow, layout_rules, look_ups, product_rules
 from lorax_flax.adapt.interpret.flow import Flow
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
@@ -148,7 +148,8 @@ def discover(
     else:
       operands.append(flow.DATA if i in set(inputs) else flow.NOTHING)
   outputs = []
-  for var, result in zip(open_.outvars, _run(found, open_, operands), strict=True):
+  results = _settled(found, _run(found, open_, operands))
+  for var, result in zip(open_.outvars, results, strict=True):
     if is_view(result):
       found.problem([result], "output", "the function returns the weight")
     else:
@@ -193,11 +194,18 @@ def _run(found: Discovery, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
 
 def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   name = eqn.primitive.name
+  moves = _moves(operands)
+  try:
+    data = look_ups.data(eqn, operands, moves)
+  except Unsupported:
+    data = {i for i, v in enumerate(operands) if is_view(v) and look_ups.is_table(v)}
+  operands = [_rows(found, v) if i in data else v for i, v in enumerate(operands)]
   views = [v for v in operands if is_view(v)]
   for view in views:
     for path in view.paths():
       found.usage[path].met.add(name)
   seen = [_seen(x) for x in operands]
+  moves = _moves(operands)
   call = jx.call(eqn)
   has_weights = any(x.made_of for x in seen)
   if isinstance(call, jx.Call) and (has_weights or call.is_inline or call.has_rule):
@@ -214,23 +222,37 @@ def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
     for v, a in zip(operands, eqn.invars, strict=True)
   ]
   try:
-    if name in layout_rules.RULES:
-      return list(
-        layout_rules.RULES[name](eqn, shown, [_abstract(v) for v in eqn.outvars])
-      )
+    if name in look_ups.RULES:
+      if moves and name in layout_rules.WITH_CONSTANTS:
+        raise Unsupported("a sum with what depends on the inputs")
+      outs = look_ups.RULES[name](eqn, shown, [_abstract(v) for v in eqn.outvars])
+      if name == "dynamic_slice" and not any(
+        flow.INPUT in x.through for x in _flows(operands)
+      ):
+        # A place in the program (a layer's number) does not look anything up.
+        return [replace(v, looked_up=operands[0].looked_up) for v in outs]
+      return [v if is_view(v) else result for v in outs]
     if name in product_rules.RULES and len(views) > 1:
       found.met(views, name)
-      return [result] * len(eqn.outvars)
+      return [Flow(frozenset().union(*(v.paths() for v in views)))] * len(eqn.outvars)
     if name in product_rules.RULES:
       return [_product(found, eqn, operands, shown)] * len(eqn.outvars)
+    why = "has no rule"
   except Unsupported as e:
-    found.problem(views, name, str(e))
-  else:
-    found.problem(views, name, "has no rule")
-  if name == "add" and len(views) == 1:
+    why = str(e)
+  tables = [v for v in views if look_ups.is_table(v)]
+  found.problem([v for v in views if v not in tables], name, why)
+  if name == "add" and len(views) == 1 and not tables:
     (other,) = _flows(operands)
     result = _added(found, views[0], other, result)
+  for table in tables:
+    result = result | _rows(found, table)
   return [result] * len(eqn.outvars)
+
+
+def _moves(operands: Sequence[Any]) -> bool:
+  """True where an operand that is no weight depends on the inputs."""
+  return any(x.through for x in _flows(operands))
 
 
 def _seen(x: Any) -> Flow:
@@ -242,7 +264,7 @@ def _product(found: Discovery, eqn: Any, operands: list, shown: list) -> Flow:
   """Records a product, and what feeds it; a number of a row to look up feeds none."""
   axes = product_rules.axes_of(eqn, shown)
   (view,) = (x for x in operands if is_view(x))
-  _record(found, view, eqn.primitive.name, axes)
+  _record(found, view, product_rules.site(eqn), axes)
   for x, atom in zip(operands, eqn.invars, strict=True):
     if not is_view(x) and jx.is_float(atom.aval):
       found.fed |= x.through - {flow.INPUT}
@@ -263,15 +285,34 @@ def _added(found: Discovery, bias: View, to: Flow, result: Flow) -> Flow:
 
 def _record(found: Discovery, view: View, primitive: str, axes: product_rules.Axes):
   sites: dict[str, dict[int, str]] = {path: {} for path in view.paths()}
+  chosen = look_ups.chosen(view, axes)
   for role, numbers in zip(("in", "stack", "out"), axes, strict=True):
     for i in numbers:
-      if view.dims[i].role == "stack":
+      if view.dims[i].role == "stack" or i in chosen:
         continue
       for path, axis in view.dims[i].labels:
         if sites[path].setdefault(axis, role) != role:
           found.problem([view], primitive, f"axis {axis} is split between two roles")
   for path, roles in sites.items():
     found.usage[path].sites.append((primitive, roles))
+
+
+def _rows(found: Discovery, view: View) -> Flow:
+  """Rows of a table as data: what was looked up is "in", an axis of the rows "out"."""
+  looked = view.looked_up.labels if view.looked_up else frozenset()
+  labels = {x for d in view.dims if d.role != "stack" for x in d.labels}
+  for path in view.paths() | {path for path, _ in looked}:
+    site = {axis: "out" for p, axis in labels - looked if p == path}
+    site |= {axis: "in" for p, axis in looked if p == path}
+    found.usage[path].sites.append(("gather", site))
+  paths = frozenset(view.paths())
+  size = math.prod(view.shape[i] for i in look_ups.row_axes(view))
+  return Flow(paths, flow.Product(paths, frozenset({size})))
+
+
+def _settled(found: Discovery, values: Sequence[Any]) -> list[Any]:
+  """Results of a program of its own: rows looked up in it are data."""
+  return [_rows(found, v) if is_view(v) and look_ups.is_table(v) else v for v in values]
 
 
 def _plain(found: Discovery, values: Sequence[Any], primitive: str) -> list[Flow]:
@@ -302,6 +343,8 @@ def _stable(found: Discovery, primitive, before: list, after: list) -> list[Any]
 def _call(found: Discovery, name: str, call: jx.Call, operands: list) -> list[Any]:
   own = operands[call.num_selectors :]
   columns = [_run(found, jx.open_jaxpr(body)[0], own) for body in call.bodies]
+  if not call.is_inline:
+    columns = [_settled(found, results) for results in columns]
   if not call.returns_weights:
     columns = [_plain(found, results, name) for results in columns]
   first, *others = columns
@@ -319,7 +362,7 @@ def _loop(found: Discovery, name: str, loop: jx.Loop, operands: list) -> list[An
     if loop.cond is not None:
       results = _run(found, jx.open_jaxpr(loop.cond)[0], [*cond_consts, *carry])
       _plain(found, results, name)
-    results = _run(found, body, [*consts, *carry, *slices])
+    results = _settled(found, _run(found, body, [*consts, *carry, *slices]))
     joined = _stable(found, name, carry, results[: len(carry)])
     if joined == carry:
       return [*carry, *(_stack(y, loop.length) for y in results[len(carry) :])]

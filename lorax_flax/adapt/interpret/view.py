@@ -27,7 +27,7 @@ class Dim(NamedTuple):
 @partial(
   jax.tree_util.register_dataclass,
   data_fields=["value", "a", "b", "out_scale", "bias", "index"],
-  meta_fields=["path", "dims", "dropout"],
+  meta_fields=["path", "dims", "dropout", "looked_up"],
 )
 @dataclass(frozen=True)
 class View:
@@ -46,6 +46,8 @@ class View:
     path: the weight's path; of several joined weights, the first's.
     dims: static, one for each axis of W.
     dropout: the delta's rate, static.
+    looked_up: static, labels and role of the axes along which places were chosen by
+      index, where these may be rows of a table; None of a kernel.
   """
 
   value: Any
@@ -57,6 +59,7 @@ class View:
   path: str
   dims: tuple[Dim, ...]
   dropout: float
+  looked_up: Dim | None = None
 
   @classmethod
   def shown(cls, shape, dtype, path: str, dims) -> "View":
@@ -102,10 +105,11 @@ class View:
     return replace(self.with_parts((value, *rest)), dims=tuple(dims))
 
   def dense(self) -> jax.Array:
-    """out_scale * (W + delta), formed."""
+    """out_scale * (W + delta), formed; of a change of W alone, without W."""
     delta = dense(self.a, self.b, jnp.float32)
-    delta = jnp.broadcast_to(delta, self.shape)
-    full = self.value.astype(jnp.float32) + delta
+    full = jnp.broadcast_to(delta, self.shape)
+    if not self.is_abstract:
+      full = self.value.astype(jnp.float32) + full
     if self.out_scale is not None:
       full = full * self.out_scale[..., 0]
     return full.astype(self.dtype)
