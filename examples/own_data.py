@@ -35,25 +35,12 @@ params = nn.meta.unbox(model.init(jax.random.key(0), **batch)["params"])
 
 config = lx.LoraConfig(targets=["query", "value"], rank=8, tuned="classifier")
 lora = lx.adapt(lambda params, batch: model.apply({"params": params}, **batch), config)
-adapter = lora.init(jax.random.key(1), params, batch)
-trained, frozen = lx.partition(adapter, lx.trainable_mask(adapter))
-optimizer = optax.adamw(5e-3)
-state = optimizer.init(trained)
 
 
-@jax.jit
-def step(trained, state):
-  def loss(trained):
-    logits_BxC = lora.apply(params, lx.combine(trained, frozen), batch)
-    losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BxC, labels_B)
-    return losses_B.mean()
-
-  value, grads = jax.value_and_grad(loss)(trained)
-  updates, state = optimizer.update(grads, state, trained)
-  return optax.apply_updates(trained, updates), state, value
+def loss(logits_BxC, batch):
+  return optax.softmax_cross_entropy_with_integer_labels(logits_BxC, batch[-1])
 
 
-for i in range(100):
-  trained, state, value = step(trained, state)
-  if i % 25 == 0 or i == 99:
-    print(f"step {i}: loss {value:.4f}")
+# A tuple's last entry is the label; those before it are the function's arguments.
+fitted = lx.fit(lora, params, [(batch, labels_B)], loss, steps=100, learning_rate=5e-3)
+print(f"loss {fitted.history[-1]['train/loss']:.4f}")

@@ -105,14 +105,13 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   for workdir, own in runs.items():
     mine = model if own.train.seed == seed else model.reseeded(own.train.seed)
     lora, _ = build.adapt(model, own.model, own.lora)
-    adapter = build.adapter(
-      lora, mine, splits, lengths, own.train.seed, own.init_adapter
-    )
+    plan = build.plan(lora, mine, splits, lengths)
+    adapter = build.adapter(plan, mine, own.train.seed, own.init_adapter)
     write = export(own.lora, own.model.path, task, mine)
     name = workdir.name if len(runs) > 1 else ""
     title = f"{task.name}, {own.model.path}"
     made.append(Run(own.train, adapter, workdir, write, title, name))
-  for line in build.describe(made[0].adapter, model.params):
+  for line in build.describe(plan, made[0].adapter, model.params):
     log.info(line)
   return Job(
     made,

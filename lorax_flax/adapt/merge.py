@@ -66,7 +66,7 @@ def _biases(leaves: dict, adapter: Adapter) -> dict:
     added = delta.added_bias(leaves[path])
     if added is None:
       continue
-    beside = "/".join([*path.split("/")[:-1], "bias"])
+    beside = "/".join([*path.split("/")[:-1], delta.bias_name])
     if beside not in leaves or leaves[beside].shape != added.shape:
       raise LoraxError(
         f"the bias of LoRA at {path!r} cannot be merged: the base has no {beside!r} of"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax import text_table
+from lorax_flax.adapt import choice
 from lorax_flax.adapt import targets as tg
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.interpret import roles as disc
@@ -17,8 +18,6 @@ from lorax_flax.adapt.paths import path_key
 from lorax_flax.adapt.ranks import settle
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import METHODS, Adapter, Rows, Tuned
-
-CONTRACTIONS = {"conv_general_dilated", "dot_general"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class Target:
     materialized: the primitives before which W + delta is formed.
     method: a key of `METHODS`.
     options: of the method, all of them.
+    bias: the name, in the weight's module, of the base's bias that a method with a bias
+      of its own is merged into.
   """
 
   path: str
@@ -47,6 +48,7 @@ class Target:
   materialized: tuple[str, ...] = ()
   method: str = "lora"
   options: Mapping[str, Any] = field(default_factory=dict)
+  bias: str = "bias"
 
   def key(self, key: jax.Array) -> jax.Array:
     """A key of this target alone, whatever the others are."""
@@ -85,7 +87,18 @@ class RowsTarget:
 
 @dataclass(frozen=True)
 class Plan:
-  """The targets, the leaves trained in full, and what was left out and why."""
+  """The targets, the leaves trained in full, and what was left out and why.
+
+  Attributes:
+    tuned: paths of the leaves that are trained in full.
+    heads: paths of the output heads that "all-linear" left out.
+    dropout: rate on the input of each delta.
+    rows: the tables of which some rows are trained.
+    tuned_layers: of stacked leaves, the layers that are trained in full.
+    left_out: path to (shape, why), for each weight of two or more axes that
+      "all-linear" leaves out, and for what the targets name that is excluded or is no
+      kernel.
+  """
 
   targets: tuple[Target, ...]
   tuned: tuple[str, ...]
@@ -93,6 +106,7 @@ class Plan:
   dropout: float
   rows: tuple[RowsTarget, ...] = ()
   tuned_layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+  left_out: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
   def _in_full(self, path: str) -> str:
     layers = self.tuned_layers.get(path)
@@ -114,11 +128,23 @@ class Plan:
     ]
     rows += [(path, "", "", "", "", self._in_full(path)) for path in self.tuned]
     header = ("path", "shape", "roles", "rank", "alpha", "trained")
-    return text_table.render(header, rows)
+    left_out = [f"left out: {p} {s}: {why}" for p, (s, why) in self.left_out.items()]
+    return "\n".join([text_table.render(header, rows), *left_out])
+
+  def summary(self) -> str:
+    """A line of what was left out, by reason; "" where nothing was."""
+    by_reason: dict[str, list[str]] = {}
+    for path, (_, why) in self.left_out.items():
+      by_reason.setdefault(why, []).append(path)
+    return "; ".join(f"{listing(p, 4)} ({why})" for why, p in by_reason.items())
 
 
 def _tuned_layers(
-  config: LoraConfig, leaves: Mapping[str, Any], tuned, targets: Sequence[Target]
+  config: LoraConfig,
+  leaves: Mapping[str, Any],
+  tuned: Sequence[str],
+  targets: Sequence[Target],
+  biases: Mapping[str, Sequence[str]],
 ) -> dict[str, tuple[int, ...]]:
   """The layers of a stacked leaf that are trained in full, where not all are."""
   found = {}
@@ -132,9 +158,8 @@ def _tuned_layers(
     found[path] = tuple(layers)
   if config.bias == "lora_only":
     for t in targets:
-      beside = f"{t.path.rpartition('/')[0]}/bias"
-      if t.layers is not None and beside not in tuned:
-        found[beside] = t.layers
+      if t.layers is not None:
+        found |= {b: t.layers for b in biases[t.path] if b not in tuned}
   return found
 
 
@@ -148,13 +173,17 @@ def make_plan(
   jaxpr: Any,
   leaves: Mapping[str, Any],
   num_args: int,
-) -> Plan:
+) -> tuple[Plan, list[str]]:
   """Settles what a config means for a traced function.
 
   Args:
     jaxpr: of the function, its first operands the leaves in order, then num_args of
       data.
     leaves: the parameters by path, arrays or ShapeDtypeStructs.
+
+  Returns:
+    The plan, and the paths of the targets and rows that only a trace of the adapted
+    function and its gradient can tell to be followed everywhere.
 
   Raises:
     LoraxError: a pattern that matches nothing, a target that no contraction consumes.
@@ -172,32 +201,58 @@ def make_plan(
 
   tuned = tg.select("tuned", config.tuned, floating, depth=None) if config.tuned else []
   indices = _rows(config, floating)
-  chosen, heads = _choose(config, look, floating, set(tuned), set(indices))
-  if twice := sorted(indices.keys() & {*tuned, *chosen}):
+  chosen = choice.choose(config, look, leaves, {*tuned}, {*indices})
+  if twice := sorted(indices.keys() & {*tuned, *chosen.paths}):
     raise LoraxError(
       f"rows: {listing(twice)} is among the targets or trained in full; a table whose"
       " rows are trained cannot be either as well"
     )
-  found = look([*chosen, *indices])
+  found = look([*chosen.paths, *indices])
+  consumed = found.usage
   targets = [
     _target(config, p, tuple(leaves[p].shape), found, stack_axes.get(p, ()))
-    for p in chosen
+    for p in chosen.paths
   ]
   if config.layers is not None:
     targets = _in_layers(config, targets)
-  chosen = [t.path for t in targets]
-  tg.check_patterns_used("rank_pattern", config.rank_pattern, chosen)
-  tg.check_patterns_used("alpha_pattern", config.alpha_pattern, chosen)
-  biases = tg.biases(config, floating, chosen)
+  adapted = [t.path for t in targets]
+  tg.check_patterns_used("rank_pattern", config.rank_pattern, adapted)
+  tg.check_patterns_used("alpha_pattern", config.alpha_pattern, adapted)
+  method = METHODS.of_targets(config.method, config.options)
+  added_to: dict[str, frozenset[str]] = dict.fromkeys(floating, frozenset())
+  if config.bias != "none" or method.has_bias:
+    usage = choice.told_apart(look, floating).usage
+    added_to = {p: usage[p].added_to for p in floating}
+  own_biases = {p: tg.biases_of(p, floating, added_to) for p in adapted}
+  if method.has_bias:
+    targets = [replace(t, bias=_beside(t.path, own_biases[t.path])) for t in targets]
+  biases = tg.biases(config, floating, adapted, added_to)
   in_full = tuple(p for p in floating if p in {*tuned, *biases})
   rows = tuple(
     _rows_target(p, tuple(leaves[p].shape), indices[p], found) for p in indices
   )
   if not targets and not in_full and not rows:
     raise LoraxError("nothing to train: LoraConfig has no targets, no tuned, no rows")
-  layers = _tuned_layers(config, leaves, tuned, targets)
+  layers = _tuned_layers(config, leaves, tuned, targets, own_biases)
   layers = {path: layers[path] for path in in_full if path in layers}
-  return Plan(tuple(targets), in_full, heads, config.dropout, rows, layers)
+  to_try = [p for p in [*adapted, *indices] if not consumed[p].is_plain]
+  plan = Plan(
+    tuple(targets),
+    in_full,
+    chosen.heads,
+    config.dropout,
+    rows,
+    layers,
+    {p: (tuple(leaves[p].shape), why) for p, why in chosen.left_out.items()},
+  )
+  return plan, to_try
+
+
+def _beside(path: str, biases: Sequence[str]) -> str:
+  """The name that a kernel's module has for its bias; "bias" where it has no one."""
+  module = path.rpartition("/")[0]
+  names = [b.rpartition("/")[2] for b in biases if b.rpartition("/")[0] == module]
+  return names[0] if len(names) == 1 else "bias"
 
 
 def _stack_axes(config: LoraConfig, leaves) -> dict[str, tuple[int, ...]]:
@@ -233,61 +288,6 @@ def _rows_target(path, shape, indices, found: disc.Discovery) -> RowsTarget:
       f"rows: {path!r} has {shape[axis]} rows, and {max(indices)} is requested"
     )
   return RowsTarget(path, shape, indices, roles, axis)
-
-
-def _choose(config, look, floating, tuned, rows) -> tuple[list[str], tuple[str, ...]]:
-  """The targeted paths, and the output heads that "all-linear" left out."""
-  excluded = (
-    set(tg.select("exclude", config.exclude, floating, depth=2))
-    if config.exclude
-    else set()
-  )
-  out = tuned | excluded
-  if config.targets == "all-linear":
-    out |= rows
-  if not config.targets:
-    return [], ()
-  if isinstance(config.targets, str) and config.targets != "all-linear":
-    chosen = tg.select("targets", config.targets, floating, depth=1)
-    heads: tuple[str, ...] = ()
-  else:
-    found = look(floating)
-    consumed = [p for p in floating if found.usage[p].sites]
-    if config.targets == "all-linear":
-      linear = [
-        p
-        for p in consumed
-        if found.usage[p].primitives <= CONTRACTIONS and _fits(found, p)
-      ]
-      heads = tuple(p for p in linear if p in found.heads)
-      chosen = [p for p in linear if p not in found.heads]
-      if not chosen:
-        raise LoraxError(
-          "targets='all-linear' found no weight that a contraction consumes"
-          f" (output heads left out: {listing(heads) or 'none'})."
-          f" Parameters: {listing(floating, 40)}"
-        )
-    else:
-      heads = ()
-      # A suffix may name a module; its bias is not meant. A whole path always is.
-      known = [p for p in floating if p in set(consumed)]
-      chosen = tg.select("targets", config.targets, known, depth=2)
-  left = [p for p in chosen if p not in out]
-  if not left:
-    raise LoraxError(
-      f"every target is excluded or tuned: {listing(chosen)}. Nothing would be adapted"
-    )
-  return left, heads
-
-
-def _fits(found: disc.Discovery, path: str) -> bool:
-  usage = found.usage[path]
-  known = {axis for _, site in usage.sites for axis in site}
-  try:
-    disc.roles(found, path, max(known, default=-1) + 1)
-  except Unsupported:
-    return False
-  return not usage.problems
 
 
 def _roles(

@@ -1,7 +1,7 @@
 """Patterns matched against paths: the leaves with a delta, those trained in full."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 from lorax_flax.adapt.config import LoraConfig
@@ -24,11 +24,21 @@ def modules(path: str) -> list[str]:
 def _hits(pattern: str, is_regex: bool, names: Sequence[str]) -> bool:
   if is_regex:
     return any(re.fullmatch(pattern, name) for name in names)
-  return any(name == pattern or name.endswith("/" + pattern) for name in names)
+  return any(ends_with(name, pattern) for name in names)
+
+
+def ends_with(name: str, suffix: str) -> bool:
+  """True where a suffix of full names is the end of a path, "query/kernel"."""
+  return name == suffix or name.endswith("/" + suffix)
 
 
 def select(
-  what: str, patterns: Patterns, paths: Sequence[str], *, depth: int | None
+  what: str,
+  patterns: Patterns,
+  paths: Sequence[str],
+  *,
+  depth: int | None,
+  listed: Sequence[str] | None = None,
 ) -> list[str]:
   """The paths that any pattern matches, in the order of `paths`.
 
@@ -38,6 +48,7 @@ def select(
     paths: what there is.
     depth: number of names of a path count: 1 the path, 2 also its module's, None also
       all that hold it.
+    listed: what the message offers, of `paths`; None for all.
 
   Raises:
     LoraxError: a pattern matches nothing.
@@ -47,12 +58,13 @@ def select(
   for pattern in as_list(patterns):
     hits = [p for p in paths if _hits(pattern, is_regex, modules(p)[:depth])]
     if not hits:
-      ends = {name for p in paths for name in modules(p)[:2]}
+      listed = paths if listed is None else listed
+      ends = {name for p in listed for name in modules(p)[:2]}
       ends |= {"/".join(name.split("/")[-2:]) for name in ends}
       near = nearest(re.sub(r"[^\w/]+", "", pattern), ends)
       hint = f" Nearest: {', '.join(near)}." if near else ""
       raise LoraxError(
-        f"{what}: {pattern!r} matches nothing.{hint} There are: {listing(paths, 40)}"
+        f"{what}: {pattern!r} matches nothing.{hint} There are: {listing(listed, 40)}"
       )
     chosen |= set(hits)
   return [p for p in paths if p in chosen]
@@ -82,18 +94,37 @@ def layer_of(path: str, pattern: str | None) -> int | None:
   return int(hit.group(1)) if hit else None
 
 
-def biases(
-  config: LoraConfig, paths: Sequence[str], targets: Sequence[str]
+def biases_of(
+  path: str, paths: Sequence[str], added_to: Mapping[str, Collection[str]]
 ) -> list[str]:
-  """The biases that are trained: none, all, or those beside a target."""
+  """The base's biases of a kernel: "bias" beside it, or else what its product gets.
+
+  Args:
+    added_to: each path to the kernels to whose products' results it is added.
+  """
+  beside = "/".join([*path.split("/")[:-1], "bias"])
+  return [beside] if beside in paths else [p for p in paths if path in added_to[p]]
+
+
+def biases(
+  config: LoraConfig,
+  paths: Sequence[str],
+  targets: Sequence[str],
+  added_to: Mapping[str, Collection[str]],
+) -> list[str]:
+  """The biases that are trained: none, all, or those of a target's product.
+
+  All are those that are called so (a norm's as well), and what a product's result gets.
+  """
   if config.bias == "none":
     return []
-  found = [p for p in paths if p.split("/")[-1] == "bias"]
   if config.bias == "lora_only":
-    beside = {t.rsplit("/", 1)[0] for t in targets}
-    found = [p for p in found if p.rpartition("/")[0] in beside]
+    found = {b for t in targets for b in biases_of(t, paths, added_to)}
+  else:
+    found = {p for p in paths if p.split("/")[-1] == "bias" or added_to[p]}
   if not found:
     raise LoraxError(
-      f"bias={config.bias!r}: there is no such bias among the parameters"
+      f"bias={config.bias!r}: there is no such bias among the parameters: none is added"
+      f" to the result of a product. There are: {listing(paths, 40)}"
     )
-  return found
+  return [p for p in paths if p in found]

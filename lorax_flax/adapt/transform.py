@@ -1,20 +1,26 @@
 """The transform: a function of frozen params becomes one of (params, adapter)."""
 
-from collections.abc import Callable
+import inspect
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.interpreter import Run
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
+from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.adapt.paths import PyTree, flatten
 from lorax_flax.adapt.plan import Plan, make_plan, start
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, Followed
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,42 @@ class Adapted:
   apply_fn: Callable[..., Any]
   config: LoraConfig
 
-  def plan(self, params: PyTree, *args, **kwargs) -> Plan:
+  def plan(self, params: PyTree, /, *args, **kwargs) -> Plan:
     """The config's meaning for this function; arguments may be ShapeDtypeStructs."""
     traced = _trace(self.apply_fn, params, args, kwargs)
-    return make_plan(self.config, traced.jaxpr, traced.leaves, traced.num_args)
+    plan, to_try = make_plan(self.config, traced.jaxpr, traced.leaves, traced.num_args)
+    if to_try and self.config.on_unsupported == "error":
+      self._check(plan, to_try, traced)
+    return plan
 
-  def init(self, key: jax.Array, params: PyTree, *args, **kwargs) -> Adapter:
+  def _check(self, plan: Plan, paths: Sequence[str], traced: "_Traced") -> None:
+    """Refuses deltas with which the function can't be run or differentiated.
+
+    Both are traced for their shapes. What JAX refuses to differentiate without any
+    delta as well (a while loop) may still be run.
+    """
+    adapter = jax.eval_shape(
+      lambda leaves: start(plan, jax.random.key(0), leaves), traced.leaves
+    )
+    followed = {p: adapter[p] for p in paths if isinstance(adapter[p], Followed)}
+    trained, rest = partition(followed, trainable_mask(followed))
+
+    def gradient(trained, rest, values, key):
+      def run(trained):
+        return self._evaluated(traced, values, combine(trained, rest), key)
+
+      results, pull = jax.vjp(run, trained)
+      return pull(list(map(_cotangent, results)))
+
+    key = jax.eval_shape(lambda: jax.random.key(0)) if plan.dropout else None
+    try:
+      jax.eval_shape(gradient, trained, rest, traced.values, key)
+    except LoraxError:
+      raise
+    except (NotImplementedError, TypeError, ValueError) as e:
+      log.debug("the gradient can't be traced: %s", e)
+
+  def init(self, key: jax.Array, params: PyTree, /, *args, **kwargs) -> Adapter:
     """An adapter that changes nothing yet.
 
     Args:
@@ -46,15 +82,25 @@ class Adapted:
     self,
     params: PyTree,
     adapter: Adapter,
+    /,
     *args,
-    dropout_key: jax.Array | None = None,
+    lora_dropout_key: jax.Array | None = None,
     **kwargs,
   ) -> Any:
     """apply_fn(params with the deltas, *args, **kwargs), the sums never formed.
 
     Args:
-      dropout_key: LoRA's dropout acts only where a key is given.
+      lora_dropout_key: LoRA's dropout acts only where a key is given. `dropout_key`
+        means the same to a function that has no argument of that name.
+
+    Raises:
+      LoraxError: a delta that doesn't fit or isn't used; `dropout_key` where both the
+        function and LoRA's dropout could take it.
     """
+    if "dropout_key" in kwargs and not _takes(self.apply_fn, "dropout_key"):
+      lora_dropout_key = kwargs.pop("dropout_key")
+    elif kwargs.get("dropout_key") is not None and lora_dropout_key is None:
+      _check_no_dropout(adapter)
     leaves = flatten(params)
     for path in adapter:
       if path not in leaves:
@@ -62,8 +108,19 @@ class Adapted:
       adapter[path].check(path, leaves[path].shape)
     params = _with_replaced(params, adapter)
     traced = _trace(self.apply_fn, params, args, kwargs)
+    results = self._evaluated(traced, traced.values, adapter, lora_dropout_key)
+    return jax.tree.unflatten(traced.out_tree, results)
+
+  def _evaluated(
+    self,
+    traced: "_Traced",
+    values: Sequence[Any],
+    adapter: Adapter,
+    dropout_key: jax.Array | None,
+  ) -> list[Any]:
+    """The results of a traced function on these operands, with the deltas."""
     run = Run(dropout_key, self.config.on_unsupported == "materialize")
-    operands = list(traced.values)
+    operands = list(values)
     for i, path in enumerate(traced.leaves):
       delta = adapter.get(path)
       if isinstance(delta, Followed):
@@ -81,7 +138,7 @@ class Adapted:
         f"the adapter's delta of {', '.join(map(repr, lost))} is never used by the"
         " function"
       )
-    return jax.tree.unflatten(traced.out_tree, results)
+    return results
 
 
 def adapt(apply_fn: Callable[..., Any], config: LoraConfig) -> Adapted:
@@ -111,6 +168,27 @@ def adapt(apply_fn: Callable[..., Any], config: LoraConfig) -> Adapted:
   return Adapted(apply_fn, config)
 
 
+def _takes(fn: Callable[..., Any], name: str) -> bool:
+  """True of a function that takes a keyword of this name, or may."""
+  try:
+    parameters = inspect.signature(fn).parameters
+  except (TypeError, ValueError):  # a callable that has no signature
+    return True
+  return any(
+    p.kind is p.VAR_KEYWORD or (p.name == name and p.kind is not p.POSITIONAL_ONLY)
+    for p in parameters.values()
+  )
+
+
+def _check_no_dropout(adapter: Adapter) -> None:
+  dropped = [p for p, d in adapter.items() if isinstance(d, Followed) and d.dropout]
+  if dropped:
+    raise LoraxError(
+      "apply: the function itself takes 'dropout_key', so whose it is can't be told;"
+      f" LoRA's dropout, of {listing(dropped, 4)}, takes lora_dropout_key=KEY beside it"
+    )
+
+
 @dataclass(frozen=True)
 class _Traced:
   jaxpr: Any
@@ -118,6 +196,11 @@ class _Traced:
   values: list[Any]  # operands of the jaxpr: the leaves, then the arrays among the args
   num_args: int
   out_tree: Any
+
+
+def _cotangent(x: Any) -> Any:
+  is_float = jnp.issubdtype(x.dtype, jnp.inexact)
+  return jnp.ones_like(x) if is_float else np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _is_array(x: Any) -> bool:

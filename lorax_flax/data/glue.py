@@ -138,12 +138,11 @@ def _digest(files: dict[str, Path]) -> str:
 
 def _prepare(task: Task, files: dict[str, Path], root: Path) -> None:
   complete = lambda folder: _prepared(_builder(task, folder))
+  read = lambda _: {
+    split: glue_tsv.read(task, split, file) for split, file in files.items()
+  }
   with atomic.cached_folder(root, complete, hint=_HINT) as fresh:
-    _generate(_builder(task, fresh), lambda _: _generators(task, files))
-
-
-def _generators(task: Task, files: dict[str, Path]) -> dict[str, Any]:
-  return {split: glue_tsv.read(task, split, file) for split, file in files.items()}
+    _generate(_builder(task, fresh), read)
 
 
 def _generate(builder: Any, generators: Callable[[Any], Any]) -> None:

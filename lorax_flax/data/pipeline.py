@@ -6,7 +6,7 @@ a run may resume with another number of processes.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -149,58 +149,31 @@ def _assemble(
   return tokens.batch(rows_B, length)
 
 
-class _Training(Sequence[Batch]):
-  """Batch number i of a run, for grain to read ahead."""
+@dataclass(frozen=True)
+class _Batches(Sequence[Batch]):
+  """Batches by number, each made when it is asked for: grain reads ahead."""
 
-  def __init__(self, tokens: Rows, shape: Shape, seed: int):
-    self._tokens, self._shape = tokens, shape
-    self._steps = steps_per_epoch(len(tokens), shape.batch_size)
-    self._order = functools.lru_cache(maxsize=2)(
-      functools.partial(training_order, tokens.lengths_N, shape, seed)
-    )
+  length: int
+  make: Callable[[int], Batch]
 
   def __len__(self) -> int:
-    return self._steps * _ENDLESS
-
-  def rows(self, number: int) -> np.ndarray:
-    """The numbers of its rows."""
-    epoch, step = divmod(int(number), self._steps)
-    return self._order(epoch)[step]
+    return self.length
 
   def __getitem__(self, number):
-    return _assemble(self._tokens, self._shape, self.rows(number))
+    return self.make(int(number))
 
 
-class _Together(Sequence[Batch]):
-  """Batch number i of several runs on the same rows, stacked."""
+def _rows_of(tokens: Rows, shape: Shape, seed: int) -> Callable[[int], np.ndarray]:
+  """The numbers of the rows of a run's batches, by the batch's number."""
+  order = functools.lru_cache(maxsize=2)(
+    functools.partial(training_order, tokens.lengths_N, shape, seed)
+  )
 
-  def __init__(self, tokens: Rows, shape: Shape, seeds: Sequence[int]):
-    self._tokens, self._shape, self._seeds = tokens, shape, seeds
-    self._runs = {seed: _Training(tokens, shape, seed) for seed in set(seeds)}
+  def rows(number: int) -> np.ndarray:
+    epoch, step = divmod(number, steps_per_epoch(len(tokens), shape.batch_size))
+    return order(epoch)[step]
 
-  def __len__(self) -> int:
-    return len(self._runs[self._seeds[0]])
-
-  def __getitem__(self, number):
-    rows = {seed: run.rows(number) for seed, run in self._runs.items()}
-    length = max(_length(self._tokens, self._shape, r) for r in rows.values())
-    each = {
-      seed: _assemble(self._tokens, self._shape, r, length) for seed, r in rows.items()
-    }
-    names = each[self._seeds[0]]
-    return {name: np.stack([each[s][name] for s in self._seeds]) for name in names}
-
-
-class _Evaluation(Sequence[Batch]):
-  def __init__(self, tokens: Rows, shape: Shape):
-    self._tokens, self._shape = tokens, shape
-    self._order = evaluation_order(tokens.lengths_N, shape)
-
-  def __len__(self) -> int:
-    return len(self._order)
-
-  def __getitem__(self, number):
-    return _assemble(self._tokens, self._shape, self._order[number])
+  return rows
 
 
 def training(tokens: Rows, shape: Shape, *, seed: int) -> grain.DatasetIterator[Batch]:
@@ -219,7 +192,8 @@ def training(tokens: Rows, shape: Shape, *, seed: int) -> grain.DatasetIterator[
   _check(tokens, shape)
   if seed < 0:
     raise LoraxError(f"the seed is {seed}, and must not be negative")
-  return _read_ahead(_Training(tokens, shape, seed))
+  rows = _rows_of(tokens, shape, seed)
+  return _read_ahead(tokens, shape, lambda i: _assemble(tokens, shape, rows(i)))
 
 
 def together(
@@ -231,11 +205,23 @@ def together(
   `training` gives it with that seed, and all are padded to the longest of them.
   """
   _check(tokens, shape)
-  return _read_ahead(_Together(tokens, shape, tuple(seeds)))
+  runs = {seed: _rows_of(tokens, shape, seed) for seed in seeds}
+
+  def make(number: int) -> Batch:
+    rows = {seed: run(number) for seed, run in runs.items()}
+    length = max(_length(tokens, shape, r) for r in rows.values())
+    each = {s: _assemble(tokens, shape, r, length) for s, r in rows.items()}
+    names = each[seeds[0]]
+    return {name: np.stack([each[s][name] for s in seeds]) for name in names}
+
+  return _read_ahead(tokens, shape, make)
 
 
-def _read_ahead(batches: Sequence[Batch]) -> grain.DatasetIterator[Batch]:
-  source = grain.MapDataset.source(batches)
+def _read_ahead(
+  tokens: Rows, shape: Shape, make: Callable[[int], Batch]
+) -> grain.DatasetIterator[Batch]:
+  count = steps_per_epoch(len(tokens), shape.batch_size) * _ENDLESS
+  source = grain.MapDataset.source(_Batches(count, make))
   read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   return iter(source.to_iter_dataset(read))
 
@@ -247,7 +233,8 @@ def evaluation(tokens: Rows, shape: Shape) -> Sequence[Batch]:
   predictions back in order.
   """
   _check(tokens, shape)
-  return _Evaluation(tokens, shape)
+  order = evaluation_order(tokens.lengths_N, shape)
+  return _Batches(len(order), lambda i: _assemble(tokens, shape, order[i]))
 
 
 def _check(tokens: Rows, shape: Shape) -> None:

@@ -12,9 +12,9 @@ class Task:
 
   Attributes:
     name: as in a config.
-    source: "glue" (tensorflow-datasets, or a folder of TSVs) or "headlines".
     text: the columns of the one text, or of the two.
     labels: the classes by number; empty for regression.
+    source: "glue" (tensorflow-datasets, or a folder of TSVs) or "headlines".
     metrics: of evaluation, by GLUE's names.
     primary: the metric that picks the best step. With several evaluation splits it is
       computed over all their examples (the paper's "overall accuracy" of MNLI).
@@ -23,11 +23,11 @@ class Task:
   """
 
   name: str
-  source: str
   text: tuple[str, ...]
   labels: tuple[str, ...]
-  metrics: tuple[str, ...]
-  primary: str
+  source: str = "glue"
+  metrics: tuple[str, ...] = ("accuracy",)
+  primary: str = "accuracy"
   evaluation: tuple[str, ...] = ("validation",)
   train: str = "train"
 
@@ -59,78 +59,30 @@ _ENTAILED = ("entailment", "not_entailment")
 # 2106.09685); WNLI is not in it.
 _ROWS = (
   Task(
-    name="mnli",
-    source="glue",
-    text=("premise", "hypothesis"),
-    labels=("entailment", "neutral", "contradiction"),
-    metrics=("accuracy",),
-    primary="accuracy",
+    "mnli",
+    ("premise", "hypothesis"),
+    ("entailment", "neutral", "contradiction"),
     evaluation=("validation_matched", "validation_mismatched"),
   ),
+  Task("sst2", ("sentence",), ("negative", "positive")),
+  Task("mrpc", _PAIR, ("not_equivalent", "equivalent"), metrics=("accuracy", "f1")),
   Task(
-    name="sst2",
-    source="glue",
-    text=("sentence",),
-    labels=("negative", "positive"),
-    metrics=("accuracy",),
-    primary="accuracy",
-  ),
-  Task(
-    name="mrpc",
-    source="glue",
-    text=_PAIR,
-    labels=("not_equivalent", "equivalent"),
-    metrics=("accuracy", "f1"),
-    primary="accuracy",
-  ),
-  Task(
-    name="cola",
-    source="glue",
-    text=("sentence",),
-    labels=("unacceptable", "acceptable"),
+    "cola",
+    ("sentence",),
+    ("unacceptable", "acceptable"),
     metrics=("matthews_correlation",),
     primary="matthews_correlation",
   ),
+  Task("qnli", ("question", "sentence"), _ENTAILED),
   Task(
-    name="qnli",
-    source="glue",
-    text=("question", "sentence"),
-    labels=_ENTAILED,
-    metrics=("accuracy",),
-    primary="accuracy",
-  ),
-  Task(
-    name="qqp",
-    source="glue",
-    text=("question1", "question2"),
-    labels=("not_duplicate", "duplicate"),
+    "qqp",
+    ("question1", "question2"),
+    ("not_duplicate", "duplicate"),
     metrics=("accuracy", "f1"),
-    primary="accuracy",
   ),
-  Task(
-    name="rte",
-    source="glue",
-    text=_PAIR,
-    labels=_ENTAILED,
-    metrics=("accuracy",),
-    primary="accuracy",
-  ),
-  Task(
-    name="stsb",
-    source="glue",
-    text=_PAIR,
-    labels=(),
-    metrics=("pearson", "spearman"),
-    primary="pearson",
-  ),
-  Task(
-    name="headlines",
-    source="headlines",
-    text=("text",),
-    labels=("sincere", "sarcastic"),
-    metrics=("accuracy",),
-    primary="accuracy",
-  ),
+  Task("rte", _PAIR, _ENTAILED),
+  Task("stsb", _PAIR, (), metrics=("pearson", "spearman"), primary="pearson"),
+  Task("headlines", ("text",), ("sincere", "sarcastic"), source="headlines"),
 )
 
 TASKS: Mapping[str, Task] = {task.name: task for task in _ROWS}

@@ -175,10 +175,6 @@ def _special(settings: dict[str, Any], name: str, default: str) -> str:
   return token["content"] if isinstance(token, dict) else token
 
 
-def _from_json(folder: Path) -> tokenizers.Tokenizer:
-  return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
 def _word_piece(folder: Path) -> tokenizers.Tokenizer:
   """BERT's tokenizer; defaults are those of transformers' BertTokenizer."""
   settings = _tokenizer_config(folder)
@@ -196,7 +192,9 @@ def _word_piece(folder: Path) -> tokenizers.Tokenizer:
   )
   tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   tokenizer.decoder = decoders.WordPiece()
-  _require(vocab, [unk, cls, sep], folder / "vocab.txt")
+  if missing := [token for token in (unk, cls, sep) if token not in vocab]:
+    file = folder / "vocab.txt"
+    raise LoraxError(f"{file} has no {listing(missing)}: it can't be BERT's vocabulary")
   tokenizer.post_processor = processors.TemplateProcessing(
     single=f"{cls}:0 $A:0 {sep}:0",
     pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
@@ -241,13 +239,10 @@ def _byte_level(folder: Path) -> tokenizers.Tokenizer:
   return tokenizer
 
 
-def _require(vocab: dict[str, int], tokens: Sequence[str], file: Path) -> None:
-  if missing := [token for token in tokens if token not in vocab]:
-    raise LoraxError(f"{file} has no {listing(missing)}: it can't be BERT's vocabulary")
-
-
 _BUILDERS = {
-  ("tokenizer.json",): _from_json,
+  ("tokenizer.json",): lambda folder: tokenizers.Tokenizer.from_file(
+    str(folder / "tokenizer.json")
+  ),
   ("vocab.txt",): _word_piece,
   ("vocab.json", "merges.txt"): _byte_level,
 }

@@ -121,19 +121,15 @@ class Tokens:
 
   def part(self, start: int, stop: int) -> "Tokens":
     """The rows from `start` to `stop`."""
-    cut = lambda values_S: (
-      None
-      if values_S is None
-      else Column(values_S, self.offsets).part(start, stop).values_S
-    )
-    ids = Column(self.input_ids_S, self.offsets).part(start, stop)
+    offsets = self.offsets[start : stop + 1]
+    cut = lambda x, first, last: None if x is None else x[first:last]
     return dataclasses.replace(
       self,
-      input_ids_S=ids.values_S,
-      offsets=ids.offsets,
-      token_type_ids_S=cut(self.token_type_ids_S),
-      attention_mask_S=cut(self.attention_mask_S),
-      labels_N=None if self.labels_N is None else self.labels_N[start:stop],
+      input_ids_S=self.input_ids_S[offsets[0] : offsets[-1]],
+      offsets=offsets - offsets[0],
+      token_type_ids_S=cut(self.token_type_ids_S, offsets[0], offsets[-1]),
+      attention_mask_S=cut(self.attention_mask_S, offsets[0], offsets[-1]),
+      labels_N=cut(self.labels_N, start, stop),
       decoder=self.decoder and self.decoder.part(start, stop),
     )
 

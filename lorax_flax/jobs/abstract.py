@@ -104,6 +104,6 @@ def abstract(
   notes = (
     *([meshes.describe(mesh)] if mesh.size > 1 else ()),
     *meshes.not_sharded(mesh, axes, params),
-    *build.describe(adapter, params),
+    *build.describe(plan, adapter, params),
   )
   return Abstract(program.step, state, base, batch, plan, mesh, model, forward, notes)

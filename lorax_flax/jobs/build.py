@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 import lorax_flax as lx
 from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.paths import flatten
+from lorax_flax.adapt.plan import Plan, start
 from lorax_flax.adapt.transform import Adapted
 from lorax_flax.data import pipeline, tokens
 from lorax_flax.data.config import DataSettings
@@ -169,7 +171,7 @@ def adapt(
 
   def forward(params, adapter, batch, key):
     keys = (None, None) if key is None else jax.random.split(key)
-    return lora.apply(params, adapter, batch, keys[0], dropout_key=keys[1])
+    return lora.apply(params, adapter, batch, keys[0], lora_dropout_key=keys[1])
 
   return lora, forward
 
@@ -194,13 +196,16 @@ def with_dropout(model: registry.Outline, settings: ModelSettings) -> Any:
   return model.module.clone(config=dataclasses.replace(model.config, **rates))
 
 
+def plan(
+  lora: Adapted, model: registry.Loaded, splits: Splits, lengths: tuple[int, ...]
+) -> Plan:
+  """The plan of the adapter, by a batch of one row."""
+  example = pipeline.evaluation(splits.train, pipeline.Shape(1, lengths))[0]
+  return lora.plan(model.params, steps.inputs(example))
+
+
 def adapter(
-  lora: Adapted,
-  model: registry.Loaded,
-  splits: Splits,
-  lengths: tuple[int, ...],
-  seed: int,
-  init_from: str | None = None,
+  plan: Plan, model: registry.Loaded, seed: int, init_from: str | None = None
 ) -> Adapter:
   """The adapter before the first step.
 
@@ -210,8 +215,7 @@ def adapter(
   Raises:
     LoraxError: a new head that would not be trained; a folder that does not fit.
   """
-  example = pipeline.evaluation(splits.train, pipeline.Shape(1, lengths))[0]
-  made = lora.init(jax.random.key(seed), model.params, steps.inputs(example))
+  made = start(plan, jax.random.key(seed), flatten(model.params))
   _check_new(model.new_paths, made)
   return made if init_from is None else start_from(init_from, made, model)
 
@@ -225,8 +229,11 @@ def _check_new(new_paths: Sequence[str], adapter: Adapter) -> None:
     )
 
 
-def describe(adapter: Adapter, params: Any) -> list[str]:
-  """Lines with the number of trained parameters and the memory of the frozen base."""
+def describe(plan: Plan, adapter: Adapter, params: Any) -> list[str]:
+  """Lines with the number of trained parameters and the memory of the frozen base.
+
+  A line with what the targets cover and was left out, where anything was.
+  """
   tuned = [delta for delta in adapter.values() if isinstance(delta, Tuned)]
   deltas = [delta for delta in adapter.values() if not isinstance(delta, Tuned)]
   low, full = (
@@ -240,6 +247,7 @@ def describe(adapter: Adapter, params: Any) -> list[str]:
     f"training {low + full:,} of {sum(leaf.size for leaf in leaves):,} parameters: "
     f"{low:,} in {len(deltas)} low-rank deltas, {full:,} in {len(tuned)} weights in "
     "full",
+    *([f"left out of the targets: {left_out}"] if (left_out := plan.summary()) else ()),
     f"the base is in memory as {' and '.join(dtypes)}: {_bytes(size)}",
   ]
 

@@ -7,19 +7,12 @@ Shape = tuple[int, ...]
 LeafAxes = tuple[int | str, ...]
 
 
-def axes_of(roles: Sequence[str], role: str) -> list[int]:
-  """The kernel axes that have this role, in order."""
-  return [axis for axis, r in enumerate(roles) if r == role]
-
-
-def sizes_of(shape: Shape, roles: Sequence[str], role: str) -> Shape:
-  """The sizes of a kernel's axes that have this role, in order."""
-  return tuple(shape[i] for i in axes_of(roles, role))
-
-
 def by_role(roles: Sequence[str]) -> dict[str, tuple[int, ...]]:
   """A kernel's axes by each name that a declaration may have for them."""
-  found = {role: tuple(axes_of(roles, role)) for role in ("stack", "in", "out")}
+  found = {
+    role: tuple(axis for axis, r in enumerate(roles) if r == role)
+    for role in ("stack", "in", "out")
+  }
   return {**found, "kernel": tuple(range(len(roles)))}
 
 

@@ -33,6 +33,8 @@ class Delta:
       of our own form leave them out.
     options: what `LoraConfig.options` may hold for the method, with defaults.
     irreversible: the reason why merged weights don't give the base back; "": they do.
+    has_bias: whether it adds to the result of a product, and so to a bias in merging.
+    bias_name: the name, in the kernel's module, of the base's bias that it adds to.
     peft: its form in a PEFT folder; None: PEFT has none.
     layers: indices on the first stack axis that have a delta; None for all.
   """
@@ -43,6 +45,7 @@ class Delta:
   from_base: ClassVar[tuple[str, ...]] = ()
   options: ClassVar[Mapping[str, Any]] = {}
   irreversible: ClassVar[str] = ""
+  has_bias: ClassVar[bool] = False
   peft: ClassVar[PeftForm | None] = None
 
   if TYPE_CHECKING:  # Fields of the subclasses, which are dataclasses.
@@ -51,9 +54,12 @@ class Delta:
     def __init__(self, *args: Any, **kwargs: Any): ...
     @property
     def layers(self) -> tuple[int, ...] | None: ...
+    @property
+    def bias_name(self) -> str: ...
 
   else:
     layers = None
+    bias_name = "bias"
 
   def merged(self, w: jax.Array) -> jax.Array:
     """The base's leaf w with the delta in it, dense."""

@@ -4,13 +4,14 @@ W' = m / ‖W + scale * a @ b‖ * (W + scale * a @ b), the norm taken over the 
 kept out of the gradient (section 4.3 of the paper; PEFT does the same).
 """
 
+import string
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.axes import axes_of
+from lorax_flax.methods.axes import by_role
 from lorax_flax.methods.kernel_delta import Plan, Target
 from lorax_flax.methods.lora import KEYS, LoRA
 from lorax_flax.methods.low_rank import LowRank
@@ -64,11 +65,10 @@ def norms(delta: LowRank, w: jax.Array) -> jax.Array:
 
   By its expansion, ‖W‖² + 2 <W, a b> + ‖a b‖², so that the sum is never formed.
   """
-  stack, ins, outs = (axes_of(delta.roles, role) for role in ("stack", "in", "out"))
-  kernel = "".join(chr(ord("a") + i) for i in range(w.ndim))
-  s, i, o = ("".join(kernel[axis] for axis in axes) for axes in (stack, ins, outs))
+  axes, kernel = by_role(delta.roles), string.ascii_lowercase[: w.ndim]
+  s, i, o = ("".join(kernel[n] for n in axes[role]) for role in ("stack", "in", "out"))
   if delta.layers is not None:
-    w = jnp.take(w, jnp.asarray(delta.layers), axis=stack[0])
+    w = jnp.take(w, jnp.asarray(delta.layers), axis=axes["stack"][0])
   w, a, b = w.astype(jnp.float32), delta.a, delta.scaled(delta.b)
 
   def einsum(spec, *xs):

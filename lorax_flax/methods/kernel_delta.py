@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.axes import (
-  LeafAxes,
-  Shape,
-  axes_of,
-  by_role,
-  resolved,
-  shape_of,
-  sizes_of,
-)
+from lorax_flax.methods.axes import LeafAxes, Shape, by_role, resolved, shape_of
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.parts import Parts, dense
 
@@ -104,7 +96,7 @@ class KernelDelta(Followed):
     layers nor the selection changes what a layer starts with. A layer's leaves are zero
     beyond its own rank.
     """
-    stack = sizes_of(target.shape, target.roles, "stack")
+    stack = [target.shape[axis] for axis in by_role(target.roles)["stack"]]
     if not stack:
       return draw(key)
     indices = jnp.arange(math.prod(stack), dtype=jnp.uint32).reshape(stack)
@@ -162,14 +154,6 @@ class KernelDelta(Followed):
     ones = (1,) * (depth - scale.ndim)
     return jnp.broadcast_to(scale.reshape(scale.shape + ones), stack)
 
-  def in_all_layers(self, t: jax.Array, shape: Shape, fill: float = 0.0) -> jax.Array:
-    """A leaf of the adapted layers as one of all layers of a kernel of this shape."""
-    if self.layers is None or not t.ndim:
-      return t
-    length = shape[axes_of(self.roles, "stack")[0]]
-    full = jnp.full((length, *t.shape[1:]), fill, t.dtype)
-    return full.at[jnp.asarray(self.layers)].set(t)
-
   def laid_out(
     self, name: str, shape: Shape, fill: float = 0.0, value: jax.Array | None = None
   ) -> jax.Array:
@@ -185,16 +169,15 @@ class KernelDelta(Followed):
     """
     axes = self.leaf_axes(name)
     t = self.leaves()[name] if value is None else value
-    t = self.in_all_layers(t, shape, fill)
-    order = sorted(range(t.ndim), key=lambda i: _place(axes[i], len(shape)))
-    t = t.transpose(order)
+    if self.layers is not None and t.ndim:
+      length = shape[by_role(self.roles)["stack"][0]]
+      full = jnp.full((length, *t.shape[1:]), fill, t.dtype)
+      t = full.at[jnp.asarray(self.layers)].set(t)
+    # The kernel's axes in its order, then the method's own.
+    places = [len(shape) if isinstance(axis, str) else axis for axis in axes]
+    t = t.transpose(sorted(range(t.ndim), key=places.__getitem__))
     t = jnp.expand_dims(t, [i for i in range(len(shape)) if i not in axes])
     return t if t.ndim > len(shape) else t[..., None]
-
-
-def _place(axis: int | str, last: int) -> int:
-  """An axis by its place in the kernel, the method's own last."""
-  return last if isinstance(axis, str) else axis
 
 
 def _within(leaf: jax.Array, axes: LeafAxes, ranks: jax.Array) -> jax.Array:

@@ -21,12 +21,15 @@ class BiasLoRA(LowRank):
 
   Attributes:
     bias: (*stack, *out), float32, trained; starts at zero, scaled as b is.
+    bias_name: the name, in the kernel's module, of the base's bias, for merging.
   """
 
   bias: jax.Array = field(kw_only=True)
+  bias_name: str = field(default="bias", kw_only=True, metadata={"static": True})
 
   axes: ClassVar = LowRank.axes | {"bias": ("stack", "out")}
   trained = ("a", "b", "bias")
+  has_bias = True
   peft = PeftForm(
     "lora_bias",
     {
@@ -48,7 +51,7 @@ class BiasLoRA(LowRank):
     lora = LoRA.start(key, kernel, target, plan)
     stack = lora.a.shape[: target.roles.count("stack")]
     bias = jnp.zeros((*stack, *cls.layer_shapes(target)["bias"]))
-    return cls(**vars(lora), bias=bias)
+    return cls(**vars(lora), bias=bias, bias_name=target.bias)
 
   def parts(self, w: jax.Array) -> Parts:
     """The changed kernel, unevaluated."""

@@ -7,21 +7,27 @@ Shapes: B batch, T tokens, D dim, C labels.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.hub.checkpoints.entries import embedding, linear, norm, weight_and_bias
+from lorax_flax.hub.checkpoints.entries import (
+  each,
+  embedding,
+  linear,
+  norm,
+  weight_and_bias,
+)
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType, Model, check_length
+from lorax_flax.models.layers import Part, TextClassifier, check_length, dense_of
 
 _EPS = 1e-12  # of every norm; config.json has no field for it
+_QKV = ("q_lin", "k_lin", "v_lin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,39 +64,21 @@ _ALIASES = {
 }
 
 
-def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> DistilBertConfig:
-  """Reads a config.json that is already parsed; see `fields.read`."""
-  return fields.read(DistilBertConfig, hf_config, aliases=_ALIASES, **overrides)
-
-
-def _dense(config: DistilBertConfig, features: int, axes, dtype, name: str) -> nn.Dense:
-  return layers.dense(features, axes, dtype, name, std=config.initializer_range)
-
-
-class Attention(nn.Module):
+class Attention(Part[DistilBertConfig]):
   """Self-attention."""
-
-  config: DistilBertConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
     qkv_BxTxD = [
-      _dense(c, c.dim, ("embed", "heads"), self.dtype, name)(x_BxTxD)
-      for name in ("q_lin", "k_lin", "v_lin")
+      dense_of(c, c.dim, ("embed", "heads"), self.dtype, name)(x_BxTxD) for name in _QKV
     ]
     y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, c.n_heads, c.attention_dropout)
-    return _dense(c, c.dim, ("heads", "embed"), self.dtype, "out_lin")(y_BxTxD)
+    return dense_of(c, c.dim, ("heads", "embed"), self.dtype, "out_lin")(y_BxTxD)
 
 
-class Layer(nn.Module):
+class Layer(Part[DistilBertConfig]):
   """One layer, in the form of nn.scan."""
-
-  config: DistilBertConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
@@ -112,12 +100,8 @@ class Layer(nn.Module):
     return layers.Norm(_EPS, name="output_layer_norm")(x_BxTxD + y_BxTxD), None
 
 
-class Embeddings(nn.Module):
+class Embeddings(Part[DistilBertConfig]):
   """Token and position embeddings, summed and normed."""
-
-  config: DistilBertConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, input_ids_BxT: jax.Array) -> jax.Array:
@@ -137,28 +121,11 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.dropout)(x_BxTxD, self.deterministic)
 
 
-class SequenceClassifier(Model):
-  """An encoder with a head over its first token; one output is a regression."""
-
-  config: DistilBertConfig
+class SequenceClassifier(TextClassifier[DistilBertConfig]):
+  """A DistilBERT; it has no token types, and ignores those that it is given."""
 
   @nn.compact
-  def __call__(
-    self,
-    input_ids: jax.Array,
-    attention_mask: jax.Array,
-    token_type_ids: jax.Array | None = None,
-    *,
-    deterministic: bool = True,
-  ) -> jax.Array:
-    """Logits, BxC float32.
-
-    Args:
-      input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
-      token_type_ids: ignored, since the model has no types; all text classifiers have
-        the same arguments.
-      deterministic: without dropout; otherwise a "dropout" rng is needed.
-    """
+  def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
     del token_type_ids
     c, dtype = self.config, self.dtype
     check_length(input_ids, c.max_position_embeddings)
@@ -172,11 +139,10 @@ class SequenceClassifier(Model):
       name="transformer",
     )
     x_BxTxD = transformer(x_BxTxD, attention_mask)
-    dense = _dense(c, c.dim, ("embed", "pooled"), dtype, "pre_classifier")
+    dense = dense_of(c, c.dim, ("embed", "pooled"), dtype, "pre_classifier")
     x_BxD = nn.relu(dense(layers.first_token(x_BxTxD)))
     x_BxD = nn.Dropout(c.seq_classif_dropout)(x_BxD, deterministic)
-    head = _dense(c, c.num_labels, ("embed", "labels"), dtype, "classifier")
-    return head(x_BxD).astype(jnp.float32)
+    return dense_of(c, c.num_labels, ("embed", "labels"), dtype, "classifier")(x_BxD)
 
 
 # Names in a checkpoint
@@ -188,14 +154,9 @@ _ENTRIES = (
   embedding("embeddings/word_embeddings", "embeddings.word_embeddings"),
   embedding("embeddings/position_embeddings", "embeddings.position_embeddings"),
   *norm("embeddings/layer_norm", "embeddings.LayerNorm"),
-  *(
-    entry
-    for name in ("q_lin", "k_lin", "v_lin", "out_lin")
-    for entry in linear(f"{_LAYER}/attention/{name}", f"{_KEY}.attention.{name}")
-  ),
+  *each(linear, f"{_LAYER}/attention", f"{_KEY}.attention", (*_QKV, "out_lin")),
   *norm(f"{_LAYER}/sa_layer_norm", f"{_KEY}.sa_layer_norm"),
-  *linear(f"{_LAYER}/ffn/lin1", f"{_KEY}.ffn.lin1"),
-  *linear(f"{_LAYER}/ffn/lin2", f"{_KEY}.ffn.lin2"),
+  *each(linear, f"{_LAYER}/ffn", f"{_KEY}.ffn", ("lin1", "lin2")),
   *norm(f"{_LAYER}/output_layer_norm", f"{_KEY}.output_layer_norm"),
   *linear("pre_classifier", "pre_classifier", part="head"),
   *linear("classifier", "classifier", part="head", labels=True),
@@ -226,7 +187,7 @@ FAMILIES = {
   "distilbert": Family(
     task="sequence-classification",
     architecture="DistilBertForSequenceClassification",
-    configure=from_hf,
+    configure=partial(fields.read, DistilBertConfig, aliases=_ALIASES),
     build=SequenceClassifier,
     keymap=lambda config, scan: keymap(config.n_layers, scan),
     inputs=text_inputs,

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.hub.checkpoints.entries import (
+  Entries,
   Entry,
+  each,
   embedding,
   linear,
   norm,
@@ -26,7 +28,7 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType, Model, check_length
+from lorax_flax.models.layers import Model, Part, check_length, dense_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,16 +81,8 @@ def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> GPT2Config:
   return fields.read(GPT2Config, hf_config, aliases=_ALIASES, only=only, **overrides)
 
 
-def _dense(config: GPT2Config, features: int, axes, dtype, name: str) -> nn.Dense:
-  return layers.dense(features, axes, dtype, name, std=config.initializer_range)
-
-
-class Attention(nn.Module):
+class Attention(Part[GPT2Config]):
   """Self-attention of each token to those before it and to itself."""
-
-  config: GPT2Config
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -96,7 +90,7 @@ class Attention(nn.Module):
   ) -> jax.Array:
     """BxTxD. number: divisor of attention's logits, or None."""
     c = self.config
-    fused = _dense(c, 3 * c.n_embd, ("embed", "heads"), self.dtype, "c_attn")
+    fused = dense_of(c, 3 * c.n_embd, ("embed", "heads"), self.dtype, "c_attn")
     q_BxTxD, k_BxTxD, v_BxTxD = jnp.split(fused(x_BxTxD), 3, axis=-1)
     if number is not None:
       q_BxTxD /= number.astype(q_BxTxD.dtype)
@@ -109,16 +103,12 @@ class Attention(nn.Module):
       causal=True,
       scale=None if c.scale_attn_weights else 1.0,
     )
-    y_BxTxD = _dense(c, c.n_embd, ("heads", "embed"), self.dtype, "c_proj")(y_BxTxD)
+    y_BxTxD = dense_of(c, c.n_embd, ("heads", "embed"), self.dtype, "c_proj")(y_BxTxD)
     return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
 
 
-class Layer(nn.Module):
+class Layer(Part[GPT2Config]):
   """One layer, in the form of nn.scan."""
-
-  config: GPT2Config
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -142,10 +132,8 @@ class Layer(nn.Module):
     return x_BxTxD + feed(y_BxTxD), None
 
 
-class LanguageModel(Model):
+class LanguageModel(Model[GPT2Config]):
   """A decoder whose outputs score every token of the vocabulary as the next."""
-
-  config: GPT2Config
 
   @nn.compact
   def __call__(
@@ -188,8 +176,7 @@ class LanguageModel(Model):
     x_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_f")(x_BxTxD)
     if c.tie_word_embeddings:
       return layers.logits(x_BxTxD, words)
-    axes = ("embed", "vocab")
-    head = layers.dense(c.vocab_size, axes, dtype, "lm_head", std=std, bias=False)
+    head = dense_of(c, c.vocab_size, ("embed", "vocab"), dtype, "lm_head", bias=False)
     return head(x_BxTxD).astype(jnp.float32)
 
 
@@ -209,7 +196,7 @@ _OTHER = (
 )
 
 
-def _conv1d(path: str, key: str) -> tuple[Entry, ...]:
+def _conv1d(path: str, key: str) -> Entries:
   """The entries of a transformers Conv1D: a linear layer whose weight is (in, out)."""
   kernel = Entry(f"{path}/kernel", f"{key}.weight")
   return kernel, Entry(f"{path}/bias", f"{key}.bias")
@@ -219,11 +206,9 @@ _ENTRIES = (
   embedding("wte", "wte"),
   embedding("wpe", "wpe"),
   *norm(f"{_LAYER}/ln_1", f"{_KEY}.ln_1"),
-  *_conv1d(f"{_LAYER}/attn/c_attn", f"{_KEY}.attn.c_attn"),
-  *_conv1d(f"{_LAYER}/attn/c_proj", f"{_KEY}.attn.c_proj"),
+  *each(_conv1d, f"{_LAYER}/attn", f"{_KEY}.attn", ("c_attn", "c_proj")),
   *norm(f"{_LAYER}/ln_2", f"{_KEY}.ln_2"),
-  *_conv1d(f"{_LAYER}/mlp/c_fc", f"{_KEY}.mlp.c_fc"),
-  *_conv1d(f"{_LAYER}/mlp/c_proj", f"{_KEY}.mlp.c_proj"),
+  *each(_conv1d, f"{_LAYER}/mlp", f"{_KEY}.mlp", ("c_fc", "c_proj")),
   *norm("ln_f", "ln_f"),
 )
 

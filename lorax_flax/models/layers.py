@@ -1,7 +1,7 @@
 """Modules and functions that families share; kernels are (in, out), with named axes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,10 @@ from lorax_flax.models import ops
 from lorax_flax.sharding import activations as spread
 
 DType = Any
+Config = TypeVar("Config")
 
 
-class Model(nn.Module):
+class Model(nn.Module, Generic[Config]):
   """A full model; a family's own is called with its inputs by name.
 
   Attributes:
@@ -25,10 +26,52 @@ class Model(nn.Module):
     remat: recomputation in the backward pass: "none", "full" or "dots".
   """
 
-  config: Any
+  config: Config
   dtype: DType = jnp.float32
   scan: bool = False
   remat: str = "none"
+
+
+class Part(nn.Module, Generic[Config]):
+  """A part of a model.
+
+  Attributes:
+    config: the family's own.
+    dtype: of computation.
+    deterministic: without dropout.
+  """
+
+  config: Config
+  dtype: DType
+  deterministic: bool
+
+
+class TextClassifier(Model[Config]):
+  """An encoder with a head over its first token; one output is a regression."""
+
+  def __call__(
+    self,
+    input_ids: jax.Array,
+    attention_mask: jax.Array,
+    token_type_ids: jax.Array | None = None,
+    *,
+    deterministic: bool = True,
+  ) -> jax.Array:
+    """Logits, BxC float32.
+
+    Args:
+      input_ids, attention_mask, token_type_ids: BxT int32; the mask is 1 where a token
+        is attended to; the types are zeros by default.
+      deterministic: without dropout; otherwise a "dropout" rng is needed.
+    """
+    if token_type_ids is None:
+      token_type_ids = jnp.zeros_like(input_ids)
+    y_BxC = self.logits(input_ids, attention_mask, token_type_ids, deterministic)
+    return y_BxC.astype(jnp.float32)
+
+  def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
+    """Logits, BxC, of a family's own layers; compact."""
+    raise NotImplementedError
 
 
 def check_length(input_ids_BxT: jax.Array, most: int) -> None:
@@ -61,6 +104,14 @@ def dense(
     bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[1:]),
     name=name,
   )
+
+
+def dense_of(
+  config: Any, features: int, axes, dtype: DType, name: str, bias: bool = True
+) -> nn.Dense:
+  """A `dense` layer with the standard deviation of a family's config."""
+  std = config.initializer_range
+  return dense(features, axes, dtype, name, std=std, bias=bias)
 
 
 class Embed(nn.Embed):

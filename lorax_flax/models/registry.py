@@ -137,7 +137,10 @@ def load(
   model = outline_of(hf_config)
   ties: Mapping[str, str] = {}
   if untie:
-    _check_tied(model)
+    if getattr(model.config, "tie_word_embeddings", None) is not True:
+      raise LoraxError(
+        f"untie: a {hf_config['model_type']} of this config has no tied head"
+      )
     ties = model.keymap.ties
     model = outline_of({**hf_config, "tie_word_embeddings": False})
   # The keys first: a config that claims a thousand layers takes long to trace.
@@ -206,13 +209,6 @@ def _shapes(model: Outline) -> Any:
   scanned = family.build(model.config, module.dtype, True, "none")
   stacked = family.keymap(model.config, True)
   return hub_load.unstacked(family.shapes(scanned), stacked, keymap)
-
-
-def _check_tied(model: Outline) -> None:
-  if getattr(model.config, "tie_word_embeddings", None) is not True:
-    raise LoraxError(
-      f"untie: a {model.hf_config['model_type']} of this config has no tied head"
-    )
 
 
 def of(hf_config: Mapping[str, Any]) -> Family:

@@ -9,7 +9,7 @@ hidden_size.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.hub.checkpoints.entries import (
   CONV_2D,
   Entry,
+  each,
   linear,
   norm,
   weight_and_bias,
@@ -28,7 +29,7 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family
-from lorax_flax.models.layers import DType, Model
+from lorax_flax.models.layers import Model, Part, dense_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,45 +87,25 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
   return pair
 
 
-def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> ViTConfig:
-  """Reads a config.json that is already parsed; see `fields.read`."""
-  return fields.read(ViTConfig, hf_config, only={"head_dim": None}, **overrides)
-
-
-def _dense(
-  config: ViTConfig, features: int, axes, dtype, name: str, *, bias: bool = True
-) -> nn.Dense:
-  std = config.initializer_range
-  return layers.dense(features, axes, dtype, name, std=std, bias=bias)
-
-
-class Attention(nn.Module):
+class Attention(Part[ViTConfig]):
   """Self-attention of every token to every token."""
-
-  config: ViTConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
     c, bias = self.config, self.config.qkv_bias
     axes = ("embed", "heads")
     qkv_BxTxD = [
-      _dense(c, c.hidden_size, axes, self.dtype, name, bias=bias)(x_BxTxD)
+      dense_of(c, c.hidden_size, axes, self.dtype, name, bias=bias)(x_BxTxD)
       for name in ("q_proj", "k_proj", "v_proj")
     ]
     mask_BxT = jnp.ones(x_BxTxD.shape[:2], jnp.int32)
     heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
     y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, heads, rate)
-    return _dense(c, c.hidden_size, axes[::-1], self.dtype, "o_proj")(y_BxTxD)
+    return dense_of(c, c.hidden_size, axes[::-1], self.dtype, "o_proj")(y_BxTxD)
 
 
-class Layer(nn.Module):
+class Layer(Part[ViTConfig]):
   """One layer, in the form of nn.scan."""
-
-  config: ViTConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array):
@@ -146,12 +127,8 @@ class Layer(nn.Module):
     return x_BxTxD + drop(feed(y_BxTxD)), None
 
 
-class Embeddings(nn.Module):
+class Embeddings(Part[ViTConfig]):
   """The learned token and the projected patches, with positions added."""
-
-  config: ViTConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, pixels_BxCxHxW: jax.Array) -> jax.Array:
@@ -184,10 +161,8 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
 
 
-class ImageClassifier(Model):
+class ImageClassifier(Model[ViTConfig]):
   """An encoder with a head over its first token; one output is a regression."""
-
-  config: ViTConfig
 
   @nn.compact
   def __call__(
@@ -218,7 +193,7 @@ class ImageClassifier(Model):
       remat=self.remat,
     )
     x_BxD = layers.Norm(c.layer_norm_eps, name="layernorm")(layers.first_token(x_BxTxD))
-    head = _dense(c, c.num_labels, ("embed", "labels"), dtype, "classifier")
+    head = dense_of(c, c.num_labels, ("embed", "labels"), dtype, "classifier")
     return head(x_BxD).astype(jnp.float32)
 
 
@@ -268,7 +243,7 @@ def _entries(qkv_bias: bool) -> tuple[Entry, ...]:
         f"{_LAYER}/{name.replace('.', '/')}", f"{_KEY}.{name}", bias=has_bias
       )
     ),
-    *(entry for name in _NORMS for entry in norm(f"{_LAYER}/{name}", f"{_KEY}.{name}")),
+    *each(norm, _LAYER, _KEY, _NORMS),
     *norm("layernorm", "layernorm"),
     *linear("classifier", "classifier", part="head", labels=True),
   )
@@ -296,7 +271,7 @@ FAMILIES = {
   "vit": Family(
     task="image-classification",
     architecture="ViTForImageClassification",
-    configure=from_hf,
+    configure=partial(fields.read, ViTConfig, only={"head_dim": None}),
     build=ImageClassifier,
     keymap=lambda config, scan: keymap(config.num_hidden_layers, config.qkv_bias, scan),
     inputs=inputs,

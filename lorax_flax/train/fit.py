@@ -109,7 +109,7 @@ def fit(
 
   def forward(params, adapter, columns, key):
     given = arguments(layout.batch(columns))
-    return lora.apply(params, adapter, *given, dropout_key=key)
+    return lora.apply(params, adapter, *given, lora_dropout_key=key)
 
   def per_example(outputs, columns):
     value = jnp.asarray(loss(outputs, layout.batch(columns)), jnp.float32)

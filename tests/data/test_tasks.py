@@ -43,4 +43,4 @@ def test_an_unknown_task_is_an_error_with_the_nearest_name():
 
 def test_a_primary_metric_that_is_not_reported_is_an_error():
   with pytest.raises(LoraxError, match=r"'f2'.*'f1'"):
-    tasks.Task("x", "glue", ("a",), ("b",), metrics=("f1",), primary="f2")
+    tasks.Task("x", ("a",), ("b",), metrics=("f1",), primary="f2")

@@ -13,7 +13,7 @@ def params(model, keymap):
   for path, keys in keymap.keys.items():
     sites = [keymap.sites[key] for key in keys]
     values = [
-      site.entry.to_ours(stored[full_key(keymap, key)])
+      site.entry.form.to_ours(stored[full_key(keymap, key)])
       for key, site in zip(keys, sites, strict=True)
     ]
     *parents, name = path.split("/")

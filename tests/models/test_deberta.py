@@ -270,7 +270,7 @@ def test_the_published_models_have_transformers_shapes(hf_config, scan, millions
   leaves = {"/".join(k.key for k in p): x for p, x in jax.tree.leaves_with_path(shapes)}
   assert leaves.keys() == keymap.keys.keys()
   for bare, site in keymap.sites.items():
-    shape = site.entry.stored_shape(site.shape(leaves[site.path].shape))
+    shape = site.entry.form.stored_shape(site.shape(leaves[site.path].shape))
     found[km.full_key(keymap, bare)] = shape
   assert found == {name: tuple(x.shape) for name, x in model.state_dict().items()}
   total = sum(leaf.size for leaf in leaves.values())

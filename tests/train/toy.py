@@ -88,7 +88,7 @@ def job(
 
   def forward(params, adapter, batch, key):
     keys = (None, None) if key is None else jax.random.split(key)
-    return lora.apply(params, adapter, batch, keys[0], dropout_key=keys[1])
+    return lora.apply(params, adapter, batch, keys[0], lora_dropout_key=keys[1])
 
   example = {k: v for k, v in train.batch(np.arange(4), 24).items() if v.ndim == 2}
   adapter = lora.init(jax.random.key(config.seed), base, example)

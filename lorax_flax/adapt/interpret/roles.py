@@ -1,23 +1,46 @@
 """Finds by tracing what a program does with its weights. Shapes only, no FLOPs.
 
-An abstract run of the jaxpr: a weight is a `View` without factors, anything else the
-set of contractions that it last came through. Contractions tell the roles of a weight's
-axes; what reaches an output through one contraction alone tells the output head.
+An abstract run of the jaxpr: a weight is a `View` without factors, anything else a
+`Flow`. Contractions tell the roles of a weight's axes; what a weight's product feeds,
+and the outputs that it reaches, tell the output heads; what is added to its result, the
+biases.
 """
 
+import functools
+import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
 from lorax_flax.adapt.interpret import encoding as jx
-from lorax_flax.adapt.interpret import layout_rules, product_rules
+from lorax_flax.adapt.interpret import flow, layout_rules, product_rules
+from lorax_flax.adapt.interpret.flow import Flow
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
 
-INPUT = "<input>"
-Through = frozenset[str]  # the contractions that a value last came through
+# What a delta of any method follows, where the weight's products agree on its axes.
+PLAIN = {
+  "checkpoint",
+  "closed_call",
+  "conv_general_dilated",
+  "convert_element_type",
+  "copy",
+  "copy_p",
+  "core_call",
+  "dot_general",
+  "gather",
+  "jit",
+  "name",
+  "pjit",
+  "remat2",
+  "scan",
+  "sharding_constraint",
+  "squeeze",
+  "transpose",
+}
 
 
 @dataclass
@@ -26,27 +49,79 @@ class Usage:
 
   Attributes:
     sites: for each contraction, (primitive, role of each kernel axis that it met).
-    problems: primitive to why it has no rule.
+    refused: primitive to why it has no rule.
+    rivals: primitive to the weights that this one meets in its products.
+    num_axes: the most axes of the weight at a refusal, less stack axes and those of
+      size 1: of a scale or a bias 1, whatever it is stacked to.
+    added_to: the kernels to whose products' results it is added.
+    met: the primitives that it meets, calls that it goes into among them.
   """
 
   sites: list[tuple[str, dict[int, str]]] = field(default_factory=list)
-  problems: dict[str, str] = field(default_factory=dict)
+  refused: dict[str, str] = field(default_factory=dict)
+  rivals: dict[str, set[str]] = field(default_factory=dict)
+  num_axes: int = 0
+  added_to: frozenset[str] = frozenset()
+  met: set[str] = field(default_factory=set)
+
+  @property
+  def problems(self) -> dict[str, str]:
+    """Primitive to why a delta cannot follow there."""
+    met = dict.fromkeys(self.rivals, "a product of two adapted weights")
+    return self.refused | met
 
   @property
   def primitives(self) -> set[str]:
     return {name for name, _ in self.sites}
 
+  @property
+  def is_plain(self) -> bool:
+    """True where every rule follows, and finds a gradient, whatever the factors are."""
+    splits = {tuple(sorted(roles.items())) for _, roles in self.sites}
+    return self.met <= PLAIN and len(splits) == 1
+
 
 @dataclass
 class Discovery:
+  """Record of what a program does with its weights.
+
+  Attributes:
+    usage: by path.
+    stack: the (path, axis) that a loop runs over.
+    fed: the weights whose products' results feed a weight's product.
+    heads: the weights whose product's result is an output: it reaches outputs through
+      no other product, and feeds none.
+  """
+
   usage: dict[str, Usage]
-  stack: dict[tuple[str, int], str] = field(default_factory=dict)
+  stack: set[tuple[str, int]] = field(default_factory=set)
+  fed: set[str] = field(default_factory=set)
   heads: frozenset[str] = frozenset()
 
   def problem(self, views: Sequence[View], primitive: str, why: str):
     for view in views:
       for path in view.paths():
-        self.usage[path].problems[primitive] = why
+        usage = self.usage[path]
+        usage.refused[primitive] = why
+        usage.num_axes = max(usage.num_axes, len(_own_axes(view, path)))
+
+  def met(self, views: Sequence[View], primitive: str):
+    """Records a product of weights with one another."""
+    for view in views:
+      others = set().union(*(v.paths() for v in views if v is not view))
+      for path in view.paths():
+        self.usage[path].rivals.setdefault(primitive, set()).update(others)
+
+
+def _own_axes(view: View, path: str) -> list[int]:
+  """The axes of a view, longer than 1, that hold axes of a weight, less stack axes."""
+  return [
+    i
+    for i, dim in enumerate(view.dims)
+    if dim.role != "stack"
+    and view.shape[i] != 1
+    and any(label[0] == path for label in dim.labels)
+  ]
 
 
 def discover(
@@ -71,32 +146,44 @@ def discover(
       )
       operands.append(View.shown(var.aval.shape, var.aval.dtype, path, dims))
     else:
-      operands.append(frozenset({INPUT}) if i in set(inputs) else frozenset())
-  results = _run(found, open_, operands)
-  heads = set()
-  for result in results:
+      operands.append(flow.DATA if i in set(inputs) else flow.NOTHING)
+  outputs = []
+  for var, result in zip(open_.outvars, _run(found, open_, operands), strict=True):
     if is_view(result):
       found.problem([result], "output", "the function returns the weight")
-    elif len(result) == 1 and INPUT not in result:
-      heads |= result
-  found.heads = frozenset(heads)
+    else:
+      outputs.append((var.aval.shape, result.through))
+  found.heads = _heads(outputs) - found.fed
   return found
+
+
+def _heads(outputs: Sequence[tuple[tuple[int, ...], frozenset[str]]]) -> frozenset[str]:
+  """The weights whose product alone stands before outputs: (shape, through) of each.
+
+  What a program returns beside its outputs (a cache, a state, statistics, what was
+  sown) comes from products that feed others, or that reach other outputs among others.
+  """
+  # A scalar, the sum of a loss say, tells nothing where arrays are returned.
+  through = [t for shape, t in outputs if shape] or [t for _, t in outputs]
+  alone = frozenset().union(*(t for t in through if len(t) == 1))
+  beside = frozenset().union(*(t for t in through if len(t) > 1))
+  return alone - beside - {flow.INPUT}
 
 
 def _abstract(var: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
-def _through(values: Sequence[Any]) -> Through:
-  return frozenset().union(*(v for v in values if not is_view(v)))
+def _flows(values: Sequence[Any]) -> list[Flow]:
+  return [v for v in values if not is_view(v)]
 
 
 def _run(found: Discovery, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
-  env: dict[Any, Any] = dict.fromkeys(jaxpr.constvars, frozenset())
+  env: dict[Any, Any] = dict.fromkeys(jaxpr.constvars, flow.NOTHING)
   env.update(zip(jaxpr.invars, operands, strict=True))
 
   def read(atom):
-    return frozenset() if isinstance(atom, jx.Literal) else env[atom]
+    return flow.NOTHING if isinstance(atom, jx.Literal) else env[atom]
 
   for eqn in jaxpr.eqns:
     results = _equation(found, eqn, [read(a) for a in eqn.invars])
@@ -107,14 +194,20 @@ def _run(found: Discovery, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
 def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   name = eqn.primitive.name
   views = [v for v in operands if is_view(v)]
+  for view in views:
+    for path in view.paths():
+      found.usage[path].met.add(name)
+  seen = [_seen(x) for x in operands]
   call = jx.call(eqn)
-  if isinstance(call, jx.Call) and (views or call.is_inline or call.has_rule):
+  has_weights = any(x.made_of for x in seen)
+  if isinstance(call, jx.Call) and (has_weights or call.is_inline or call.has_rule):
     return _call(found, name, call, operands)
-  if not views:
-    return [_through(operands)] * len(eqn.outvars)
-  if isinstance(call, jx.Loop):
+  if isinstance(call, jx.Loop) and has_weights:
     return _loop(found, name, call, operands)
-  through = _through(operands)
+  result, fed = flow.of_equation(eqn, seen)
+  found.fed |= fed
+  if not views:
+    return [result] * len(eqn.outvars)
   # Rules look at the shapes of the operands that are not views.
   shown = [
     v if is_view(v) else _abstract(a) if hasattr(a, "aval") else a
@@ -125,15 +218,47 @@ def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
       return list(
         layout_rules.RULES[name](eqn, shown, [_abstract(v) for v in eqn.outvars])
       )
+    if name in product_rules.RULES and len(views) > 1:
+      found.met(views, name)
+      return [result] * len(eqn.outvars)
     if name in product_rules.RULES:
-      axes = product_rules.axes_of(eqn, shown)
-      _record(found, views[0], name, axes)
-      return [views[0].paths() | frozenset()] * len(eqn.outvars)
+      return [_product(found, eqn, operands, shown)] * len(eqn.outvars)
   except Unsupported as e:
     found.problem(views, name, str(e))
   else:
     found.problem(views, name, "has no rule")
-  return [through] * len(eqn.outvars)
+  if name == "add" and len(views) == 1:
+    (other,) = _flows(operands)
+    result = _added(found, views[0], other, result)
+  return [result] * len(eqn.outvars)
+
+
+def _seen(x: Any) -> Flow:
+  """An operand as a value, where no rule follows a weight."""
+  return Flow(made_of=frozenset(x.paths())) if is_view(x) else x
+
+
+def _product(found: Discovery, eqn: Any, operands: list, shown: list) -> Flow:
+  """Records a product, and what feeds it; a number of a row to look up feeds none."""
+  axes = product_rules.axes_of(eqn, shown)
+  (view,) = (x for x in operands if is_view(x))
+  _record(found, view, eqn.primitive.name, axes)
+  for x, atom in zip(operands, eqn.invars, strict=True):
+    if not is_view(x) and jx.is_float(atom.aval):
+      found.fed |= x.through - {flow.INPUT}
+  sizes = flow.product_sizes(view.shape, axes.kept, axes.shared)
+  paths = frozenset(view.paths())
+  return Flow(paths, flow.Product(paths, sizes))
+
+
+def _added(found: Discovery, bias: View, to: Flow, result: Flow) -> Flow:
+  """Records a bias: a weight that has a place for each of a product's outputs."""
+  sizes = [n for n, dim in zip(bias.shape, bias.dims, strict=True) if dim.labels]
+  if to.product is None or math.prod(sizes) not in to.product.sizes:
+    return result
+  for path in bias.paths():
+    found.usage[path].added_to |= to.product.paths
+  return replace(result, product=to.product)
 
 
 def _record(found: Discovery, view: View, primitive: str, axes: product_rules.Axes):
@@ -149,12 +274,12 @@ def _record(found: Discovery, view: View, primitive: str, axes: product_rules.Ax
     found.usage[path].sites.append((primitive, roles))
 
 
-def _plain(found: Discovery, values: Sequence[Any], primitive: str) -> list[Through]:
+def _plain(found: Discovery, values: Sequence[Any], primitive: str) -> list[Flow]:
   """Values that must not be weights here; a weight among them is a problem."""
   for v in values:
     if is_view(v):
       found.problem([v], primitive, "hands the weight on as a result")
-  return [frozenset() if is_view(v) else v for v in values]
+  return [_seen(v) for v in values]
 
 
 def _stable(found: Discovery, primitive, before: list, after: list) -> list[Any]:
@@ -168,7 +293,7 @@ def _stable(found: Discovery, primitive, before: list, after: list) -> list[Any]
       found.problem(
         views, primitive, "changes the weight from one iteration to the next"
       )
-      joined.append(_through([old, new]))
+      joined.append(_seen(old) | _seen(new))
     else:
       joined.append(old | new)
   return joined
@@ -181,7 +306,8 @@ def _call(found: Discovery, name: str, call: jx.Call, operands: list) -> list[An
     columns = [_plain(found, results, name) for results in columns]
   first, *others = columns
   return [
-    x.union(*rest) if rest else x for x, *rest in zip(first, *others, strict=True)
+    functools.reduce(operator.or_, rest, x)
+    for x, *rest in zip(first, *others, strict=True)
   ]
 
 
@@ -204,7 +330,7 @@ def _slice(found: Discovery, x: Any) -> Any:
   """One iteration's slice of a scanned operand, whose first axis is a stack's."""
   if not is_view(x):
     return x
-  found.stack.update(dict.fromkeys(x.dims[0].labels, "stack"))
+  found.stack |= x.dims[0].labels
   return View.shown(x.shape[1:], x.dtype, x.path, x.dims[1:])
 
 

@@ -217,14 +217,14 @@ def _trained_in_full(
     path, _ = km.key_to_path(keymap, key)
     site = keymap.sites[km.bare_key(keymap, key)]
     shape = leaves[path].shape
-    expected = site.entry.stored_shape(site.shape(shape))
+    expected = site.entry.form.stored_shape(site.shape(shape))
     if tensor.shape != expected:
       raise LoraxError(
         f"{key} has the shape {tensor.shape}, and {expected} was expected"
       )
     if site.entry.piece != (0, 1) or len(site.index) > 1:
       raise LoraxError(f"{key} is a part of {path}, which is trained whole or not")
-    values.setdefault(path, {})[site.index] = site.entry.to_ours(tensor)
+    values.setdefault(path, {})[site.index] = site.entry.form.to_ours(tensor)
   return {path: stacking.tuned(each, leaves[path]) for path, each in values.items()}
 
 
@@ -278,7 +278,7 @@ def to_state_dict(
       site, key = keymap.sites[bare], km.full_key(keymap, bare)
       if isinstance(delta, Tuned):
         value = np.asarray(delta.now(), np.float32)
-        rest[key] = site.entry.to_stored(value[site.place(value.shape)])
+        rest[key] = site.entry.form.to_stored(value[site.place(value.shape)])
       elif type(delta) is LoRA and delta.roles[-2:] == ("in", "out"):
         if stacking.has_layer(delta, site.index):
           leaves, scale, _ = stacking.unstack(delta, site.index)

@@ -1,11 +1,12 @@
 """Entries of a key map: how one stored tensor and one of our leaves correspond."""
 
 import dataclasses
+import itertools
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import numpy as np
+from lorax_flax.methods.peft_form import Form
 
 Part = Literal["body", "head"]
 Kind = Literal["linear", "conv", "embedding", "norm", "raw"]
@@ -40,18 +41,10 @@ class Entry:
   piece: tuple[int, int] = (0, 1)
   labels: bool = False
 
-  def to_ours(self, stored: np.ndarray) -> np.ndarray:
-    """The stored tensor as our array (a slice of our leaf)."""
-    return stored if self.axes is None else stored.transpose(self.axes)
-
-  def to_stored(self, ours: np.ndarray) -> np.ndarray:
-    """The inverse of `to_ours`."""
-    return ours if self.axes is None else ours.transpose(np.argsort(self.axes))
-
-  def stored_shape(self, ours: Sequence[int]) -> tuple[int, ...]:
-    """The stored tensor's shape, by that of our array."""
-    order = range(len(ours)) if self.axes is None else np.argsort(self.axes)
-    return tuple(ours[i] for i in order)
+  @property
+  def form(self) -> Form:
+    """The stored tensor's form, for our array (a slice of our leaf)."""
+    return Form(self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,16 +88,25 @@ def placeholders(key: str) -> list[str]:
   return [name for _, name, _, _ in string.Formatter().parse(key) if name]
 
 
-def linear(path: str, key: str, *, bias: bool = True, **rest: Any) -> tuple[Entry, ...]:
+Entries = tuple[Entry, ...]
+
+
+def linear(path: str, key: str, *, bias: bool = True, **rest: Any) -> Entries:
   """The entries of a torch linear layer, whose weight is (out, in)."""
   kernel = Entry(f"{path}/kernel", f"{key}.weight", LINEAR, **rest)
   return (kernel, Entry(f"{path}/bias", f"{key}.bias", **rest))[: 2 if bias else 1]
 
 
-def norm(path: str, key: str, *, bias: bool = True, **rest: Any) -> tuple[Entry, ...]:
+def norm(path: str, key: str, *, bias: bool = True, **rest: Any) -> Entries:
   """The entries of a norm: a scale, and a bias where it has one."""
   scale = Entry(f"{path}/scale", f"{key}.weight", **rest)
   return (scale, Entry(f"{path}/bias", f"{key}.bias", **rest))[: 2 if bias else 1]
+
+
+def each(make: Any, path: str, key: str, names: Iterable[str], **rest: Any) -> Entries:
+  """The entries that `make` gives for modules of the same names on both sides."""
+  found = (make(f"{path}/{name}", f"{key}.{name}", **rest) for name in names)
+  return tuple(itertools.chain.from_iterable(found))
 
 
 def embedding(path: str, key: str, **rest: Any) -> Entry:

@@ -107,6 +107,6 @@ def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
   tensors = {}
   for bare, site in keymap.sites.items():
     leaf = leaves[site.path]
-    value = site.entry.to_stored(leaf[site.place(leaf.shape)])
+    value = site.entry.form.to_stored(leaf[site.place(leaf.shape)])
     tensors[file_key(keymap, bare)] = np.ascontiguousarray(value)
   return tensors

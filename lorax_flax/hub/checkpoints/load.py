@@ -250,7 +250,7 @@ def _check(found: Found, site: km.Site, key: str, shape: Sequence[int]) -> None:
 
 
 def _stored_shape(site: km.Site, shape: Sequence[int]) -> tuple[int, ...]:
-  return site.entry.stored_shape(site.shape(shape))
+  return site.entry.form.stored_shape(site.shape(shape))
 
 
 def _leaf(
@@ -268,7 +268,7 @@ def _leaf(
     overlap = shards.overlap(site, shape, block)
     if overlap is not None:
       index, part = overlap
-      view = site.entry.to_stored(out[(*index, ...)])
+      view = site.entry.form.to_stored(out[(*index, ...)])
       found.reader.read(found.keys[bare], part, view)
   return out
 

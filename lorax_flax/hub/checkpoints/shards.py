@@ -31,7 +31,7 @@ def overlap(
 
   Returns:
     The index in the block, and the index in the stored tensor; the latter's array, as
-    `Entry.to_ours` transposes it, goes into the former.
+    `Entry.form` transposes it, goes into the former.
   """
   stack, inner = block[: len(site.index)], block[len(site.index) :]
   if not all(a <= i < z for i, (a, z) in zip(site.index, stack, strict=True)):

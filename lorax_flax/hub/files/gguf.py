@@ -45,20 +45,12 @@ class Architecture:
 
 ARCHITECTURES: Mapping[str, Architecture] = {
   "llama": Architecture(
-    {
-      "model_type": "llama",
-      "architectures": ["LlamaForCausalLM"],
-      "hidden_act": "silu",
-    },
+    {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     interleaved=True,
     biases={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"},
   ),
   "qwen2": Architecture(
-    {
-      "model_type": "qwen2",
-      "architectures": ["Qwen2ForCausalLM"],
-      "hidden_act": "silu",
-    },
+    {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
   ),
 }
 
@@ -134,7 +126,7 @@ def config_of(header: Header) -> dict[str, Any]:
   if "token_embd.weight" not in tensors:
     there = listing(tensors, most=8) or "none"
     raise LoraxError(f"{path} has no token_embd.weight. There are: {there}")
-  config = dict(architecture.fields)
+  config = {"hidden_act": "silu", **architecture.fields}
   for key, field in _FIELDS.items():
     if f"{name}.{key}" in metadata:
       config[field] = metadata[f"{name}.{key}"]
@@ -195,21 +187,6 @@ class Stored:
   def array_dtype(self) -> np.dtype:
     return np.dtype(_FLOATS.get(self.tensor.kind, np.float32))
 
-  @property
-  def itemsize(self) -> int:
-    return self.array_dtype.itemsize
-
-
-class _Gguf(safetensors.File):
-  def __init__(self, path: Path):
-    header = gguf_header.read(path)
-    super().__init__(path, _named(header), header.status)
-
-  def fill(
-    self, descriptor: int, stored: Any, index: safetensors.Index, out: np.ndarray
-  ) -> None:
-    _fill(descriptor, stored, index, out)
-
 
 def open_file(path: Path) -> safetensors.Reader:
   """Opens the weights of a file, by Hugging Face's keys; quantised ones are float32.
@@ -217,7 +194,9 @@ def open_file(path: Path) -> safetensors.Reader:
   Raises:
     LoraxError: an error of `read_config`, or a tensor of an unknown name.
   """
-  return safetensors.of_file(_Gguf(path))
+  header = gguf_header.read(path)
+  file = safetensors.File(path, _named(header), header.status, _fill)
+  return safetensors.of_file(file)
 
 
 def _named(header: Header) -> dict[str, Stored]:
@@ -231,7 +210,9 @@ def _named(header: Header) -> dict[str, Stored]:
     key = _MODULES[module] if layer is None else _LAYER_MODULES[module]
     full = f"{key}.{part}" if layer is None else f"model.layers.{layer}.{key}.{part}"
     heads = config[_HEADS[module]] if interleaved and module in _HEADS else None
-    if heads is not None and not _divides(heads, tensor.shape[0]):
+    if heads is not None and not (
+      type(heads) is int and heads > 0 and tensor.shape[0] % (2 * heads) == 0
+    ):
       raise LoraxError(
         f"{header.path}: {name!r} has shape {tensor.shape}, which {heads!r} heads do"
         " not divide"
@@ -252,10 +233,6 @@ def _split(path: Path, name: str) -> tuple[str | None, str, str]:
   layers = [f"blk.N.{module}.weight" for module in _LAYER_MODULES]
   known = [*(f"{module}.weight" for module in _MODULES), *layers]
   raise LoraxError(f"{path}: " + unknown("tensor", name, known))
-
-
-def _divides(heads: Any, rows: int) -> bool:
-  return type(heads) is int and heads > 0 and rows % (2 * heads) == 0
 
 
 def _fill(

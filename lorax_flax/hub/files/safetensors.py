@@ -7,9 +7,10 @@ process's memory beside the array that it was copied to.
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -28,31 +29,21 @@ _ALIGNED = 64  # bytes; XLA uses an array with this alignment without a copy
 Index = tuple[slice, ...]
 
 
-class Stored(Protocol):
-  """A tensor in a file: its shape, and the dtype of its arrays."""
-
-  @property
-  def shape(self) -> tuple[int, ...]: ...
-
-  @property
-  def array_dtype(self) -> np.dtype: ...
-
-  @property
-  def itemsize(self) -> int: ...
-
-
+@dataclass(frozen=True)
 class File:
   """One file of tensors. It is opened for each read, and must not change meanwhile.
 
   Attributes:
     path: the file.
-    tensors: by key.
+    tensors: by key, each with its `shape`, and the `array_dtype` of its arrays.
+    status: of the file when its header was read.
+    fill: (descriptor, tensor, index, out): `read` of the open file, by its format.
   """
 
-  def __init__(self, path: Path, tensors: Mapping[str, Stored], status: os.stat_result):
-    self.path = path
-    self.tensors = tensors
-    self._status = status
+  path: Path
+  tensors: Mapping[str, Any]
+  status: os.stat_result
+  fill: Callable[[int, Any, Index, np.ndarray], None]
 
   def read(self, key: str, index: Index, out: np.ndarray) -> None:
     """Fills `out`, of any strides and dtype, with a part of a tensor."""
@@ -61,9 +52,9 @@ class File:
       try:
         now = os.fstat(descriptor)
         if (now.st_ino, now.st_size, now.st_mtime_ns) != (
-          self._status.st_ino,
-          self._status.st_size,
-          self._status.st_mtime_ns,
+          self.status.st_ino,
+          self.status.st_size,
+          self.status.st_mtime_ns,
         ):
           raise LoraxError("it was written to since it was opened")
         self.fill(descriptor, self.tensors[key], index, out)
@@ -71,19 +62,6 @@ class File:
         os.close(descriptor)
     except (OSError, LoraxError) as error:
       raise LoraxError(f"cannot read {key!r} of {self.path}: {error}") from error
-
-  def fill(self, descriptor: int, stored: Any, index: Index, out: np.ndarray) -> None:
-    """`read` of the open file, by its format: safetensors, GGUF."""
-    raise NotImplementedError
-
-
-class _Safetensors(File):
-  def __init__(self, path: Path):
-    super().__init__(path, *safetensors_header.read(path))
-
-  def fill(self, descriptor: int, stored: Any, index: Index, out: np.ndarray) -> None:
-    cuts = [cut.indices(n)[:2] for cut, n in zip(index, stored.shape, strict=True)]
-    _fill(descriptor, stored.start, stored.shape, cuts, stored.array_dtype, out)
 
 
 class Reader(Mapping[str, np.ndarray]):
@@ -138,14 +116,14 @@ class Reader(Mapping[str, np.ndarray]):
       return False
     if not shape:
       return bool(self[key] == self[other])
-    rows = _rows_at_once(self._stored(key))
+    rows = _rows_at_once(shape[1:], self.dtype(key).itemsize)
     rest = (slice(None),) * (len(shape) - 1)
     cuts = [(slice(i, i + rows), *rest) for i in range(0, shape[0], rows)]
     return all(
       np.array_equal(self.part(key, cut), self.part(other, cut)) for cut in cuts
     )
 
-  def _stored(self, key: str) -> Stored:
+  def _stored(self, key: str) -> Any:
     if key not in self._files:
       raise LoraxError(unknown("checkpoint key", key, self._files))
     return self._files[key].tensors[key]
@@ -179,7 +157,15 @@ def open_folder(folder: Path) -> Reader:
 
 def open_file(path: Path) -> Reader:
   """Opens the tensors of one file. Damaged or missing: LoraxError."""
-  return of_file(_Safetensors(path))
+  return of_file(_opened(path))
+
+
+def _opened(path: Path) -> File:
+  def fill(descriptor: int, stored: Any, index: Index, out: np.ndarray) -> None:
+    cuts = [cut.indices(n)[:2] for cut, n in zip(index, stored.shape, strict=True)]
+    _fill(descriptor, stored.start, stored.shape, cuts, stored.array_dtype, out)
+
+  return File(path, *safetensors_header.read(path), fill)
 
 
 def of_file(file: File) -> Reader:
@@ -211,7 +197,7 @@ def _indexed(folder: Path) -> dict[str, File]:
     if not _is_file(folder / name):
       here = [p.name for p in folder.glob("*.safetensors")]
       raise LoraxError(unknown(f"shard in {index}", name, here))
-    files[name] = _Safetensors(folder / name)
+    files[name] = _opened(folder / name)
   for key, name in where.items():
     if key not in files[name].tensors:
       raise LoraxError(unknown(f"weight of {folder / name}", key, files[name].tensors))
@@ -225,9 +211,8 @@ def _is_file(path: Path) -> bool:
     return False
 
 
-def _rows_at_once(stored: Stored) -> int:
-  row = stored.itemsize * math.prod(stored.shape[1:])
-  return max(1, _CHUNK // max(1, row))
+def _rows_at_once(row: Sequence[int], itemsize: int) -> int:
+  return max(1, _CHUNK // max(1, itemsize * math.prod(row)))
 
 
 def _fill(

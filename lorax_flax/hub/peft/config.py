@@ -9,7 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorax_flax.errors import LoraxError, listing, unknown
@@ -94,18 +94,17 @@ class PeftConfig:
   revision: str | None = None
 
   def __post_init__(self):
-    if _changes_the_base(self.init_lora_weights):
+    init = self.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
       raise LoraxError(
-        f"{CONFIG_FILE}: init_lora_weights={self.init_lora_weights!r} subtracted its "
+        f"{CONFIG_FILE}: init_lora_weights={init!r} subtracted its "
         "start from the base's weights, so the adapter is not one of this base: PEFT's "
         "save_pretrained(path_initial_model_for_weight_conversion=…) makes it one"
       )
-    for each in fields(self):
-      value = getattr(self, each.name)
-      if not _is_valid(each.name, value):
-        raise LoraxError(
-          f"{CONFIG_FILE}: {each.name}={value!r} is not what PEFT writes"
-        )
+    for name, hint in typing.get_type_hints(PeftConfig).items():
+      value, within = getattr(self, name), _BOUNDS.get(name, lambda value: True)
+      if not _has_type(value, hint) or not (value is None or within(value)):
+        raise LoraxError(f"{CONFIG_FILE}: {name}={value!r} is not what PEFT writes")
     if isinstance(self.target_modules, str) and several(self.layers_to_transform):
       raise LoraxError(
         f"{CONFIG_FILE}: layers_to_transform needs target_modules as a list of names"
@@ -160,10 +159,6 @@ class PeftConfig:
           )
     return found
 
-  def is_target(self, name: str) -> bool:
-    """True where a module gets factors; for "all-linear" see `targets`."""
-    return not self.is_excluded(name) and self.is_named(name)
-
   def is_named(self, name: str) -> bool:
     """True where target_modules, a list or an expression, name a module."""
     if self.target_modules is None:
@@ -195,7 +190,7 @@ class PeftConfig:
     """
     if self.is_all_linear:
       return [name for name in linear if not self.is_excluded(name)]
-    return [name for name in names if self.is_target(name)]
+    return [n for n in names if not self.is_excluded(n) and self.is_named(n)]
 
   @property
   def is_all_linear(self) -> bool:
@@ -313,17 +308,8 @@ _INITS = ("gaussian", "eva", "orthogonal", "mica")
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _changes_the_base(init: Any) -> bool:
-  """True where init_lora_weights subtracts the start from the base's weights."""
-  return isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE)
-
-
 def _is_rank(value: int) -> bool:
   return 0 < value <= 1 << 20
-
-
-def _are_rows(value: tuple[int, ...]) -> bool:
-  return min(value, default=-1) >= 0 and len(value) == len(set(value))
 
 
 # Bounds of fields beyond their types.
@@ -333,17 +319,11 @@ _BOUNDS: Mapping[str, Callable[[Any], bool]] = {
   "rank_pattern": lambda value: all(map(_is_rank, value.values())),
   "bias": lambda value: value in ("none", "all", "lora_only"),
   "trainable_token_indices": lambda value: all(
-    map(_are_rows, value.values() if isinstance(value, Mapping) else [value])
+    min(rows, default=-1) >= 0 and len(rows) == len(set(rows))
+    for rows in (value.values() if isinstance(value, Mapping) else [value])
   ),
   "init_lora_weights": lambda value: isinstance(value, bool) or value in _INITS,
 }
-
-
-def _is_valid(name: str, value: Any) -> bool:
-  """True where a field has a value that PEFT writes."""
-  if not _has_type(value, typing.get_type_hints(PeftConfig)[name]):
-    return False
-  return value is None or name not in _BOUNDS or _BOUNDS[name](value)
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -105,11 +105,11 @@ def write_adapter(
   peft = to_peft_config(
     adapter, keymap, config, base_name=base_name, revision=revision, task_type=task_type
   )
-  slots = layout(peft, keymap, name)
-  if isinstance(dtypes, str):
-    slots = _usual(slots, params is not None)
-  else:
-    slots = _as_stored(slots, dtypes)
+  slots = {
+    key: slot
+    for key, slot in layout(peft, keymap, name).items()
+    if _written(key, slot, dtypes, params is not None)
+  }
   leaves = {} if params is None else flatten(params)
   tensors = to_tensors(adapter, slots, peft, leaves)
   tensors = {key: _cast(key, value, dtypes) for key, value in tensors.items()}
@@ -224,18 +224,14 @@ def read_labels(folder: str | Path) -> list[str] | None:
   return names
 
 
-def _as_stored(slots: Mapping[str, Slot], dtypes: Mapping[str, str]) -> dict[str, Slot]:
-  """Slots with a value of their own, and of the others those that were stored."""
-  return {k: slot for k, slot in slots.items() if slot.status == "own" or k in dtypes}
+def _written(key: str, slot: Slot, dtypes: Mapping[str, str] | str, base: bool) -> bool:
+  """True where a slot has a value of its own, or was stored in the folder as read.
 
-
-def _usual(slots: Mapping[str, Slot], has_base: bool) -> dict[str, Slot]:
-  """Slots that PEFT saves by default; the base's weights only with a base."""
-  return {
-    key: slot
-    for key, slot in slots.items()
-    if slot.status != "spare" and (has_base or slot.method is not None)
-  }
+  Otherwise, where PEFT saves it by default; the base's weights only with a base.
+  """
+  if not isinstance(dtypes, str):
+    return slot.status == "own" or key in dtypes
+  return slot.status != "spare" and (base or slot.method is not None)
 
 
 def _cast(key: str, value: np.ndarray, dtypes: Mapping[str, str] | str) -> np.ndarray:

@@ -276,7 +276,7 @@ def _saved(
       continue
     inside = {k: s for k, s in known.items() if k.startswith(f"{module}.")}
     for key, site in inside.items():
-      slots[key] = _in_full(site, module, Form(site.entry.axes))
+      slots[key] = _in_full(site, module, site.entry.form)
       if config.bias == "all" and key.endswith(".bias"):
         inner = key.removeprefix(f"{module}.")
         slots |= _wrapped_biases(inner, slots[key], adapter_name)
@@ -355,25 +355,23 @@ def _embeddings(
     if name not in found:
       continue
     place = found[name]
-    form = Form(None if place.kind == "turned" else place.site.entry.axes)
+    form = AS_IS if place.kind == "turned" else place.site.entry.form
     status: Status = "copy" if usual and name in factored else "spare"
     key = f"{name}.base_layer.weight" if name in factored else f"{name}.weight"
     yield key, Slot(place.site, None, "", name, form, status=status)
 
 
-def _way(method: type[Delta] | None) -> str:
-  """The field of PEFT's config by which a leaf is trained."""
-  if method is Rows:
-    return "trainable_token_indices"
-  return "modules_to_save" if method is Tuned else "target_modules"
-
-
 def _check_once(slots: Mapping[str, Slot]) -> None:
-  """A leaf is trained in one way."""
+  """Checks that a leaf is trained by one field of PEFT's config."""
   ways: dict[str, set[str]] = {}
+  fields: dict[type[Delta] | None, str] = {
+    Rows: "trainable_token_indices",
+    Tuned: "modules_to_save",
+  }
   for slot in slots.values():
     if slot.status == "own":
-      ways.setdefault(slot.path, set()).add(_way(slot.method))
+      way = fields.get(slot.method, "target_modules")
+      ways.setdefault(slot.path, set()).add(way)
   for path, found in ways.items():
     if len(found) > 1:
       raise LoraxError(f"{path} is trained by {' and '.join(sorted(found))} both")

@@ -64,14 +64,16 @@ def to_peft_config(
   factored = _factored(adapter, keymap, found)
   modules = {n: f for n, f in factored.items() if n in found}
   raw = [name for name in factored if name not in found]
+  others = [key for key in parameters(keymap) if key not in raw]
   shared = [tied for name in modules for tied in tied_to(found, name)]
   whole = _saved_modules(adapter, keymap, config)
   ties_saved = [name for name in whole if tied_to(found, name)]
   saved = [_known_to_tie(name, found) if name in ties_saved else name for name in whole]
   flag = _form(adapter).flag
+  alphas = {n: _alpha(f.scale, f.rank, config) for n, f in factored.items()}
   result = PeftConfig(
     **_patterns("r", "rank_pattern", {n: f.rank for n, f in factored.items()}),
-    **_patterns("lora_alpha", "alpha_pattern", _alphas(factored, config)),
+    **_patterns("lora_alpha", "alpha_pattern", alphas),
     lora_dropout=_dropout(adapter),
     modules_to_save=tuple(saved) or None,
     trainable_token_indices=_tokens(adapter, found),
@@ -91,7 +93,7 @@ def to_peft_config(
   result = replace(
     result,
     target_modules=tuple(_names(modules, found, result, keymap)),
-    target_parameters=tuple(shortest_ends(raw, _others(raw, keymap))) or None,
+    target_parameters=tuple(shortest_ends(raw, others)) or None,
   )
   _check(result, factored, resolve(result, keymap, found))
   return result
@@ -252,10 +254,6 @@ def _dropout(adapter: Adapter) -> float:
   return rates.pop()
 
 
-def _alphas(factored: Mapping[str, _Factored], config: LoraConfig) -> dict[str, float]:
-  return {n: _alpha(f.scale, f.rank, config) for n, f in factored.items()}
-
-
 def _alpha(scale: np.float32, rank: int, config: LoraConfig) -> float:
   """The alpha that PEFT makes this scale of; as it was given, where it was."""
   if not scale > 0:
@@ -310,10 +308,6 @@ def _known_to_tie(main: str, found: Mapping[str, Place]) -> str:
   """The name by which PEFT sees that an embedding is meant; it knows two."""
   known = main.rpartition(".")[2] in peft_config.EMBEDDING_NAMES
   return main if known else tied_to(found, main)[0]
-
-
-def _others(raw: Iterable[str], keymap: KeyMap) -> list[str]:
-  return [key for key in parameters(keymap) if key not in raw]
 
 
 def _saved_modules(adapter: Adapter, keymap: KeyMap, config: LoraConfig) -> list[str]:

@@ -1,13 +1,11 @@
 """The shape of an encoder, read from a Hugging Face config.json."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from lorax_flax.models import hf_config as fields
 
 # Fields that change the numbers, with the one value that is supported.
-_ONLY = {
+UNSUPPORTED = {
   "position_embedding_type": "absolute",
   "is_decoder": False,
   "is_encoder_decoder": False,
@@ -54,12 +52,3 @@ class EncoderConfig:
     if self.classifier_dropout is None:
       return self.hidden_dropout_prob
     return self.classifier_dropout
-
-
-def from_hf(
-  hf_config: Mapping[str, Any], defaults: Mapping[str, Any], **overrides: Any
-) -> EncoderConfig:
-  """Reads a config.json that is already parsed; see `fields.read`."""
-  return fields.read(
-    EncoderConfig, hf_config, defaults=defaults, only=_ONLY, **overrides
-  )

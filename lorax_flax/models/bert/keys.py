@@ -1,8 +1,29 @@
 """Key maps of the BERT family's sequence classifiers (see keymap.py)."""
 
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.hub.checkpoints.entries import embedding, linear, norm, weight_and_bias
+from lorax_flax.hub.checkpoints.entries import (
+  Entries,
+  each,
+  embedding,
+  linear,
+  norm,
+  weight_and_bias,
+)
 from lorax_flax.hub.checkpoints.keymap import KeyMap
+
+
+def encoder_layer(*projections: str) -> Entries:
+  """The entries of a layer as BERT has it, and DeBERTa with other projections."""
+  path, key = "encoder/layer_{i}", "encoder.layer.{i}"
+  return (
+    *each(linear, f"{path}/attention", f"{key}.attention.self", projections),
+    *linear(f"{path}/attention/output", f"{key}.attention.output.dense"),
+    *norm(f"{path}/attention/layer_norm", f"{key}.attention.output.LayerNorm"),
+    *linear(f"{path}/intermediate", f"{key}.intermediate.dense"),
+    *linear(f"{path}/output", f"{key}.output.dense"),
+    *norm(f"{path}/layer_norm", f"{key}.output.LayerNorm"),
+  )
+
 
 _BODY = (
   *(
@@ -10,24 +31,7 @@ _BODY = (
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
   ),
   *norm("embeddings/layer_norm", "embeddings.LayerNorm"),
-  *(
-    entry
-    for name in ("query", "key", "value")
-    for entry in linear(
-      f"encoder/layer_{{i}}/attention/{name}",
-      f"encoder.layer.{{i}}.attention.self.{name}",
-    )
-  ),
-  *linear(
-    "encoder/layer_{i}/attention/output", "encoder.layer.{i}.attention.output.dense"
-  ),
-  *norm(
-    "encoder/layer_{i}/attention/layer_norm",
-    "encoder.layer.{i}.attention.output.LayerNorm",
-  ),
-  *linear("encoder/layer_{i}/intermediate", "encoder.layer.{i}.intermediate.dense"),
-  *linear("encoder/layer_{i}/output", "encoder.layer.{i}.output.dense"),
-  *norm("encoder/layer_{i}/layer_norm", "encoder.layer.{i}.output.LayerNorm"),
+  *encoder_layer("query", "key", "value"),
 )
 
 _BERT = (

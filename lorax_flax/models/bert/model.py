@@ -9,17 +9,19 @@ Shapes: B batch, T tokens, D hidden_size, C labels.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.bert import keys as bert_keys
-from lorax_flax.models.bert.config import EncoderConfig, from_hf
+from lorax_flax.models.bert.config import UNSUPPORTED, EncoderConfig
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType, Model, check_length
+from lorax_flax.models.layers import Part, TextClassifier, check_length, dense_of
 
 
 def _sequential(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
@@ -43,58 +45,42 @@ POSITIONS = {
 }
 
 
-def _dense(config: EncoderConfig, features: int, axes, dtype, name: str) -> nn.Dense:
-  return layers.dense(features, axes, dtype, name, std=config.initializer_range)
-
-
-class Attention(nn.Module):
+class Attention(Part[EncoderConfig]):
   """Self-attention, its output added to its input and normed."""
-
-  config: EncoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
     qkv_BxTxD = [
-      _dense(c, c.hidden_size, ("embed", "heads"), self.dtype, name)(x_BxTxD)
+      dense_of(c, c.hidden_size, ("embed", "heads"), self.dtype, name)(x_BxTxD)
       for name in ("query", "key", "value")
     ]
     heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
     y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, heads, rate)
-    y_BxTxD = _dense(c, c.hidden_size, ("heads", "embed"), self.dtype, "output")(
+    y_BxTxD = dense_of(c, c.hidden_size, ("heads", "embed"), self.dtype, "output")(
       y_BxTxD
     )
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
 
 
-class Layer(nn.Module):
+class Layer(Part[EncoderConfig]):
   """One encoder layer, in the form of nn.scan."""
-
-  config: EncoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
     c = self.config
     attend = Attention(c, self.dtype, self.deterministic, name="attention")
     x_BxTxD = attend(x_BxTxD, mask_BxT)
-    up = _dense(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "intermediate")
-    down = _dense(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
+    up = dense_of(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "intermediate")
+    down = dense_of(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
     y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD), None
 
 
-class Embeddings(nn.Module):
+class Embeddings(Part[EncoderConfig]):
   """Token, position and type embeddings, summed and normed."""
-
-  config: EncoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, input_ids_BxT, token_type_ids_BxT) -> jax.Array:
@@ -118,31 +104,13 @@ class Embeddings(nn.Module):
     return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
 
 
-class SequenceClassifier(Model):
-  """An encoder with a head over its first token; one output is a regression."""
-
-  config: EncoderConfig
+class SequenceClassifier(TextClassifier[EncoderConfig]):
+  """A BERT or RoBERTa."""
 
   @nn.compact
-  def __call__(
-    self,
-    input_ids: jax.Array,
-    attention_mask: jax.Array,
-    token_type_ids: jax.Array | None = None,
-    *,
-    deterministic: bool = True,
-  ) -> jax.Array:
-    """Logits, BxC float32.
-
-    Args:
-      input_ids, attention_mask, token_type_ids: BxT int32; the mask is 1 where a token
-        is attended to; the types are zeros by default.
-      deterministic: without dropout; otherwise a "dropout" rng is needed.
-    """
+  def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
     c, dtype = self.config, self.dtype
     check_length(input_ids, max_length(c))
-    if token_type_ids is None:
-      token_type_ids = jnp.zeros_like(input_ids)
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
       input_ids, token_type_ids
     )
@@ -157,35 +125,31 @@ class SequenceClassifier(Model):
     x_BxTxD = encoder(x_BxTxD, attention_mask)
     x_BxD = layers.first_token(x_BxTxD)
     head = HEADS[c.model_type](c, dtype, deterministic)
-    return head(x_BxD).astype(jnp.float32)
+    return head(x_BxD)
 
 
 def _bert_head(config, dtype, deterministic):
   def head(x_BxD):
-    dense = _dense(config, config.hidden_size, ("embed", "pooled"), dtype, "pooler")
+    dense = dense_of(config, config.hidden_size, ("embed", "pooled"), dtype, "pooler")
     x_BxD = jnp.tanh(dense(x_BxD))
     x_BxD = nn.Dropout(config.head_dropout)(x_BxD, deterministic)
-    return _dense(config, config.num_labels, ("embed", "labels"), dtype, "classifier")(
-      x_BxD
-    )
+    return dense_of(
+      config, config.num_labels, ("embed", "labels"), dtype, "classifier"
+    )(x_BxD)
 
   return head
 
 
-class RobertaHead(nn.Module):
+class RobertaHead(Part[EncoderConfig]):
   """A classifier with a dense layer of its own."""
-
-  config: EncoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxD: jax.Array) -> jax.Array:
     c = self.config
     x_BxD = nn.Dropout(c.head_dropout)(x_BxD, self.deterministic)
-    dense = _dense(c, c.hidden_size, ("embed", "pooled"), self.dtype, "dense")
+    dense = dense_of(c, c.hidden_size, ("embed", "pooled"), self.dtype, "dense")
     x_BxD = nn.Dropout(c.head_dropout)(jnp.tanh(dense(x_BxD)), self.deterministic)
-    return _dense(c, c.num_labels, ("embed", "labels"), self.dtype, "out_proj")(x_BxD)
+    return dense_of(c, c.num_labels, ("embed", "labels"), self.dtype, "out_proj")(x_BxD)
 
 
 def _roberta_head(config, dtype, deterministic):
@@ -220,7 +184,7 @@ def _family(model_type: str, architecture: str, vocab: int, pad: int) -> Family:
   return Family(
     task="sequence-classification",
     architecture=architecture,
-    configure=lambda hf_config, **overrides: from_hf(hf_config, defaults, **overrides),
+    configure=partial(fields.read, EncoderConfig, defaults=defaults, only=UNSUPPORTED),
     build=SequenceClassifier,
     keymap=lambda config, scan: bert_keys.keymap(
       model_type, config.num_hidden_layers, scan

@@ -19,7 +19,7 @@ import numpy as np
 
 from lorax_flax.models import layers
 from lorax_flax.models.deberta.config import DebertaConfig
-from lorax_flax.models.layers import DType
+from lorax_flax.models.layers import Part
 from lorax_flax.models.ops import order
 
 
@@ -114,12 +114,8 @@ def scores(
   return total_BxHxTxT / math.sqrt(q_BxTxHxK.shape[-1] * terms)
 
 
-class Attention(nn.Module):
+class Attention(Part[DebertaConfig]):
   """Disentangled self-attention, its output added to its input and normed."""
-
-  config: DebertaConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -134,8 +130,7 @@ class Attention(nn.Module):
     c, heads = self.config, self.config.num_attention_heads
 
     def dense(name, axes=("embed", "heads")):
-      std = c.initializer_range
-      return layers.dense(c.hidden_size, axes, self.dtype, name, std=std)
+      return layers.dense_of(c, c.hidden_size, axes, self.dtype, name)
 
     def dropped(x, rate):
       return nn.Dropout(rate)(x, self.deterministic)

@@ -12,13 +12,12 @@ from lorax_flax.hub.checkpoints.entries import (
   weight_and_bias,
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
-
-_LAYER = "encoder/layer_{i}"
-_KEY = "encoder.layer.{i}"
+from lorax_flax.models.bert.keys import encoder_layer
 
 
 def _projection(name: str) -> tuple[Entry, ...]:
-  return linear(f"{_LAYER}/attention/{name}", f"{_KEY}.attention.self.{name}")
+  path, key = "encoder/layer_{i}/attention", "encoder.layer.{i}.attention.self"
+  return linear(f"{path}/{name}", f"{key}.{name}")
 
 
 def _table(name: str) -> tuple[Entry, ...]:
@@ -28,14 +27,7 @@ def _table(name: str) -> tuple[Entry, ...]:
 _ENTRIES = (
   *_table("word_embeddings"),
   *norm("embeddings/layer_norm", "embeddings.LayerNorm"),
-  *_projection("query_proj"),
-  *_projection("key_proj"),
-  *_projection("value_proj"),
-  *linear(f"{_LAYER}/attention/output", f"{_KEY}.attention.output.dense"),
-  *norm(f"{_LAYER}/attention/layer_norm", f"{_KEY}.attention.output.LayerNorm"),
-  *linear(f"{_LAYER}/intermediate", f"{_KEY}.intermediate.dense"),
-  *linear(f"{_LAYER}/output", f"{_KEY}.output.dense"),
-  *norm(f"{_LAYER}/layer_norm", f"{_KEY}.output.LayerNorm"),
+  *encoder_layer("query_proj", "key_proj", "value_proj"),
   *linear("pooler", "pooler.dense", part="head"),
   *linear("classifier", "classifier", part="head", labels=True),
 )

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.models import layers, ops, stacking
@@ -20,11 +19,7 @@ from lorax_flax.models.deberta import attention
 from lorax_flax.models.deberta import keys as deberta_keys
 from lorax_flax.models.deberta.config import DebertaConfig, from_hf
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import DType, Model, check_length
-
-
-def _dense(config: DebertaConfig, features: int, axes, dtype, name: str) -> nn.Dense:
-  return layers.dense(features, axes, dtype, name, std=config.initializer_range)
+from lorax_flax.models.layers import Part, TextClassifier, check_length, dense_of
 
 
 class Branch(NamedTuple):
@@ -36,12 +31,8 @@ class Branch(NamedTuple):
   bias_D: jax.Array
 
 
-class Layer(nn.Module):
+class Layer(Part[DebertaConfig]):
   """One encoder layer, in the form of nn.scan."""
-
-  config: DebertaConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -51,8 +42,8 @@ class Layer(nn.Module):
     args = (c, self.dtype, self.deterministic)
     attend = attention.Attention(*args, name="attention")
     x_BxTxD = attend(x_BxTxD, pairs_BxTxT, rel_RxD)
-    up = _dense(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "intermediate")
-    down = _dense(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
+    up = dense_of(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "intermediate")
+    down = dense_of(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
     y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
     x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
@@ -68,15 +59,11 @@ class Layer(nn.Module):
     return jax.lax.cond(first, joined, lambda x_BxTxD: x_BxTxD, x_BxTxD), None
 
 
-class Conv(nn.Module):
+class Conv(Part[DebertaConfig]):
   """The convolution of the embeddings that joins the first layer's output.
 
   It depends on no layer, so it runs once, before them, and they can be scanned.
   """
-
-  config: DebertaConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, real_BxTx1: jax.Array) -> Branch:
@@ -100,14 +87,11 @@ class Conv(nn.Module):
     return Branch(y_BxTxD, real_BxTx1, *norm)
 
 
-class Encoder(nn.Module):
+class Encoder(Part[DebertaConfig]):
   """All layers, and the table of relative positions that they share."""
 
-  config: DebertaConfig
-  dtype: DType
   scan: bool
   remat: str
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
@@ -142,12 +126,8 @@ class Encoder(nn.Module):
     )
 
 
-class Embeddings(nn.Module):
+class Embeddings(Part[DebertaConfig]):
   """Token embeddings, with positions and types where the model has these, normed."""
-
-  config: DebertaConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, input_ids_BxT, token_type_ids_BxT, mask_BxT) -> jax.Array:
@@ -169,57 +149,33 @@ class Embeddings(nn.Module):
       )
     x_BxTxD = x_BxTxE
     if c.embedded != c.hidden_size:
-      x_BxTxD = layers.dense(
-        c.hidden_size,
-        ("embed", "pooled"),
-        self.dtype,
-        "embed_proj",
-        std=c.initializer_range,
-        bias=False,
-      )(x_BxTxE)
+      axes = ("embed", "pooled")
+      project = dense_of(c, c.hidden_size, axes, self.dtype, "embed_proj", bias=False)
+      x_BxTxD = project(x_BxTxE)
     x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD)
     x_BxTxD *= (mask_BxT != 0)[..., None].astype(self.dtype)
     return nn.Dropout(c.hidden_dropout_prob)(x_BxTxD, self.deterministic)
 
 
-class SequenceClassifier(Model):
-  """An encoder with a head over its first token; one output is a regression."""
-
-  config: DebertaConfig
+class SequenceClassifier(TextClassifier[DebertaConfig]):
+  """A DeBERTa."""
 
   @nn.compact
-  def __call__(
-    self,
-    input_ids: jax.Array,
-    attention_mask: jax.Array,
-    token_type_ids: jax.Array | None = None,
-    *,
-    deterministic: bool = True,
-  ) -> jax.Array:
-    """Logits, BxC float32.
-
-    Args:
-      input_ids, attention_mask, token_type_ids: BxT int32; the mask is 1 where a token
-        is attended to; the types are zeros by default.
-      deterministic: without dropout; otherwise a "dropout" rng is needed.
-    """
+  def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
     c, dtype = self.config, self.dtype
     if c.position_biased_input:
       check_length(input_ids, c.max_position_embeddings)
-    if token_type_ids is None:
-      token_type_ids = jnp.zeros_like(input_ids)
     x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
       input_ids, token_type_ids, attention_mask
     )
-    x_BxTxD = Encoder(c, dtype, self.scan, self.remat, deterministic, name="encoder")(
+    x_BxTxD = Encoder(c, dtype, deterministic, self.scan, self.remat, name="encoder")(
       x_BxTxD, attention_mask
     )
     x_BxD = nn.Dropout(c.pooler_dropout)(layers.first_token(x_BxTxD), deterministic)
-    dense = _dense(c, c.hidden_size, ("embed", "pooled"), dtype, "pooler")
+    dense = dense_of(c, c.hidden_size, ("embed", "pooled"), dtype, "pooler")
     x_BxD = ops.activation(c.pooler_hidden_act)(dense(x_BxD))
     x_BxD = nn.Dropout(c.head_dropout)(x_BxD, deterministic)
-    head = _dense(c, c.num_labels, ("embed", "labels"), dtype, "classifier")
-    return head(x_BxD).astype(jnp.float32)
+    return dense_of(c, c.num_labels, ("embed", "labels"), dtype, "classifier")(x_BxD)
 
 
 FAMILIES = {

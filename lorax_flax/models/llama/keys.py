@@ -3,7 +3,14 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from lorax_flax.hub.checkpoints.entries import LINEAR, Entry, embedding, linear, norm
+from lorax_flax.hub.checkpoints.entries import (
+  LINEAR,
+  Entry,
+  each,
+  embedding,
+  linear,
+  norm,
+)
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 
 _LAYER = "model/layer_{i}"
@@ -69,24 +76,13 @@ def keymap(
     head_norms: names of the norms of attention's heads.
     tied: the head is the token embeddings.
   """
-  scale = {"bias": False}
   entries = (
     embedding("model/embed_tokens", "embed_tokens"),
     *_linears("self_attn", attention),
-    *(
-      entry
-      for name in head_norms
-      for entry in norm(
-        f"{_LAYER}/self_attn/{name}", f"{_KEY}.self_attn.{name}", **scale
-      )
-    ),
+    *each(norm, f"{_LAYER}/self_attn", f"{_KEY}.self_attn", head_norms, bias=False),
     *(_EXPERTS if mlp is None else _linears("mlp", mlp)),
-    *(
-      entry
-      for name in layer_norms
-      for entry in norm(f"{_LAYER}/{name}", f"{_KEY}.{name}", **scale)
-    ),
-    *norm("model/norm", "norm", **scale),
+    *each(norm, _LAYER, _KEY, layer_norms, bias=False),
+    *norm("model/norm", "norm", bias=False),
     *(() if tied else linear("lm_head", "lm_head", part="head", bias=False)),
   )
   found = KeyMap(

@@ -17,18 +17,13 @@ import numpy as np
 
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import layers, ops, stacking
-from lorax_flax.models.layers import DType, Model
+from lorax_flax.models.layers import DType, Model, Part, dense_of
 from lorax_flax.models.llama import keys as decoder_keys
 from lorax_flax.models.llama import moe
 from lorax_flax.models.llama.config import DecoderConfig
 
 # The window of a layer without one, where others have one.
 _ALL = np.int32(2**30)
-
-
-def _dense(c: DecoderConfig, features: int, axes, dtype, name, bias=False) -> nn.Dense:
-  std = c.initializer_range
-  return layers.dense(features, axes, dtype, name, std=std, bias=bias)
 
 
 def _norm(c: DecoderConfig, name: str, axis: str = "embed") -> layers.RmsNorm:
@@ -47,12 +42,8 @@ def mlp_names(c: DecoderConfig) -> dict[str, int]:
   return {"gate_up_proj": 2 * m} if c.fused else {"gate_proj": m, "up_proj": m}
 
 
-class Attention(nn.Module):
+class Attention(Part[DecoderConfig]):
   """Causal self-attention with rotary positions."""
-
-  config: DecoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -65,7 +56,7 @@ class Attention(nn.Module):
     c, size = self.config, self.config.head_size
     axes = ("embed", "heads")
     made = [
-      _dense(c, n * size, axes, self.dtype, name, c.attention_bias)(x_BxTxD)
+      dense_of(c, n * size, axes, self.dtype, name, c.attention_bias)(x_BxTxD)
       for name, n in attention_names(c).items()
     ]
     if c.fused:
@@ -91,7 +82,7 @@ class Attention(nn.Module):
     )
     y = y_BxTxHxK.reshape((*x_BxTxD.shape[:-1], -1))
     axes = ("heads", "embed")
-    return _dense(c, c.hidden_size, axes, self.dtype, "o_proj", c.has_output_bias)(y)
+    return dense_of(c, c.hidden_size, axes, self.dtype, "o_proj", c.has_output_bias)(y)
 
 
 class FeedForward(nn.Module):
@@ -104,12 +95,12 @@ class FeedForward(nn.Module):
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
     c, axes = self.config, ("embed", "mlp")
     made = [
-      _dense(c, features, axes, self.dtype, name, c.mlp_bias)(x_BxTxD)
+      dense_of(c, features, axes, self.dtype, name, c.mlp_bias)(x_BxTxD)
       for name, features in mlp_names(c).items()
     ]
     gate_BxTxM, up_BxTxM = jnp.split(made[0], 2, axis=-1) if c.fused else made
     y_BxTxM = ops.gated(c.hidden_act, gate_BxTxM, up_BxTxM)
-    down = _dense(
+    down = dense_of(
       c, c.hidden_size, ("mlp", "embed"), self.dtype, "down_proj", c.mlp_bias
     )
     return down(y_BxTxM)
@@ -127,12 +118,8 @@ def layer_norms(c: DecoderConfig) -> tuple[str, ...]:
   )
 
 
-class Layer(nn.Module):
+class Layer(Part[DecoderConfig]):
   """One layer, in the form of nn.scan."""
-
-  config: DecoderConfig
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -170,14 +157,11 @@ class Layer(nn.Module):
     return x_BxTxD + dropped(normed(after_mlp, y_BxTxD)), None
 
 
-class Decoder(nn.Module):
+class Decoder(Part[DecoderConfig]):
   """Embeddings, layers and the final norm; logits too, if the head is tied."""
 
-  config: DecoderConfig
-  dtype: DType
   scan: bool
   remat: str
-  deterministic: bool
 
   @nn.compact
   def __call__(self, input_ids_BxT, mask_BxT, positions_BxT, length) -> jax.Array:
@@ -220,10 +204,8 @@ class Decoder(nn.Module):
     return jnp.einsum("BTD,VD->BTV", x_BxTxD, words.embedding.astype(dtype))
 
 
-class CausalLM(Model):
+class CausalLM(Model[DecoderConfig]):
   """A decoder with a language model's head."""
-
-  config: DecoderConfig
 
   @nn.compact
   def __call__(
@@ -248,10 +230,10 @@ class CausalLM(Model):
       position_ids = jnp.arange(length, dtype=jnp.int32)[None, :]
     else:
       length = jnp.max(position_ids) + 1
-    decoder = Decoder(c, dtype, self.scan, self.remat, deterministic, name="model")
+    decoder = Decoder(c, dtype, deterministic, self.scan, self.remat, name="model")
     y = decoder(input_ids, attention_mask, position_ids, length)
     if not c.tie_word_embeddings:
-      y = _dense(c, c.vocab_size, ("embed", "vocab"), dtype, "lm_head")(y)
+      y = dense_of(c, c.vocab_size, ("embed", "vocab"), dtype, "lm_head", False)(y)
     logits_BxTxV = y.astype(jnp.float32)
     if (cap := c.final_logit_softcapping) is not None:
       logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)

@@ -1,7 +1,8 @@
 """The key map of T5 for conditional generation (see keymap.py)."""
 
 from lorax_flax.hub.checkpoints.entries import (
-  Entry,
+  Entries,
+  each,
   embedding,
   linear,
   norm,
@@ -26,21 +27,15 @@ _OTHER = weight_and_bias(
 )
 
 
-def _sublayer(
-  path: str, name: str, key: str, module: str, linears
-) -> tuple[Entry, ...]:
+def _sublayer(path: str, name: str, key: str, module: str, linears) -> Entries:
   """The entries of a norm, and of the linear layers that take its output."""
   return (
     *norm(f"{path}/{name}_norm", f"{key}.layer_norm", bias=False),
-    *(
-      entry
-      for each in linears
-      for entry in linear(f"{path}/{name}/{each}", f"{key}.{module}.{each}", bias=False)
-    ),
+    *each(linear, f"{path}/{name}", f"{key}.{module}", linears, bias=False),
   )
 
 
-def _stack(name: str, i: str, sublayers) -> tuple[Entry, ...]:
+def _stack(name: str, i: str, sublayers) -> Entries:
   """The entries of the encoder or the decoder, whose layers' placeholder is `i`."""
   first = f"{name}.block.0.layer.0.SelfAttention"
   return (

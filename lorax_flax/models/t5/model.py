@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.family import Family
-from lorax_flax.models.layers import DType, Model
+from lorax_flax.models.layers import Model, Part
 from lorax_flax.models.t5 import keys as t5_keys
 from lorax_flax.models.t5.config import T5Config, from_hf
 from lorax_flax.models.t5.positions import relative_bias
@@ -34,16 +34,12 @@ def _dense(
   return layers.dense(features, axes, dtype, name, std=std, bias=False)
 
 
-class Attention(nn.Module):
+class Attention(Part[T5Config]):
   """Attention of one text to another, or to itself.
 
   Attributes:
     attend: (queries, keys, values, dropout_rate=, dropout_rng=) -> BxTxHxK.
   """
-
-  config: T5Config
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -66,12 +62,8 @@ class Attention(nn.Module):
     return _dense(c, width, c.d_model, ("heads", "embed"), self.dtype, "o")(z_BxTxHK)
 
 
-class MLP(nn.Module):
+class MLP(Part[T5Config]):
   """Two dense layers, or three with a gate."""
-
-  config: T5Config
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -103,12 +95,8 @@ def _feed_forward(args, x_BxTxD) -> jax.Array:
   return _sublayer(args, x_BxTxD, "mlp", MLP(*args, name="mlp"))
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Part[T5Config]):
   """One layer of the encoder, in the form of nn.scan."""
-
-  config: T5Config
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, bias_HxTxT: jax.Array, seen_BxTxT: jax.Array):
@@ -117,12 +105,8 @@ class EncoderLayer(nn.Module):
     return _feed_forward(args, x_BxTxD), None
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Part[T5Config]):
   """One layer of the decoder, in the form of nn.scan."""
-
-  config: T5Config
-  dtype: DType
-  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -144,7 +128,7 @@ class DecoderLayer(nn.Module):
     return _feed_forward(args, x_BxTxD), None
 
 
-class Stack(nn.Module):
+class Stack(Part[T5Config]):
   """The layers of the encoder or of the decoder, and their relative positions.
 
   Attributes:
@@ -152,11 +136,8 @@ class Stack(nn.Module):
     bidirectional: distinguish positions after a token's own.
   """
 
-  config: T5Config
-  dtype: DType
   scan: bool
   remat: str
-  deterministic: bool
   layer: Any
   count: int
   bidirectional: bool
@@ -193,13 +174,11 @@ class Stack(nn.Module):
     return drop(layers.RmsNorm(c.layer_norm_epsilon, name="norm")(x_BxTxD))
 
 
-class ConditionalGenerator(Model):
+class ConditionalGenerator(Model[T5Config]):
   """An encoder and a decoder with logits of the next token.
 
   float16 overflows in large models; bfloat16 has the range.
   """
-
-  config: T5Config
 
   @nn.compact
   def __call__(
@@ -220,7 +199,7 @@ class ConditionalGenerator(Model):
     """
     c, dtype, std = self.config, self.dtype, self.config.initializer_factor
     words = layers.embed(c.vocab_size, c.d_model, "shared", axis="vocab", std=std)
-    stack = partial(Stack, c, dtype, self.scan, self.remat, deterministic)
+    stack = partial(Stack, c, dtype, deterministic, self.scan, self.remat)
     if decoder_attention_mask is None:
       decoder_attention_mask = jnp.ones_like(decoder_input_ids)
     encode = stack(EncoderLayer, c.num_layers, True, name="encoder")

@@ -72,7 +72,7 @@ def params(model, keymap):
   stored = {k: v.detach().numpy() for k, v in model.state_dict().items()}
   leaves = {}
   for key, site in tensors(keymap).items():
-    leaves.setdefault(site.path, {})[site.index] = site.entry.to_ours(stored[key])
+    leaves.setdefault(site.path, {})[site.index] = site.entry.form.to_ours(stored[key])
   tree = {}
   for path, values in leaves.items():
     node = tree
