@@ -248,7 +248,8 @@ def test_the_command_prints_where_it_wrote_and_keeps_an_old_file_on_failure(tmp_
 
 def test_lines_come_from_standard_input_and_go_to_standard_output(tmp_path):
   peers.tiny("bert", tmp_path / "base", num_labels=3)
-  base, source = f"--base={tmp_path / 'base'}", _write(tmp_path / "in.jsonl", INPUTS)
+  base, source = f"--base={tmp_path / 'base'}", tmp_path / "in.jsonl"
+  _write(source, INPUTS)
   to_file = peers.run(
     "predict", base, f"--input={source}", f"--out={tmp_path / 'out.jsonl'}"
   )
@@ -260,7 +261,8 @@ def test_lines_come_from_standard_input_and_go_to_standard_output(tmp_path):
 
 
 def test_the_input_is_never_replaced(bert_base, tmp_path):
-  source = _write(tmp_path / "in.jsonl", INPUTS)
+  source = tmp_path / "in.jsonl"
+  _write(source, INPUTS)
   (tmp_path / "link").symlink_to(source)
   before = source.read_bytes()
   for out in (source, tmp_path / "link"):
