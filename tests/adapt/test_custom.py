@@ -219,10 +219,13 @@ masked = matmul(back_x, lambda x, w, dy: jnp.clip(x.T @ dy, -0.1, 0.1))
 def test_a_gradient_that_is_no_contraction_is_an_error_unless_materialized(caplog):
   fn, params = lambda p, x: masked(x, p["w"]), {"w": normal(0, 5, 7)}
   lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
-  adapter = perturbed(lora.init(jax.random.key(2), params, X))
+  with pytest.raises(lx.LoraxError, match=r"'w' goes into custom_vjp .*materialize"):
+    lora.init(jax.random.key(2), params, X)
+  allowed = lx.LoraConfig(rank=2, targets="w", on_unsupported="materialize")
+  adapter = lx.adapt(fn, allowed).init(jax.random.key(2), params, X)
+  adapter = perturbed(adapter)
   with pytest.raises(lx.LoraxError, match=r"'w' goes into custom_vjp .*materialize"):
     jax.grad(lambda a: lora.apply(params, a, X).sum(), allow_int=True)(adapter)
-  allowed = lx.LoraConfig(rank=2, targets="w", on_unsupported="materialize")
   check_equals_merged(lx.adapt(fn, allowed), fn, params, adapter, X)
   assert "forming the dense gradient of 'w'" in caplog.text
 
