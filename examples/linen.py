@@ -25,6 +25,8 @@ print(lora.plan(params, x))
 y = jnp.sin(3 * x[:, :1])
 loss = lambda outputs, batch: jnp.mean((outputs - batch[-1]) ** 2, axis=-1)
 fitted = lx.fit(lora, params, [(x, y)], loss, steps=200, learning_rate=1e-2)
+for line in fitted.history:
+  print(f"step {line['step']}: loss {line['train/loss']:.4f}")
 
 merged = lx.merge(params, fitted.adapter)  # the same tree as params
 print("loss when merged:", f"{jnp.mean((apply_fn(merged, x) - y) ** 2):.4f}")

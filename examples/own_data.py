@@ -42,5 +42,7 @@ def loss(logits_BxC, batch):
 
 
 # A tuple's last entry is the label; those before it are the function's arguments.
-fitted = lx.fit(lora, params, [(batch, labels_B)], loss, steps=100, learning_rate=5e-3)
-print(f"loss {fitted.history[-1]['train/loss']:.4f}")
+train = {"steps": 120, "learning_rate": 5e-3, "schedule": "constant"}
+fitted = lx.fit(lora, params, [(batch, labels_B)], loss, **train)
+for line in fitted.history:
+  print(f"step {line['step']}: loss {line['train/loss']:.4f}")

@@ -247,7 +247,7 @@ def test_data_prepared_in_another_format_is_an_error_with_the_command(
 ):
   task, tfds_dir = tasks.get("rte"), tmp_path / "tfds"
   files = glue_tsv.files(task, write_task("rte"))
-  glue._generate(glue._builder(task, tfds_dir), lambda _: glue._generators(task, files))
+  glue._prepare(task, files, tfds_dir)
   assert len(load.load("rte", tfds_dir=tfds_dir).train) == 7
   (info,) = tfds_dir.glob("glue/rte/*/dataset_info.json")
   info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
