@@ -3,7 +3,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 
 import lorax_flax as lx
 
@@ -15,29 +14,12 @@ x = jax.random.normal(jax.random.key(2), (256, 8))
 
 lora = lx.adapt(apply_fn, lx.LoraConfig(targets=r"layers/\d+/weight", rank=4, alpha=8))
 print(lora.plan(params, x))
-adapter = lora.init(jax.random.key(1), params, x)
 
 y = jnp.sin(3 * x[:, :1])
-trained, frozen = lx.partition(adapter, lx.trainable_mask(adapter))
-optimizer = optax.adam(1e-2)
-state = optimizer.init(trained)
+loss = lambda outputs, batch: jnp.mean((outputs - batch[-1]) ** 2, axis=-1)
+fitted = lx.fit(lora, params, [(x, y)], loss, steps=200, learning_rate=1e-2)
+for line in fitted.history:
+  print(f"step {line['step']}: loss {line['train/loss']:.4f}")
 
-
-@jax.jit
-def step(trained, state, x, y):
-  def loss(trained):
-    outputs = lora.apply(params, lx.combine(trained, frozen), x)
-    return jnp.mean((outputs - y) ** 2)
-
-  value, grads = jax.value_and_grad(loss)(trained)
-  updates, state = optimizer.update(grads, state, trained)
-  return optax.apply_updates(trained, updates), state, value
-
-
-for i in range(200):
-  trained, state, value = step(trained, state, x, y)
-  if i % 50 == 0 or i == 199:
-    print(f"step {i}: loss {value:.4f}")
-
-merged = eqx.combine(lx.merge(params, lx.combine(trained, frozen)), static)
+merged = eqx.combine(lx.merge(params, fitted.adapter), static)
 print("loss when merged:", f"{jnp.mean((jax.vmap(merged)(x) - y) ** 2):.4f}")

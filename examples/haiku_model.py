@@ -3,7 +3,6 @@
 import haiku as hk
 import jax
 import jax.numpy as jnp
-import optax
 
 import lorax_flax as lx
 
@@ -14,29 +13,12 @@ params = init(jax.random.key(0), x)
 
 lora = lx.adapt(apply_fn, lx.LoraConfig(targets=r"mlp/.*/w", rank=4, alpha=8))
 print(lora.plan(params, x))
-adapter = lora.init(jax.random.key(1), params, x)
 
 y = jnp.sin(3 * x[:, :1])
-trained, frozen = lx.partition(adapter, lx.trainable_mask(adapter))
-optimizer = optax.adam(1e-2)
-state = optimizer.init(trained)
+loss = lambda outputs, batch: jnp.mean((outputs - batch[-1]) ** 2, axis=-1)
+fitted = lx.fit(lora, params, [(x, y)], loss, steps=200, learning_rate=1e-2)
+for line in fitted.history:
+  print(f"step {line['step']}: loss {line['train/loss']:.4f}")
 
-
-@jax.jit
-def step(trained, state, x, y):
-  def loss(trained):
-    outputs = lora.apply(params, lx.combine(trained, frozen), x)
-    return jnp.mean((outputs - y) ** 2)
-
-  value, grads = jax.value_and_grad(loss)(trained)
-  updates, state = optimizer.update(grads, state, trained)
-  return optax.apply_updates(trained, updates), state, value
-
-
-for i in range(200):
-  trained, state, value = step(trained, state, x, y)
-  if i % 50 == 0 or i == 199:
-    print(f"step {i}: loss {value:.4f}")
-
-merged = lx.merge(params, lx.combine(trained, frozen))  # the same tree as params
+merged = lx.merge(params, fitted.adapter)  # the same tree as params
 print("loss when merged:", f"{jnp.mean((apply_fn(merged, x) - y) ** 2):.4f}")
