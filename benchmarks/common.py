@@ -116,7 +116,8 @@ def job(
   lora = lx.adapt(
     lambda params, batch, key=None: model.apply(
       {"params": params},
-      **batch,
+      batch["input_ids"],
+      batch["attention_mask"],
       deterministic=key is None,
       rngs=None if key is None else {"dropout": key},
     ),

@@ -30,19 +30,11 @@ Array = TypeVar("Array", bound=jax.typing.ArrayLike)
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Mean]
 
-# params, adapter, the model's inputs, key of all dropout or None -> outputs
+# params, adapter, batch, key of all dropout or None -> outputs
 Forward = Callable[[PyTree, Adapter, Batch, jax.Array | None], Any]
 
 Step = Callable[[TrainState, Base, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Adapter, Base, Batch], tuple[jax.Array | None, Mean]]
-
-# The columns of a batch that are not the model's inputs.
-_ASIDE = ("labels", "weights", "index")
-
-
-def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
-  """The columns of a batch that the model takes."""
-  return {name: x for name, x in batch.items() if name not in _ASIDE}
 
 
 @dataclass(frozen=True)
@@ -215,7 +207,7 @@ def train_step(
   """
 
   def microbatch_loss(trained, base, batch, weight, key):
-    outputs = forward(base.params, base.adapter(trained), inputs(batch), key)
+    outputs = forward(base.params, base.adapter(trained), batch, key)
     return jnp.sum(loss(outputs, batch) * batch["weights"]) / weight
 
   def gradients(trained, base, batch, key):
@@ -262,7 +254,7 @@ def eval_step(
   """Makes (trained, base, batch) -> (predictions, mean loss), a pure function."""
 
   def step(trained: Adapter, base: Base, batch: Batch):
-    outputs = forward(base.params, base.adapter(trained), inputs(batch), None)
+    outputs = forward(base.params, base.adapter(trained), batch, None)
     losses_B = loss(outputs, batch) * batch["weights"]
     weight = jnp.sum(batch["weights"])
     return predictions(outputs), Mean(jnp.sum(losses_B), weight)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.models import head as heads
 from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.layers import DType, Model, Part, dense_of
 from lorax_flax.models.llama import keys as decoder_keys
@@ -158,13 +159,16 @@ class Layer(Part[DecoderConfig]):
 
 
 class Decoder(Part[DecoderConfig]):
-  """Embeddings, layers and the final norm; logits too, if the head is tied."""
+  """Embeddings, layers and the final norm."""
 
   scan: bool
   remat: str
 
   @nn.compact
-  def __call__(self, input_ids_BxT, mask_BxT, positions_BxT, length) -> jax.Array:
+  def __call__(
+    self, input_ids_BxT, mask_BxT, positions_BxT, length
+  ) -> tuple[jax.Array, jax.Array]:
+    """x_BxTxD, and the table of token embeddings, VxD."""
     c, dtype = self.config, self.dtype
     words = layers.embed(
       c.vocab_size,
@@ -198,10 +202,7 @@ class Decoder(Part[DecoderConfig]):
       remat=self.remat,
       each=each,
     )
-    x_BxTxD = _norm(c, "norm")(x_BxTxD)
-    if not c.tie_word_embeddings:
-      return x_BxTxD
-    return jnp.einsum("BTD,VD->BTV", x_BxTxD, words.embedding.astype(dtype))
+    return _norm(c, "norm")(x_BxTxD), words.embedding
 
 
 class CausalLM(Model[DecoderConfig]):
@@ -215,14 +216,16 @@ class CausalLM(Model[DecoderConfig]):
     position_ids: jax.Array | None = None,
     *,
     deterministic: bool = True,
-  ) -> jax.Array:
-    """Logits of the next token at each position, BxTxV float32.
+    readout: heads.Readout = heads.logits,
+  ) -> Any:
+    """Logits of the next token at each position, BxTxV float32, or another readout.
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
         Where it is 0 the logits are meaningless.
       position_ids: BxT int32; by default 0, 1, 2, …, padding included.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
+      readout: makes the outputs of the head and of what it takes.
     """
     c, dtype = self.config, self.dtype
     length: Any = input_ids.shape[1]
@@ -231,13 +234,15 @@ class CausalLM(Model[DecoderConfig]):
     else:
       length = jnp.max(position_ids) + 1
     decoder = Decoder(c, dtype, deterministic, self.scan, self.remat, name="model")
-    y = decoder(input_ids, attention_mask, position_ids, length)
-    if not c.tie_word_embeddings:
-      y = dense_of(c, c.vocab_size, ("embed", "vocab"), dtype, "lm_head", False)(y)
-    logits_BxTxV = y.astype(jnp.float32)
-    if (cap := c.final_logit_softcapping) is not None:
-      logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)
-    return logits_BxTxV
+    x_BxTxD, table_VxD = decoder(input_ids, attention_mask, position_ids, length)
+    head = (
+      heads.tied(table_VxD)
+      if c.tie_word_embeddings
+      else heads.Linear(c.vocab_size, c.initializer_range, name="lm_head")(
+        c.hidden_size
+      )
+    )
+    return readout(heads.capped(head, c.final_logit_softcapping), x_BxTxD)
 
 
 def keymap(c: DecoderConfig, scan: bool) -> KeyMap:
