@@ -71,13 +71,16 @@ def _train_ours(folder, adapter_folder, family, accumulation):
   state, base = states.create(loaded.params, adapter, optimizer, jax.random.key(0))
   train = step.jitted(
     step.train_step(
-      lambda params, adapter, batch, key: lora.apply(params, adapter, batch),
+      lambda params, adapter, batch, key: lora.apply(
+        params, adapter, {name: batch[name] for name in inputs}
+      ),
       losses.cross_entropy(SMOOTHING),
       optimizer,
       rate,
       accumulation,
     )
   )
+  inputs = peers.batch(family, seed=0, rows=ROWS)
   found, norms = [], []
   for batch in _batches(family):
     weights = {"weights": np.ones(ROWS, np.float32)}
