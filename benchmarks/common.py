@@ -127,7 +127,7 @@ def job(
   def forward(params, adapter, batch, key):
     return lora.apply(params, adapter, batch, key if shape.dropout else None)
 
-  optimizer = optim.adamw(
+  optimizer = optim.optimizer(
     _rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, grad_clip=1.0
   )
   params_of = lambda: _params(model, dtype, ids_BxT)
@@ -145,7 +145,7 @@ def job(
   if mesh is not None:
     axes = meshes.names_by_path(_axes(model, ids_BxT))
     adapter_shardings = meshes.of_adapter(mesh, axes, base.adapter(state.trained))
-    shardings = states.shardings(state, optimizer, adapter_shardings, mesh)
+    shardings = states.shardings(state, adapter_shardings, mesh)
     mask = trainable_mask(adapter_shardings)
     rest = partition(adapter_shardings, mask)[1]
     params = meshes.of_params(mesh, axes, base.params)

@@ -40,6 +40,15 @@ def capped(head: Head, cap: float | None) -> Head:
   return head if cap is None else lambda x: cap * jnp.tanh(head(x) / cap)
 
 
+def linear(kernel_DxV: Any) -> Head:
+  """The head that multiplies by a kernel."""
+
+  def head(x: jax.Array) -> jax.Array:
+    return jnp.dot(x, kernel_DxV.astype(x.dtype)).astype(jnp.float32)
+
+  return head
+
+
 class Linear(nn.Module):
   """A head with a kernel of its own; called, it gives the head as a function.
 
@@ -55,9 +64,4 @@ class Linear(nn.Module):
   def __call__(self, features: int) -> Head:
     start = nn.initializers.normal(self.std)
     init = nn.with_logical_partitioning(start, ("embed", "vocab"))
-    kernel_DxV: Any = self.param("kernel", init, (features, self.vocab_size))
-
-    def head(x: jax.Array) -> jax.Array:
-      return jnp.dot(x, kernel_DxV.astype(x.dtype)).astype(jnp.float32)
-
-    return head
+    return linear(self.param("kernel", init, (features, self.vocab_size)))

@@ -114,7 +114,7 @@ def program(
     return create_state(params, adapter, optimizer, config.seed)
 
   state, _ = jax.eval_shape(lambda a: create(None, a), adapter)
-  shardings = states.shardings(state, optimizer, placed, mesh)
+  shardings = states.shardings(state, placed, mesh)
 
   def start():
     state, base = create(model.params, meshes.place(adapter, placed))
@@ -155,8 +155,10 @@ def optimizer_of(
   rate = optim.schedule(
     config.schedule, fields["learning_rate"], plan.total, plan.warmup
   )
-  names = ("b1", "b2", "eps", "weight_decay", "grad_clip")
-  return optim.adamw(rate, **{name: fields[name] for name in names}), rate
+  names = ("weight_decay", "grad_clip", "lora_plus_ratio")
+  reads = optim.OPTIMIZERS[config.optimizer].reads
+  chosen = {name: fields[name] for name in (*names, *reads)}
+  return optim.optimizer(rate, name=config.optimizer, **chosen), rate
 
 
 def create_state(

@@ -65,7 +65,7 @@ def _train_ours(folder, adapter_folder, family, accumulation):
   apply_fn = lambda params, batch: loaded.module.apply({"params": params}, **batch)
   lora = lx.adapt(apply_fn, config)
   rate = optim.schedule("linear", RATE, STEPS, WARMUP)
-  optimizer = optim.adamw(
+  optimizer = optim.optimizer(
     rate, b1=0.9, b2=0.999, eps=1e-6, weight_decay=DECAY, grad_clip=CLIP
   )
   state, base = states.create(loaded.params, adapter, optimizer, jax.random.key(0))
