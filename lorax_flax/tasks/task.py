@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorax_flax.data.config import DataSettings
 from lorax_flax.errors import LoraxError, unknown
@@ -36,8 +36,9 @@ class Task:
     model: kind of model that it trains; see `lorax_flax.models.family.Family.task`.
     num_labels: width of the head; None where that is the model's own.
     labels: names of the outputs; None where they are not classes.
-    settings: the fields of `DataSettings` that this task reads besides `task`,
-      `max_length` and `buckets`; another that is set is an error.
+    settings: the frozen dataclass of what the task reads, `DataSettings` or one made
+      from it. Its fields are `data.NAME` in configs and flags, its docstring's section
+      `Attributes:` their help; another field that is set is an error.
     read: (settings, model) -> rows.
     blank: (model, length) -> one row of that many tokens, for its shapes.
     objective: (label smoothing) -> loss, metrics and unit of throughput.
@@ -47,28 +48,42 @@ class Task:
   model: ModelTask
   num_labels: int | None
   labels: Sequence[str] | None
-  settings: Sequence[str]
-  read: Callable[[DataSettings, Loaded], Splits]
+  settings: type[DataSettings]
+  read: Callable[[Any, Loaded], Splits]
   blank: Callable[[Outline, int], Rows]
   objective: Callable[[float], Objective]
+
+  def __post_init__(self):
+    own = self.settings
+    # Of a subclass that is no dataclass of its own, the new fields would be lost.
+    if not issubclass(own, DataSettings) or "__dataclass_fields__" not in vars(own):
+      raise LoraxError(
+        f"the task {self.name}: its settings {own.__name__} are no frozen dataclass "
+        "made from DataSettings"
+      )
 
 
 # By the name in `data.task`.
 TASKS: dict[str, Task] = {}
 
-_OPTIONAL = ("path", "glue_dir", "tfds_dir")
+
+def get(name: str) -> Task:
+  """The task of that name; raises LoraxError where there is none."""
+  if name not in TASKS:
+    raise LoraxError(unknown("task", name, TASKS))
+  return TASKS[name]
 
 
 def of(settings: DataSettings) -> Task:
   """The task that the settings name.
 
   Raises:
-    LoraxError: there is none of that name, or it does not read a field that is set.
+    LoraxError: there is none of that name, or it reads settings of another type.
   """
-  if settings.task not in TASKS:
-    raise LoraxError(unknown("task", settings.task, TASKS))
-  task = TASKS[settings.task]
-  for name in _OPTIONAL:
-    if getattr(settings, name) is not None and name not in task.settings:
-      raise LoraxError(f"data.{name} is of no use to the task {settings.task}")
+  task = get(settings.task)
+  if type(settings) is not task.settings:
+    raise LoraxError(
+      f"the task {settings.task} reads {task.settings.__name__}, and data is "
+      f"{type(settings).__name__}"
+    )
   return task
