@@ -7,7 +7,7 @@ the trials of a sweep change, and this becomes `Settings`.
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -147,7 +147,7 @@ def settings(values: Values, overridden: Collection[str] = ()) -> Settings:
 
 
 def _build(kind: Any, path: tuple[str, ...], values: Values) -> Any:
-  types = get_type_hints(kind)
+  types = fields.hints(kind)
   made = {}
   for each in dataclass_fields(kind):
     at, type_ = (*path, each.name), types[each.name]

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.cli import config_dict, fields
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, listing, prefixed, unknown
 from lorax_flax.jobs.settings import Settings
 from lorax_flax.tasks import task as tasks
 
@@ -113,18 +113,19 @@ def define(values: flags.FlagValues) -> None:
 def define_overrides(values: flags.FlagValues, argv: Sequence[str]) -> None:
   """Defines the flags --config.NAME that are among the arguments.
 
-  Their names are not checked here, where an entry of a mapping may have any. The
-  config's file is run first: a task that it registers has fields of its own.
+  Their names are not checked here, where an entry of a mapping may have any.
   """
-  if spec := _spec(argv):
-    load(spec)
-  found = (re.match(r"--?(no)?(config\.[^=]+)", argument) for argument in argv)
-  for name in dict.fromkeys(match[2] for match in found if match):
-    if name in values:
-      continue
-    switch = fields.is_switch(name.removeprefix("config."))
-    kind: Any = flags.DEFINE_boolean if switch else flags.DEFINE_string
-    kind(name, None, "A field of the config.", flag_values=values)
+  found = [re.match(r"--?(no)?config\.([^=]+)", argument) for argument in argv]
+  names = dict.fromkeys(match[2] for match in found if match)
+  spec = _spec(argv)
+  if spec is not None and not names.keys() <= fields.known().keys():
+    load(spec)  # A task that the file registers has fields of its own.
+  for name in names:
+    if f"config.{name}" not in values:
+      kind: Any = (
+        flags.DEFINE_boolean if fields.is_switch(name) else flags.DEFINE_string
+      )
+      kind(f"config.{name}", None, "A field of the config.", flag_values=values)
 
 
 def _spec(argv: Sequence[str]) -> str | None:
@@ -189,11 +190,9 @@ def choose(spec: str, texts: Mapping[str, Any] | None = None) -> Chosen:
   found = config_dict.values(load(spec))
   texts = texts or {}
   for name, text in texts.items():
-    try:
+    with prefixed(f"--config.{name}={text}"):
       value = text if isinstance(text, bool) else fields.parse(name, text)
       found = config_dict.change(found, name, value)
-    except LoraxError as error:
-      raise LoraxError(f"--config.{name}={text}: {error}") from error
   return Chosen(spec, found, tuple(texts))
 
 

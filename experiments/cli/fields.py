@@ -92,7 +92,7 @@ def of_task(name: str) -> Mapping[str, Field]:
 
 
 def _below(kind: Any, path: tuple[str, ...]) -> Iterator[Field]:
-  types_ = typing.get_type_hints(kind)
+  types_ = hints(kind)
   helps = {n: text for base in kind.__mro__[::-1] for n, text in _attributes(base)}
   for each in dataclasses.fields(kind):
     at, type_ = (*path, each.name), types_[each.name]
@@ -103,6 +103,11 @@ def _below(kind: Any, path: tuple[str, ...]) -> Iterator[Field]:
     if each.default_factory is not dataclasses.MISSING:
       default = each.default_factory()
     yield Field(name_of(at), at, type_, default, helps.get(each.name, ""))
+
+
+def hints(kind: Any) -> dict[str, Any]:
+  """Types of a dataclass's fields, where it is of a config's file, no module, too."""
+  return typing.get_type_hints(kind, localns=kind.__init__.__globals__)
 
 
 def name_of(path: tuple[str, ...]) -> str:

@@ -6,25 +6,19 @@ A new task is one file and one row of `TASKS`; a user's own file registers its r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lorax_flax.data.config import DataSettings
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.data.examples import Splits
+from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.train.objective import Objective
 
 if TYPE_CHECKING:  # --help and mistakes in flags need not wait for these.
   from lorax_flax.data.pipeline import Rows
   from lorax_flax.models.family import Task as ModelTask
   from lorax_flax.models.registry import Loaded, Outline
-
-
-class Splits(NamedTuple):
-  """Rows to train on, and to evaluate by the split's name."""
-
-  train: Rows
-  evaluation: Mapping[str, Rows]
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Task:
   num_labels: int | None
   labels: Sequence[str] | None
   settings: type[DataSettings]
-  read: Callable[[Any, Loaded], Splits]
+  read: Callable[[Any, Loaded], Splits[Rows]]
   blank: Callable[[Outline, int], Rows]
   objective: Callable[[float], Objective]
 
@@ -69,8 +63,7 @@ TASKS: dict[str, Task] = {}
 
 def get(name: str) -> Task:
   """The task of that name; raises LoraxError where there is none."""
-  if name not in TASKS:
-    raise LoraxError(unknown("task", name, TASKS))
+  check_known("task", name, TASKS)
   return TASKS[name]
 
 
@@ -81,7 +74,9 @@ def of(settings: DataSettings) -> Task:
     LoraxError: there is none of that name, or it reads settings of another type.
   """
   task = get(settings.task)
-  if type(settings) is not task.settings:
+  # By name, since a user's file that defines them may be run more than once.
+  names = {(x.__module__, x.__qualname__) for x in (type(settings), task.settings)}
+  if len(names) > 1:
     raise LoraxError(
       f"the task {settings.task} reads {task.settings.__name__}, and data is "
       f"{type(settings).__name__}"

@@ -204,3 +204,31 @@ def test_settings_that_are_no_dataclass_of_their_own_are_an_error():
 
   with pytest.raises(LoraxError, match="its settings Forgotten are no frozen datacla"):
     dataclasses.replace(MINE, settings=Forgotten)
+
+
+def test_a_config_file_may_define_a_tasks_settings(tmp_path, monkeypatch):
+  monkeypatch.setattr(task, "TASKS", dict(task.TASKS))
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from __future__ import annotations\n"
+    "import dataclasses\n"
+    "from collections.abc import Sequence\n"
+    "from experiments.configs import common\n"
+    "from lorax_flax.data.config import DataSettings\n"
+    "from lorax_flax.tasks import task\n"
+    "from tests.tasks.test_task import MINE\n"
+    "@dataclasses.dataclass(frozen=True)\n"
+    "class Own(DataSettings):\n"
+    "  columns: Sequence[int] = ()\n"
+    "task.TASKS['own'] = dataclasses.replace(MINE, settings=Own)\n"
+    "def get_config():\n"
+    "  config = common.base()\n"
+    "  config.data.task = 'own'\n"
+    "  config.train.steps = 1\n"
+    "  return config\n"
+  )
+  found = _parse(f"--config={file}", "--config.data.columns=1,2").settings()
+  assert found.data.columns == (1, 2)
+  # The file is run again for its function `sweep`, and defines the class again.
+  assert config_flag.function(str(file), "sweep") is None
+  assert task.of(found.data).name == "mine"
