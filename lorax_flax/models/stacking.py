@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import check_known
 from lorax_flax.sharding import activations as spread
 
 # Policies of nn.remat: the values kept for the backward pass.
@@ -22,8 +22,7 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 
 def check_remat(remat: str) -> None:
   """Raises LoraxError unless `remat` is "none" or a policy."""
-  if remat != "none" and remat not in REMAT_POLICIES:
-    raise LoraxError(unknown("remat", remat, ["none", *REMAT_POLICIES]))
+  check_known("remat", remat, ["none", *REMAT_POLICIES])
 
 
 def stack(
