@@ -111,16 +111,11 @@ class SequenceClassifier(TextClassifier[DistilBertConfig]):
   @nn.compact
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
     del token_type_ids
-    c, dtype = self.config, self.dtype
+    c, args = self.config, (self.config, self.dtype, deterministic)
     check_length(input_ids, c.max_position_embeddings)
-    x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(input_ids)
+    x_BxTxD = Embeddings(*args, name="embeddings")(input_ids)
     transformer = stacking.Stack(
-      Layer,
-      (c, dtype, deterministic),
-      c.n_layers,
-      self.scan,
-      self.remat,
-      name="transformer",
+      Layer, args, c.n_layers, self.scan, self.remat, name="transformer"
     )
     x_BxTxD = transformer(x_BxTxD, attention_mask)
     dense = self.dense(c.dim, ("embed", "pooled"), "pre_classifier")

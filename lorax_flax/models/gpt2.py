@@ -81,17 +81,12 @@ class Attention(Part[GPT2Config]):
     """BxTxD. number: divisor of attention's logits, or None."""
     c = self.config
     fused = self.dense(3 * c.n_embd, ("embed", "heads"), "c_attn")
-    q_BxTxD, k_BxTxD, v_BxTxD = jnp.split(fused(x_BxTxD), 3, axis=-1)
+    qkv_BxTxD = jnp.split(fused(x_BxTxD), 3, axis=-1)
     if number is not None:
-      q_BxTxD /= number.astype(q_BxTxD.dtype)
+      qkv_BxTxD[0] /= number.astype(qkv_BxTxD[0].dtype)
+    scale = None if c.scale_attn_weights else 1.0
     y_BxTxD = layers.attend(
-      self,
-      (q_BxTxD, k_BxTxD, v_BxTxD),
-      mask_BxT,
-      c.n_head,
-      c.attn_pdrop,
-      causal=True,
-      scale=None if c.scale_attn_weights else 1.0,
+      self, qkv_BxTxD, mask_BxT, c.n_head, c.attn_pdrop, causal=True, scale=scale
     )
     y_BxTxD = self.dense(c.n_embd, ("heads", "embed"), "c_proj")(y_BxTxD)
     return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
@@ -136,7 +131,7 @@ class LanguageModel(Model[GPT2Config]):
     Raises:
       LoraxError: a text with more tokens than positions.
     """
-    c, dtype = self.config, self.dtype
+    c, dtype, args = self.config, self.dtype, (self.config, self.dtype, deterministic)
     check_length(input_ids, c.n_positions)
     words = self.table(c.vocab_size, c.n_embd, "wte", "vocab")
     positions = self.table(c.n_positions, c.n_embd, "wpe", "positions")
@@ -147,14 +142,7 @@ class LanguageModel(Model[GPT2Config]):
     if c.scale_attn_by_inverse_layer_idx:
       each["number"] = jnp.arange(1, c.n_layer + 1, dtype=jnp.float32)
     x_BxTxD = stacking.stack(
-      Layer,
-      (c, dtype, deterministic),
-      c.n_layer,
-      x_BxTxD,
-      attention_mask,
-      scan=self.scan,
-      remat=self.remat,
-      each=each,
+      self, Layer, args, c.n_layer, x_BxTxD, attention_mask, each=each
     )
     x_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_f")(x_BxTxD)
     if c.tie_word_embeddings:

@@ -170,21 +170,14 @@ class ImageClassifier(Model[ViTConfig]):
     Raises:
       LoraxError: images of another size than the model's.
     """
-    c, dtype = self.config, self.dtype
+    c, args = self.config, (self.config, self.dtype, deterministic)
     shape, expected = pixel_values.shape[1:], (c.num_channels, *c.image_size)
     if shape != expected:
       raise LoraxError(
         f"images of shape {shape}: the model takes {expected}, channels first"
       )
-    x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(pixel_values)
-    x_BxTxD = stacking.stack(
-      Layer,
-      (c, dtype, deterministic),
-      c.num_hidden_layers,
-      x_BxTxD,
-      scan=self.scan,
-      remat=self.remat,
-    )
+    x_BxTxD = Embeddings(*args, name="embeddings")(pixel_values)
+    x_BxTxD = stacking.stack(self, Layer, args, c.num_hidden_layers, x_BxTxD)
     x_BxD = layers.Norm(c.layer_norm_eps, name="layernorm")(layers.first_token(x_BxTxD))
     head = self.dense(c.num_labels, ("embed", "labels"), "classifier")
     return head(x_BxD).astype(jnp.float32)

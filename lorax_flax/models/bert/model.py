@@ -94,23 +94,16 @@ class SequenceClassifier(TextClassifier[EncoderConfig]):
 
   @nn.compact
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
-    c, dtype = self.config, self.dtype
+    c, args = self.config, (self.config, self.dtype, deterministic)
     check_length(input_ids, max_length(c))
-    x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
-      input_ids, token_type_ids
-    )
+    x_BxTxD = Embeddings(*args, name="embeddings")(input_ids, token_type_ids)
     encoder = stacking.Stack(
-      Layer,
-      (c, dtype, deterministic),
-      c.num_hidden_layers,
-      self.scan,
-      self.remat,
-      name="encoder",
+      Layer, args, c.num_hidden_layers, self.scan, self.remat, name="encoder"
     )
     x_BxTxD = encoder(x_BxTxD, attention_mask)
     x_BxD = layers.first_token(x_BxTxD)
     if c.model_type != "bert":
-      return RobertaHead(c, dtype, deterministic, name="classifier")(x_BxD)
+      return RobertaHead(*args, name="classifier")(x_BxD)
     dense = self.dense(c.hidden_size, ("embed", "pooled"), "pooler")
     x_BxD = nn.Dropout(c.head_dropout)(jnp.tanh(dense(x_BxD)), deterministic)
     return self.dense(c.num_labels, ("embed", "labels"), "classifier")(x_BxD)

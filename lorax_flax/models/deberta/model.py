@@ -110,17 +110,12 @@ class Encoder(Part[DebertaConfig]):
       real_BxTx1 = real_BxT[..., None].astype(self.dtype)
       branch = Conv(*args, name="conv")(x_BxTxD, real_BxTx1)
       each = {"first": np.arange(c.num_hidden_layers) == 0}
-    return stacking.stack(
-      Layer,
-      args,
-      c.num_hidden_layers,
-      x_BxTxD,
+    pairs_BxTxT, count = (
       real_BxT[:, :, None] & real_BxT[:, None, :],
-      rel_RxD,
-      branch,
-      scan=self.scan,
-      remat=self.remat,
-      each=each,
+      c.num_hidden_layers,
+    )
+    return stacking.stack(
+      self, Layer, args, count, x_BxTxD, pairs_BxTxT, rel_RxD, branch, each=each
     )
 
 
@@ -159,15 +154,13 @@ class SequenceClassifier(TextClassifier[DebertaConfig]):
 
   @nn.compact
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
-    c, dtype = self.config, self.dtype
+    c, args = self.config, (self.config, self.dtype, deterministic)
     if c.position_biased_input:
       check_length(input_ids, c.max_position_embeddings)
-    x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
-      input_ids, token_type_ids, attention_mask
-    )
-    x_BxTxD = Encoder(c, dtype, deterministic, self.scan, self.remat, name="encoder")(
-      x_BxTxD, attention_mask
-    )
+    embed = Embeddings(*args, name="embeddings")
+    x_BxTxD = embed(input_ids, token_type_ids, attention_mask)
+    encoder = Encoder(*args, self.scan, self.remat, name="encoder")
+    x_BxTxD = encoder(x_BxTxD, attention_mask)
     x_BxD = nn.Dropout(c.pooler_dropout)(layers.first_token(x_BxTxD), deterministic)
     dense = self.dense(c.hidden_size, ("embed", "pooled"), "pooler")
     x_BxD = ops.activation(c.pooler_hidden_act)(dense(x_BxD))

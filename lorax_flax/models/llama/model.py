@@ -140,23 +140,16 @@ class Decoder(Part[DecoderConfig]):
       ops.rotations(rope, c.head_size, positions_BxT, length, dtype) for rope in c.ropes
     ]
     each: dict[str, np.ndarray] = {}
+    turned = rotations[0]
     if c.ropes_differ:
+      turned = jax.tree.map(lambda *kinds: jnp.stack(kinds), *rotations)
       each["rope"] = np.asarray(c.rope_of, np.int32)
     if c.windows_differ:
       windows = [_ALL if window is None else window for window in c.windows]
       each["window"] = np.asarray(windows, np.int32)
+    args = (c, dtype, self.deterministic)
     x_BxTxD = stacking.stack(
-      Layer,
-      (c, dtype, self.deterministic),
-      c.num_hidden_layers,
-      x_BxTxD,
-      mask_BxT,
-      jax.tree.map(lambda *kinds: jnp.stack(kinds), *rotations)
-      if c.ropes_differ
-      else rotations[0],
-      scan=self.scan,
-      remat=self.remat,
-      each=each,
+      self, Layer, args, c.num_hidden_layers, x_BxTxD, mask_BxT, turned, each=each
     )
     x_BxTxD = _norm(c, "norm")(x_BxTxD)
     if not c.tie_word_embeddings:
