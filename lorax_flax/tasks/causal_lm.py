@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,18 @@ log = logging.getLogger(__name__)
 _TRAIN, _HELD_OUT = "train", "validation"
 
 
+@dataclass(frozen=True)
+class FolderSettings(DataSettings):
+  """Settings of token ids in a folder.
+
+  Attributes:
+    path: a folder with train.jsonl and validation.jsonl, whose lines
+      `lorax_flax.data.sequences` reads.
+  """
+
+  path: str | None = None
+
+
 def _objective(label_smoothing: float) -> Objective:
   """Cross entropy of the next token; loss and perplexity are means over tokens."""
   return Objective(
@@ -42,7 +55,7 @@ def _scores(head: Head, x_BxTxD: jax.Array, batch: losses.Batch) -> TokenScores:
   return token_scores(head, x_BxTxD, next_labels(batch["labels"]))
 
 
-def _read(settings: DataSettings, model: Loaded) -> Splits:
+def _read(settings: FolderSettings, model: Loaded) -> Splits:
   if settings.path is None:
     raise LoraxError(
       f"data.path: which folder has {_TRAIN}.jsonl and {_HELD_OUT}.jsonl?"
@@ -72,7 +85,7 @@ TASK = Task(
   model="causal-lm",
   num_labels=None,
   labels=None,
-  settings=("path",),
+  settings=FolderSettings,
   read=_read,
   blank=lambda model, length: sequences.blank(length),
   objective=_objective,

@@ -5,7 +5,7 @@ import math
 import typing
 from dataclasses import dataclass
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known, unknown
 from lorax_flax.train.optim import SCHEDULES
 from lorax_flax.train.optimizers import OPTIMIZERS
 
@@ -77,10 +77,8 @@ class TrainConfig:
         raise LoraxError(f"give one of {_names(names)}, not several")
     if not _given(self, ("steps", "epochs")):
       raise LoraxError("how long to train? Give train.steps or train.epochs")
-    if self.schedule not in SCHEDULES:
-      raise LoraxError(unknown("train.schedule", self.schedule, SCHEDULES))
-    if self.optimizer not in OPTIMIZERS:
-      raise LoraxError(unknown("train.optimizer", self.optimizer, OPTIMIZERS))
+    check_known("train.schedule", self.schedule, SCHEDULES)
+    check_known("train.optimizer", self.optimizer, OPTIMIZERS)
     for field in dataclasses.fields(self):
       if field.name in _OWN and getattr(self, field.name) != field.default:
         _check_read(field.name, self.optimizer)

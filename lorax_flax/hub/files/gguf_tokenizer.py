@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known, prefixed
 from lorax_flax.hub.files import gguf_header
 
 _PREFIX = "tokenizer.ggml."
@@ -65,11 +65,9 @@ def load(path: Path) -> tokenizers.Tokenizer:
     LoraxError: a damaged file, or a tokenizer of another kind or pre-tokenisation.
   """
   metadata = gguf_header.read(path).metadata
-  try:
-    return _make(metadata)
   # The tokenizers library raises bare Exception for what it can't use.
-  except Exception as error:
-    raise LoraxError(f"cannot make the tokenizer of {path}: {error}") from error
+  with prefixed(f"cannot make the tokenizer of {path}", Exception):
+    return _make(metadata)
 
 
 def write(path: Path, folder: Path) -> None:
@@ -102,8 +100,7 @@ def _make(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
       " model's tokenizer.json beside the file and name the folder"
     )
   name = str(metadata.get(f"{_PREFIX}pre"))
-  if name not in SPLITTINGS:
-    raise LoraxError(unknown("pre-tokenisation", name, SPLITTINGS))
+  check_known("pre-tokenisation", name, SPLITTINGS)
   splitting = SPLITTINGS[name]
   tokens = _strings(metadata, "tokens")
   vocab = {token: i for i, token in enumerate(tokens)}
