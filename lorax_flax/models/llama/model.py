@@ -164,7 +164,7 @@ class Decoder(Part[DecoderConfig]):
   remat: str
 
   @nn.compact
-  def __call__(self, input_ids_BxT, mask_BxT, positions_BxT, length) -> jax.Array:
+  def __call__(self, input_ids_BxT, mask_BxT, positions_BxT, lengths_B) -> jax.Array:
     c, dtype = self.config, self.dtype
     words = layers.embed(
       c.vocab_size,
@@ -177,7 +177,8 @@ class Decoder(Part[DecoderConfig]):
     if c.embed_scaled:
       x_BxTxD *= jnp.asarray(c.hidden_size**0.5, dtype)
     rotations = [
-      ops.rotations(rope, c.head_size, positions_BxT, length, dtype) for rope in c.ropes
+      ops.rotations(rope, c.head_size, positions_BxT, lengths_B, dtype)
+      for rope in c.ropes
     ]
     each: dict[str, np.ndarray] = {}
     if c.ropes_differ:
@@ -191,7 +192,7 @@ class Decoder(Part[DecoderConfig]):
       c.num_hidden_layers,
       x_BxTxD,
       mask_BxT,
-      jax.tree.map(lambda *kinds: jnp.stack(kinds), *rotations)
+      jax.tree.map(lambda *kinds: jnp.stack(jnp.broadcast_arrays(*kinds)), *rotations)
       if c.ropes_differ
       else rotations[0],
       scan=self.scan,
@@ -225,13 +226,15 @@ class CausalLM(Model[DecoderConfig]):
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """
     c, dtype = self.config, self.dtype
-    length: Any = input_ids.shape[1]
+    seen_BxT = attention_mask != 0
+    first_B: Any = 0
     if position_ids is None:
-      position_ids = jnp.arange(length, dtype=jnp.int32)[None, :]
-    else:
-      length = jnp.max(position_ids) + 1
+      position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
+      first_B = jnp.argmax(seen_BxT, axis=1).astype(jnp.int32)
+    # Each row's own: an answer must not depend on padding or on the rows beside it.
+    lengths_B = jnp.max(jnp.where(seen_BxT, position_ids + 1, 0), axis=1) - first_B
     decoder = Decoder(c, dtype, deterministic, self.scan, self.remat, name="model")
-    y = decoder(input_ids, attention_mask, position_ids, length)
+    y = decoder(input_ids, attention_mask, position_ids, lengths_B)
     if not c.tie_word_embeddings:
       y = dense_of(c, c.vocab_size, ("embed", "vocab"), dtype, "lm_head", False)(y)
     logits_BxTxV = y.astype(jnp.float32)
