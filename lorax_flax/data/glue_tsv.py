@@ -158,7 +158,8 @@ def _lines(file: Path) -> Iterator[str]:
   number = blank = 0
   try:
     with file.open(encoding="utf-8-sig", newline="\n") as stream:
-      for number, raw in enumerate(stream, 1):
+      for raw in stream:
+        number += 1
         line = raw.removesuffix("\n").removesuffix("\r")
         if not line:
           blank += 1

@@ -133,7 +133,7 @@ def check_round_trip(folder, out, model, **options):
     loaded.hf_config,
     architecture=loaded.family.architecture,
     labels=labels,
-    tokenizer_from=folder,
+    base=folder,
     overwrite=False,
   )
   again, report = type(model).from_pretrained(out, output_loading_info=True)

@@ -96,7 +96,6 @@ def keymap(
     buffers=tuple(
       f"layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(num_layers)
     ),
-    other_heads=("score.weight",),
     ties={"lm_head.weight": "embed_tokens.weight"} if tied else {},
   )
   if mlp is not None:

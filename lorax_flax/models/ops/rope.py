@@ -137,7 +137,7 @@ def _longrope(rope, dim, length):
       raise LoraxError(
         f"config: {name} has {len(found)} numbers for {len(powers)} pairs of features"
       )
-  short, long = np.float32([rope.short_factor, rope.long_factor])
+  short, long = np.asarray([rope.short_factor, rope.long_factor], np.float32)
   scale = rope.attention_factor
   if scale is None:
     grown = math.log(rope.stretch) / math.log(rope.original)
