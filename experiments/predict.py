@@ -99,7 +99,7 @@ def predict(
   read = lines.read(Path(source).expanduser(), known)
   model = merged.load(base, adapter)
   try:
-    rows = lines.rows(read, model.loaded, known, max_length)
+    rows = lines.rows(read, model.loaded, known, max_length, adapter)
     _write(target, _results(rows, model, batch_size, all_positions))
   except LoraxError as error:
     # An example's number is its line's: a line is never skipped.

@@ -76,5 +76,5 @@ def test_a_heads_labels_in_another_order_than_the_tasks_are_an_error(names, fits
   if fits:
     assert check().config.num_labels == 3
   else:
-    with pytest.raises(LoraxError, match="CONTRADICTION, NEUTRAL, .*mnli has entailm"):
+    with pytest.raises(LoraxError, match=r"CONTRADICTION, NEUTRAL, .*mnli has entailm"):
       check()
