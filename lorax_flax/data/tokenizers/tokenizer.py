@@ -33,13 +33,15 @@ class Tokenizer:
   truncation_side: str = "right"
   token_types: bool = True
 
-  def encode(self, text: str, pair: str | None = None) -> tokenizers.Encoding:
-    """Ids, tokens and types of a text or of two, special tokens around them."""
-    return self.backend.encode(text, pair)
+  def encode(
+    self, text: str, pair: str | None = None, *, add_special_tokens: bool = True
+  ) -> tokenizers.Encoding:
+    """Ids, tokens and types of a text or of two."""
+    return self.backend.encode(text, pair, add_special_tokens=add_special_tokens)
 
-  def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+  def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """The text of ids."""
-    return self.backend.decode(ids, skip_special_tokens=skip_special)
+    return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
   def id_of(self, name: str) -> int | None:
     """The id of a special token by its name; None where there is none."""
@@ -88,16 +90,18 @@ def load(base: str | Path, adapter: str | Path | None = None) -> Tokenizer:
   if file is not None and not (folder / JSON).is_file():
     backend, special = gguf_tokenizer.load(file), gguf_tokenizer.special(file)
     return Tokenizer(backend, special)
-  settings = settings_file.read(folder, hf_config)
-  _refuse(folder, settings)
   try:
+    settings = settings_file.read(folder, hf_config)
+    _refuse(folder, settings)
     return _built(folder, hf_config.get("model_type"), settings)
   except LoraxError:
     raise
   # The tokenizers library raises bare Exception for a file that it can't parse.
   except Exception as error:
-    name = JSON if settings.serialized is not None else "its vocabulary"
-    raise LoraxError(f"can't read the tokenizer in {folder / name}: {error}") from error
+    name = JSON if (folder / JSON).is_file() else "its vocabulary"
+    raise LoraxError(
+      f"can't read the tokenizer in {folder / name}: {error!r:.200}"
+    ) from error
 
 
 def _refuse(folder: Path, settings: Settings) -> None:
