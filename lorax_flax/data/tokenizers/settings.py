@@ -1,4 +1,4 @@
-"""What a folder says of its tokenizer: class, special and added tokens, options."""
+"""Settings of a tokenizer in a folder: class, special and added tokens, options."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -105,7 +105,7 @@ def load(base: str | Path, adapter: str | Path | None = None) -> Tokenizer:
 
 
 def _refuse(folder: Path, settings: Settings) -> None:
-  """Settings that would give other ids than are built here."""
+  """Refuses settings that would give other ids than are built here."""
   if settings.options.get("auto_map"):
     raise LoraxError(
       f"{folder}: auto_map names code of the model's own for its tokenizer, which is "
