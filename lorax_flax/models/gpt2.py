@@ -22,7 +22,6 @@ from lorax_flax.hub.checkpoints.entries import (
   embedding,
   linear,
   norm,
-  weight_and_bias,
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import head as heads
@@ -165,13 +164,8 @@ _HEAD = "lm_head.weight"
 # Causal masks in old checkpoints, for each layer.
 _MASKS = ("attn.bias", "attn.masked_bias")
 
+
 # Heads of classifiers, of questions' spans and of multiple choice.
-_OTHER = (
-  "score.weight",
-  *weight_and_bias("classifier", "qa_outputs", "multiple_choice_head.summary"),
-)
-
-
 def _conv1d(path: str, key: str) -> Entries:
   """The entries of a transformers Conv1D: a linear layer whose weight is (in, out)."""
   kernel = Entry(f"{path}/kernel", f"{key}.weight")
@@ -201,7 +195,6 @@ def keymap(c: GPT2Config, scan: bool) -> KeyMap:
     scan=scan,
     anchor="wte.weight",
     buffers=tuple(f"h.{i}.{name}" for i in range(c.n_layer) for name in _MASKS),
-    other_heads=_OTHER,
     ties={_HEAD: "wte.weight"} if tied else {},
   )
 

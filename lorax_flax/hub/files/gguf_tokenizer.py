@@ -78,15 +78,21 @@ def write(path: Path, folder: Path) -> None:
   (folder / "tokenizer_config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def _settings(path: Path) -> dict[str, Any]:
-  """Fields of transformers' tokenizer_config.json beside a tokenizer.json."""
+def special(path: Path) -> dict[str, str]:
+  """The special tokens of a GGUF file, by transformers' names."""
   metadata = gguf_header.read(path).metadata
   tokens = metadata[f"{_PREFIX}tokens"]
-  settings: dict[str, Any] = {
+  return {
     name: _token(metadata, key, tokens)
     for name, key in _SPECIAL.items()
     if _PREFIX + key in metadata
   }
+
+
+def _settings(path: Path) -> dict[str, Any]:
+  """Fields of transformers' tokenizer_config.json beside a tokenizer.json."""
+  metadata = gguf_header.read(path).metadata
+  settings: dict[str, Any] = {**special(path)}
   if isinstance(metadata.get(_TEMPLATE), str):
     settings["chat_template"] = metadata[_TEMPLATE]
   return {**settings, "clean_up_tokenization_spaces": False}

@@ -80,7 +80,6 @@ def keymap(c: DecoderConfig, scan: bool) -> KeyMap:
     anchor="embed_tokens.weight",
     # Old checkpoints have the angles' frequencies.
     buffers=tuple(f"layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(count)),
-    other_heads=("score.weight",),
     ties={"lm_head.weight": "embed_tokens.weight"} if tied else {},
   )
   if not c.num_experts:

@@ -124,6 +124,10 @@ class Layer(Part[DecoderConfig]):
     return x_BxTxD + dropped(normed(after_mlp, y_BxTxD)), None
 
 
+def _stacked(*kinds: jax.Array) -> jax.Array:
+  return jnp.stack(jnp.broadcast_arrays(*kinds))
+
+
 class Decoder(Part[DecoderConfig]):
   """Embeddings, layers and the final norm."""
 
@@ -132,7 +136,7 @@ class Decoder(Part[DecoderConfig]):
 
   @nn.compact
   def __call__(
-    self, input_ids_BxT, mask_BxT, positions_BxT, length
+    self, input_ids_BxT, mask_BxT, positions_BxT, lengths_B
   ) -> tuple[jax.Array, jax.Array]:
     """x_BxTxD, and the table of token embeddings, VxD."""
     c, dtype = self.config, self.dtype
@@ -141,12 +145,13 @@ class Decoder(Part[DecoderConfig]):
     if c.embed_scaled:
       x_BxTxD *= jnp.asarray(c.hidden_size**0.5, dtype)
     rotations = [
-      ops.rotations(rope, c.head_size, positions_BxT, length, dtype) for rope in c.ropes
+      ops.rotations(rope, c.head_size, positions_BxT, lengths_B, dtype)
+      for rope in c.ropes
     ]
     each: dict[str, np.ndarray] = {}
     turned = rotations[0]
     if c.ropes_differ:
-      turned = jax.tree.map(lambda *kinds: jnp.stack(kinds), *rotations)
+      turned = jax.tree.map(_stacked, *rotations)
       each["rope"] = np.asarray(c.rope_of, np.int32)
     if c.windows_differ:
       windows = [_ALL if window is None else window for window in c.windows]
@@ -181,13 +186,15 @@ class CausalLM(Model[DecoderConfig]):
       readout: makes the outputs of the head and of what it takes.
     """
     c, dtype = self.config, self.dtype
-    length: Any = input_ids.shape[1]
+    seen_BxT = attention_mask != 0
+    first_B: Any = 0
     if position_ids is None:
-      position_ids = jnp.arange(length, dtype=jnp.int32)[None, :]
-    else:
-      length = jnp.max(position_ids) + 1
+      position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
+      first_B = jnp.argmax(seen_BxT, axis=1).astype(jnp.int32)
+    # Each row's own: an answer must not depend on padding or on the rows beside it.
+    lengths_B = jnp.max(jnp.where(seen_BxT, position_ids + 1, 0), axis=1) - first_B
     decoder = Decoder(c, dtype, deterministic, self.scan, self.remat, name="model")
-    x_BxTxD, table_VxD = decoder(input_ids, attention_mask, position_ids, length)
+    x_BxTxD, table_VxD = decoder(input_ids, attention_mask, position_ids, lengths_B)
     if c.tie_word_embeddings:
       head = heads.tied(table_VxD)
     else:

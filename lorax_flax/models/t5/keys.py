@@ -6,7 +6,6 @@ from lorax_flax.hub.checkpoints.entries import (
   embedding,
   linear,
   norm,
-  weight_and_bias,
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models.t5.config import T5Config
@@ -18,14 +17,6 @@ _REPEATS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 # An unused table of relative positions that cross-attention has in old checkpoints.
 _UNUSED = (f"decoder.block.0.layer.1.EncDecAttention.{_RELATIVE}.weight",)
-
-# Heads of classifiers and of questions' spans.
-_OTHER = weight_and_bias(
-  "classification_head.dense",
-  "classification_head.out_proj",
-  "classifier",
-  "qa_outputs",
-)
 
 
 def _sublayer(path: str, name: str, key: str, module: str, linears) -> Entries:
@@ -76,7 +67,6 @@ def keymap(c: T5Config, scan: bool) -> KeyMap:
     scan=scan,
     anchor="encoder.final_layer_norm.weight",
     buffers=_UNUSED,
-    other_heads=_OTHER,
     ties=dict.fromkeys(
       (*_REPEATS, "lm_head.weight") if tied else _REPEATS, "shared.weight"
     ),
