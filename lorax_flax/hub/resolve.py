@@ -29,6 +29,7 @@ _PATTERNS = (
   "merges.txt",
   "*.model",  # SentencePiece, from which a tokenizer.json can be made
   "chat_template.jinja",
+  "chat_template.json",
   "generation_config.json",
   "preprocessor_config.json",
 )

@@ -4,11 +4,11 @@
 `encode` its token ids with the mask of those that are learnt.
 """
 
-from lorax_flax.data.chat.encode import encode, encode_all, tokenize
+from lorax_flax.data.chat.encoding import encode, encode_all, tokenize
 from lorax_flax.data.chat.files import special_tokens, template
 from lorax_flax.data.chat.masks import Marked, Markers, mark, markers
 from lorax_flax.data.chat.messages import Chat, check, split
-from lorax_flax.data.chat.template import ChatTemplate, render
+from lorax_flax.data.chat.templates import ChatTemplate, render
 
 __all__ = [
   "Chat",

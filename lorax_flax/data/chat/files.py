@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_flax.data.chat import jinja
-from lorax_flax.data.chat.template import DEFAULT, ChatTemplate
+from lorax_flax.data.chat.templates import DEFAULT, ChatTemplate
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.files import strict_json
 from lorax_flax.hub.files import gguf_header, gguf_tokenizer

@@ -36,7 +36,7 @@ class _Generation(ext.Extension):
 
   tags: set[str] = {"generation"}  # noqa: RUF012 (of the base class)
 
-  def parse(self, parser: Any) -> nodes.CallBlock:
+  def parse(self, parser: Any) -> nodes.Node:
     line = next(parser.stream).lineno
     body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
     return nodes.CallBlock(self.call_method("_block"), [], [], body).set_lineno(line)

@@ -10,13 +10,16 @@ import tokenizers
 from lorax_flax.data.chat import jinja
 from lorax_flax.data.chat.jinja import Span
 from lorax_flax.data.chat.messages import Chat, assistant_turns, named
-from lorax_flax.data.chat.template import ChatTemplate, render, render_marked
+from lorax_flax.data.chat.templates import ChatTemplate, render, render_marked
 from lorax_flax.errors import LoraxError
 
 Learn = Literal["all", "last"]
 _OWN_TEMPLATE = (
   "give a template of your own (a .jinja file), with {% generation %}…"
   "{% endgeneration %} around what the model is to produce"
+)
+_LAST_ALONE = (
+  'learn the last turn of each chat alone (learn="last", of a chat split at its turns)'
 )
 _SHOWN = 40  # characters of a text in an error
 
@@ -113,8 +116,8 @@ def _turn(
     raise LoraxError(
       f"{named(chat, turn)}: the chat template renders it with"
       f" {upto[place : place + _SHOWN]!r} where it is the last message, and with"
-      f" {text[place : place + _SHOWN]!r} in the chat. Learn the last turn of each chat"
-      ' alone (learn="last", of a chat split at its turns), or ' + _OWN_TEMPLATE
+      f" {text[place : place + _SHOWN]!r} in the chat: {_LAST_ALONE}, or"
+      f" {_OWN_TEMPLATE}"
     )
   if text[:start].rstrip().endswith(markers.greedy):
     # These spaces are within the header's last token, which the prompt has.
@@ -139,10 +142,7 @@ def _start(template: ChatTemplate, chat: Chat, text: str, turn: int) -> int:
   place = _shared(text, prompt)
   ways = _OWN_TEMPLATE
   if turn != assistant_turns(chat)[-1]:
-    ways = (
-      'learn the last turn of each chat alone (learn="last", of a chat split at its'
-      f" turns), or {ways}"
-    )
+    ways = f"{_LAST_ALONE}, or {ways}"
   raise LoraxError(
     f"{named(chat, turn)}: its prompt by the chat template has"
     f" {prompt[place : place + _SHOWN]!r} where the chat has"

@@ -30,6 +30,7 @@ _BESIDE = (
   "spiece.model",
   "tokenizer.model",
   "chat_template.jinja",
+  "chat_template.json",
   "generation_config.json",
   "preprocessor_config.json",
 )

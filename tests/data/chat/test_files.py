@@ -1,12 +1,15 @@
 """A template is found wherever a model keeps it, as transformers finds it."""
 
 import json
+import types
+from pathlib import Path
 
 import pytest
 import transformers
 
 from lorax_flax.data import chat as chats
 from lorax_flax.errors import LoraxError
+from lorax_flax.hub.files import gguf_tokenizer
 from tests.data.chat.conftest import ONE, TEMPLATES, TOKENS, TURNS, byte_level
 
 EOS = "{{ messages[0].content + eos_token }}"
@@ -103,6 +106,20 @@ def test_template_of_a_gguf_file_is_that_of_its_tokenizer(smollm2, tmp_path):
   assert chats.encode(TURNS, tokenizer, template)[0].tolist() == expected
 
 
+def test_gguf_file_may_have_several_templates(monkeypatch):
+  metadata = {
+    "tokenizer.ggml.tokens": ["a", "</s>"],
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.chat_template": EOS,
+    "tokenizer.chat_template.tool_use": "tools" + EOS,
+  }
+  header = types.SimpleNamespace(metadata=metadata)
+  monkeypatch.setattr(gguf_tokenizer.gguf_header, "read", lambda path: header)
+  template = chats.template(gguf_tokenizer.settings(Path("a.gguf")))
+  assert template.texts == {"default": EOS, "tool_use": "tools" + EOS}
+  assert chats.render(template, chats.check(ONE)) == "Hello</s>"
+
+
 def test_name_chooses_a_template(tmp_path):
   folder = write(tmp_path, **FOLDERS["more files"])
   template = chats.template(folder, name="tool_use")
@@ -131,7 +148,7 @@ def test_folder_without_a_template_is_an_error(tmp_path):
     chats.template(folder)
   with pytest.raises(LoraxError, match="has no chat_template"):
     chats.template(folder / "tokenizer_config.json")
-  with pytest.raises(LoraxError, match="no chat template in .*absent"):
+  with pytest.raises(LoraxError, match=r"no chat template in .*absent"):
     chats.template(tmp_path / "absent")
 
 

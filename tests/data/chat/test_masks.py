@@ -1,13 +1,9 @@
 """What is learnt of a chat: assistant turns, each with its end, and nothing else."""
 
-import re
-
-import numpy as np
 import pytest
 
 from lorax_flax.data import chat as chats
 from lorax_flax.errors import LoraxError
-from tests.data.chat import test_template
 from tests.data.chat.conftest import (
   ONE,
   TOOLS,
@@ -15,7 +11,6 @@ from tests.data.chat.conftest import (
   WEATHER,
   assistant,
   named,
-  sentence_piece,
   system,
   user,
 )
@@ -189,6 +184,20 @@ def test_turn_that_is_cut_where_others_follow_is_refused(some_tokenizer, tmp_pat
   assert "with 'are you?</s>' where it is the last message, and with '</s>" in message
 
 
+def test_turn_that_ends_otherwise_where_others_follow_is_refused(
+  some_tokenizer, tmp_path
+):
+  # As gpt-oss's, whose last turn alone ends with a token that stops it.
+  file = tmp_path / "own.jinja"
+  file.write_text(
+    "{% for m in messages %}{{ '[INST]' + m.role + '<think>' + m.content }}"
+    "{{ '</s>' if loop.last and m.role == 'assistant' else '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[INST]assistant' }}{% endif %}"
+  )
+  message = refused(chats.template(file), [*ONE, user("Bye")], some_tokenizer)
+  assert "renders it with '/s>' where it is the last message, and with 'eos>" in message
+
+
 def test_chat_that_an_assistant_begins_is_refused_where_its_prompt_fails(
   some_tokenizer,
 ):
@@ -241,75 +250,3 @@ def test_generation_that_marks_nothing_is_refused(some_tokenizer, tmp_path):
 def test_last_of_the_marked_turns_is_learnt_alone(some_tokenizer):
   parts, _ = marked(named("generation"), TURNS, some_tokenizer, learn="last")
   assert parts == ["See\n\nyou<|im_end|>"]
-
-
-LONG = [
-  each
-  for n in range(40)
-  for each in (user(f"Question {n} 你好?"), assistant(f" answer\n\n{n} 🙂 "))
-]
-
-
-@pytest.mark.parametrize("messages", [ONE, TURNS, LONG], ids=["one", "turns", "long"])
-def test_mask_is_that_of_transformers(messages, tokenizer):
-  peer = test_template.peer("generation", tokenizer)
-  expected = peer.apply_chat_template(messages, return_assistant_tokens_mask=True)
-  ids, mask = chats.encode(messages, tokenizer, named("generation"))
-  assert ids.tolist() == expected["input_ids"]
-  assert mask.tolist() == [bool(x) for x in expected["assistant_masks"]]
-  assert mask.any()
-
-
-@pytest.mark.parametrize("messages", [ONE, TURNS, LONG], ids=["one", "turns", "long"])
-def test_mask_by_prefixes_is_that_by_marks(messages, tokenizer):
-  expected = chats.encode(messages, tokenizer, named("generation"))
-  found = chats.encode(messages, tokenizer, named("chatml"))
-  np.testing.assert_array_equal(found[0], expected[0])
-  np.testing.assert_array_equal(found[1], expected[1])
-
-
-@pytest.mark.parametrize("name", LEARNT)
-def test_learnt_tokens_are_those_of_the_turns(name, some_tokenizer):
-  ids, mask = chats.encode(TURNS, some_tokenizer, named(name))
-  assert ids.dtype == np.int32
-  assert mask.dtype == bool
-  parts, _ = marked(named(name), TURNS, some_tokenizer)
-  learnt = some_tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False)
-  # Spaces that a header's token takes are decoded with it, not behind it.
-  assert re.sub(r"\s", "", learnt) == re.sub(r"\s", "", "".join(parts))
-  assert "user" not in learnt
-
-
-def test_header_that_takes_spaces_is_not_learnt(some_tokenizer):
-  ids, mask = chats.encode(
-    [user("a"), assistant("\n Hi")], some_tokenizer, named("phi3")
-  )
-  header = some_tokenizer.token_to_id("<|assistant|>")
-  assert header in ids
-  assert header not in ids[mask]
-  assert some_tokenizer.decode(ids[mask].tolist()) == "Hi"
-
-
-@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma2"])
-def test_bos_is_not_doubled(name):
-  tokenizer = sentence_piece()
-  ids, _ = chats.encode(ONE, tokenizer, named(name, bos_token="<s>"))
-  bos = tokenizer.token_to_id("<s>")
-  assert ids[0] == bos
-  assert ids[1] != bos
-
-
-def test_real_model_learns_its_turns(smollm2):
-  _, tokenizer, template = smollm2
-  ids, mask = chats.encode(TURNS, tokenizer, template)
-  # The first space of a turn is in one token with the new line of its header.
-  assert tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False) == (
-    "Hi, how are you?<|im_end|>\n  Grüße, 你好 🙂! \n<|im_end|>See\n\nyou<|im_end|>"
-  )
-  assert "SmolLM" in tokenizer.decode(ids[~mask].tolist())
-
-
-def test_error_names_the_example(some_tokenizer):
-  rows = [ONE, [user("a")]]
-  with pytest.raises(LoraxError, match="example 8: no message has the role assistant"):
-    list(chats.encode_all(rows, some_tokenizer, named("chatml"), first=7))

@@ -9,7 +9,7 @@ import tokenizers
 
 from lorax_flax.data.chat import messages
 from lorax_flax.data.chat.masks import Learn, Marked, mark, markers
-from lorax_flax.data.chat.template import ChatTemplate
+from lorax_flax.data.chat.templates import ChatTemplate
 from lorax_flax.errors import LoraxError
 
 Row = Sequence[Any] | Mapping[str, Any]

@@ -175,6 +175,7 @@ def test_value_that_is_not_there_is_an_error_of_its_message(tmp_path):
     "{{ ''.__class__.__mro__ }}",
     "{{ messages.append(1) }}",
     "{{ dict.__class__.__mro__ }}",
+    "{{ dict.update(messages[0], {'content': 'x'}) }}",
     "{% set ns = namespace(_x=1) %}",
     "{% set ns = namespace() %}{% set ns._x = 1 %}",
     "{{ raise_exception.__globals__['json'] }}",
@@ -210,6 +211,16 @@ def test_chat_with_tools_takes_the_template_of_tools():
   template = chats.ChatTemplate({"default": "d", "tool_use": "t"}, {}, "FOLDER")
   assert chats.render(template, chats.check(ONE)) == "d"
   assert chats.render(template, chats.check(row(ONE, {"tools": [WEATHER]}))) == "t"
+
+
+def test_special_token_of_the_row_goes_before_that_of_the_model(some_tokenizer):
+  options = {"eos_token": "<END>"}
+  expected = peer("zephyr", some_tokenizer).apply_chat_template(
+    ONE, tokenize=False, **options
+  )
+  found = chats.render(named("zephyr"), chats.check(row(ONE, options)))
+  assert found == expected
+  assert "<END>" in found
 
 
 def test_variables_can_not_replace_the_chat():
