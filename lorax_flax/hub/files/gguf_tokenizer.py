@@ -73,15 +73,15 @@ def load(path: Path) -> tokenizers.Tokenizer:
 def write(path: Path, folder: Path) -> None:
   """Writes tokenizer.json and tokenizer_config.json of a GGUF file into a folder."""
   load(path).save(str(folder / "tokenizer.json"))
-  settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_settings(path)}
-  text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+  fields = {"tokenizer_class": "PreTrainedTokenizerFast", **settings(path)}
+  text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
   (folder / "tokenizer_config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def special(path: Path) -> dict[str, str]:
   """The special tokens of a GGUF file, by transformers' names."""
   metadata = gguf_header.read(path).metadata
-  tokens = metadata[f"{_PREFIX}tokens"]
+  tokens = _strings(metadata, "tokens")
   return {
     name: _token(metadata, key, tokens)
     for name, key in _SPECIAL.items()
@@ -89,13 +89,29 @@ def special(path: Path) -> dict[str, str]:
   }
 
 
-def _settings(path: Path) -> dict[str, Any]:
-  """Fields of transformers' tokenizer_config.json beside a tokenizer.json."""
+def settings(path: Path) -> dict[str, Any]:
+  """Fields of transformers' tokenizer_config.json beside a tokenizer.json.
+
+  Raises:
+    LoraxError: a damaged file.
+  """
   metadata = gguf_header.read(path).metadata
-  settings: dict[str, Any] = {**special(path)}
-  if isinstance(metadata.get(_TEMPLATE), str):
-    settings["chat_template"] = metadata[_TEMPLATE]
-  return {**settings, "clean_up_tokenization_spaces": False}
+  fields: dict[str, Any] = {**special(path)}
+  templates = {"default": metadata.get(_TEMPLATE)} | {
+    key.removeprefix(f"{_TEMPLATE}."): value
+    for key, value in metadata.items()
+    if key.startswith(f"{_TEMPLATE}.")
+  }
+  named = [
+    {"name": name, "template": text}
+    for name, text in templates.items()
+    if isinstance(text, str)
+  ]
+  if len(named) > 1:
+    fields["chat_template"] = named
+  elif named:
+    fields["chat_template"] = named[0]["template"]
+  return {**fields, "clean_up_tokenization_spaces": False}
 
 
 def _make(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
