@@ -203,8 +203,8 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"data.path": None}, "data.path: which folder has train.jsonl and validation"),
-    ({"data.path": "EMPTY"}, "no file .*train.jsonl"),
+    ({"data.path": None}, "data.path: which file, or folder with train and val"),
+    ({"data.path": "EMPTY"}, "has no train file of .*there is: nothing"),
     ({"data.max_length": 23}, "this model takes at most 22 tokens"),
     ({"model.path": "BERT"}, "trains a causal-lm model, and a bert is a sequence-cl"),
     ({"data.task": "sst2", "data.path": None}, "and a gpt2 is a causal-lm model"),

@@ -30,7 +30,7 @@ class Form:
 
 # The first whose columns are there is the form: a prompt beside a label is no class.
 FORMS: dict[str, Form] = {
-  "chat": Form("chats", ("messages",), ("tools",)),
+  "chat": Form("chats", ("messages",), ("tools", "documents", "chat_template_kwargs")),
   "completion": Form("prompts and their completions", ("prompt", "completion")),
   "token_ids": Form("token ids", ("input_ids",), ("loss_mask",)),
   "classes": Form("texts with labels", ("text", "label"), ("text_pair",)),
