@@ -21,7 +21,7 @@ from lorax_flax.train.losses import Loss
 from lorax_flax.train.objective import Objective, Throughput
 
 if TYPE_CHECKING:
-  from lorax_flax.models.registry import Loaded, Outline
+  from lorax_flax.models.registry import Located, Outline
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def of_texts(
   )
 
 
-def _read(dataset: Dataset, settings: DataSettings, model: Loaded) -> Splits:
+def _read(dataset: Dataset, settings: DataSettings, model: Located) -> Splits:
   folders = {}
   if isinstance(settings, GlueSettings):
     folders = {"glue_dir": settings.glue_dir, "tfds_dir": settings.tfds_dir}
