@@ -5,7 +5,7 @@ import pytest
 
 from lorax_flax.data import pipeline
 from lorax_flax.data.language import encoding
-from lorax_flax.data.language.gather import Cut, gather
+from lorax_flax.data.language.gather import gather
 from lorax_flax.data.own import table
 from lorax_flax.data.sequences import IGNORED
 from lorax_flax.errors import LoraxError
@@ -24,16 +24,16 @@ def _read(folder, *lines, max_length=8):
     pad_id=1,
     skip=False,
   )
-  return made.rows, made.cut
+  return made.rows, made.lengths_N.tolist()
 
 
 def test_labels_are_the_ids_that_are_learnt_and_weights_count_them(tmp_path):
-  found, cut = _read(
+  found, lengths = _read(
     tmp_path,
     {"input_ids": [5, 6, 7]},
     {"input_ids": [9, 8, 7, 6], "loss_mask": [1, 0, 0, 1]},
   )
-  assert cut == Cut(0, 0)
+  assert lengths == [3, 4]
   batch = found.batch(np.array([1, -1, 0]), 5)
   i = IGNORED
   expected = {
@@ -52,11 +52,11 @@ def test_labels_are_the_ids_that_are_learnt_and_weights_count_them(tmp_path):
 
 def test_rows_that_are_too_long_are_cut_and_counted(tmp_path):
   ids = [1, 2, 3, 4, 5]
-  found, cut = _read(
+  found, lengths = _read(
     tmp_path, {"input_ids": ids}, {"input_ids": ids[:3]}, {"input_ids": ids[:4]},
     max_length=3,
   )  # fmt: skip
-  assert cut == Cut(rows=2, tokens=3)
+  assert lengths == [5, 3, 4]
   assert found.lengths_N.tolist() == [3, 3, 3]
 
 

@@ -246,12 +246,12 @@ def test_rows_that_are_too_long_are_cut_and_that_is_said(base, tmp_path, caplog)
   data = write(tmp_path, rows(22, 0), rows(9, 1))
   wanted = shrunk("gpt3_175b.py", base, data, **{"data.max_length": 14})
   made = _prepare(wanted)
-  lengths = [len(row["input_ids"]) for row in rows(22, 0)]
+  lengths = [len(row["input_ids"]) for row in [*rows(22, 0), *rows(9, 1)]]
   cut = [n - 14 for n in lengths if n > 14]
   assert (
-    f"train.jsonl: {len(cut)} of 22 examples are cut to data.max_length" in caplog.text
+    f"{len(cut)} of 31 rows are cut to data.max_length = 14; {sum(cut)} of "
+    f"{sum(lengths)} tokens are left out" in caplog.text
   )
-  assert f"{sum(cut)} of {sum(lengths)} tokens are left out" in caplog.text
   assert max(next(made.data.batches)["attention_mask"].sum(-1)) <= 14
 
 

@@ -6,6 +6,7 @@ chat template and its own masks.
 
 import json
 import math
+import re
 import warnings
 
 import jax
@@ -190,6 +191,56 @@ def test_a_single_file_is_split_and_its_columns_renamed(base, tmp_path):
   assert all(any(learnt) and not all(learnt) for _, learnt in _rows(job))
 
 
+def _losses(workdir):
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def test_packed_rows_train_as_they_do_unpacked(base, tmp_path, caplog):
+  caplog.set_level("INFO", "lorax_flax")
+  data = own_text.write(tmp_path / "data", own_text.chats)
+  found = {}
+  for packing in (False, True):
+    # All rows are in each batch, so that its loss is over the same tokens.
+    changes = {"data.packing": packing, "train.batch_size": 18, "train.steps": 3}
+    settings = own_text.shrunk("chat.py", base[0], data, **changes)
+    workdir = tmp_path / str(packing)
+    found[packing] = (run.run(settings, workdir)["eval_loss"], *_losses(workdir))
+  assert found[True] == pytest.approx(found[False], rel=1e-5)
+  assert found[True][-1] < 0.9 * found[True][1]
+  [packed] = re.findall(r"packed: 18 rows in (\d+), of which", caplog.text)
+  assert int(packed) < 12
+
+
+def test_what_was_found_is_shown(base, tmp_path, caplog):
+  caplog.set_level("INFO", "lorax_flax")
+  data = own_text.write(tmp_path / "data", own_text.chats)
+  changes = {"data.packing": True}
+  job = _prepare(own_text.shrunk("chat.py", base[0], data, **changes), tmp_path)
+  ids, learnt = zip(*_chat(base[1], own_text.chats(18)), strict=True)
+  total, some = sum(map(len, ids)), sum(map(sum, learnt))
+  lengths = sorted(map(len, [*ids, *(ids for ids, _ in _rows(job))]))
+  for line in (
+    "chats, of the columns messages; not read: note",
+    "rows: 18 in train, 5 in validation",
+    f"tokens of a row: {lengths[11]} in the median, {lengths[-1]} in the longest",
+    f"learnt: {some} of {total} tokens in train ({some / total:.1%}), which are in",
+    "padding: ",
+    "packed: 18 rows in ",
+    "example: <|start|>user\none<|end|>\n<|start|>assistant\n⟦one two three<|end|>⟧",
+  ):
+    assert line in caplog.text
+  assert caplog.text.count("example: ") == 3
+
+
+def test_token_ids_are_shown_as_they_are(base, tmp_path, caplog):
+  caplog.set_level("INFO", "lorax_flax")
+  row = {"input_ids": [5, 6, 7, 8], "loss_mask": [1, 0, 1, 1]}
+  data = own_text.write(tmp_path / "data", lambda *_: [row])
+  _prepare(own_text.shrunk("complete.py", base[0], data), tmp_path)
+  assert "example: 5 6⟦7 8⟧" in caplog.text
+
+
 BAD = [
   ({"messages": []}, "line 3: its list of messages is empty"),
   ({"messages": [{"role": "user", "content": "x"}]}, "line 3: no message has the role"),
@@ -220,7 +271,7 @@ def test_a_row_that_can_not_be_is_an_error_or_counted(
   assert job.data.steps_per_epoch == 1  # the four others
   assert "train.jsonl: 2 rows are skipped: " in caplog.text
   assert "(the first: line 3)" in caplog.text
-  assert "train.jsonl: not read: note" in caplog.text
+  assert "not read: note" in caplog.text
 
 
 def test_rows_that_are_too_long_are_cut_and_counted(base, tmp_path, caplog):
@@ -229,7 +280,7 @@ def test_rows_that_are_too_long_are_cut_and_counted(base, tmp_path, caplog):
   changes = {"data.documents": "rows", "data.max_length": 8}
   job = _prepare(own_text.shrunk("complete.py", base[0], data, **changes), tmp_path)
   assert max(len(ids) for ids, _ in _rows(job)) == 8
-  assert "examples are cut to data.max_length = 8 tokens" in caplog.text
+  assert "rows are cut to data.max_length = 8; " in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,13 +12,6 @@ from lorax_flax.data.tokens import Tokens, ragged
 from lorax_flax.errors import LoraxError
 
 
-class Cut(NamedTuple):
-  """The number of rows that were truncated, and of tokens that were cut off."""
-
-  rows: int
-  tokens: int
-
-
 @dataclass(frozen=True)
 class Gathered:
   """The rows of a file.
@@ -27,14 +19,14 @@ class Gathered:
   Attributes:
     file: that they were read from.
     rows: those that are of use.
-    cut: what of them was cut off.
+    lengths_N: number of tokens of each before it was cut.
     skipped: number of rows that were left out, by the reason; the place of the first
       is in it.
   """
 
   file: Path
   rows: Sequences
-  cut: Cut
+  lengths_N: np.ndarray
   skipped: dict[str, int]
 
 
@@ -60,7 +52,7 @@ def gather(
   """
   ids: list[np.ndarray] = []
   labels: list[np.ndarray] = []
-  cut_rows = cut_tokens = 0
+  lengths: list[int] = []
   reasons: Counter[str] = Counter()
   first: dict[str, str] = {}
   for place, made in outcomes:
@@ -72,9 +64,7 @@ def gather(
       first.setdefault(problem, place)
       continue
     ids_T, learnt_T = made
-    over = len(ids_T) - max_length
-    if over > 0:
-      cut_rows, cut_tokens = cut_rows + 1, cut_tokens + over
+    lengths.append(len(ids_T))
     ids.append(ids_T[:max_length])
     labels.append(np.where(learnt_T, ids_T, np.int32(IGNORED))[:max_length])
   skipped = {f"{why} (the first: {first[why]})": n for why, n in reasons.most_common()}
@@ -82,7 +72,7 @@ def gather(
     raise LoraxError(f"{file}: no row is of use: {next(iter(skipped), 'it has none')}")
   ids_S, offsets = ragged(ids)
   rows = Sequences(Tokens(ids_S, offsets, pad_id), ragged(labels)[0])
-  return Gathered(file, rows, Cut(cut_rows, cut_tokens), skipped)
+  return Gathered(file, rows, np.asarray(lengths), skipped)
 
 
 def _problem(made: Encoded | LoraxError, max_length: int, vocab_size: int) -> str:
