@@ -283,6 +283,22 @@ def test_rows_that_are_too_long_are_cut_and_counted(base, tmp_path, caplog):
   assert "rows are cut to data.max_length = 8; " in caplog.text
 
 
+def test_a_line_that_can_not_be_read_is_an_error_or_counted(base, tmp_path, caplog):
+  caplog.set_level("INFO", "lorax_flax")
+  data = own_text.write(tmp_path / "data", own_text.completions)
+  lines = [json.dumps(row) for row in own_text.completions(5)]
+  lines[1:1] = ["{", '{"prompt": "a"}', "[]", "{"]
+  (data / "train.jsonl").write_text("\n".join(lines))
+  with pytest.raises(LoraxError, match=r"train\.jsonl: line 2 is not JSON"):
+    _prepare(own_text.shrunk("complete.py", base[0], data), tmp_path)
+  changes = {"data.bad_rows": "skip", "train.batch_size": 1}
+  job = _prepare(own_text.shrunk("complete.py", base[0], data, **changes), tmp_path)
+  assert job.data.steps_per_epoch == 5
+  assert "train.jsonl: 2 rows are skipped: is not JSON" in caplog.text
+  assert "1 rows are skipped: has no completion (the first: line 3)" in caplog.text
+  assert "1 rows are skipped: is no object: [] (the first: line 4)" in caplog.text
+
+
 @pytest.mark.parametrize(
   ("rows", "changes", "message"),
   [

@@ -154,7 +154,7 @@ def _eos(tokenizer: Tokenizer) -> int:
 
 
 def _ended(made: Encoded, eos: int) -> Encoded:
-  """With an EOS at the end, which is learnt; some tokenizers have written it."""
+  """The row with one EOS at its end, learnt; some tokenizers have written it."""
   if len(made.ids_T) and made.ids_T[-1] == eos:
     made = Encoded(made.ids_T[:-1], made.learnt_T[:-1])
   ids_T = np.append(made.ids_T, np.int32(eos))

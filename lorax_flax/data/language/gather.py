@@ -76,7 +76,7 @@ def gather(
 
 
 def _problem(made: Encoded | LoraxError, max_length: int, vocab_size: int) -> str:
-  """What makes a row of no use; "" where nothing does."""
+  """The reason why a row is of no use; "" where it is of use."""
   if isinstance(made, LoraxError):
     return str(made)
   ids_T, learnt_T = made

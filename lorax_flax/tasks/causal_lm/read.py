@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -24,7 +25,7 @@ TOKEN_IDS = "token_ids"
 
 
 class Found(NamedTuple):
-  """What is in a user's files.
+  """The content of a user's files.
 
   Attributes:
     form: a key of `forms.FORMS`.
@@ -49,23 +50,28 @@ def read(settings: TextSettings, model: Located) -> Found:
     )
   if settings.max_length < 2:
     raise LoraxError("data.max_length must be at least 2: a token follows from another")
-  tables = splits.read_splits(settings.path, settings.held_out)
-  form, chosen = forms.find(tables, settings.columns, tuple(_ENCODE))
+  skip = settings.bad_rows == "skip"
+  tables = splits.read_splits(settings.path, settings.held_out, skip=skip)
+  form, chosen = forms.find(tables, settings.columns, tuple(_ENCODE), skip=skip)
   if form == TOKEN_IDS:
     for table in tables.values():
       _check_names(settings, table)
   rows = {
     split: gather(
       table.file,
-      _ENCODE[form](settings, model.folder, table),
+      itertools.chain(_unread(table), _ENCODE[form](settings, model.folder, table)),
       max_length=settings.max_length,
       vocab_size=model.config.vocab_size,
       pad_id=getattr(model.config, "pad_token_id", None) or 0,
-      skip=settings.bad_rows == "skip",
+      skip=skip,
     )
     for split, table in chosen.items()
   }
   return Found(form, tables, rows)
+
+
+def _unread(table: Table) -> Outcomes:
+  return ((bad.place, LoraxError(bad.why)) for bad in table.bad)
 
 
 def _check_names(settings: TextSettings, table: Table) -> None:
