@@ -18,7 +18,7 @@ from lorax_flax.jobs.abstract import abstract
 from lorax_flax.tasks import task as tasks
 from tests.experiments import peers
 
-WORDS = ["a", "man", "plan", "canal", "panama", "was", "it", "i", "saw", "no", "lemon", "melon"]
+WORDS = [word for word in peers.WORDS.split() if word.isalpha() and word != "cat"]
 STEPS = 24
 
 

@@ -1,4 +1,4 @@
-"""The task of a user's own texts: how files become a task, and what they may not hold."""
+"""A user's own texts: how files become a task, and what they may not hold."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_a_task_follows_from_its_files(
 @pytest.mark.parametrize("labels", [(1.5, 2), (["x"], ["y"])])
 def test_smoothing_is_for_single_classes(tmp_path, labels):
   task = _open(_file(tmp_path, _rows(*labels)))
-  with pytest.raises(LoraxError, match="label_smoothing means nothing for texts"):
+  with pytest.raises(LoraxError, match=r"label_smoothing means nothing for texts"):
     task.objective(0.1)
 
 
@@ -86,7 +86,7 @@ def test_a_row_that_cannot_be_is_named_by_file_and_line(tmp_path, row, message):
 def test_a_class_that_validation_alone_has(tmp_path):
   _file(tmp_path, _rows("x", "y"), "train.jsonl")
   _file(tmp_path, _rows("x", "y", "z"), "validation.jsonl")
-  with pytest.raises(LoraxError, match="validation.jsonl: line 3: no row .* 'z'"):
+  with pytest.raises(LoraxError, match=r"validation.jsonl: line 3: no row .* 'z'"):
     _open(tmp_path)
 
 
@@ -107,5 +107,5 @@ def test_settings_that_cannot_be(tmp_path, fields, message):
 
 
 def test_a_path_is_needed():
-  with pytest.raises(LoraxError, match="data.path: which file"):
+  with pytest.raises(LoraxError, match=r"data.path: which file"):
     tasks.opened(TextsSettings("texts"))
