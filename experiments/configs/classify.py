@@ -5,9 +5,10 @@ text_pair where there are two texts, or a folder with train and validation files
 --config.data.columns.label=sentiment names a column that is called otherwise. Of a
 single file a tenth is held out. Any encoder will do: --config.model.path=MODEL.
 
-Expected: EXPECTED
+Expected: what your data allows. On 2,000 headlines of quickstart.py, as a CSV, accuracy
+0.899 and macro F1 0.898 on the 198 of them that are held out.
 
-Hardware: 2 CPU cores; MiniLM takes some 60 short texts a second.
+Hardware: 2 CPU cores, which take three minutes for those 2,000 headlines.
 Command:
   python -m experiments.run --config=classify.py --config.data.path=DATA \
     --config.data.columns.text=Review --config.data.columns.label=sentiment

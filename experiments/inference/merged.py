@@ -57,10 +57,10 @@ def load(base: str, adapter: str | None) -> Merged:
   outputs = adapters.num_labels(adapter, model.keymap) if adapter else None
   loaded = registry.load(folder, num_labels=outputs, new_head=outputs is not None)
   brought: set[str] = set()
-  own = None
+  own, problem_type = None, None
   if adapter:
     saved = adapters.read(adapter, loaded.params, loaded.keymap)
-    deltas, own = saved.adapter, saved.labels
+    deltas, own, problem_type = saved.adapter, saved.labels, saved.problem_type
     brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
     loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
   if absent := set(loaded.new_paths) - brought:
@@ -71,13 +71,16 @@ def load(base: str, adapter: str | None) -> Merged:
       "or a base that has one"
     )
   if adapter and model.family.has_labels:
-    hf_config = _with_labels(loaded, adapter, own)
+    hf_config = _with_labels(loaded, adapter, own, problem_type)
     loaded = dataclasses.replace(loaded, hf_config=hf_config)
   return Merged(loaded, folder)
 
 
 def _with_labels(
-  loaded: registry.Loaded, adapter: str, own: Sequence[str] | None
+  loaded: registry.Loaded,
+  adapter: str,
+  own: Sequence[str] | None,
+  problem_type: str | None,
 ) -> Mapping[str, Any]:
   """The config.json with the names that the adapter has; or else the base's, as PEFT
   keeps them, unless the adapter's head has another number of outputs."""
@@ -85,7 +88,7 @@ def _with_labels(
   if own is not None:
     if len(own) != count:
       raise LoraxError(f"{adapter} names {len(own)} labels, and its head has {count}")
-    return export.with_head(hf_config, own)
+    return export.with_head(hf_config, own, problem_type)
   if fields.labels_in(hf_config) in (None, count):
     return hf_config
   names = [f"LABEL_{i}" for i in range(count)]

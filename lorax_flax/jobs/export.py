@@ -36,6 +36,7 @@ def export(
         task_type=task_type,
         base_name=base_name,
         labels=None if task.labels is None else tuple(task.labels),
+        problem_type=task.problem_type,
       )
       native.write_adapter(target, saved)
       return
@@ -46,6 +47,7 @@ def export(
       config,
       base_name=base_name,
       labels=task.labels,
+      problem_type=task.problem_type,
       task_type=task_type,
     )
 
@@ -60,6 +62,7 @@ def export(
       loaded.hf_config,
       architecture=loaded.family.architecture,
       labels=task.labels,
+      problem_type=task.problem_type,
       base=loaded.folder,
       overwrite=True,
     )

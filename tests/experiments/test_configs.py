@@ -61,6 +61,7 @@ TOKENS = (
 OWN = ("chat", "complete")  # on text of one's own
 SPECS = [
   *("quickstart.py", "quickstart.py:full"),
+  *("classify.py", "classify.py:full"),
   *(f"glue_{task}.py{v}" for task in BASE for v in VARIANTS),
   *(f"{name}.py{v}" for name in (*TOKENS, *OWN) for v in ("", ":full")),
 ]

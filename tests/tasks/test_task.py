@@ -26,7 +26,7 @@ LENGTH = 8
 
 
 def test_every_dataset_and_next_token_is_a_row():
-  assert set(task.TASKS) == {*tasks.TASKS, "next_token"}
+  assert set(task.TASKS) == {*tasks.TASKS, "next_token", "texts"}
   assert task.of(GlueSettings("stsb")).labels == ("score",)
   assert task.of(GlueSettings("rte")).num_labels == 2
 
@@ -171,7 +171,7 @@ def test_a_tasks_own_setting_is_in_the_help(registers):
   text = config_flag.help_text([registers, "--config.data.modulus=2"])
   assert "\n  data.modulus = None\n      the sum of a row's tokens is its" in text
   assert "\n  data.buckets = 1\n" in text
-  assert "\n  data.path (next_token)" in text
+  assert "\n  data.path (next_token, texts)" in text
 
 
 @pytest.mark.parametrize(

@@ -105,30 +105,30 @@ def _of_table(table: Table) -> Iterator[_Label]:
 
 
 def _type(label: _Label) -> str:
-  """The type that a label looks to be of: "name", "integer", …."""
+  """The type that a label looks to be of: "a name", "an integer", …."""
   value = label.value
   if isinstance(value, bool):
-    return "boolean"
+    return "a boolean"
   if isinstance(value, int) or (isinstance(value, str) and _is_integer(value)):
-    return "integer"
+    return "an integer"
   if isinstance(value, float) or (isinstance(value, str) and _is_number(value)):
-    return "number"
+    return "a number"
   if isinstance(value, str | list):
-    return "name" if isinstance(value, str) else "list"
+    return "a name" if isinstance(value, str) else "a list"
   raise label.error("is no name, number, boolean or list of names")
 
 
 def _kind(labels: Sequence[_Label]) -> str:
   types = [_type(label) for label in labels]
   found = Counter(types)
-  if found.keys() <= {"integer", "number"} and "number" in found:
+  if found.keys() <= {"an integer", "a number"} and "a number" in found:
     return NUMBER
   if len(found) == 1:
-    return SEVERAL if "list" in found else CLASSES
+    return SEVERAL if "a list" in found else CLASSES
   usual, count = found.most_common(1)[0]
   odd = labels[next(i for i, name in enumerate(types) if name != usual)]
-  rest = "" if "list" in found else f"; mend it, {_AS_NAMES}"
-  raise odd.error(f"is a {_type(odd)}, and {count:,} other rows have a {usual}{rest}")
+  rest = "" if "a list" in found else f"; mend it, {_AS_NAMES}"
+  raise odd.error(f"is {_type(odd)}, and {count:,} other rows have {usual}{rest}")
 
 
 def _is_integer(text: str) -> bool:
@@ -146,7 +146,7 @@ def _is_number(text: str) -> bool:
 
 def _number(label: _Label) -> np.float32:
   value = label.value
-  if isinstance(value, bool | list) or _type(label) == "name":
+  if isinstance(value, bool | list) or _type(label) == "a name":
     raise label.error("is no number")
   with np.errstate(over="ignore"):
     found = np.float32(value)

@@ -43,6 +43,7 @@ class Saved:
     labels: names of the classes.
     dtypes: of the tensors of the PEFT folder that it was read from, by key; None: of
       another form.
+    problem_type: transformers', where the number of labels does not say it.
   """
 
   adapter: Adapter
@@ -52,6 +53,7 @@ class Saved:
   revision: str | None = None
   labels: tuple[str, ...] | None = None
   dtypes: Mapping[str, str] | None = None
+  problem_type: str | None = None
 
 
 def is_ours(folder: Path) -> bool:
@@ -71,6 +73,7 @@ def write_adapter(folder: str | Path, saved: Saved) -> None:
     "config": dataclasses.asdict(saved.config),
     "deltas": {path: _about(delta) for path, delta in saved.adapter.items()},
     **{name: getattr(saved, name) for name in _SAID},
+    _PROBLEM: saved.problem_type,
   }
   with atomic.new_folder(Path(folder).expanduser(), overwrite=True) as scratch:
     with ocp.StandardCheckpointer() as checkpointer:
@@ -95,6 +98,7 @@ def read_adapter(folder: str | Path, params: Any) -> Saved:
   try:
     config = LoraConfig(**{k: _frozen(v) for k, v in about["config"].items()})
     said = {name: _frozen(about[name]) for name in _SAID}
+    said[_PROBLEM] = about.get(_PROBLEM)  # Older folders have none.
     shells = {
       path: _shell(path, each, leaves) for path, each in about["deltas"].items()
     }
@@ -119,6 +123,7 @@ def num_labels(folder: str | Path, keymap: KeyMap) -> int | None:
     raise _damaged(folder / FILE, error) from error
 
 
+_PROBLEM = "problem_type"
 _SAID = ("task_type", "base_name", "revision", "labels", "dtypes")
 
 

@@ -29,8 +29,8 @@ def draw(file: Path, table: Mapping[str, Any], title: str) -> None:
   shown = axes.imshow(shares_CxC, cmap="Blues", vmin=0.0, vmax=1.0)
   figure.colorbar(shown, label="share of the true class")
   short = [name if len(name) <= 24 else f"{name[:23]}…" for name in labels]
-  axes.set_xticks(range(len(labels)), short, rotation=45, ha="right")
-  axes.set_yticks(range(len(labels)), short)
+  axes.set_xticks(range(len(labels)), short, rotation=45, ha="right", parse_math=False)
+  axes.set_yticks(range(len(labels)), short, parse_math=False)
   axes.set_xlabel("predicted")
   axes.set_ylabel("true")
   if len(labels) <= _MOST_NUMBERS:
