@@ -12,10 +12,12 @@ from lorax_flax.errors import LoraxError, check_known
 class TextSettings(DataSettings):
   """Settings of a language model's own data.
 
+  Columns of its files: messages (chats); prompt and completion; text (documents); or
+  input_ids and, where not all are learnt, loss_mask.
+
   Attributes:
     path: a file, or a folder with train.* and validation.* (or test.*): .jsonl, .json,
-      .csv, .tsv or .parquet. Its columns are messages (chats), prompt and completion,
-      text (documents), or input_ids and, where not all are learnt, loss_mask.
+      .csv, .tsv or .parquet.
     columns: the file's own name of a column, where it has another, as in
       data.columns.text=body.
     held_out: share of a single file's rows that are held out to evaluate.
