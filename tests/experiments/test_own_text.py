@@ -299,6 +299,21 @@ def test_a_line_that_can_not_be_read_is_an_error_or_counted(base, tmp_path, capl
   assert "1 rows are skipped: is no object: [] (the first: line 4)" in caplog.text
 
 
+def test_most_reasons_are_shown(base, tmp_path, caplog):
+  caplog.set_level("INFO", "lorax_flax")
+  data = own_text.write(tmp_path / "data", own_text.completions)
+  bad = [{"prompt": i, "completion": "x"} for i in (1, 2, 2, 3, 4, 5, 6, 7)]
+  lines = [json.dumps(row) for row in [*bad, *own_text.completions(5)]]
+  (data / "train.jsonl").write_text("\n".join(lines))
+  changes = {"data.bad_rows": "skip"}
+  _prepare(own_text.shrunk("complete.py", base[0], data, **changes), tmp_path)
+  assert "2 rows are skipped: prompt is a text, not 2 (the first: line 2)" in (
+    caplog.text
+  )
+  assert caplog.text.count("rows are skipped: ") == 5
+  assert "train.jsonl: 2 more rows are skipped" in caplog.text
+
+
 @pytest.mark.parametrize(
   ("rows", "changes", "message"),
   [

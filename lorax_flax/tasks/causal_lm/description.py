@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lorax_flax.data import pipeline
+from lorax_flax.data.language.gather import Gathered
 from lorax_flax.data.own import summary
 from lorax_flax.data.own.splits import TRAIN
 from lorax_flax.data.sequences import IGNORED, Sequences
@@ -14,6 +15,7 @@ from lorax_flax.tasks.causal_lm.read import TOKEN_IDS, Found
 from lorax_flax.tasks.causal_lm.settings import TextSettings
 
 _EXAMPLES, _LONGEST = 3, 800  # that are shown, and characters of one
+_REASONS = 5  # for which rows are skipped, that are shown
 # Token ids -> text.
 Decode = Callable[[list[int]], str]
 
@@ -33,19 +35,26 @@ def describe(
     *summary.of_files(found.tables, found.form, settings.columns),
     *_windows(settings, found),
     summary.of_lengths(lengths_N, settings.max_length),
-    *(
-      f"{each.file}: {number:,} rows are skipped: {why}"
-      for each in found.rows.values()
-      for why, number in each.skipped.items()
-    ),
-    f"learnt: {predicted(rows).sum():,} of {len(rows.labels_S):,} tokens in {TRAIN} "
-    f"({predicted(rows).mean():.1%}), which are in ⟦…⟧ below",
+    *(line for each in found.rows.values() for line in _skipped(each)),
+    f"learnt: {_predicted(rows).sum():,} of {len(rows.labels_S):,} tokens in {TRAIN} "
+    f"({_predicted(rows).mean():.1%}), which are in ⟦…⟧ below",
     *_padding(settings, rows, trained),
     *_examples(rows, _decoder(found.form, folder)),
   ]
 
 
-def predicted(rows: Sequences) -> np.ndarray:
+def _skipped(found: Gathered) -> list[str]:
+  """Lines with the reasons of the most rows, and the number of others."""
+  reasons = list(found.skipped.items())
+  lines = [
+    f"{found.file}: {number:,} rows are skipped: {why}"
+    for why, number in reasons[:_REASONS]
+  ]
+  rest = sum(number for _, number in reasons[_REASONS:])
+  return [*lines, f"{found.file}: {rest:,} more rows are skipped"] if rest else lines
+
+
+def _predicted(rows: Sequences) -> np.ndarray:
   """Bool (S,): True for a token that is learnt, which a row's first never is."""
   learnt_S = rows.labels_S != IGNORED
   learnt_S[rows.tokens.offsets[:-1]] = False
@@ -82,7 +91,7 @@ def _decoder(form: str, folder: Path) -> Decode:
 
 
 def _examples(rows: Sequences, decode: Decode) -> list[str]:
-  learnt_S, lines = predicted(rows), []
+  learnt_S, lines = _predicted(rows), []
   for number in range(min(_EXAMPLES, len(rows))):
     place = slice(*rows.tokens.offsets[number : number + 2])
     text = _marked(rows.tokens.input_ids_S[place], learnt_S[place], decode)
