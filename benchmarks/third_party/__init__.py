@@ -4,7 +4,7 @@ FRAMEWORKS = ("linen", "transformers_flax", "nnx", "equinox", "haiku", "others")
 
 # Distributions that the models come from, of the extra `third_party`.
 LIBRARIES = (
-  "flax", "transformers", "flaxmodels", "nano-moe-jax", "e3nn-jax", "jax-image-models",
+  "flax", "transformers", "flaxmodels", "nano-moe-jax", "e3nn-jax",
   "mamba2-jax", "mamba3-jax", "jaxkan", "jraphx", "attnax", "equinox", "equimo",
   "jaxonmodels", "flowjax", "diffrax", "dm-haiku", "jraph", "distrax", "keras",
   "penzai", "inox",

@@ -8,7 +8,6 @@ from benchmarks.third_party.check import Model
 
 X = jax.random.normal(jax.random.key(0), (2, 5, 6))
 IDS = jax.random.randint(jax.random.key(0), (2, 9), 0, 97)
-IMAGES = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
 
 
 def _model(module, *inputs, call=lambda module, *xs: module(*xs)) -> Model:
@@ -36,43 +35,6 @@ def lora_own():
   rngs = nnx.Rngs(0)
   layers = nnx.LoRALinear(6, 7, lora_rank=2, rngs=rngs), nnx.Linear(7, 3, rngs=rngs)
   return _model(nnx.Sequential(*layers), X)
-
-
-def _unsharded():
-  """Jimm's layers name mesh axes, which Flax else asks a mesh for."""
-  nnx.use_eager_sharding(False)
-
-
-def jimm_vit():
-  _unsharded()
-  from jimm.models import VisionTransformer
-
-  sizes = {"img_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2}
-  return _model(
-    VisionTransformer(5, **sizes, mlp_dim=24, hidden_size=16, rngs=nnx.Rngs(0)), IMAGES
-  )
-
-
-def jimm_clip():
-  _unsharded()
-  from jimm.models import CLIP
-
-  module = CLIP(16, 1, 64, 8, 9, 97, 64, 1, 1, rngs=nnx.Rngs(0))
-  return _model(module, IMAGES, IDS)
-
-
-def jimm_dinov2():
-  _unsharded()
-  from jimm.models import DINOv2Model
-
-  return _model(DINOv2Model(16, 8, 3, 16, 2, 2, 24, rngs=nnx.Rngs(0)), IMAGES)
-
-
-def jimm_dinov3():
-  _unsharded()
-  from jimm.models import DINOv3Model
-
-  return _model(DINOv3Model(16, 8, 3, 16, 2, 2, 24, rngs=nnx.Rngs(0)), IMAGES)
 
 
 def mamba2():
@@ -143,7 +105,7 @@ def attnax_decoder():
 MODELS = {
   build.__name__: build
   for build in (
-    lstm, attention, lora_own, jimm_vit, jimm_clip, jimm_dinov2, jimm_dinov3, mamba2,
+    lstm, attention, lora_own, mamba2,
     mamba3, mamba3_mimo, jaxkan_chebyshev, jaxkan_spline, jaxkan_actnet, jraphx_gat,
     jraphx_gin, attnax_decoder,
   )

@@ -1,11 +1,19 @@
 """The table of third-party models, on rows that need no library beyond the tests'."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks.third_party import __main__ as table
 from benchmarks.third_party import check, equinox, haiku, linen
 from lorax_flax.adapt.interpret import product_rules
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+  """optax, and other people's models, rely on it."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
 
 
 @pytest.mark.parametrize("build", [linen.lstm, equinox.attention, haiku.attention])
