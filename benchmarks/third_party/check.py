@@ -1,4 +1,4 @@
-"""What must hold of an adapter on a model that nobody here wrote, as one table row."""
+"""An adapter on a model that nobody here wrote: what must hold, as a row of a table."""
 
 import functools
 import inspect
@@ -33,7 +33,7 @@ class Model(NamedTuple):
 
 
 class Row(NamedTuple):
-  """What was measured of one model.
+  """Measurements of one model.
 
   Attributes:
     targets: number of weights that got a delta, of those that a contraction consumes.

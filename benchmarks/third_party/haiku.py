@@ -33,7 +33,7 @@ def lstm():
 
 
 def attention():
-  return _model(lambda x: hk.MultiHeadAttention(2, 4, w_init_scale=1.0)(x, x, x), X)
+  return _model(lambda x: hk.MultiHeadAttention(2, 4, w_init=jnp.zeros)(x, x, x), X)
 
 
 def resnet():

@@ -62,15 +62,6 @@ def spectral_norm():
   return _model(Net(), X)
 
 
-def flaxmodels_gpt2():
-  from flaxmodels.gpt2.gpt2 import GPT2Model
-  from transformers import GPT2Config
-
-  config = GPT2Config(97, n_positions=24, n_embd=32, n_layer=2, n_head=4)
-  module = GPT2Model(config, param_dict={})  # empty: nothing is read from a file
-  return _model(module, IDS)
-
-
 def flaxmodels_resnet():
   from flaxmodels import ResNet18
 
@@ -112,6 +103,6 @@ MODELS = {
   build.__name__: build
   for build in (
     lstm, gru_bidirectional, conv_lstm, attention_cached, weight_norm, spectral_norm,
-    flaxmodels_gpt2, flaxmodels_resnet, flaxmodels_stylegan, nano_moe, e3nn_linear,
+    flaxmodels_resnet, flaxmodels_stylegan, nano_moe, e3nn_linear,
   )
 }  # fmt: skip
