@@ -97,7 +97,7 @@ def _shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
 
 def rows(
   settings: DataSettings, task: Task, model: registry.Loaded
-) -> tuple[Splits, tuple[int, ...]]:
+) -> tuple[Splits[Rows], tuple[int, ...]]:
   """The task's rows, and the padded lengths of their batches."""
   splits = task.read(settings, model)
   train, evaluation = splits
@@ -136,7 +136,7 @@ def padded_lengths(
 
 
 def batches(
-  splits: Splits, lengths: tuple[int, ...], configs: Sequence[TrainConfig]
+  splits: Splits[Rows], lengths: tuple[int, ...], configs: Sequence[TrainConfig]
 ) -> Data:
   """Batches of N >= 1 runs, whose order is each one's seed's."""
   first = configs[0]
@@ -197,7 +197,7 @@ def with_dropout(model: registry.Outline, settings: ModelSettings) -> Any:
 
 
 def plan(
-  lora: Adapted, model: registry.Loaded, splits: Splits, lengths: tuple[int, ...]
+  lora: Adapted, model: registry.Loaded, splits: Splits[Rows], lengths: tuple[int, ...]
 ) -> Plan:
   """The plan of the adapter, by a batch of one row."""
   example = pipeline.evaluation(splits.train, pipeline.Shape(1, lengths))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,18 @@ log = logging.getLogger(__name__)
 _TRAIN, _HELD_OUT = "train", "validation"
 
 
+@dataclass(frozen=True)
+class FolderSettings(DataSettings):
+  """Settings of token ids in a folder.
+
+  Attributes:
+    path: a folder with train.jsonl and validation.jsonl, whose lines
+      `lorax_flax.data.sequences` reads.
+  """
+
+  path: str | None = None
+
+
 def _objective(label_smoothing: float) -> Objective:
   """Cross entropy of the next token; loss and perplexity are means over tokens."""
   return Objective(
@@ -33,7 +46,7 @@ def _objective(label_smoothing: float) -> Objective:
   )
 
 
-def _read(settings: DataSettings, model: Loaded) -> Splits:
+def _read(settings: FolderSettings, model: Loaded) -> Splits:
   if settings.path is None:
     raise LoraxError(
       f"data.path: which folder has {_TRAIN}.jsonl and {_HELD_OUT}.jsonl?"
@@ -63,7 +76,7 @@ TASK = Task(
   model="causal-lm",
   num_labels=None,
   labels=None,
-  settings=("path",),
+  settings=FolderSettings,
   read=_read,
   blank=lambda model, length: sequences.blank(length),
   objective=_objective,

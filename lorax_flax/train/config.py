@@ -5,7 +5,7 @@ import math
 import typing
 from dataclasses import dataclass
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known, unknown
 from lorax_flax.train.optim import SCHEDULES
 
 
@@ -69,8 +69,7 @@ class TrainConfig:
         raise LoraxError(f"give one of {_names(names)}, not several")
     if not _given(self, ("steps", "epochs")):
       raise LoraxError("how long to train? Give train.steps or train.epochs")
-    if self.schedule not in SCHEDULES:
-      raise LoraxError(unknown("train.schedule", self.schedule, SCHEDULES))
+    check_known("train.schedule", self.schedule, SCHEDULES)
     if self.on_nonfinite not in ON_NONFINITE:
       raise LoraxError(unknown("train.on_nonfinite", self.on_nonfinite, ON_NONFINITE))
     for name in _given(self, _POSITIVE):

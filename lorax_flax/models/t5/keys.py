@@ -6,9 +6,9 @@ from lorax_flax.hub.checkpoints.entries import (
   embedding,
   linear,
   norm,
-  weight_and_bias,
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.models.t5.config import T5Config
 
 _RELATIVE = "relative_attention_bias"
 
@@ -17,14 +17,6 @@ _REPEATS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 # An unused table of relative positions that cross-attention has in old checkpoints.
 _UNUSED = (f"decoder.block.0.layer.1.EncDecAttention.{_RELATIVE}.weight",)
-
-# Heads of classifiers and of questions' spans.
-_OTHER = weight_and_bias(
-  "classification_head.dense",
-  "classification_head.out_proj",
-  "classifier",
-  "qa_outputs",
-)
 
 
 def _sublayer(path: str, name: str, key: str, module: str, linears) -> Entries:
@@ -55,16 +47,9 @@ def _stack(name: str, i: str, sublayers) -> Entries:
   )
 
 
-def keymap(
-  num_layers: int, num_decoder_layers: int, gated: bool, tied: bool, scan: bool = False
-) -> KeyMap:
-  """The key map of a T5.
-
-  Args:
-    gated: the MLP has two input layers, wi_0 and wi_1.
-    tied: the head is the token embeddings.
-  """
-  up = ("wi_0", "wi_1") if gated else ("wi",)
+def keymap(c: T5Config, scan: bool) -> KeyMap:
+  """The key map of a T5."""
+  up, tied = ("wi_0", "wi_1") if c.gated else ("wi",), c.scale_decoder_outputs
   attend = ("attention", "SelfAttention", tuple("qkvo"))
   cross = ("cross_attention", "EncDecAttention", tuple("qkvo"))
   mlp = ("mlp", "DenseReluDense", (*up, "wo"))
@@ -78,11 +63,10 @@ def keymap(
       *_stack("decoder", "j", (attend, cross, mlp)),
       *(() if tied else head),
     ),
-    counts={"i": num_layers, "j": num_decoder_layers},
+    counts={"i": c.num_layers, "j": c.decoder_layers},
     scan=scan,
     anchor="encoder.final_layer_norm.weight",
     buffers=_UNUSED,
-    other_heads=_OTHER,
     ties=dict.fromkeys(
       (*_REPEATS, "lm_head.weight") if tied else _REPEATS, "shared.weight"
     ),

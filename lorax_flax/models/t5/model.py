@@ -160,17 +160,8 @@ class Stack(Part[T5Config]):
       bidirectional=self.bidirectional,
       max_distance=c.relative_attention_max_distance,
     )
-    x_BxTxD = stacking.stack(
-      self.layer,
-      (c, self.dtype, self.deterministic),
-      self.count,
-      drop(x_BxTxD),
-      bias_HxTxT,
-      seen_BxTxT,
-      *other,
-      scan=self.scan,
-      remat=self.remat,
-    )
+    args, shared = (c, self.dtype, self.deterministic), (bias_HxTxT, seen_BxTxT, *other)
+    x_BxTxD = stacking.stack(self, self.layer, args, self.count, drop(x_BxTxD), *shared)
     return drop(layers.RmsNorm(c.layer_norm_epsilon, name="norm")(x_BxTxD))
 
 
@@ -232,13 +223,7 @@ FAMILIES = {
     architecture="T5ForConditionalGeneration",
     configure=from_hf,
     build=ConditionalGenerator,
-    keymap=lambda config, scan: t5_keys.keymap(
-      config.num_layers,
-      config.decoder_layers,
-      config.gated,
-      config.scale_decoder_outputs,
-      scan,
-    ),
+    keymap=t5_keys.keymap,
     inputs=inputs,
     max_length=lambda config: config.n_positions,
     dropout=("dropout_rate",),
