@@ -22,6 +22,7 @@ from experiments.cli.config_dict import Values
 from lorax_flax.errors import LoraxError, prefixed
 from lorax_flax.jobs.settings import Settings
 from lorax_flax.train import trials as together
+from lorax_flax.train.optimizers import OPTIMIZERS
 
 # The fields that are data in one program, so that trials may differ in them.
 _DATA = {
@@ -186,6 +187,8 @@ def _shape(settings: Settings) -> dict[str, Any]:
     if name not in _DATA.get(section, ())
   }
   found["init_adapter"] = settings.init_adapter
+  if not OPTIMIZERS[settings.train.optimizer].by_element:
+    found["lora.rank"] = settings.lora.rank  # Padding would change the steps.
   if _drops_by_length(settings):
     # The order of the examples makes the lengths of the batches.
     found["seed (dropout's draws go by a batch's length: data.buckets=1 is one)"] = (

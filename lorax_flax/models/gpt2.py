@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D n_embd, V vocab_size.
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,7 @@ from lorax_flax.hub.checkpoints.entries import (
   norm,
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.models import head as heads
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
@@ -119,13 +121,15 @@ class LanguageModel(Model[GPT2Config]):
     attention_mask: jax.Array,
     *,
     deterministic: bool = True,
-  ) -> jax.Array:
-    """Logits, BxTxV float32.
+    readout: heads.Readout = heads.logits,
+  ) -> Any:
+    """Logits, BxTxV float32, or another readout.
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
         Positions count from the first column, whatever the mask.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
+      readout: makes the outputs of the head and of what it takes.
 
     Raises:
       LoraxError: a text with more tokens than positions.
@@ -145,9 +149,10 @@ class LanguageModel(Model[GPT2Config]):
     )
     x_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_f")(x_BxTxD)
     if c.tie_word_embeddings:
-      return layers.logits(x_BxTxD, words)
-    head = self.dense(c.vocab_size, ("embed", "vocab"), "lm_head", bias=False)
-    return head(x_BxTxD).astype(jnp.float32)
+      return readout(heads.tied(words.embedding), x_BxTxD)
+    std = c.initializer_range
+    head = heads.Linear(c.vocab_size, std, name="lm_head")(c.n_embd)
+    return readout(head, x_BxTxD)
 
 
 # Names in a checkpoint

@@ -171,12 +171,6 @@ def embed(
   return Embed(rows, features, embedding_init=init, name=name, along=along)
 
 
-def logits(x_BxTxD: jax.Array, table: nn.Embed) -> jax.Array:
-  """Logits of a head that is tied to the embeddings, BxTxV float32."""
-  table_VxD = table.embedding.astype(x_BxTxD.dtype)
-  return jnp.einsum("BTD,VD->BTV", x_BxTxD, table_VxD).astype(jnp.float32)
-
-
 class MLP(Part[Any]):
   """Two dense layers with an activation between, and dropout behind.
 

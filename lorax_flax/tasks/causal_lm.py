@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
+
 from lorax_flax.data import sequences
 from lorax_flax.data.config import DataSettings
 from lorax_flax.errors import LoraxError
+from lorax_flax.models.head import Head
 from lorax_flax.tasks.task import Splits, Task
 from lorax_flax.train import losses
 from lorax_flax.train.objective import Objective, Throughput
+from lorax_flax.train.token_scores import TokenScores, next_labels, token_scores
 
 if TYPE_CHECKING:
   from lorax_flax.models.registry import Loaded
@@ -41,9 +45,14 @@ def _objective(label_smoothing: float) -> Objective:
     eval_loss=losses.next_token(),  # A perplexity is of the loss without smoothing.
     metrics=("perplexity",),
     primary="perplexity",
-    predictions=lambda logits_BxTxV: None,  # A vocabulary is wide.
+    predictions=lambda scores: None,
     throughput=Throughput("tokens", "attention_mask"),
+    readout=_scores,
   )
+
+
+def _scores(head: Head, x_BxTxD: jax.Array, batch: losses.Batch) -> TokenScores:
+  return token_scores(head, x_BxTxD, next_labels(batch["labels"]))
 
 
 def _read(settings: FolderSettings, model: Loaded) -> Splits:

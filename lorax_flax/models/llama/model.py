@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.models import head as heads
 from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.layers import Model, Module, Part
 from lorax_flax.models.llama import moe
@@ -128,13 +129,16 @@ def _stacked(*kinds: jax.Array) -> jax.Array:
 
 
 class Decoder(Part[DecoderConfig]):
-  """Embeddings, layers and the final norm; logits too, if the head is tied."""
+  """Embeddings, layers and the final norm."""
 
   scan: bool
   remat: str
 
   @nn.compact
-  def __call__(self, input_ids_BxT, mask_BxT, positions_BxT, lengths_B) -> jax.Array:
+  def __call__(
+    self, input_ids_BxT, mask_BxT, positions_BxT, lengths_B
+  ) -> tuple[jax.Array, jax.Array]:
+    """x_BxTxD, and the table of token embeddings, VxD."""
     c, dtype = self.config, self.dtype
     words = self.table(c.vocab_size, c.hidden_size, "embed_tokens", "vocab")
     x_BxTxD = words(input_ids_BxT).astype(dtype)
@@ -156,10 +160,7 @@ class Decoder(Part[DecoderConfig]):
     x_BxTxD = stacking.stack(
       self, Layer, args, c.num_hidden_layers, x_BxTxD, mask_BxT, turned, each=each
     )
-    x_BxTxD = _norm(c, "norm")(x_BxTxD)
-    if not c.tie_word_embeddings:
-      return x_BxTxD
-    return jnp.einsum("BTD,VD->BTV", x_BxTxD, words.embedding.astype(dtype))
+    return _norm(c, "norm")(x_BxTxD), words.embedding
 
 
 class CausalLM(Model[DecoderConfig]):
@@ -173,14 +174,16 @@ class CausalLM(Model[DecoderConfig]):
     position_ids: jax.Array | None = None,
     *,
     deterministic: bool = True,
-  ) -> jax.Array:
-    """Logits of the next token at each position, BxTxV float32.
+    readout: heads.Readout = heads.logits,
+  ) -> Any:
+    """Logits of the next token at each position, BxTxV float32, or another readout.
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
         Where it is 0 the logits are meaningless.
       position_ids: BxT int32; by default 0, 1, 2, …, padding included.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
+      readout: makes the outputs of the head and of what it takes.
     """
     c, dtype = self.config, self.dtype
     seen_BxT = attention_mask != 0
@@ -191,10 +194,10 @@ class CausalLM(Model[DecoderConfig]):
     # Each row's own: an answer must not depend on padding or on the rows beside it.
     lengths_B = jnp.max(jnp.where(seen_BxT, position_ids + 1, 0), axis=1) - first_B
     decoder = Decoder(c, dtype, deterministic, self.scan, self.remat, name="model")
-    y = decoder(input_ids, attention_mask, position_ids, lengths_B)
-    if not c.tie_word_embeddings:
-      y = self.dense(c.vocab_size, ("embed", "vocab"), "lm_head", bias=False)(y)
-    logits_BxTxV = y.astype(jnp.float32)
-    if (cap := c.final_logit_softcapping) is not None:
-      logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)
-    return logits_BxTxV
+    x_BxTxD, table_VxD = decoder(input_ids, attention_mask, position_ids, lengths_B)
+    if c.tie_word_embeddings:
+      head = heads.tied(table_VxD)
+    else:
+      std = c.initializer_range
+      head = heads.Linear(c.vocab_size, std, name="lm_head")(c.hidden_size)
+    return readout(heads.capped(head, c.final_logit_softcapping), x_BxTxD)

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.models import head as heads
 from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.family import Family
 from lorax_flax.models.layers import Model, Part
@@ -180,13 +181,16 @@ class ConditionalGenerator(Model[T5Config]):
     decoder_attention_mask: jax.Array | None = None,
     *,
     deterministic: bool = True,
-  ) -> jax.Array:
-    """Logits of the token after each of the decoder's T, BxTxV float32.
+    readout: heads.Readout = heads.logits,
+  ) -> Any:
+    """Logits of the token after each of the decoder's T, BxTxV float32, or another
+    readout.
 
     Args:
       input_ids, attention_mask: BxS int32; the mask is 1 where a token is attended to.
       decoder_input_ids, decoder_attention_mask: BxT int32; all ones by default.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
+      readout: makes the outputs of the head and of what it takes.
     """
     c, dtype, std = self.config, self.dtype, self.config.initializer_factor
     words = layers.embed(c.vocab_size, c.d_model, "shared", axis="vocab", std=std)
@@ -204,9 +208,10 @@ class ConditionalGenerator(Model[T5Config]):
       attention_mask,
     )
     if c.scale_decoder_outputs:
-      return layers.logits(x_BxTxD * c.d_model**-0.5, words)
-    head = _dense(c, c.d_model, c.vocab_size, ("embed", "vocab"), dtype, "lm_head")
-    return head(x_BxTxD).astype(jnp.float32)
+      return readout(heads.tied(words.embedding), x_BxTxD * c.d_model**-0.5)
+    std *= c.d_model**-0.5
+    head = heads.Linear(c.vocab_size, std, name="lm_head")(c.d_model)
+    return readout(head, x_BxTxD)
 
 
 def inputs(config: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
