@@ -7,10 +7,9 @@ from pathlib import Path
 
 import lorax_flax as lx
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.methods import Tuned
-from lorax_flax.models import registry
+from lorax_flax.models import registry, with_adapter
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,12 @@ def load(base: str, adapter: str | None) -> Merged:
   Raises:
     LoraxError: besides what the readers raise, weights that neither of the two has.
   """
-  folder = resolve(base)
-  model = registry.outline(registry.read_config(folder))
-  outputs = adapters.num_labels(adapter, model.keymap) if adapter else None
-  loaded = registry.load(folder, num_labels=outputs, new_head=outputs is not None)
   brought: set[str] = set()
   own = None
-  if adapter:
-    saved = adapters.read(adapter, loaded.params, loaded.keymap)
+  if adapter is None:
+    loaded = registry.load(resolve(base))
+  else:
+    loaded, saved = with_adapter.load(base, adapter)
     deltas, own = saved.adapter, saved.labels
     brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
     loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
@@ -58,8 +55,9 @@ def load(base: str, adapter: str | None) -> Merged:
       "random numbers. Give an adapter trained on this base with its head (--adapter), "
       "or a base that has one"
     )
-  has_labels = model.family.has_labels
-  return Merged(loaded, _labels(loaded, adapter, own) if has_labels else None, folder)
+  has_labels = loaded.family.has_labels
+  labels = _labels(loaded, adapter, own) if has_labels else None
+  return Merged(loaded, labels, loaded.folder)
 
 
 def _labels(

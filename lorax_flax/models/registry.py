@@ -123,8 +123,8 @@ def load(
     new_head: replace a head of another width than `num_labels`; otherwise an error.
     shardings: (tree of logical axis names, tree of shapes) -> tree of shardings. Each
       process then reads only the shards of its devices.
-    untie: make a tied head a copy of the token embeddings, with a weight of its own.
-      PEFT adapters that change one of the two need that.
+    untie: give each use of a tied table a weight of its own, a copy. PEFT adapters
+      that change the uses apart need that.
 
   Raises:
     LoraxError: an unknown family, an unsupported config, or keys that do not match.
@@ -137,12 +137,12 @@ def load(
   model = outline_of(hf_config)
   ties: Mapping[str, str] = {}
   if untie:
-    if getattr(model.config, "tie_word_embeddings", None) is not True:
-      raise LoraxError(
-        f"untie: a {hf_config['model_type']} of this config has no tied head"
-      )
     ties = model.keymap.ties
-    model = outline_of({**hf_config, "tie_word_embeddings": False})
+    if not ties:
+      raise LoraxError(
+        f"untie: a {hf_config['model_type']} of this config has no tied tables"
+      )
+    model = outline_of({**hf_config, **model.family.untied})
   # The keys first: a config that claims a thousand layers takes long to trace.
   found = hub_load.find(_open(folder), model.keymap, ties)
   shapes = _shapes(model)

@@ -70,7 +70,7 @@ def dump(config: PeftConfig) -> dict[str, Any]:
   raw: dict[str, Any] = {
     name: off for name, off in _OFF.items() if name != "eva_config"
   }
-  raw |= {"auto_mapping": None, "eva_config": None, "inference_mode": True}
+  raw |= {"eva_config": None, "inference_mode": True}
   raw |= {"peft_type": LORA, "loftq_config": {}}
   for each in fields(config):
     raw[each.name] = _thawed(getattr(config, each.name))
@@ -93,7 +93,7 @@ def _thawed(value: Any) -> Any:
 
 # Records of how the file was made.
 _WITHOUT_EFFECT = frozenset(
-  {"auto_mapping", "inference_mode", "peft_type", "peft_version", "eva_config"}
+  {"inference_mode", "peft_type", "peft_version", "eva_config"}
 )
 
 # Fields that we don't compute, with the values that turn them off. A field that we

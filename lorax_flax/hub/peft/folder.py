@@ -4,8 +4,9 @@ A folder holds adapter_config.json (config_file.py) and adapter_model.safetensor
 keys layout.py knows. A named adapter is in a sub-folder of its name.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.files import atomic, strict_json
-from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import config_file
+from lorax_flax.hub.peft import needs as peft_needs
 from lorax_flax.hub.peft import read as peft_read
-from lorax_flax.hub.peft.layout import PREFIX, Slot, layout
+from lorax_flax.hub.peft.config import PeftConfig
+from lorax_flax.hub.peft.layout import Slot, layout
 from lorax_flax.hub.peft.modules import of_task
+from lorax_flax.hub.peft.needs import Needs
 from lorax_flax.hub.peft.tensors import WEIGHTS_FILE, opened
 from lorax_flax.hub.peft.translate import to_lora_config
 from lorax_flax.hub.peft.write import to_peft_config, to_tensors
@@ -56,13 +59,25 @@ def read_adapter(
       file.
   """
   folder = adapter_folder(folder, name)
-  config = config_file.read(folder)
-  try:
-    config = config.with_defaults(keymap.family)
-    keymap = of_task(keymap, config.task_type)
+  config, keymap = _read_config(folder, keymap)
+  with _naming(folder):
     slots = layout(config, keymap)
     adapter = peft_read.read(opened(folder), slots, config, flatten(params))
     return adapter, to_lora_config(config, keymap)
+
+
+def _read_config(folder: Path, keymap: KeyMap) -> tuple[PeftConfig, KeyMap]:
+  """The config of a folder, its defaults filled in, and the key map of its task."""
+  config = config_file.read(folder)
+  with _naming(folder):
+    return config.with_defaults(keymap.family), of_task(keymap, config.task)
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+  """Puts the folder before an error's message."""
+  try:
+    yield
   except LoraxError as error:
     raise LoraxError(f"{folder}: {error}") from error
 
@@ -142,11 +157,9 @@ def from_peft(
     LoraxError: an unsupported field, a name that the model doesn't have.
   """
   if isinstance(source, Mapping):
-    config = config_file.parse(dict(source))
-  else:
-    config = config_file.read(adapter_folder(source, name))
-  config = config.with_defaults(keymap.family)
-  return to_lora_config(config, of_task(keymap, config.task_type))
+    config = config_file.parse(dict(source)).with_defaults(keymap.family)
+    return to_lora_config(config, of_task(keymap, config.task))
+  return to_lora_config(*_read_config(adapter_folder(source, name), keymap))
 
 
 def to_peft(
@@ -201,16 +214,12 @@ def stored_dtypes(folder: str | Path, *, name: str = DEFAULT) -> dict[str, str]:
   return {key: str(dtype) for key, dtype in dtypes.items()}
 
 
-def num_labels(folder: str | Path, keymap: KeyMap) -> int | None:
-  """The number of labels of the head in a folder; None where it has none.
-
-  Args:
-    keymap: of the base.
-  """
-  shapes = opened(Path(folder).expanduser()).shapes
-  return km.num_labels(
-    keymap, {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
-  )
+def needs(folder: str | Path, keymap: KeyMap, *, name: str = DEFAULT) -> Needs:
+  """What a folder asks of its base; arguments and errors as of `read_adapter`."""
+  folder = adapter_folder(folder, name)
+  config, keymap = _read_config(folder, keymap)
+  with _naming(folder):
+    return peft_needs.find(opened(folder), config, keymap)
 
 
 def read_labels(folder: str | Path) -> list[str] | None:

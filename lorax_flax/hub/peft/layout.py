@@ -3,7 +3,7 @@
 Reading and writing both follow `layout`, so neither knows a key that the other doesn't.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,11 +80,16 @@ class Targets:
   saved: tuple[str, ...]
 
 
+class Tied(LoraxError):
+  """An adapter that changes the uses of a tied weight apart."""
+
+
 def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> Targets:
   """The modules that a config names, by PEFT's rules.
 
   Raises:
-    LoraxError: a name that this model doesn't have; one of two uses of a weight.
+    LoraxError: a name that this model doesn't have.
+    Tied: one of two uses of a weight, or each apart.
   """
   names = module_names(keymap)
   tied = [name for name, place in found.items() if place.main is not None]
@@ -100,7 +105,6 @@ def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> T
         )
     saved = list(dict.fromkeys([*saved, input_embedding(found), *of_embedding]))
   inside = [n for n in found if any(n == s or n.startswith(f"{s}.") for s in saved)]
-  _both_uses(inside, found)
   is_classifier = config.task_type == peft_config.SEQ_CLS
   modules = config.targets(all_linear(found, names, is_classifier), names)
   shared: list[str] = []
@@ -108,9 +112,10 @@ def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> T
     main = input_embedding(found)
     modules = [*(m for m in modules if m not in (*of_embedding, main)), main]
     shared = of_embedding
-  _both_uses([*modules, *shared], found)
   known = parameters(keymap)
   named = [key for key in known if config.is_parameter(key)]
+  for names_changed in (inside, [*modules, *shared], [*map(module_of, named)]):
+    _check_uses(names_changed, found, keymap)
   for end in config.target_parameters or ():
     if not any(key == end or key.endswith(f".{end}") for key in named):
       raise LoraxError(
@@ -150,7 +155,7 @@ def layout(
       )
     slots |= _factors(config, module, module, found[module], "copy")
   slots |= dict(_parameter_slots(config, keymap, targets))
-  slots |= _rows(config, found)
+  slots |= _rows(config, keymap, found)
   slots |= _saved(config, keymap, targets, found, adapter_name)
   slots |= _biases(config, keymap, targets, slots)
   slots = dict(_embeddings(config, keymap, targets, found)) | slots
@@ -160,12 +165,14 @@ def layout(
 
 def _adaptable(module: str, found: Mapping[str, Place]) -> Place:
   kind = found[module].kind if module in found else "container"
-  if kind not in ADAPTABLE:
+  if kind not in (*ADAPTABLE, "turned"):
     raise LoraxError(
       f"target_modules name {module}, which is no linear layer, no embedding and no "
       f"convolution, but a {kind}"
     )
   place = found[module]
+  if place.main is not None:
+    raise Tied(_untie(module, [place.main]))
   if place.site.entry.piece != (0, 1):
     raise LoraxError(
       f"target_modules name {module}, whose weight is stored beside others in "
@@ -191,18 +198,32 @@ def _factors(
   }
 
 
-def _both_uses(names: Iterable[str], found: Mapping[str, Place]) -> None:
+def _check_uses(
+  names: Sequence[str], found: Mapping[str, Place], keymap: KeyMap
+) -> None:
   """Refuses what changes one use of a shared weight and not the others."""
-  named = set(names)
-  for name in named & found.keys():
+  groups = {}
+  for name in {*names} & found.keys():
     main = found[name].main or name
-    group = {main, *tied_to(found, main)}
-    if left := group - named:
-      raise LoraxError(
-        f"{peft_config.CONFIG_FILE}: {name} shares its weight with {listing(left)}, "
-        "and without ensure_weight_tying PEFT changes it for one of them alone. That "
-        "needs a base with two weights: load it with untie=True"
-      )
+    groups[name] = {main, *tied_to(found, main)} - {*names}
+  unused = module_of(keymap.unused or "")
+  if groups.get(unused):
+    raise LoraxError(
+      f"{peft_config.CONFIG_FILE}: without ensure_weight_tying PEFT changes {unused} "
+      f"alone, and a {keymap.family} does not use it: such an adapter does nothing "
+      f"there. It uses {listing(tied_to(found, unused))}, which may be named instead"
+    )
+  for name, left in groups.items():
+    if left:
+      raise Tied(_untie(name, left))
+
+
+def _untie(name: str, others: Iterable[str]) -> str:
+  return (
+    f"{peft_config.CONFIG_FILE}: {name} shares its weight with {listing(others)}, and "
+    "without ensure_weight_tying PEFT changes it for one of them alone, or for each "
+    "apart. That needs a base with two weights: load it with untie=True"
+  )
 
 
 def _parameter_slots(
@@ -221,12 +242,27 @@ def _parameter_slots(
       yield from _factors(config, key, wrapper, known[key], "own").items()
 
 
-def _rows(config: PeftConfig, found: Mapping[str, Place]) -> dict[str, Slot]:
+def _check_taken_for_tied(keymap: KeyMap, main: str) -> None:
+  """Refuses what PEFT would do to a weight that it takes for tied and that isn't."""
+  if keymap.taken_for_tied is not None:
+    raise LoraxError(
+      f"{keymap.taken_for_tied} of this base is a weight of its own, and PEFT under "
+      f"transformers 5, which calls every {keymap.family} tied, puts what is trained "
+      f"of {main} into it too, while under transformers 4 it does not: what such an "
+      "adapter means depends on the version that made it. Train the module in full "
+      "(modules_to_save) or its factors (target_modules) instead"
+    )
+
+
+def _rows(
+  config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]
+) -> dict[str, Slot]:
   """Slots of trainable_token_indices."""
   tokens = config.trainable_token_indices
   if tokens is None:
     return {}
   main = input_embedding(found)
+  _check_taken_for_tied(keymap, main)
   ends = tokens if isinstance(tokens, Mapping) else {main: tokens}
   rows: dict[str, tuple[int, ...]] = {}
   for end, numbers in ends.items():
@@ -242,7 +278,7 @@ def _rows(config: PeftConfig, found: Mapping[str, Place]) -> dict[str, Slot]:
     # The embedding's own rows are those of every module that shares its weight.
     rows = {name: n for name, n in rows.items() if name not in shared}
   elif set(rows) & {main, *shared} and shared:
-    raise LoraxError(
+    raise Tied(
       f"{peft_config.CONFIG_FILE}: trainable_token_indices differ between {main} and "
       f"{listing(shared)}, which share one weight. That needs a base with two: load it "
       "with untie=True"

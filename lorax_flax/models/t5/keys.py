@@ -12,8 +12,16 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 
 _RELATIVE = "relative_attention_bias"
 
+_HEAD, _SHARED = "lm_head.weight", "shared.weight"
+
 # Copies of the table `shared`.
 _REPEATS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+# The tables of an encoder and a decoder that share none.
+_OWN_TABLES = tuple(
+  embedding(f"{name}_embed_tokens", f"{name}.embed_tokens")
+  for name in ("encoder", "decoder")
+)
 
 # An unused table of relative positions that cross-attention has in old checkpoints.
 _UNUSED = (f"decoder.block.0.layer.1.EncDecAttention.{_RELATIVE}.weight",)
@@ -56,13 +64,19 @@ def _stack(name: str, i: str, sublayers) -> Entries:
 
 
 def keymap(
-  num_layers: int, num_decoder_layers: int, gated: bool, tied: bool, scan: bool = False
+  num_layers: int,
+  num_decoder_layers: int,
+  gated: bool,
+  tied: bool,
+  scan: bool = False,
+  untied: bool = False,
 ) -> KeyMap:
   """The key map of a T5.
 
   Args:
     gated: the MLP has two input layers, wi_0 and wi_1.
     tied: the head is the token embeddings.
+    untied: encoder, decoder and head have a table each, and `shared` is none of them.
   """
   up = ("wi_0", "wi_1") if gated else ("wi",)
   attend = ("attention", "SelfAttention", tuple("qkvo"))
@@ -73,17 +87,18 @@ def keymap(
     family="t5",
     prefix="",
     entries=(
-      embedding("shared", "shared"),
+      *(_OWN_TABLES if untied else (embedding("shared", "shared"),)),
       *_stack("encoder", "i", (attend, mlp)),
       *_stack("decoder", "j", (attend, cross, mlp)),
-      *(() if tied else head),
+      *(head if untied or not tied else ()),
     ),
     counts={"i": num_layers, "j": num_decoder_layers},
     scan=scan,
     anchor="encoder.final_layer_norm.weight",
-    buffers=_UNUSED,
+    buffers=(*_UNUSED, *((_SHARED,) if untied else ())),
     other_heads=_OTHER,
-    ties=dict.fromkeys(
-      (*_REPEATS, "lm_head.weight") if tied else _REPEATS, "shared.weight"
-    ),
+    ties={} if untied else dict.fromkeys((*_REPEATS, *((_HEAD,) * tied)), _SHARED),
+    unused=_SHARED,
+    # transformers 5 sets tie_word_embeddings for every T5.
+    taken_for_tied=None if tied else _HEAD,
   )

@@ -198,7 +198,11 @@ class ConditionalGenerator(Model[T5Config]):
       deterministic: without dropout; otherwise a "dropout" rng is needed.
     """
     c, dtype, std = self.config, self.dtype, self.config.initializer_factor
-    words = layers.embed(c.vocab_size, c.d_model, "shared", axis="vocab", std=std)
+    table = partial(layers.embed, c.vocab_size, c.d_model, axis="vocab", std=std)
+    if c.untied_embeddings:
+      words, said = table("encoder_embed_tokens"), table("decoder_embed_tokens")
+    else:
+      words = said = table("shared")
     stack = partial(Stack, c, dtype, deterministic, self.scan, self.remat)
     if decoder_attention_mask is None:
       decoder_attention_mask = jnp.ones_like(decoder_input_ids)
@@ -207,13 +211,15 @@ class ConditionalGenerator(Model[T5Config]):
     before_TxT = jnp.tri(decoder_input_ids.shape[1], dtype=bool)
     decode = stack(DecoderLayer, c.decoder_layers, False, name="decoder")
     x_BxTxD = decode(
-      words(decoder_input_ids).astype(dtype),
+      said(decoder_input_ids).astype(dtype),
       (decoder_attention_mask[:, None, :] != 0) & before_TxT[None],
       y_BxSxD,
       attention_mask,
     )
     if c.scale_decoder_outputs:
-      return layers.logits(x_BxTxD * c.d_model**-0.5, words)
+      x_BxTxD = x_BxTxD * c.d_model**-0.5
+      if not c.untied_embeddings:
+        return layers.logits(x_BxTxD, words)
     head = _dense(c, c.d_model, c.vocab_size, ("embed", "vocab"), dtype, "lm_head")
     return head(x_BxTxD).astype(jnp.float32)
 
@@ -238,8 +244,10 @@ FAMILIES = {
       config.gated,
       config.scale_decoder_outputs,
       scan,
+      config.untied_embeddings,
     ),
     inputs=inputs,
+    untied={"untied_embeddings": True},
     max_length=lambda config: config.n_positions,
     dropout=("dropout_rate",),
   )
