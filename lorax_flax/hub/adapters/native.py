@@ -44,7 +44,7 @@ class Saved:
     labels: names of the classes.
     dtypes: of the tensors of the PEFT folder that it was read from, by key; None: of
       another form.
-    untied: the base's tied tables have a weight each.
+    untied: the base had no tied tables, or each got a weight of its own.
   """
 
   adapter: Adapter
@@ -119,7 +119,7 @@ def needs(folder: str | Path, keymap: KeyMap) -> Needs:
     deltas, (leaf,) = about["deltas"], Tuned.trained
     heads = [deltas[path] for path in keymap.label_paths if path in deltas]
     labels = int(heads[0]["arrays"][leaf][0][-1]) if heads else None
-    return Needs(labels, bool(about.get("untied")))
+    return Needs(labels, bool(about.get("untied") and keymap.ties))
   except (KeyError, TypeError, IndexError, ValueError) as error:
     raise _damaged(folder / FILE, error) from error
 

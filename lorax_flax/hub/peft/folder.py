@@ -6,6 +6,7 @@ keys layout.py knows. A named adapter is in a sub-folder of its name.
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from lorax_flax.adapt.config import LoraConfig
-from lorax_flax.adapt.paths import flatten
+from lorax_flax.adapt.paths import flatten, map_with_path
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.files import atomic, strict_json
 from lorax_flax.hub.checkpoints.keymap import KeyMap
@@ -32,6 +33,8 @@ from lorax_flax.hub.peft.tensors import WEIGHTS_FILE, opened
 from lorax_flax.hub.peft.translate import to_lora_config
 from lorax_flax.hub.peft.write import to_peft_config, to_tensors
 from lorax_flax.methods import Adapter
+
+log = logging.getLogger(__name__)
 
 LABELS_FILE = "labels.json"
 # The adapter that PEFT keeps beside its config, not in a sub-folder.
@@ -82,6 +85,24 @@ def _naming(folder: Path) -> Iterator[None]:
     raise LoraxError(f"{folder}: {error}") from error
 
 
+def with_tables(
+  folder: str | Path, params: Any, keymap: KeyMap, *, name: str = DEFAULT
+) -> Any:
+  """The base's tree with the tables of tokens that a PEFT folder brings, as in PEFT.
+
+  They are there where the vocabulary was resized: the new rows are in no checkpoint.
+  Arguments and errors as of `read_adapter`.
+  """
+  folder = adapter_folder(folder, name)
+  config, keymap = _read_config(folder, keymap)
+  with _naming(folder):
+    slots = layout(config, keymap)
+    tables = peft_read.base_tables(opened(folder), slots, flatten(params))
+  for path in tables:
+    log.warning(f"{folder} brings a {path} that is not the base's: it is taken")
+  return map_with_path(lambda path, leaf: tables.get(path, leaf), params)
+
+
 def write_adapter(
   folder: str | Path,
   adapter: Adapter,
@@ -95,6 +116,7 @@ def write_adapter(
   labels: Sequence[str] | None = None,
   name: str = DEFAULT,
   dtypes: Mapping[str, str] | str = "float32",
+  resized: bool = False,
 ) -> None:
   """Writes a PEFT folder, all of it or nothing; one that was written here is replaced.
 
@@ -111,6 +133,7 @@ def write_adapter(
     name: of the adapter; another than "default" goes into a sub-folder of its name.
     dtypes: of the stored tensors, one for all; or those of `stored_dtypes` of a folder
       that was read, and the same tensors are written.
+    resized: the vocabulary of `params` is not the base's: all tables are written.
 
   Raises:
     LoraxError: something that PEFT can't represent, or a folder with other files.
@@ -123,7 +146,7 @@ def write_adapter(
   slots = {
     key: slot
     for key, slot in layout(peft, keymap, name).items()
-    if _written(key, slot, dtypes, params is not None)
+    if _written(key, slot, dtypes, params is not None, resized)
   }
   leaves = {} if params is None else flatten(params)
   tensors = to_tensors(adapter, slots, peft, leaves)
@@ -233,14 +256,16 @@ def read_labels(folder: str | Path) -> list[str] | None:
   return names
 
 
-def _written(key: str, slot: Slot, dtypes: Mapping[str, str] | str, base: bool) -> bool:
+def _written(
+  key: str, slot: Slot, dtypes: Mapping[str, str] | str, base: bool, resized: bool
+) -> bool:
   """True where a slot has a value of its own, or was stored in the folder as read.
 
   Otherwise, where PEFT saves it by default; the base's weights only with a base.
   """
   if not isinstance(dtypes, str):
     return slot.status == "own" or key in dtypes
-  return slot.status != "spare" and (base or slot.method is not None)
+  return resized or (slot.status != "spare" and (base or slot.method is not None))
 
 
 def _cast(key: str, value: np.ndarray, dtypes: Mapping[str, str] | str) -> np.ndarray:

@@ -4,7 +4,7 @@ Reading and writing both follow `layout`, so neither knows a key that the other 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorax_flax.errors import LoraxError, listing, nearest, unknown
@@ -29,6 +29,10 @@ from lorax_flax.methods import Delta, Rows, Tuned
 from lorax_flax.methods.peft_form import AS_IS, Form
 
 PREFIX = "base_model.model."
+# PEFT's modules around a table that has factors, trained rows, or is saved in full.
+_FACTORED, _WITH_ROWS = "base_layer.", "token_adapter.base_layer."
+_ORIGINAL, _SAVED = "original_module.", "modules_to_save."
+WRAPPERS = ("", _FACTORED, _WITH_ROWS, _ORIGINAL, _SAVED)
 Status = Literal["own", "copy", "spare", "echo"]
 
 
@@ -158,7 +162,7 @@ def layout(
   slots |= _rows(config, keymap, found)
   slots |= _saved(config, keymap, targets, found, adapter_name)
   slots |= _biases(config, keymap, targets, slots)
-  slots = dict(_embeddings(config, keymap, targets, found)) | slots
+  slots = dict(_embeddings(config, keymap, targets, found, slots)) | slots
   _check_once(slots)
   return {PREFIX + key: slot for key, slot in slots.items()}
 
@@ -377,24 +381,43 @@ def _biases(
 
 
 def _embeddings(
-  config: PeftConfig, keymap: KeyMap, targets: Targets, found: Mapping[str, Place]
+  config: PeftConfig,
+  keymap: KeyMap,
+  targets: Targets,
+  found: Mapping[str, Place],
+  slots: Mapping[str, Slot],
 ) -> Iterator[tuple[str, Slot]]:
   """The base's own weights of the input and the output embedding.
 
   PEFT saves them beside the factors where target_modules name them in a certain form,
-  and any where it is told save_embedding_layers=True.
+  and any where it is told save_embedding_layers=True or the vocabulary was resized:
+  then what its wrappers hold too.
   """
   usual = config.saves_embeddings(module_names(keymap))
   embeddings = [name for name, place in found.items() if place.kind == "embedding"]
   factored = {*targets.modules, *targets.tied}
+  rows = {slot.module: (k, slot) for k, slot in slots.items() if slot.method is Rows}
   for name in (*embeddings[:1], HEAD):
     if name not in found:
       continue
     place = found[name]
     form = AS_IS if place.kind == "turned" else place.site.entry.form
+    wrapper = ""
+    if name in factored:
+      wrapper = _FACTORED
+    elif (place.main or name) in rows:
+      wrapper, (key, trained) = _WITH_ROWS, rows[place.main or name]
+      # Of a tied module, a copy; of another, the slot itself, which is there.
+      key = name + key.removeprefix(trained.module)
+      yield key, replace(trained, module=name, status="spare")
+    elif name in targets.saved:
+      wrapper, trained = _ORIGINAL, _in_full(place.site, name, form, "spare")
+      yield f"{name}.{_SAVED}weight", trained
     status: Status = "copy" if usual and name in factored else "spare"
-    key = f"{name}.base_layer.weight" if name in factored else f"{name}.weight"
-    yield key, Slot(place.site, None, "", name, form, status=status)
+    yield (
+      f"{name}.{wrapper}weight",
+      Slot(place.site, None, "", name, form, status=status),
+    )
 
 
 def _check_once(slots: Mapping[str, Slot]) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.layout import PREFIX, Slot, Tied, layout
+from lorax_flax.hub.peft.layout import PREFIX, WRAPPERS, Slot, Tied, layout
+from lorax_flax.hub.peft.modules import HEAD, places
 from lorax_flax.hub.peft.tensors import Tensors
 from lorax_flax.methods import Tuned
 
@@ -20,10 +21,12 @@ class Needs:
   Attributes:
     num_labels: of the head that it brings; None: it brings none.
     untie: each use of a tied weight must have a weight of its own.
+    vocab_size: number of rows of the tables that it brings; None: it brings none.
   """
 
   num_labels: int | None = None
   untie: bool = False
+  vocab_size: int | None = None
 
 
 def find(tensors: Tensors, config: PeftConfig, keymap: KeyMap) -> Needs:
@@ -33,29 +36,37 @@ def find(tensors: Tensors, config: PeftConfig, keymap: KeyMap) -> Needs:
     keymap: of the base as it is, for the config's task.
   """
   shapes = {key.removeprefix(PREFIX): shape for key, shape in tensors.shapes.items()}
-  return Needs(km.num_labels(keymap, shapes), _apart(tensors, config, keymap))
-
-
-def _apart(tensors: Tensors, config: PeftConfig, keymap: KeyMap) -> bool:
-  """True where the uses of a tied weight are trained apart."""
-  if not keymap.ties or config.ensure_weight_tying:
-    return False
   try:
-    slots = layout(config, keymap)
+    apart = _differ(tensors, layout(config, keymap))
   except Tied:
-    return True
-  return any(
-    slot.status == "copy"
-    and slot.method is Tuned
-    and _differs(key, slot, slots, tensors)
-    for key, slot in slots.items()
-  )
+    apart = True
+  # What ties in PEFT cannot be had of two weights.
+  untie = apart and not config.ensure_weight_tying
+  return Needs(km.num_labels(keymap, shapes), untie, _rows(shapes, keymap))
 
 
-def _differs(key: str, copy: Slot, slots: Mapping[str, Slot], tensors: Tensors) -> bool:
-  """True where a copy is not what the other key of its leaf holds."""
-  mains = (k for k, s in slots.items() if s.path == copy.path and s.status == "own")
-  main = next(mains, None)
-  if main is None or not {key, main} <= tensors.shapes.keys():
-    return False
-  return not np.array_equal(tensors.get(key), tensors.get(main))
+def _differ(tensors: Tensors, slots: Mapping[str, Slot]) -> bool:
+  """True where the copies of a table that is trained in full are not equal."""
+  copies = {k: s for k, s in slots.items() if s.status == "copy" and s.method is Tuned}
+  for key, copy in copies.items():
+    mains = (k for k, s in slots.items() if s.path == copy.path and s.status == "own")
+    there = (main for main in mains if {key, main} <= tensors.shapes.keys())
+    if not all(np.array_equal(tensors.get(key), tensors.get(main)) for main in there):
+      return True
+  return False
+
+
+def _rows(shapes: Mapping[str, tuple[int, ...]], keymap: KeyMap) -> int | None:
+  """The number of rows of the tables of tokens, by any of PEFT's copies of them."""
+  found = places(keymap)
+  embeddings = [name for name, place in found.items() if place.kind == "embedding"]
+  names = [
+    name
+    for name, place in found.items()
+    if name in (*embeddings[:1], HEAD) or place.main in embeddings[:1]
+  ]
+  for name in names:
+    for wrapper in WRAPPERS:
+      if shape := shapes.get(f"{name}.{wrapper}weight"):
+        return shape[0]
+  return None
