@@ -27,6 +27,10 @@ def form(source: str | Path) -> Form:
   source = Path(source).expanduser()
   if (source / peft_config.CONFIG_FILE).is_file():
     return "peft"
+  if source.is_file() and (source.parent / peft_config.CONFIG_FILE).is_file():
+    raise LoraxError(
+      f"{source} is a file of a PEFT folder: give the folder, {source.parent}"
+    )
   if orbax_adapter.is_ours(source):
     return "orbax"
   if loralib.is_state_dict(source) or (source / loralib.FILE).is_file():

@@ -52,6 +52,7 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
   "gpt2": ("c_attn",),
   **dict.fromkeys(("t5", "mt5"), ("q", "v")),
   **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _ATTENTION),
+  "mixtral": _ATTENTION,
   **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _ATTENTION),
 }
 # Whose experts are stacked parameters, since transformers 5.
@@ -230,6 +231,13 @@ class PeftConfig:
     Raises:
       LoraxError: PEFT has no default for it either.
     """
+    old = {"w1", "w2", "w3"} & {*several(self.target_modules)}
+    if family in MIXTURES and old:
+      raise LoraxError(
+        f"{CONFIG_FILE}: target_modules name {listing(sorted(old))} of each expert, as "
+        "before transformers 5, where experts are one parameter: load the adapter with "
+        "a PEFT that converts it, save it there, and give that folder"
+      )
     if family in MIXTURES and isinstance(self.target_modules, str):
       return self._with_experts()
     if self.target_modules is not None:

@@ -69,9 +69,11 @@ def read_adapter(
     return adapter, to_lora_config(config, keymap)
 
 
-def _read_config(folder: Path, keymap: KeyMap) -> tuple[PeftConfig, KeyMap]:
+def _read_config(
+  folder: Path, keymap: KeyMap, *, fresh: bool = False
+) -> tuple[PeftConfig, KeyMap]:
   """The config of a folder, its defaults filled in, and the key map of its task."""
-  config = config_file.read(folder)
+  config = config_file.read(folder, fresh=fresh)
   with _naming(folder):
     return config.with_defaults(keymap.family), of_task(keymap, config.task)
 
@@ -180,9 +182,10 @@ def from_peft(
     LoraxError: an unsupported field, a name that the model doesn't have.
   """
   if isinstance(source, Mapping):
-    config = config_file.parse(dict(source)).with_defaults(keymap.family)
+    config = config_file.parse(dict(source), fresh=True).with_defaults(keymap.family)
     return to_lora_config(config, of_task(keymap, config.task))
-  return to_lora_config(*_read_config(adapter_folder(source, name), keymap))
+  folder = adapter_folder(source, name)
+  return to_lora_config(*_read_config(folder, keymap, fresh=True))
 
 
 def to_peft(

@@ -433,4 +433,9 @@ def _check_once(slots: Mapping[str, Slot]) -> None:
       ways.setdefault(slot.path, set()).add(way)
   for path, found in ways.items():
     if len(found) > 1:
-      raise LoraxError(f"{path} is trained by {' and '.join(sorted(found))} both")
+      stacked = any(s.site.index for s in slots.values() if s.path == path)
+      raise LoraxError(
+        f"{path} is trained by {' and '.join(sorted(found))} both"
+        + ": its layers are stacked, and have one method. Load the base with its "
+        "layers apart: scan=False (--config.model.scan=false)" * stacked
+      )

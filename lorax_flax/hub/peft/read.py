@@ -125,7 +125,7 @@ def _check(
       f"{len(missing)} missing tensors in {tensors.name}: {listing(missing, most=4)}; "
       f"nearest to the first: {listing(near) or 'none'}"
     )
-  extra = sorted(key for key in found if key not in slots and not _is_echo(key))
+  extra = sorted(key for key in found if key not in slots and not _is_idle(key))
   if extra:
     near = nearest(extra[0], shapes)
     raise LoraxError(
@@ -146,11 +146,15 @@ def _check(
       raise LoraxError(f"{key} holds {dtype}, not floating-point numbers")
 
 
-def _is_echo(key: str) -> bool:
-  """Checks whether a key is there by bias="all" alone, under any adapter's name."""
-  return key.endswith(".bias") and bool(
-    re.search(r"\.(modules_to_save|original_module)\.", key)
+def _is_idle(key: str) -> bool:
+  """Checks whether a key has no effect on what an adapter computes.
+
+  It is there by bias="all" alone, under any adapter's name, or of training alone.
+  """
+  wrapped = key.endswith(".bias") and re.search(
+    r"\.(modules_to_save|original_module)\.", key
   )
+  return bool(wrapped or re.search(r"\.lora_(velora|monteclora)_", key))
 
 
 def _check_copy(
