@@ -109,6 +109,19 @@ def _finished(y: jax.Array, view: View, place: Callable) -> jax.Array:
   return y
 
 
+def _kept(base: jax.Array, x: jax.Array, dropped: jax.Array, view: View, product):
+  """The base's product as two: one that stays as it is, and one that the delta changes.
+
+  Dropout acts on all that a delta adds, and an out_scale adds to the base's product
+  too: (out_scale - 1) x W (arXiv 2402.09353, as PEFT computes it).
+  """
+  alone = isinstance(base, jax.ShapeDtypeStruct)
+  if alone or dropped is x or view.out_scale is None:
+    return None, base
+  changed = product(dropped)
+  return base - changed, changed
+
+
 def _no_bias(view: View):
   if view.bias is not None:
     raise Unsupported("a bias of its own where the weight is used the other way round")
@@ -147,7 +160,9 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   other, other_names = _named(other, w)
   middle = [c for c in xs if c not in summed]
   middle += [c for c in contracted_names if c not in (*summed, *middle, "z")]
-  x = drop(view, x)
+  dropped = drop(view, x)
+  kept, base = (None, base) if turned else _kept(base, x, dropped, view, product)
+  x = dropped
   x, xs, out = _merged(x, xs, names_out, "".join(x_free))
   middle = [c for c in middle if c in xs or c not in x_free]
   kwargs = {"precision": jx.param(eqn, "precision")}
@@ -169,7 +184,10 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   told |= set(x_free)
   sizes = zip(names_out, base.shape, strict=True)
   y = _sum(base, y.reshape([n if c in told else 1 for c, n in sizes]))
-  return y if turned else _finished(y, view, lambda t: _placed(t, w, names_out))
+  if turned:
+    return y
+  y = _finished(y, view, lambda t: _placed(t, w, names_out))
+  return y if kept is None else kept + y
 
 
 def _merged(x, xs, out, free: str) -> tuple[jax.Array, list[str], list[str]]:
@@ -206,19 +224,20 @@ def conv(eqn, operands, product, drop) -> jax.Array:
     _no_bias(view)
     if view.out_scale is not None:
       raise Unsupported("a convolution over its outputs")
-  base = product(x)
+  base, dropped = product(x), drop(view, x)
+  kept, base = _kept(base, x, dropped, view, product)
   place = lambda t: _on_channel(t, d, out_axis)
+  finished = lambda y: _finished(_sum(base, y), view, place)
+  x = dropped
   if groups * rank > view.shape[out_axis]:
     # The factor would give more channels than the kernel does: the kernel's change is
     # smaller than these activations, and is formed.
     change = jnp.broadcast_to(dense(contracted, other, jnp.float32), view.shape)
-    x = drop(view, x)
     (y,) = jx.bind(eqn, [x, change.astype(x.dtype)])
-    return _finished(_sum(base, y), view, place)
+    return finished(y) if kept is None else kept + finished(y)
   kernel = jnp.moveaxis(contracted.squeeze(out_axis), -1, out_axis)
   # Every group reads its own inputs by the same contracted factor.
   kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
-  x = drop(view, x)
   (z,) = jx.bind(eqn, [x, kernel.astype(x.dtype)], preferred_element_type=None)
   channel = d.out_spec[1]
   z = jnp.moveaxis(z, channel, -1)  # (..., groups * r)
@@ -227,7 +246,7 @@ def conv(eqn, operands, product, drop) -> jax.Array:
   precision = jx.param(eqn, "precision")
   y = jnp.einsum("...gz,goz->...go", z, other.astype(x.dtype), precision=precision)
   y = jnp.moveaxis(y.reshape((*y.shape[:-2], -1)), -1, channel)
-  return _finished(_sum(base, y), view, place)
+  return finished(y) if kept is None else kept + finished(y)
 
 
 def _on_channel(t: jax.Array, d: Any, out_axis: int) -> jax.Array:
