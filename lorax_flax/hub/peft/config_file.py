@@ -64,7 +64,7 @@ def parse(raw: Any, *, fresh: bool = False) -> PeftConfig:
     elif name not in _WITHOUT_EFFECT and not _is_off(name, value):
       raise LoraxError(
         f"{CONFIG_FILE}: {name}={value!r} changes what the adapter computes, and we "
-        "cannot honour it"
+        "cannot honour it. What PEFT can merge (merge_and_unload) is read as a base"
       )
   named = values.get("modules_to_save") or ()
   if values.get("task_type") == SEQ_CLS and isinstance(named, tuple):
