@@ -109,7 +109,7 @@ def read(
 
 
 def needs(source: str | Path, keymap: KeyMap) -> Needs:
-  """What an adapter asks of its base, whose key map this is."""
+  """Requirements of an adapter for its base, whose key map this is."""
   source, kind = Path(source).expanduser(), form(source)
   if kind == "peft":
     return peft.needs(source, keymap)

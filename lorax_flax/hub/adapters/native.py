@@ -112,7 +112,7 @@ def read_adapter(folder: str | Path, params: Any) -> Saved:
 
 
 def needs(folder: str | Path, keymap: KeyMap) -> Needs:
-  """What a folder asks of its base, whose key map this is."""
+  """Requirements of a folder for its base, whose key map this is."""
   folder = Path(folder).expanduser()
   about = _read(folder)
   try:

@@ -241,7 +241,7 @@ def stored_dtypes(folder: str | Path, *, name: str = DEFAULT) -> dict[str, str]:
 
 
 def needs(folder: str | Path, keymap: KeyMap, *, name: str = DEFAULT) -> Needs:
-  """What a folder asks of its base; arguments and errors as of `read_adapter`."""
+  """Requirements of a folder for its base; arguments, errors as of `read_adapter`."""
   folder = adapter_folder(folder, name)
   config, keymap = _read_config(folder, keymap)
   with _naming(folder):

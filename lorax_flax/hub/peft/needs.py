@@ -1,4 +1,4 @@
-"""What a PEFT folder asks of the base that it is read onto."""
+"""Requirements of a PEFT folder for the base that it is read onto."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lorax_flax.methods import Tuned
 
 @dataclass(frozen=True)
 class Needs:
-  """What an adapter asks of its base.
+  """Requirements of an adapter for its base.
 
   Attributes:
     num_labels: of the head that it brings; None: it brings none.
