@@ -1,4 +1,4 @@
-"""The training step that the benchmarks measure, of RoBERTa-base's shape."""
+"""The training steps that the benchmarks measure: an encoder's and a decoder's."""
 
 import contextlib
 import dataclasses
@@ -19,27 +19,24 @@ import optax
 
 import lorax_flax as lx
 from lorax_flax.adapt.partition import partition, trainable_mask
+from lorax_flax.models import registry
 from lorax_flax.models.bert import model as bert
 from lorax_flax.models.bert.config import EncoderConfig
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import losses, optim
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
-
-# Ways to train: weights that get a delta, and weights trained in full.
-METHODS = {
-  "query_value": {
-    "targets": ".*/attention/(query|value)/kernel",
-    "tuned": "classifier",
-  },
-  "all_linear": {"targets": "all-linear", "tuned": "classifier"},
-  "full": {"targets": (), "tuned": ".*"},
-}
+from lorax_flax.train.token_scores import next_labels, token_scores
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """Sizes of the model, its batch and its deltas."""
+  """Sizes of the model, its batch and its deltas.
+
+  Attributes:
+    model: a key of `MODELS`.
+    kv_heads: heads of keys and values, where a model has fewer of them.
+  """
 
   layers: int = 12
   hidden: int = 768
@@ -50,9 +47,32 @@ class Shape:
   length: int = 128
   rank: int = 8
   dropout: float = 0.0
+  model: str = "roberta"
+  kv_heads: int | None = None
 
 
 ROBERTA_BASE = Shape()
+SMOLLM2 = Shape(30, 576, 9, 1536, 49152, batch=4, length=256, model="llama", kv_heads=3)
+SHAPES = {"roberta-base": ROBERTA_BASE, "smollm2": SMOLLM2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model to train.
+
+  Attributes:
+    module: (shape, dtype, scan) -> module.
+    methods: ways to train, as arguments of LoraConfig.
+    loss: outputs, batch -> losses_B.
+    labels: ids_BxT -> labels.
+    readout: (head, x_BxTxD, batch) -> outputs; None: logits.
+  """
+
+  module: Any
+  methods: dict[str, dict[str, Any]]
+  loss: losses.Loss
+  labels: Any
+  readout: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +94,7 @@ class Job:
     return self.lower().compile()
 
 
-def module(shape: Shape, *, dtype: str = "float32", scan: bool = False):
+def _encoder(shape: Shape, dtype: str, scan: bool) -> nn.Module:
   config = EncoderConfig(
     model_type="roberta",
     vocab_size=shape.vocab,
@@ -90,6 +110,55 @@ def module(shape: Shape, *, dtype: str = "float32", scan: bool = False):
     attention_probs_dropout_prob=shape.dropout,
   )
   return bert.SequenceClassifier(config, jnp.dtype(dtype), scan)
+
+
+def _decoder(shape: Shape, dtype: str, scan: bool) -> nn.Module:
+  return registry.outline(decoder_config(shape), dtype=dtype, scan=scan).module
+
+
+def decoder_config(shape: Shape) -> dict[str, Any]:
+  """The config.json of a Llama."""
+  return {
+    "model_type": "llama",
+    "vocab_size": shape.vocab,
+    "hidden_size": shape.hidden,
+    "num_hidden_layers": shape.layers,
+    "num_attention_heads": shape.heads,
+    "num_key_value_heads": shape.kv_heads or shape.heads,
+    "intermediate_size": shape.mlp,
+    "max_position_embeddings": max(2048, shape.length),
+    "attention_dropout": shape.dropout,
+    "tie_word_embeddings": True,
+  }
+
+
+MODELS = {
+  "llama": Model(
+    _decoder,
+    {
+      "query_value": {"targets": ["q_proj", "v_proj"]},
+      "all_linear": {"targets": "all-linear"},
+      "full": {"targets": (), "tuned": ".*"},
+    },
+    losses.next_token(),
+    lambda ids_BxT: ids_BxT,
+    lambda head, x, batch: token_scores(head, x, next_labels(batch["labels"])),
+  ),
+  "roberta": Model(
+    _encoder,
+    {
+      "query_value": {
+        "targets": ".*/attention/(query|value)/kernel",
+        "tuned": "classifier",
+      },
+      "all_linear": {"targets": "all-linear", "tuned": "classifier"},
+      "full": {"targets": (), "tuned": ".*"},
+    },
+    losses.cross_entropy(0.0),
+    lambda ids_BxT: jnp.arange(len(ids_BxT), dtype=jnp.int32) % 2,
+  ),
+}
+METHODS = tuple(MODELS["roberta"].methods)
 
 
 def job(
@@ -110,48 +179,57 @@ def job(
     mesh: devices to shard over as in training; only for shapes.
   """
   assert abstract or mesh is None
-  model = module(shape, dtype=dtype, scan=scan)
+  made = MODELS[shape.model]
+  model = made.module(shape, dtype, scan)
   ids_BxT = jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32)
-  inputs = {"input_ids": ids_BxT, "attention_mask": ids_BxT}
+  columns = jax.eval_shape(lambda: _batch(shape))
+
+  def options(batch):
+    if made.readout is None:
+      return {}
+    return {"readout": lambda head, x_BxTxD: made.readout(head, x_BxTxD, batch)}
+
   lora = lx.adapt(
     lambda params, batch, key=None: model.apply(
       {"params": params},
-      **batch,
+      batch["input_ids"],
+      batch["attention_mask"],
       deterministic=key is None,
       rngs=None if key is None else {"dropout": key},
+      **options(batch),
     ),
-    lx.LoraConfig(rank=shape.rank, alpha=16.0, **METHODS[method]),
+    lx.LoraConfig(rank=shape.rank, alpha=16.0, **made.methods[method]),
   )
 
   def forward(params, adapter, batch, key):
     return lora.apply(params, adapter, batch, key if shape.dropout else None)
 
-  optimizer = optim.adamw(
+  optimizer = optim.optimizer(
     _rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, grad_clip=1.0
   )
   params_of = lambda: _params(model, dtype, ids_BxT)
-  plan = lora.plan(jax.eval_shape(params_of), inputs)
+  plan = lora.plan(jax.eval_shape(params_of), columns)
 
   def make():
     params = params_of()
-    adapter = lora.init(jax.random.key(1), params, inputs)
+    adapter = lora.init(jax.random.key(1), params, columns)
     return states.create(params, adapter, optimizer, jax.random.key(2))
 
   # One program for all of the set-up: a model's worth of small ones is slow to compile.
   state, base = jax.eval_shape(make) if abstract else jax.jit(make)()
-  batch = _batch(shape, abstract)
+  batch = columns if abstract else _batch(shape)
   shardings = None
   if mesh is not None:
     axes = meshes.names_by_path(_axes(model, ids_BxT))
     adapter_shardings = meshes.of_adapter(mesh, axes, base.adapter(state.trained))
-    shardings = states.shardings(state, optimizer, adapter_shardings, mesh)
+    shardings = states.shardings(state, adapter_shardings, mesh)
     mask = trainable_mask(adapter_shardings)
     rest = partition(adapter_shardings, mask)[1]
     params = meshes.of_params(mesh, axes, base.params)
     state, base = _with_shardings((state, base), (shardings, states.Base(params, rest)))
     batch = _with_shardings(batch, dict.fromkeys(batch, meshes.batch(mesh)))
-  loss = losses.cross_entropy(0.0)
-  step = steps.jitted(steps.train_step(forward, loss, optimizer, _rate), shardings)
+  step = steps.train_step(forward, made.loss, optimizer, _rate)
+  step = steps.jitted(step, shardings)
   return Job(step, state, base, batch, plan, mesh)
 
 
@@ -177,19 +255,16 @@ def _params(model, dtype, ids_BxT) -> Any:
   return optax.tree.cast(unboxed, jnp.dtype(dtype))
 
 
-def _batch(shape: Shape, abstract: bool) -> dict[str, Any]:
-  def make():
-    ids_BxT = jax.random.randint(
-      jax.random.key(3), (shape.batch, shape.length), 4, shape.vocab, jnp.int32
-    )
-    return {
-      "input_ids": ids_BxT,
-      "attention_mask": jnp.ones_like(ids_BxT),
-      "labels": jnp.arange(shape.batch, dtype=jnp.int32) % 2,
-      "weights": jnp.ones(shape.batch),
-    }
-
-  return jax.eval_shape(make) if abstract else make()
+def _batch(shape: Shape) -> dict[str, Any]:
+  ids_BxT = jax.random.randint(
+    jax.random.key(3), (shape.batch, shape.length), 4, shape.vocab, jnp.int32
+  )
+  return {
+    "input_ids": ids_BxT,
+    "attention_mask": jnp.ones_like(ids_BxT),
+    "labels": MODELS[shape.model].labels(ids_BxT),
+    "weights": jnp.ones(shape.batch),
+  }
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -183,7 +183,7 @@ def _round_trip(loaded: registry.Loaded, folder: Path, model) -> str:
     loaded.hf_config,
     architecture=loaded.family.architecture,
     labels=labels,
-    tokenizer_from=folder,
+    base=folder,
     overwrite=False,
   )
   want = model.state_dict()

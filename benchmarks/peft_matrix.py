@@ -48,7 +48,9 @@ CASES: dict[str, Case] = {
   "all-linear": Case({"target_modules": "all-linear"}),
   "a regular expression": Case({"target_modules": r".*\.(q|v|query|c_attn|q_proj)"}),
   "exclude_modules": Case({"exclude_modules": ["v", "value", "v_proj", "c_proj"]}),
-  "layers_to_transform": Case({"layers_to_transform": [1]}),
+  "layers_to_transform": Case(
+    {"target_modules": ["TARGETS"], "layers_to_transform": [1]}
+  ),
   "use_rslora": Case({"use_rslora": True}),
   "rank_pattern, alpha_pattern": Case(
     {"rank_pattern": {r".*1\..*": 5}, "alpha_pattern": {r".*0\..*": 3}}
@@ -87,7 +89,7 @@ CASES: dict[str, Case] = {
   "velora_config": Case({"velora_config": {"num_groups": 2}}),
   "monteclora_config": Case({"monteclora_config": {}}),
   "use_qalora": Case({"use_qalora": True, "qalora_group_size": 2}),
-  "use_bdlora": Case({"use_bdlora": {"nblocks": 1, "target_modules_bd_a": ["q"]}}),
+  "use_bdlora": Case({"use_bdlora": {"nblocks": 2, "target_modules_bd_a": [""]}}),
   "kasa_config": Case({"kasa_config": {}}),
   "alora_invocation_tokens": Case({"alora_invocation_tokens": [4]}),
   "layer_replication": Case({"layer_replication": [[0, 2], [1, 3]]}),

@@ -3,6 +3,7 @@
   python -m benchmarks.throughput
   python -m benchmarks.throughput --dtype=bfloat16
   python -m benchmarks.throughput --method=all_linear --dropout=0.1
+  python -m benchmarks.throughput --model=smollm2 --method=all_linear
 
 Two processes, one a side, take turns: a round is some steps of each, and the ratio is
 taken round by round. The waiting process is stopped, so that its threads do not spin,
@@ -27,7 +28,6 @@ import sys
 from typing import Any
 
 from benchmarks import common
-from benchmarks.common import Shape
 
 SIDES = ("lorax_flax", "peft")
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -84,13 +84,14 @@ def main() -> None:
   parser.add_argument(
     "--method", default="query_value", choices=["query_value", "all_linear"]
   )
+  parser.add_argument("--model", default="roberta-base", choices=sorted(common.SHAPES))
   parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
   parser.add_argument("--dropout", type=float, default=0.0)
   parser.add_argument("--rounds", type=int, default=6)
   parser.add_argument("--steps", type=int, default=2, help="steps a round")
   parser.add_argument("--pages", default="large", choices=["large", "plain"])
   args = parser.parse_args()
-  shape = Shape(dropout=args.dropout)
+  shape = dataclasses.replace(common.SHAPES[args.model], dropout=args.dropout)
   spec = {
     "shape": dataclasses.asdict(shape),
     "method": args.method,

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 STARTED = time.time()
 
@@ -40,17 +41,11 @@ def ours(spec: dict) -> tuple[Call, Call]:
   return step, lambda: multiply(x, w).block_until_ready()
 
 
-def peft(spec: dict) -> tuple[Call, Call]:
-  """A step of PEFT on torch, and a matrix product, of the same sizes."""
-  import contextlib
-
+def _encoder(shape: dict) -> tuple[Any, Any]:
+  """transformers' model, and the labels of a batch."""
   import torch
   import transformers
-  from peft import LoraConfig, get_peft_model
 
-  shape = spec["shape"]
-  torch.manual_seed(0)
-  torch.set_num_threads(os.cpu_count() or 1)
   config = transformers.RobertaConfig(
     vocab_size=shape["vocab"],
     hidden_size=shape["hidden"],
@@ -63,23 +58,52 @@ def peft(spec: dict) -> tuple[Call, Call]:
     hidden_dropout_prob=shape["dropout"],
     attention_probs_dropout_prob=shape["dropout"],
   )
-  targets = {"query_value": ["query", "value"], "all_linear": "all-linear"}
-  model = get_peft_model(
-    transformers.RobertaForSequenceClassification(config),
-    LoraConfig(
-      r=shape["rank"],
-      lora_alpha=16,
-      target_modules=targets[spec["method"]],
-      task_type="SEQ_CLS",
-    ),
-  ).train()
+  model = transformers.RobertaForSequenceClassification(config)
+  return model, lambda ids_BxT: torch.arange(len(ids_BxT)) % 2
+
+
+def _decoder(shape: dict) -> tuple[Any, Any]:
+  """transformers' model, and the labels of a batch."""
+  import transformers
+
+  from benchmarks import common
+
+  fields = common.decoder_config(common.Shape(**shape))
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+  return model, lambda ids_BxT: ids_BxT
+
+
+# By the shape's model: what makes it, its task, and its targets.
+PEFT = {
+  "llama": (_decoder, "CAUSAL_LM", ["q_proj", "v_proj"]),
+  "roberta": (_encoder, "SEQ_CLS", ["query", "value"]),
+}
+
+
+def peft(spec: dict) -> tuple[Call, Call]:
+  """A step of PEFT on torch, and a matrix product, of the same sizes."""
+  import contextlib
+
+  import torch
+  from peft import LoraConfig, get_peft_model
+
+  shape = spec["shape"]
+  torch.manual_seed(0)
+  torch.set_num_threads(os.cpu_count() or 1)
+  make, task_type, few = PEFT[shape["model"]]
+  base, labels = make(shape)
+  targets = {"query_value": few, "all_linear": "all-linear"}[spec["method"]]
+  config = LoraConfig(
+    r=shape["rank"], lora_alpha=16, target_modules=targets, task_type=task_type
+  )
+  model = get_peft_model(base, config).train()
   trained = [p for p in model.parameters() if p.requires_grad]
   optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.01)
   ids_BxT = torch.randint(4, shape["vocab"], (shape["batch"], shape["length"]))
   inputs = {
     "input_ids": ids_BxT,
     "attention_mask": torch.ones_like(ids_BxT),
-    "labels": torch.arange(shape["batch"]) % 2,
+    "labels": labels(ids_BxT),
   }
   half = spec["dtype"] == "bfloat16"
 

@@ -2,8 +2,9 @@
 
   python -m experiments.merge --base=minilm --adapter=RUN/adapter --out=DIR
 
-DIR then holds config.json, model.safetensors and the base's tokenizer; transformers
-loads it as it would any other, and so does --base here. It is written atomically.
+DIR then holds config.json, model.safetensors and what lies beside the base's weights:
+its tokenizer (or the adapter's own), templates, settings. transformers loads it as it
+would any other, and so does --base here. It is written atomically.
 """
 
 from pathlib import Path
@@ -35,8 +36,9 @@ def merge(base: str, adapter: str, out: str, *, overwrite: bool = False) -> Path
     model.loaded.keymap,
     model.loaded.hf_config,
     architecture=model.loaded.family.architecture,
-    labels=model.labels,
-    tokenizer_from=model.folder,
+    labels=None,
+    base=model.folder,
+    adapter=Path(adapter).expanduser(),
     overwrite=overwrite,
   )
   return folder

@@ -10,8 +10,10 @@ either; an image classifier takes {"pixel_values": […]}, lists of channels, ro
 columns. All lines are of one kind.
 
 A line of OUT.jsonl holds "logits", and "label" and "score" (its probability) where the
-head has classes. A language model's logits are those of what follows the last token;
-with --all_positions, of what follows each, null where the attention mask is 0.
+head has classes; "scores" too, each label's own, where config.json's problem_type is
+multi_label_classification. A language model's logits are those of what follows the
+last token; with --all_positions, of what follows each, null where the attention mask
+is 0.
 
 Either file may be a pipe, /dev/stdin or /dev/stdout, or "-" for these two.
 
@@ -28,6 +30,7 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.progress import track
+from scipy import special
 
 from experiments.cli import command as cli
 from experiments.cli import model_flags
@@ -96,7 +99,7 @@ def predict(
   read = lines.read(Path(source).expanduser(), known)
   model = merged.load(base, adapter, apply=True)
   try:
-    rows = lines.rows(read, model.loaded, known, max_length)
+    rows = lines.rows(read, model.loaded, known, max_length, adapter)
     _write(target, _results(rows, model, batch_size, all_positions))
   except LoraxError as error:
     # An example's number is its line's: a line is never skipped.
@@ -124,15 +127,21 @@ def _results(
       None if each is None else [float(str(x)) for x in each] for each in positions
     ]
     result: dict[str, Any] = {"logits": texts if every else texts[0]}
-    if model.labels and not model.regression:
-      result |= _best(positions[0], model.labels)
+    if model.labels and model.problem_type != "regression":
+      result |= _named(positions[0], model.labels, model.problem_type)
     yield result
 
 
-def _best(logits_C: np.ndarray, labels: Sequence[str]) -> dict[str, Any]:
-  odds_C = np.exp(logits_C.astype(np.float64) - logits_C.max())
-  best = int(logits_C.argmax())
-  return {"label": labels[best], "score": float(odds_C[best] / odds_C.sum())}
+def _named(
+  logits_C: np.ndarray, labels: Sequence[str], problem_type: str | None
+) -> dict[str, Any]:
+  """The most probable label, and the probability of each where they are many."""
+  logits_C, best = logits_C.astype(np.float64), int(logits_C.argmax())
+  if problem_type == "multi_label_classification":
+    scores_C = special.expit(logits_C)
+    scores = dict(zip(labels, scores_C.tolist(), strict=True))
+    return {"label": labels[best], "score": float(scores_C[best]), "scores": scores}
+  return {"label": labels[best], "score": float(special.softmax(logits_C)[best])}
 
 
 def _write(target: Path, results: Iterator[Mapping[str, Any]]) -> None:

@@ -100,11 +100,12 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   mesh = build.mesh(first.mesh, first.train)
   model = build.model(first.model, task, max_length, mesh, seed, first.init_adapter)
   splits, lengths = build.rows(first.data, task, model)
-  _, forward = build.adapt(model, first.model, first.lora)
+  objective = task.objective(first.train.label_smoothing)
+  _, forward = build.adapt(model, first.model, first.lora, objective)
   made = []
   for workdir, own in runs.items():
     mine = model if own.train.seed == seed else model.reseeded(own.train.seed)
-    lora, _ = build.adapt(model, own.model, own.lora)
+    lora, _ = build.adapt(model, own.model, own.lora, objective)
     plan = build.plan(lora, mine, splits, lengths)
     adapter = build.adapter(plan, mine, own.train.seed, own.init_adapter)
     write = export(own.lora, own.model.path, task, mine)
@@ -116,7 +117,7 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   return Job(
     made,
     Model(forward, model.params, build.axes(model), mesh),
-    task.objective(first.train.label_smoothing),
+    objective,
     build.batches(splits, lengths, [own.train for own in runs.values()]),
     fingerprint.of(model, splits, first.init_adapter) if processes.first() else {},
   )

@@ -29,7 +29,7 @@ from experiments.sweeps.plan import Plan
 from launch import cluster
 from launch import options as launch_options
 from launch.engines import ENGINES
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, check_known, listing
 from lorax_flax.files import bucket
 from lorax_flax.files import workdir as files
 
@@ -70,8 +70,7 @@ def run(
       f"which launcher? Give it after --, with its flags; there are {listing(ENGINES)}"
     )
   name, *own = launcher
-  if name not in ENGINES:
-    raise LoraxError(unknown("launcher", name, ENGINES))
+  check_known("launcher", name, ENGINES)
   if sweep.space is not None:
     raise LoraxError(
       "a search chooses its trials by how others ended, and a launcher does not wait "

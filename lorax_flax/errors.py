@@ -1,7 +1,8 @@
 """The one error that speaks to the user, and the words it is made of."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 _LONGEST = 4000  # characters of a message
 
@@ -38,3 +39,19 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> str:
   near = nearest(name, options)
   hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
   return f"unknown {kind} {name!r}{hint} There are: {listing(options) or 'none'}"
+
+
+def check_known(kind: str, name: str, options: Collection[str]) -> None:
+  """Raises LoraxError, the message of `unknown`, where a name is no option."""
+  if name not in options:
+    raise LoraxError(unknown(kind, str(name), options))
+
+
+@contextlib.contextmanager
+def prefixed(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
+  """Context whose errors, LoraxErrors and those of `kinds`, become "PREFIX: ERROR"."""
+  caught: tuple[type[Exception], ...] = (LoraxError, *kinds)
+  try:
+    yield
+  except caught as error:
+    raise LoraxError(f"{prefix}: {error}") from error

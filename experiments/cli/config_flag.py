@@ -14,8 +14,9 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.cli import config_dict, fields
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, listing, prefixed, unknown
 from lorax_flax.jobs.settings import Settings
+from lorax_flax.tasks import task as tasks
 
 FOLDER = Path(__file__).parents[1] / "configs"
 _NOT_CONFIGS = frozenset({"__init__", "common"})
@@ -114,13 +115,26 @@ def define_overrides(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
   Their names are not checked here, where an entry of a mapping may have any.
   """
-  found = (re.match(r"--?(no)?(config\.[^=]+)", argument) for argument in argv)
-  for name in dict.fromkeys(match[2] for match in found if match):
-    if name in values:
-      continue
-    switch = fields.is_switch(name.removeprefix("config."))
-    kind: Any = flags.DEFINE_boolean if switch else flags.DEFINE_string
-    kind(name, None, "A field of the config.", flag_values=values)
+  found = [re.match(r"--?(no)?config\.([^=]+)", argument) for argument in argv]
+  names = dict.fromkeys(match[2] for match in found if match)
+  spec = _spec(argv)
+  if spec is not None and not names.keys() <= fields.known().keys():
+    load(spec)  # A task that the file registers has fields of its own.
+  for name in names:
+    if f"config.{name}" not in values:
+      kind: Any = (
+        flags.DEFINE_boolean if fields.is_switch(name) else flags.DEFINE_string
+      )
+      kind(f"config.{name}", None, "A field of the config.", flag_values=values)
+
+
+def _spec(argv: Sequence[str]) -> str | None:
+  """Config that the arguments name, the last one; None without --config."""
+  found = None
+  for argument, after in zip(argv, [*argv, None][1:], strict=True):
+    if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
+      found = after if match[1] is None else match[1]
+  return found
 
 
 @dataclass(frozen=True)
@@ -176,11 +190,9 @@ def choose(spec: str, texts: Mapping[str, Any] | None = None) -> Chosen:
   found = config_dict.values(load(spec))
   texts = texts or {}
   for name, text in texts.items():
-    try:
+    with prefixed(f"--config.{name}={text}"):
       value = text if isinstance(text, bool) else fields.parse(name, text)
       found = config_dict.change(found, name, value)
-    except LoraxError as error:
-      raise LoraxError(f"--config.{name}={text}: {error}") from error
   return Chosen(spec, found, tuple(texts))
 
 
@@ -193,11 +205,19 @@ def help_text(argv: Sequence[str]) -> str:
     about = ast.get_docstring(module) or ""
     variants = ", ".join(dict.fromkeys(re.findall(r"`(:\w+)`", about)))
     lines.append(f"  {name + '.py':<{width}}  {about.splitlines()[0]}  [{variants}]")
-  requested = [a.partition("=")[2] for a in argv if re.match(r"--?config=", a)]
-  spec = requested[-1] if requested else "quickstart.py"
+  spec = _spec(argv) or "quickstart.py"
+  values = config_dict.complete(config_dict.values(load(spec)))
+  known = fields.of_task(values["data.task"])
   lines += ["", f"Fields of {spec} (--config.NAME=VALUE, or .NAME.KEY of a mapping):"]
-  for name, value in config_dict.values(load(spec)).items():
-    lines.append(f"  {name} = {value!r}")
-    text = fields.known()[name].help
-    lines += textwrap.wrap(text, 88, initial_indent=_INDENT, subsequent_indent=_INDENT)
+  for name, value in values.items():
+    lines += [f"  {name} = {value!r}", *_wrapped(known[name].help)]
+  lines += ["", "Fields of other tasks (--config.data.task=NAME):"]
+  for name, field in fields.known().items():
+    if name not in known:
+      others = [task for task in tasks.TASKS if name in fields.of_task(task)]
+      lines += [f"  {name} ({', '.join(others)})", *_wrapped(field.help)]
   return "\n".join(lines)
+
+
+def _wrapped(text: str) -> list[str]:
+  return textwrap.wrap(text, 88, initial_indent=_INDENT, subsequent_indent=_INDENT)

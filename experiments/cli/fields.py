@@ -17,6 +17,7 @@ from typing import Any
 
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.jobs.settings import Settings
+from lorax_flax.tasks import task as tasks
 
 # Weights by name: a regular expression, "all-linear", or ends of paths.
 PATTERNS: Any = str | Sequence[str]
@@ -42,6 +43,11 @@ class Field:
   help: str
 
   @property
+  def of_task(self) -> bool:
+    """True for a field of the section data, whose fields and defaults are a task's."""
+    return self.path[0] == "data"
+
+  @property
   def optional(self) -> bool:
     """True where None is a value."""
     return type(None) in typing.get_args(self.type)
@@ -59,14 +65,35 @@ class Field:
     return typing.get_args(self.plain)[1] if is_mapping else None
 
 
-@functools.cache
 def known() -> Mapping[str, Field]:
-  """Every field, by name."""
-  return {field.name: field for field in _below(Settings, ())}
+  """Every field, by name; those of every registered task."""
+  return _known(tuple((name, task.settings) for name, task in tasks.TASKS.items()))
+
+
+@functools.cache
+def _known(rows: tuple[tuple[str, type], ...]) -> Mapping[str, Field]:
+  found = {field.name: field for field in _below(Settings, ())}
+  for task, kind in rows:
+    for field in _below(kind, ("data",)):
+      other = found.setdefault(field.name, field).type
+      if field.type != other:
+        raise LoraxError(
+          f"the task {task} declares {field.name} as {spell(field.type)}, and another "
+          f"task as {spell(other)}: one flag sets both"
+        )
+  return found
+
+
+def of_task(name: str) -> Mapping[str, Field]:
+  """The fields of a run of a task, by name; LoraxError where there is no such task."""
+  rest = {n: field for n, field in known().items() if not field.of_task}
+  kind = tasks.get(name).settings
+  return rest | {field.name: field for field in _below(kind, ("data",))}
 
 
 def _below(kind: Any, path: tuple[str, ...]) -> Iterator[Field]:
-  types_, helps = typing.get_type_hints(kind), _attributes(kind)
+  types_ = hints(kind)
+  helps = {n: text for base in kind.__mro__[::-1] for n, text in _attributes(base)}
   for each in dataclasses.fields(kind):
     at, type_ = (*path, each.name), types_[each.name]
     if dataclasses.is_dataclass(type_):
@@ -78,22 +105,24 @@ def _below(kind: Any, path: tuple[str, ...]) -> Iterator[Field]:
     yield Field(name_of(at), at, type_, default, helps.get(each.name, ""))
 
 
+def hints(kind: Any) -> dict[str, Any]:
+  """Types of a dataclass's fields, where it is of a config's file, no module, too."""
+  return typing.get_type_hints(kind, localns=kind.__init__.__globals__)
+
+
 def name_of(path: tuple[str, ...]) -> str:
   """Name of the field with a path; the seed is the whole run's, not training's."""
   return "seed" if path == ("train", "seed") else ".".join(path)
 
 
-def _attributes(kind: type) -> dict[str, str]:
+def _attributes(kind: type) -> Iterator[tuple[str, str]]:
   """Help of each field, from the docstring's section `Attributes:`."""
   section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")[2]
   section = re.split(r"\n(?=\S)", section)[0]
-  found = {}
   for entry in re.split(r"\n(?=  \w)", f"\n{section}"):
     names, colon, text = entry.partition(":")
     if colon:
-      helps = dict.fromkeys(names.strip().split(", "), " ".join(text.split()))
-      found.update(helps)
-  return found
+      yield from ((n, " ".join(text.split())) for n in names.strip().split(", "))
 
 
 def find(name: str) -> tuple[Field, str | None]:
@@ -141,7 +170,7 @@ def parse(name: str, text: str) -> Any:
   if kind is str:
     return None if text == "None" and field.optional else text
   value = _literal(text)
-  if kind is Any:
+  if kind in (Any, bool):
     return _WORDS.get(text, value)
   if kind == Sequence[int] and isinstance(value, int):
     return (value,)

@@ -100,10 +100,12 @@ def rows(
   loaded: registry.Loaded,
   known: Names,
   max_length: int | None,
+  adapter: str | None = None,
 ) -> Inputs:
   """Model inputs of the lines; an error counts lines as examples, from 1.
 
   Args:
+    adapter: a folder whose tokenizer takes the place of the base's, if it has one.
     max_length: number of tokens that texts are truncated to; None for the most that
       the model takes.
   """
@@ -112,7 +114,7 @@ def rows(
       raise LoraxError(f"--max_length={max_length}, and this model takes no text")
     shape = loaded.family.inputs(loaded.config)[pixels.INPUT].shape[1:]
     return pixels.from_inputs(lines, shape)
-  return _tokens(lines, loaded, known, max_length)
+  return _tokens(lines, loaded, known, max_length, adapter)
 
 
 def _tokens(
@@ -120,6 +122,7 @@ def _tokens(
   loaded: registry.Loaded,
   known: Names,
   max_length: int | None,
+  adapter: str | None,
 ) -> Tokens:
   room, vocab_size = loaded.max_length, loaded.config.vocab_size
   if max_length is not None and max_length > room:
@@ -129,7 +132,7 @@ def _tokens(
   if "text" in lines[0]:
     found = tokenize(
       lines,
-      load_tokenizer(loaded.folder),
+      load_tokenizer(loaded.folder, adapter),
       max_length=longest,
       token_types=loaded.token_types,
     )

@@ -1,15 +1,18 @@
 """A base with an adapter merged into it: what `merge` writes and `predict` runs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lorax_flax as lx
 from lorax_flax.adapt.merge import without_place
 from lorax_flax.errors import LoraxError, listing
+from lorax_flax.hub.checkpoints import export
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.methods import Adapter, Tuned
+from lorax_flax.models import hf_config as fields
 from lorax_flax.models import registry, with_adapter
 
 
@@ -18,22 +21,31 @@ class Merged:
   """A model with its adapter merged in.
 
   Attributes:
-    loaded: the model; its params are the merged ones.
-    labels: names of the outputs, LABEL_0, … where nobody named them; None where they
-      are a vocabulary.
+    loaded: the model; its params are the merged ones, its hf_config names the outputs.
     folder: of the base, with its tokenizer.
     rest: deltas that can't be merged, which are applied beside the base.
   """
 
   loaded: registry.Loaded
-  labels: tuple[str, ...] | None
   folder: Path
   rest: Adapter = dataclasses.field(default_factory=dict)
 
   @property
-  def regression(self) -> bool:
-    """True where the one output is a number."""
-    return self.labels is not None and len(self.labels) == 1
+  def labels(self) -> tuple[str, ...] | None:
+    """Names of the outputs, LABEL_0, … where unnamed; None where a vocabulary."""
+    if not self.loaded.family.has_labels:
+      return None
+    names = self.loaded.hf_config.get("id2label") or {}
+    count = self.loaded.config.num_labels
+    return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(count))
+
+  @property
+  def problem_type(self) -> str | None:
+    """transformers' problem_type, by the number of outputs where none is named."""
+    if self.labels is None:
+      return None
+    by_count = "regression" if len(self.labels) == 1 else "single_label_classification"
+    return self.loaded.hf_config.get("problem_type") or by_count
 
 
 def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
@@ -64,21 +76,23 @@ def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
       "random numbers. Give an adapter trained on this base with its head (--adapter), "
       "or a base that has one"
     )
-  has_labels = loaded.family.has_labels
-  labels = _labels(loaded, adapter, own) if has_labels else None
-  return Merged(loaded, labels, loaded.folder, rest)
+  if adapter and loaded.family.has_labels:
+    hf_config = _with_labels(loaded, adapter, own)
+    loaded = dataclasses.replace(loaded, hf_config=hf_config)
+  return Merged(loaded, loaded.folder, rest)
 
 
-def _labels(
-  loaded: registry.Loaded, adapter: str | None, own: Sequence[str] | None
-) -> tuple[str, ...]:
-  count = loaded.config.num_labels
-  names = loaded.hf_config.get("id2label") or {}
-  # An adapter's head has outputs of its own: the base's names are not theirs.
-  if own is None and not adapter:
-    own = [str(names.get(str(i), f"LABEL_{i}")) for i in range(count)]
-  if own is None:
-    own = [f"LABEL_{i}" for i in range(count)]
-  if len(own) != count:
-    raise LoraxError(f"{adapter} names {len(own)} labels, and its head has {count}")
-  return tuple(own)
+def _with_labels(
+  loaded: registry.Loaded, adapter: str, own: Sequence[str] | None
+) -> Mapping[str, Any]:
+  """The config.json with the names that the adapter has; or else the base's, as PEFT
+  keeps them, unless the adapter's head has another number of outputs."""
+  count, hf_config = loaded.config.num_labels, loaded.hf_config
+  if own is not None:
+    if len(own) != count:
+      raise LoraxError(f"{adapter} names {len(own)} labels, and its head has {count}")
+    return export.with_head(hf_config, own)
+  if fields.labels_in(hf_config) in (None, count):
+    return hf_config
+  names = [f"LABEL_{i}" for i in range(count)]
+  return export.with_head(hf_config, names, hf_config.get("problem_type"))

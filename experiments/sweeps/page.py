@@ -50,19 +50,10 @@ def page(outcomes: Sequence[Outcome], title: str) -> str:
 
 
 def _medians(outcomes: Sequence[Outcome]) -> str:
-  named = [name for name in sweep_table.fields(outcomes) if name != "seed"]
   found, best = sweep_table.medians(outcomes), sweep_table.best_median(outcomes)
-  lines = [
-    [
-      *(m.changes[name] for name in named),
-      "" if m.median is None else m.median,
-      "" if m.spread is None else m.spread,
-      f"{m.done} of {m.count}",
-    ]
-    for m in found
-  ]
+  lines = [[*m.changes.values(), *m.cells] for m in found]
   kinds = ["best" if m == best else "" for m in found]
-  return _table([*named, "median", "spread", "seeds"], lines, kinds)
+  return _table([*found[0].changes, "median", "spread", "seeds"], lines, kinds)
 
 
 def _table(

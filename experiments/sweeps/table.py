@@ -33,6 +33,12 @@ class Median:
   done: int
   count: int
 
+  @property
+  def cells(self) -> tuple[Any, ...]:
+    """Median, spread and number of seeds; "" for a number that is not there."""
+    numbers = ("" if x is None else x for x in (self.median, self.spread))
+    return (*numbers, f"{self.done} of {self.count}")
+
 
 def fields(outcomes: Sequence[Outcome]) -> list[str]:
   """The fields that trials differ in, in the order in which they are first set."""
@@ -99,9 +105,7 @@ def rows(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
         *(outcome.metrics.get(name, "") for name in measured),
         result.get("best_step", ""),
         result.get("trained_parameters", ""),
-        "" if of_all.median is None else of_all.median,
-        "" if of_all.spread is None else of_all.spread,
-        f"{of_all.done} of {of_all.count}",
+        *of_all.cells,
         (outcome.failed or {}).get("reason", ""),
       ]
     )
@@ -143,14 +147,11 @@ def medians_to_text(outcomes: Sequence[Outcome]) -> str | None:
   found = medians(outcomes)
   if all(median.count == 1 for median in found):
     return None
-  named = [name for name in fields(outcomes) if name != _SEED]
-  best = best_median(outcomes)
+  named, best = list(found[0].changes), best_median(outcomes)
   lines = [
     (
-      *(show(median.changes[name]) for name in named),
-      "" if median.median is None else f"{median.median:.4f}",
-      "" if median.spread is None else f"{median.spread:.4f}",
-      f"{median.done} of {median.count}",
+      *map(show, median.changes.values()),
+      *(x if isinstance(x, str) else f"{x:.4f}" for x in median.cells),
       "best" if median == best else "",
     )
     for median in found

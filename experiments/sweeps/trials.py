@@ -19,9 +19,10 @@ import numpy as np
 
 from experiments.cli import config_dict, config_flag
 from experiments.cli.config_dict import Values
-from lorax_flax.errors import LoraxError
+from lorax_flax.errors import LoraxError, prefixed
 from lorax_flax.jobs.settings import Settings
 from lorax_flax.train import trials as together
+from lorax_flax.train.optimizers import OPTIMIZERS
 
 # The fields that are data in one program, so that trials may differ in them.
 _DATA = {
@@ -117,7 +118,7 @@ def make(
   """
   found: dict[str, tuple[int, Mapping[str, Any], Settings]] = {}
   for number, own in enumerate(changes):
-    try:
+    with prefixed(f"trial {number} ({_of(own)})"):
       if both := [name for name in own if name in overridden]:
         raise LoraxError(
           f"config.{both[0]} is given for all trials, and is what they differ in"
@@ -126,8 +127,6 @@ def make(
       for name, value in own.items():
         changed = config_dict.change(changed, name, value)
       settings = config_dict.settings(changed, [*overridden, *own])
-    except LoraxError as error:
-      raise LoraxError(f"trial {number} ({_of(own)}): {error}") from error
     key = json.dumps(settings.to_json(), sort_keys=True)
     if key in found:
       raise LoraxError(f"trials {found[key][0]} and {number} are the same: {_of(own)}")
@@ -188,6 +187,8 @@ def _shape(settings: Settings) -> dict[str, Any]:
     if name not in _DATA.get(section, ())
   }
   found["init_adapter"] = settings.init_adapter
+  if not OPTIMIZERS[settings.train.optimizer].by_element:
+    found["lora.rank"] = settings.lora.rank  # Padding would change the steps.
   if _drops_by_length(settings):
     # The order of the examples makes the lengths of the batches.
     found["seed (dropout's draws go by a batch's length: data.buckets=1 is one)"] = (

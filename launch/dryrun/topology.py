@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.dryrun import gpus
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known
 
 GIB = 2.0**30
 
@@ -110,8 +110,7 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     LoraxError: unknown generation, or it has no such slice.
   """
   kind, colon, text = name.partition(":")
-  if kind not in CHIPS:
-    raise LoraxError(unknown("kind of chip", kind, CHIPS))
+  check_known("kind of chip", kind, CHIPS)
   chip = CHIPS[kind]
   example = f"{kind}:{'x'.join(['4'] * chip.dims)}" if chip.timed else f"{kind}:2x8"
   if not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):

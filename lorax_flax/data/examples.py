@@ -1,8 +1,9 @@
 """Examples: a task's texts and labels, or a user's own lines."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar
+
+Rows = TypeVar("Rows")
 
 
 class Example(TypedDict):
@@ -13,9 +14,11 @@ class Example(TypedDict):
   label: NotRequired[int | float]
 
 
-@dataclass(frozen=True)
-class Splits:
-  """A task's examples: the training split, and each evaluation split by name."""
+class Splits(NamedTuple, Generic[Rows]):
+  """A task's rows: the training split, and each evaluation split by name."""
 
-  train: Sequence[Example]
-  evaluation: dict[str, Sequence[Example]]
+  train: Rows
+  evaluation: Mapping[str, Rows]
+
+
+Examples = Splits[Sequence[Example]]

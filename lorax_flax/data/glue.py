@@ -19,7 +19,7 @@ from typing import Any
 from absl import logging
 
 from lorax_flax.data import glue_tsv
-from lorax_flax.data.examples import Example, Splits
+from lorax_flax.data.examples import Example, Examples, Splits
 from lorax_flax.data.tasks import Task
 from lorax_flax.errors import LoraxError
 from lorax_flax.files import atomic
@@ -35,7 +35,7 @@ _REVISION = 1
 
 def load(
   task: Task, *, glue_dir: str | Path | None = None, tfds_dir: str | Path | None = None
-) -> Splits:
+) -> Examples:
   """A GLUE task's examples, in the order of its files.
 
   Args:
@@ -75,7 +75,7 @@ def _prepared(builder: Any) -> bool:
   return (builder.data_path / "dataset_info.json").exists()
 
 
-def _read(task: Task, builder: Any) -> Splits:
+def _read(task: Task, builder: Any) -> Examples:
   try:
     source = builder.as_data_source()
   except NotImplementedError as error:

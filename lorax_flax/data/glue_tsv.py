@@ -152,14 +152,21 @@ def read(task: Task, split: str, file: Path) -> Iterator[tuple[int, dict[str, An
 
 
 def _lines(file: Path) -> Iterator[str]:
+  """Lines, less those that are blank at the end."""
   # Only "\n" ends a line: str.splitlines and universal newlines would split texts at
   # other characters too.
-  number = 0
+  number = blank = 0
   try:
     with file.open(encoding="utf-8-sig", newline="\n") as stream:
-      for line in stream:
+      for raw in stream:
         number += 1
-        yield line.removesuffix("\n").removesuffix("\r")
+        line = raw.removesuffix("\n").removesuffix("\r")
+        if not line:
+          blank += 1
+          continue
+        yield from [""] * blank
+        blank = 0
+        yield line
   except UnicodeDecodeError as error:
     raise LoraxError(f"{file}, after line {number}: not UTF-8: {error}") from error
 

@@ -5,15 +5,15 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from lorax_flax.data.examples import Example, Splits
-from lorax_flax.errors import LoraxError
+from lorax_flax.data.examples import Example, Examples, Splits
+from lorax_flax.errors import LoraxError, prefixed
 from lorax_flax.hub import assets
 
 TRAIN = 8_000
 HELD_OUT = 3_000
 
 
-def load() -> Splits:
+def load() -> Examples:
   """The splits, from the asset "headlines", which is fetched on first use.
 
   Raises:
@@ -26,17 +26,14 @@ def _read(file: Path) -> Iterable[Example]:
   """Lines of the evals package: the text is the user's turn, the label is `ideal`."""
   with file.open(encoding="utf-8") as lines:
     for number, line in enumerate(lines, 1):
-      try:
+      where, kinds = f"{file}:{number}", (ValueError, LookupError, TypeError)
+      with prefixed(f"{where}: not a labelled headline", *kinds):
         row = json.loads(line)
-        label = ("0", "1").index(row["ideal"])
-        yield {"text": row["input"][1]["content"], "text_pair": None, "label": label}
-      except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise LoraxError(
-          f"{file}:{number}: not a labelled headline: {error}"
-        ) from error
+        text, label = row["input"][1]["content"], ("0", "1").index(row["ideal"])
+      yield {"text": text, "text_pair": None, "label": label}
 
 
-def split(examples: Iterable[Example]) -> Splits:
+def split(examples: Iterable[Example]) -> Examples:
   """Drops repeated headlines, and splits the rest by the hash of their text.
 
   The texts with the smallest hashes are for training, the next ones are held out: the

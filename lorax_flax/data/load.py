@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from lorax_flax.data import glue, headlines, tasks
-from lorax_flax.data.examples import Splits
+from lorax_flax.data.examples import Examples
 from lorax_flax.errors import LoraxError
 
 
 def load(
   name: str, *, glue_dir: str | Path | None = None, tfds_dir: str | Path | None = None
-) -> Splits:
+) -> Examples:
   """Reads a task's training and evaluation splits.
 
   Args:

@@ -141,12 +141,9 @@ def _length(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> int:
   return shape.buckets[int(shape.bucket_of(lengths).max())]
 
 
-def _assemble(
-  tokens: Rows, shape: Shape, rows_B: np.ndarray, length: int | None = None
-) -> Batch:
-  """A batch of these rows, by default at its own padded length."""
-  length = _length(tokens, shape, rows_B) if length is None else length
-  return tokens.batch(rows_B, length)
+def _assemble(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> Batch:
+  """A batch of these rows, at its own padded length."""
+  return tokens.batch(rows_B, _length(tokens, shape, rows_B))
 
 
 @dataclass(frozen=True)
@@ -210,7 +207,7 @@ def together(
   def make(number: int) -> Batch:
     rows = {seed: run(number) for seed, run in runs.items()}
     length = max(_length(tokens, shape, r) for r in rows.values())
-    each = {s: _assemble(tokens, shape, r, length) for s, r in rows.items()}
+    each = {s: tokens.batch(r, length) for s, r in rows.items()}
     names = each[seeds[0]]
     return {name: np.stack([each[s][name] for s in seeds]) for name in names}
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorax_flax.data.tokens import Batch, Column, Tokens, integers, ragged
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, prefixed, unknown
 from lorax_flax.files import strict_json
 
 # The label of padding and of prompts, which are not predicted; as in transformers.
@@ -42,11 +42,7 @@ class Sequences:
     return self.tokens.lengths_N
 
   def batch(self, index_B: np.ndarray, length: int) -> Batch:
-    """Rows padded on the right to one length.
-
-    Args:
-      index_B: row numbers; -1 is a padding row, with weight 0.
-      length: T, at least the longest of the rows.
+    """Rows padded on the right to one length; arguments as of `Tokens.batch`.
 
     Returns:
       input_ids, attention_mask, labels: int32 (B, T); weights: float32 (B,), the number
@@ -85,7 +81,7 @@ def read(
   labels: list[np.ndarray] = []
   rows = tokens = 0
   for number, line in strict_json.lines(file):
-    try:
+    with prefixed(f"{file}"):
       ids_T, labels_T = _row(line, number, vocab_size)
       if len(ids_T) > max_length:
         rows, tokens = rows + 1, tokens + len(ids_T) - max_length
@@ -95,8 +91,6 @@ def read(
           f"example {number}: no token is predicted: of its first {len(ids_T)} tokens "
           f"but the first, {_MASK} marks none"
         )
-    except LoraxError as error:
-      raise LoraxError(f"{file}: {error}") from error
     ids.append(ids_T)
     labels.append(labels_T)
   ids_S, offsets = ragged(ids)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Task:
   train: str = "train"
 
   def __post_init__(self):
-    if self.primary not in self.metrics:
-      raise LoraxError(unknown(f"metric of {self.name}", self.primary, self.metrics))
+    check_known(f"metric of {self.name}", self.primary, self.metrics)
     if len(self.text) not in (1, 2):
       raise LoraxError(f"task {self.name}: one or two texts, not {len(self.text)}")
 
@@ -94,6 +93,5 @@ def get(name: str) -> Task:
   Raises:
     LoraxError: no such task; the message has the nearest names.
   """
-  if name not in TASKS:
-    raise LoraxError(unknown("task", name, TASKS))
+  check_known("task", name, TASKS)
   return TASKS[name]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lorax_flax.errors import LoraxError
+from lorax_flax.errors import LoraxError, prefixed
 
 # What a process that was told to stop, and saved, exits with: what a shell reports of
 # one that SIGTERM ended.
@@ -58,7 +58,7 @@ def initialize(cluster: bool = False) -> None:
   address = os.environ.get(COORDINATOR)
   if address is None and not cluster:
     return
-  try:
+  with prefixed("can't join the other processes", RuntimeError, ValueError):
     if cluster:
       jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
     else:
@@ -69,8 +69,6 @@ def initialize(cluster: bool = False) -> None:
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=HEARTBEAT,
       )
-  except (RuntimeError, ValueError) as error:
-    raise LoraxError(f"can't join the other processes: {error}") from error
 
 
 def _number(name: str) -> int:

@@ -1,5 +1,6 @@
 """Strict JSON: bounded size, no duplicate names, and finite numbers only."""
 
+import codecs
 import collections
 import json
 import math
@@ -64,7 +65,7 @@ def read(file: Path, *, most_bytes: int = _MOST_BYTES) -> Any:
       text = stream.read(min(os.fstat(stream.fileno()).st_size, most_bytes) + 1)
     if len(text) > most_bytes:
       raise ValueError(f"it is larger than {most_bytes:,} bytes")
-    return parse(text)
+    return parse(text.removeprefix(codecs.BOM_UTF8))
   except (OSError, ValueError) as error:
     raise LoraxError(f"cannot read {file}: {error}") from error
 
@@ -80,30 +81,37 @@ def read_object(file: Path, *, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
 def lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
   """The line numbers, from 1, and objects of JSON lines: of a file, a pipe, or "-".
 
+  A byte order mark and blank lines at the end, as editors and spreadsheets write them,
+  are passed over.
+
   Raises:
-    LoraxError: no such file, an empty one, or a line that is not a JSON object; it
-      names the line.
+    LoraxError: no such file, an empty one, a blank line before others, or a line that
+      is not a JSON object; it names the line.
   """
   source = streams.opened(file, "rb")
   if source is None and not file.is_file():
     raise LoraxError(f"no file {file}")
-  number = 0
+  number = last = 0
   with source or file.open("rb") as stream:
     for number, raw in enumerate(stream, 1):
+      text = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+      if not text.strip():
+        continue
+      if number > last + 1:
+        raise LoraxError(f"{file}: line {last + 1} is blank")
+      last = number
       try:
-        line = _line(raw)
+        line = _line(text)
       except ValueError as error:
         raise LoraxError(f"{file}: line {number} {error}") from error
       yield number, line
-  if not number:
-    raise LoraxError(f"{file} is empty")
+  if not last:
+    raise LoraxError(f"{file} is empty" + " but for blank lines" * (number > 0))
 
 
-def _line(raw: bytes) -> dict[str, Any]:
-  if not raw.strip():
-    raise ValueError("is blank")
+def _line(text: bytes) -> dict[str, Any]:
   try:
-    line = parse(raw)
+    line = parse(text)
   except ValueError as error:
     raise ValueError(f"is not JSON: {error}") from error
   if not isinstance(line, dict):

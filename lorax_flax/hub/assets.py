@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.files import atomic
 
 log = logging.getLogger(__name__)
@@ -130,8 +130,7 @@ def path(name: str) -> Path:
     LoraxError: an unknown name, no pip, no network, content that differs from the
       pinned one, or a cache that cannot be written.
   """
-  if name not in ASSETS:
-    raise LoraxError(unknown("asset", name, ASSETS))
+  check_known("asset", name, ASSETS)
   return locate(name, ASSETS[name])
 
 

@@ -17,21 +17,9 @@ ALIASES: Mapping[str, str] = {
 
 # Files that a model needs, from the top folder alone: repositories hold the same
 # weights in other formats too (ONNX, TensorFlow), often larger than these.
-_PATTERNS = (
-  "config.json",
-  "*.safetensors",
-  "*.safetensors.index.json",
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "vocab.txt",
-  "vocab.json",
-  "merges.txt",
-  "*.model",  # SentencePiece, from which a tokenizer.json can be made
-  "chat_template.jinja",
-  "generation_config.json",
-  "preprocessor_config.json",
-)
+_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+# Folders, but for one of templates.
+_NOT = [f"*/{pattern}" for pattern in _PATTERNS[:-1]]
 _TIMEOUT = 3.0  # seconds, for the hub's first answer
 
 
@@ -118,7 +106,7 @@ def _from_hub(name: str) -> Path:
         name,
         local_files_only=local_files_only,
         allow_patterns=list(_PATTERNS),
-        ignore_patterns=["*/*"],
+        ignore_patterns=_NOT,
       )
     )
 

@@ -87,8 +87,9 @@ def abstract(
 
   axes = build.axes(model)
   params = registry.abstract_params(model, settings.model.param_dtype)
-  lora, forward = build.adapt(model, settings.model, settings.lora)
-  plan = lora.plan(params, {n: x[:1] for n, x in steps.inputs(example).items()})
+  objective = task.objective(settings.train.label_smoothing)
+  lora, forward = build.adapt(model, settings.model, settings.lora, objective)
+  plan = lora.plan(params, {name: x[:1] for name, x in example.items()})
   adapter = jax.eval_shape(
     lambda leaves: start(plan, jax.random.key(0), leaves), flatten(params)
   )
@@ -96,7 +97,7 @@ def abstract(
     settings.train,
     DURATIONS,
     steps.Model(forward, params, axes, mesh),
-    task.objective(settings.train.label_smoothing),
+    objective,
     adapter,
   )
   state, base = program.abstract()

@@ -30,9 +30,9 @@ from lorax_flax.models.settings import ModelSettings
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.sharding.mesh import MeshConfig
 from lorax_flax.tasks.task import Splits, Task
-from lorax_flax.train import step as steps
 from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.loop import Data
+from lorax_flax.train.objective import Objective
 from lorax_flax.train.step import Forward
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
 
 def rows(
   settings: DataSettings, task: Task, model: registry.Loaded
-) -> tuple[Splits, tuple[int, ...]]:
+) -> tuple[Splits[Rows], tuple[int, ...]]:
   """The task's rows, and the padded lengths of their batches."""
   splits = task.read(settings, model)
   train, evaluation = splits
@@ -149,7 +149,7 @@ def padded_lengths(
 
 
 def batches(
-  splits: Splits, lengths: tuple[int, ...], configs: Sequence[TrainConfig]
+  splits: Splits[Rows], lengths: tuple[int, ...], configs: Sequence[TrainConfig]
 ) -> Data:
   """Batches of N >= 1 runs, whose order is each one's seed's."""
   first = configs[0]
@@ -168,16 +168,31 @@ def batches(
   )
 
 
+# The columns of a batch that are not the model's inputs.
+_ASIDE = ("labels", "weights", "index")
+
+
 def adapt(
-  model: registry.Outline, settings: ModelSettings, config: LoraConfig
+  model: registry.Outline,
+  settings: ModelSettings,
+  config: LoraConfig,
+  objective: Objective,
 ) -> tuple[Adapted, Forward]:
-  """The transform of the model, and the forward function of the training step."""
+  """The transform of the model, and the forward function of the training step.
+
+  Both take batches with all their columns: a readout needs the labels.
+  """
   module = with_dropout(model, settings)
 
   def apply_fn(params, batch, dropout_key=None):
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    options: dict[str, Any] = {}
+    if (readout := objective.readout) is not None:
+      options["readout"] = lambda head, x_BxTxD: readout(head, x_BxTxD, batch)
+    if dropout_key is not None:
+      options["rngs"] = {"dropout": dropout_key}
+    given = {name: x for name, x in batch.items() if name not in _ASIDE}
     return module.apply(
-      {"params": params}, **batch, deterministic=dropout_key is None, rngs=rngs
+      {"params": params}, **given, deterministic=dropout_key is None, **options
     )
 
   lora = lx.adapt(apply_fn, config)
@@ -210,11 +225,11 @@ def with_dropout(model: registry.Outline, settings: ModelSettings) -> Any:
 
 
 def plan(
-  lora: Adapted, model: registry.Loaded, splits: Splits, lengths: tuple[int, ...]
+  lora: Adapted, model: registry.Loaded, splits: Splits[Rows], lengths: tuple[int, ...]
 ) -> Plan:
   """The plan of the adapter, by a batch of one row."""
   example = pipeline.evaluation(splits.train, pipeline.Shape(1, lengths))[0]
-  return lora.plan(model.params, steps.inputs(example))
+  return lora.plan(model.params, example)
 
 
 def adapter(

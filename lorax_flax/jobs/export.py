@@ -67,7 +67,7 @@ def export(
       loaded.hf_config,
       architecture=loaded.family.architecture,
       labels=task.labels,
-      tokenizer_from=loaded.folder,
+      base=loaded.folder,
       overwrite=True,
     )
 

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from lorax_flax.hub.checkpoints import beside
 from lorax_flax.hub.files import gguf_header
 from lorax_flax.models import registry
 from lorax_flax.tasks.task import Splits
 
-_TOKENIZER = (
-  *("tokenizer*", "*tokens*.json", "vocab*", "merges.txt", "*.model", "chat_template*"),
-)
 # A large file is known by blocks at equal distances: reading all of it would take as
 # long as loading it once more. A smaller one is read from end to end.
 _BLOCKS, _BLOCK_BYTES = 1024, 16 << 10
@@ -32,12 +30,11 @@ def of(
   folder = model.folder
   single = gguf_header.find(folder)
   weights = folder.glob("*.safetensors") if single is None else [single]
-  texts = [file for pattern in _TOKENIZER for file in folder.glob(pattern)]
   found = {
     "base": _of_files(
       weights, json.dumps(model.hf_config, sort_keys=True, default=str)
     ),
-    "tokenizer": _of_files(texts),
+    "tokenizer": _of_files(beside.tokenizer_files(folder)),
     **{
       f"data.{name}": _of_rows(rows)
       for name, rows in {"train": splits.train, **splits.evaluation}.items()

@@ -30,8 +30,8 @@ def check(
     folder: where the config.json is, for messages.
 
   Raises:
-    LoraxError: it is no model of the task's kind, takes fewer tokens, or differs from
-      model.hf_config.
+    LoraxError: it is no model of the task's kind, takes fewer tokens, has the task's
+      labels in another order, or differs from model.hf_config.
   """
   family = registry.of(hf_config)
   if family.task != task.model:
@@ -45,6 +45,7 @@ def check(
       f"data.max_length is {max_length}, and this model takes at most "
       f"{model.max_length} tokens"
     )
+  _check_labels(task, hf_config, folder)
   stated = settings.hf_config
   if stated is not None and stated is not hf_config:
     _check_same(_outline(settings, task, stated), model, folder)
@@ -100,6 +101,20 @@ def _outline(
     untie=settings.untie,
     vocab_size=settings.vocab_size,
   )
+
+
+def _check_labels(task: Task, hf_config: Mapping[str, Any], folder: str) -> None:
+  """A head's output of another class would be taken for the task's."""
+  stored = hf_config.get("id2label") or {}
+  names = [str(stored.get(str(i))) for i in range(len(stored))]
+  labels = list(task.labels or ())
+  own, wanted = ([name.casefold() for name in each] for each in (names, labels))
+  if own != wanted and sorted(own) == sorted(wanted):
+    raise LoraxError(
+      f"the head in {folder} has the labels {', '.join(names)} in this order, and the "
+      f"task {task.name} has {', '.join(labels)}. For a new head save the body alone: "
+      "transformers.AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)"
+    )
 
 
 def _check_same(stated: registry.Outline, found: registry.Outline, folder: str) -> None:

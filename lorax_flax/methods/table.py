@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, check_known, listing, unknown
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.kernel_delta import KernelDelta
 
@@ -49,11 +49,9 @@ class Methods(dict[str, type[Delta]]):
       LoraxError: an unknown name, or an option that the method does not have.
     """
     known = {n: m for n, m in self.items() if issubclass(m, KernelDelta)}
-    if name not in known:
-      raise LoraxError(unknown("LoraConfig.method", name, known))
+    check_known("LoraConfig.method", name, known)
     for option in options:
-      if option not in known[name].options:
-        raise LoraxError(unknown(f"option of {name}", option, known[name].options))
+      check_known(f"option of {name}", option, known[name].options)
     return known[name]
 
 

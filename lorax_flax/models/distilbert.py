@@ -24,7 +24,7 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import Part, TextClassifier, check_length, dense_of
+from lorax_flax.models.layers import Part, TextClassifier, check_length
 
 _EPS = 1e-12  # of every norm; config.json has no field for it
 _QKV = ("q_lin", "k_lin", "v_lin")
@@ -70,11 +70,9 @@ class Attention(Part[DistilBertConfig]):
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
-    qkv_BxTxD = [
-      dense_of(c, c.dim, ("embed", "heads"), self.dtype, name)(x_BxTxD) for name in _QKV
-    ]
+    qkv_BxTxD = [self.dense(c.dim, ("embed", "heads"), name)(x_BxTxD) for name in _QKV]
     y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, c.n_heads, c.attention_dropout)
-    return dense_of(c, c.dim, ("heads", "embed"), self.dtype, "out_lin")(y_BxTxD)
+    return self.dense(c.dim, ("heads", "embed"), "out_lin")(y_BxTxD)
 
 
 class Layer(Part[DistilBertConfig]):
@@ -82,19 +80,11 @@ class Layer(Part[DistilBertConfig]):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
-    c = self.config
-    attend = Attention(c, self.dtype, self.deterministic, name="attention")
-    y_BxTxD = attend(x_BxTxD, mask_BxT)
+    c, args = self.config, (self.config, self.dtype, self.deterministic)
+    y_BxTxD = Attention(*args, name="attention")(x_BxTxD, mask_BxT)
     x_BxTxD = layers.Norm(_EPS, name="sa_layer_norm")(x_BxTxD + y_BxTxD)
     feed = layers.MLP(
-      ("lin1", "lin2"),
-      c.hidden_dim,
-      c.activation,
-      self.dtype,
-      c.initializer_range,
-      c.dropout,
-      self.deterministic,
-      name="ffn",
+      *args, ("lin1", "lin2"), c.hidden_dim, c.activation, c.dropout, name="ffn"
     )
     y_BxTxD = feed(x_BxTxD)
     return layers.Norm(_EPS, name="output_layer_norm")(x_BxTxD + y_BxTxD), None
@@ -105,15 +95,9 @@ class Embeddings(Part[DistilBertConfig]):
 
   @nn.compact
   def __call__(self, input_ids_BxT: jax.Array) -> jax.Array:
-    c, std = self.config, self.config.initializer_range
-    words = layers.embed(c.vocab_size, c.dim, "word_embeddings", axis="vocab", std=std)
-    positions = layers.embed(
-      c.max_position_embeddings,
-      c.dim,
-      "position_embeddings",
-      axis="positions",
-      std=std,
-    )
+    c, length = self.config, self.config.max_position_embeddings
+    words = self.table(c.vocab_size, c.dim, "word_embeddings", "vocab")
+    positions = self.table(length, c.dim, "position_embeddings", "positions")
     positions_1xT = jnp.arange(input_ids_BxT.shape[1], dtype=jnp.int32)[None, :]
     x_BxTxD = words(input_ids_BxT).astype(self.dtype)
     x_BxTxD += positions(positions_1xT).astype(self.dtype)
@@ -127,22 +111,17 @@ class SequenceClassifier(TextClassifier[DistilBertConfig]):
   @nn.compact
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
     del token_type_ids
-    c, dtype = self.config, self.dtype
+    c, args = self.config, (self.config, self.dtype, deterministic)
     check_length(input_ids, c.max_position_embeddings)
-    x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(input_ids)
+    x_BxTxD = Embeddings(*args, name="embeddings")(input_ids)
     transformer = stacking.Stack(
-      Layer,
-      (c, dtype, deterministic),
-      c.n_layers,
-      self.scan,
-      self.remat,
-      name="transformer",
+      Layer, args, c.n_layers, self.scan, self.remat, name="transformer"
     )
     x_BxTxD = transformer(x_BxTxD, attention_mask)
-    dense = dense_of(c, c.dim, ("embed", "pooled"), dtype, "pre_classifier")
+    dense = self.dense(c.dim, ("embed", "pooled"), "pre_classifier")
     x_BxD = nn.relu(dense(layers.first_token(x_BxTxD)))
     x_BxD = nn.Dropout(c.seq_classif_dropout)(x_BxD, deterministic)
-    return dense_of(c, c.num_labels, ("embed", "labels"), dtype, "classifier")(x_BxD)
+    return self.dense(c.num_labels, ("embed", "labels"), "classifier")(x_BxD)
 
 
 # Names in a checkpoint
@@ -168,13 +147,13 @@ _OTHER = weight_and_bias(
 )
 
 
-def keymap(num_layers: int, scan: bool = False) -> KeyMap:
-  """The key map of a DistilBERT with `num_layers` layers."""
+def keymap(c: DistilBertConfig, scan: bool) -> KeyMap:
+  """The key map of a DistilBERT."""
   return KeyMap(
     family="distilbert",
     prefix="distilbert.",
     entries=_ENTRIES,
-    counts={"i": num_layers},
+    counts={"i": c.n_layers},
     scan=scan,
     anchor="embeddings.word_embeddings.weight",
     buffers=("embeddings.position_ids",),
@@ -189,7 +168,7 @@ FAMILIES = {
     architecture="DistilBertForSequenceClassification",
     configure=partial(fields.read, DistilBertConfig, aliases=_ALIASES),
     build=SequenceClassifier,
-    keymap=lambda config, scan: keymap(config.n_layers, scan),
+    keymap=keymap,
     inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
     dropout=("dropout", "attention_dropout"),

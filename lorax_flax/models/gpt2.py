@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, D n_embd, V vocab_size.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,13 +22,13 @@ from lorax_flax.hub.checkpoints.entries import (
   embedding,
   linear,
   norm,
-  weight_and_bias,
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.models import head as heads
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import Model, Part, check_length, dense_of
+from lorax_flax.models.layers import Model, Part, check_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +72,6 @@ _ALIASES = {
 }
 
 
-def from_hf(hf_config: Mapping[str, Any], **overrides: Any) -> GPT2Config:
-  """Reads a config.json that is already parsed; see `fields.read`.
-
-  reorder_and_upcast_attn is ignored: attention's softmax is always float32.
-  """
-  only = {"add_cross_attention": False}
-  return fields.read(GPT2Config, hf_config, aliases=_ALIASES, only=only, **overrides)
-
-
 class Attention(Part[GPT2Config]):
   """Self-attention of each token to those before it and to itself."""
 
@@ -90,20 +81,15 @@ class Attention(Part[GPT2Config]):
   ) -> jax.Array:
     """BxTxD. number: divisor of attention's logits, or None."""
     c = self.config
-    fused = dense_of(c, 3 * c.n_embd, ("embed", "heads"), self.dtype, "c_attn")
-    q_BxTxD, k_BxTxD, v_BxTxD = jnp.split(fused(x_BxTxD), 3, axis=-1)
+    fused = self.dense(3 * c.n_embd, ("embed", "heads"), "c_attn")
+    qkv_BxTxD = jnp.split(fused(x_BxTxD), 3, axis=-1)
     if number is not None:
-      q_BxTxD /= number.astype(q_BxTxD.dtype)
+      qkv_BxTxD[0] /= number.astype(qkv_BxTxD[0].dtype)
+    scale = None if c.scale_attn_weights else 1.0
     y_BxTxD = layers.attend(
-      self,
-      (q_BxTxD, k_BxTxD, v_BxTxD),
-      mask_BxT,
-      c.n_head,
-      c.attn_pdrop,
-      causal=True,
-      scale=None if c.scale_attn_weights else 1.0,
+      self, qkv_BxTxD, mask_BxT, c.n_head, c.attn_pdrop, causal=True, scale=scale
     )
-    y_BxTxD = dense_of(c, c.n_embd, ("heads", "embed"), self.dtype, "c_proj")(y_BxTxD)
+    y_BxTxD = self.dense(c.n_embd, ("heads", "embed"), "c_proj")(y_BxTxD)
     return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
 
 
@@ -114,20 +100,13 @@ class Layer(Part[GPT2Config]):
   def __call__(
     self, x_BxTxD: jax.Array, mask_BxT: jax.Array, number: jax.Array | None = None
   ):
-    c = self.config
+    c, args = self.config, (self.config, self.dtype, self.deterministic)
     y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_1")(x_BxTxD)
-    attend = Attention(c, self.dtype, self.deterministic, name="attn")
-    x_BxTxD += attend(y_BxTxD, mask_BxT, number)
+    x_BxTxD += Attention(*args, name="attn")(y_BxTxD, mask_BxT, number)
     y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_2")(x_BxTxD)
+    names, features = ("c_fc", "c_proj"), c.n_inner or 4 * c.n_embd
     feed = layers.MLP(
-      ("c_fc", "c_proj"),
-      c.n_inner or 4 * c.n_embd,
-      c.activation_function,
-      self.dtype,
-      c.initializer_range,
-      c.resid_pdrop,
-      self.deterministic,
-      name="mlp",
+      *args, names, features, c.activation_function, c.resid_pdrop, name="mlp"
     )
     return x_BxTxD + feed(y_BxTxD), None
 
@@ -142,21 +121,23 @@ class LanguageModel(Model[GPT2Config]):
     attention_mask: jax.Array,
     *,
     deterministic: bool = True,
-  ) -> jax.Array:
-    """Logits, BxTxV float32.
+    readout: heads.Readout = heads.logits,
+  ) -> Any:
+    """Logits, BxTxV float32, or another readout.
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
         Positions count from the first column, whatever the mask.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
+      readout: makes the outputs of the head and of what it takes.
 
     Raises:
       LoraxError: a text with more tokens than positions.
     """
-    c, dtype, std = self.config, self.dtype, self.config.initializer_range
+    c, dtype, args = self.config, self.dtype, (self.config, self.dtype, deterministic)
     check_length(input_ids, c.n_positions)
-    words = layers.embed(c.vocab_size, c.n_embd, "wte", axis="vocab", std=std)
-    positions = layers.embed(c.n_positions, c.n_embd, "wpe", axis="positions", std=std)
+    words = self.table(c.vocab_size, c.n_embd, "wte", "vocab")
+    positions = self.table(c.n_positions, c.n_embd, "wpe", "positions")
     positions_1xT = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
     x_BxTxD = words(input_ids).astype(dtype) + positions(positions_1xT).astype(dtype)
     x_BxTxD = nn.Dropout(c.embd_pdrop)(x_BxTxD, deterministic)
@@ -164,20 +145,14 @@ class LanguageModel(Model[GPT2Config]):
     if c.scale_attn_by_inverse_layer_idx:
       each["number"] = jnp.arange(1, c.n_layer + 1, dtype=jnp.float32)
     x_BxTxD = stacking.stack(
-      Layer,
-      (c, dtype, deterministic),
-      c.n_layer,
-      x_BxTxD,
-      attention_mask,
-      scan=self.scan,
-      remat=self.remat,
-      each=each,
+      self, Layer, args, c.n_layer, x_BxTxD, attention_mask, each=each
     )
     x_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_f")(x_BxTxD)
     if c.tie_word_embeddings:
-      return layers.logits(x_BxTxD, words)
-    head = dense_of(c, c.vocab_size, ("embed", "vocab"), dtype, "lm_head", bias=False)
-    return head(x_BxTxD).astype(jnp.float32)
+      return readout(heads.tied(words.embedding), x_BxTxD)
+    std = c.initializer_range
+    head = heads.Linear(c.vocab_size, std, name="lm_head")(c.n_embd)
+    return readout(head, x_BxTxD)
 
 
 # Names in a checkpoint
@@ -189,13 +164,8 @@ _HEAD = "lm_head.weight"
 # Causal masks in old checkpoints, for each layer.
 _MASKS = ("attn.bias", "attn.masked_bias")
 
+
 # Heads of classifiers, of questions' spans and of multiple choice.
-_OTHER = (
-  "score.weight",
-  *weight_and_bias("classifier", "qa_outputs", "multiple_choice_head.summary"),
-)
-
-
 def _conv1d(path: str, key: str) -> Entries:
   """The entries of a transformers Conv1D: a linear layer whose weight is (in, out)."""
   kernel = Entry(f"{path}/kernel", f"{key}.weight")
@@ -213,18 +183,18 @@ _ENTRIES = (
 )
 
 
-def keymap(num_layers: int, tied: bool, scan: bool = False) -> KeyMap:
+def keymap(c: GPT2Config, scan: bool) -> KeyMap:
   """The key map of a GPT-2; a tied head is its token embeddings."""
   head = linear("lm_head", "lm_head", bias=False, part="head")
+  tied = c.tie_word_embeddings
   return KeyMap(
     family="gpt2",
     prefix="transformer.",
     entries=_ENTRIES if tied else (*_ENTRIES, *head),
-    counts={"i": num_layers},
+    counts={"i": c.n_layer},
     scan=scan,
     anchor="wte.weight",
-    buffers=tuple(f"h.{i}.{name}" for i in range(num_layers) for name in _MASKS),
-    other_heads=_OTHER,
+    buffers=tuple(f"h.{i}.{name}" for i in range(c.n_layer) for name in _MASKS),
     ties={_HEAD: "wte.weight"} if tied else {},
   )
 
@@ -233,11 +203,12 @@ FAMILIES = {
   "gpt2": Family(
     task="causal-lm",
     architecture="GPT2LMHeadModel",
-    configure=from_hf,
-    build=LanguageModel,
-    keymap=lambda config, scan: keymap(
-      config.n_layer, config.tie_word_embeddings, scan
+    # reorder_and_upcast_attn is ignored: attention's softmax is always float32.
+    configure=partial(
+      fields.read, GPT2Config, aliases=_ALIASES, only={"add_cross_attention": False}
     ),
+    build=LanguageModel,
+    keymap=keymap,
     inputs=text_inputs,
     max_length=lambda config: config.n_positions,
     dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),

@@ -16,33 +16,49 @@ DType = Any
 Config = TypeVar("Config")
 
 
-class Model(nn.Module, Generic[Config]):
-  """A full model; a family's own is called with its inputs by name.
+class Module(nn.Module, Generic[Config]):
+  """A module of a family, whose fresh weights have its config's standard deviation.
 
   Attributes:
     config: the family's own; see `lorax_flax.models.family.Family`.
     dtype: of computation; norms, softmax and logits are float32.
+  """
+
+  config: Config
+  dtype: DType
+
+  @nn.nowrap
+  def dense(
+    self, features: int, axes: tuple[str, str], name: str, bias: bool = True
+  ) -> nn.Dense:
+    """A dense layer; see `dense`."""
+    config: Any = self.config
+    std = config.initializer_range
+    return dense(features, axes, self.dtype, name, std=std, bias=bias)
+
+  @nn.nowrap
+  def table(self, rows: int, features: int, name: str, axis: str) -> nn.Embed:
+    """An embedding table; see `embed`."""
+    config: Any = self.config
+    return embed(rows, features, name, axis=axis, std=config.initializer_range)
+
+
+class Model(Module[Config]):
+  """A full model; a family's own is called with its inputs by name.
+
+  Attributes:
     scan: the layers are stacked under "…/layers" and scanned.
     remat: recomputation in the backward pass: "none", "full" or "dots".
   """
 
-  config: Config
   dtype: DType = jnp.float32
   scan: bool = False
   remat: str = "none"
 
 
-class Part(nn.Module, Generic[Config]):
-  """A part of a model.
+class Part(Module[Config]):
+  """A part of a model with dropout, which `deterministic` leaves out."""
 
-  Attributes:
-    config: the family's own.
-    dtype: of computation.
-    deterministic: without dropout.
-  """
-
-  config: Config
-  dtype: DType
   deterministic: bool
 
 
@@ -106,14 +122,6 @@ def dense(
   )
 
 
-def dense_of(
-  config: Any, features: int, axes, dtype: DType, name: str, bias: bool = True
-) -> nn.Dense:
-  """A `dense` layer with the standard deviation of a family's config."""
-  std = config.initializer_range
-  return dense(features, axes, dtype, name, std=std, bias=bias)
-
-
 class Embed(nn.Embed):
   """An embedding table, whose rows are sharded like activations after the look-up.
 
@@ -163,38 +171,25 @@ def embed(
   return Embed(rows, features, embedding_init=init, name=name, along=along)
 
 
-def logits(x_BxTxD: jax.Array, table: nn.Embed) -> jax.Array:
-  """Logits of a head that is tied to the embeddings, BxTxV float32."""
-  table_VxD = table.embedding.astype(x_BxTxD.dtype)
-  return jnp.einsum("BTD,VD->BTV", x_BxTxD, table_VxD).astype(jnp.float32)
-
-
-class MLP(nn.Module):
+class MLP(Part[Any]):
   """Two dense layers with an activation between, and dropout behind.
 
   Attributes:
     names: the two layers', in and out.
     features: between the two.
     activation: its name, see `ops.activation`.
-    dtype, std: see `dense`.
     rate: of the dropout.
   """
 
   names: tuple[str, str]
   features: int
   activation: str
-  dtype: DType
-  std: float
-  rate: float = 0.0
-  deterministic: bool = True
+  rate: float
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    name, name_out = self.names
-    up = dense(self.features, ("embed", "mlp"), self.dtype, name, std=self.std)
-    down = dense(
-      x_BxTxD.shape[-1], ("mlp", "embed"), self.dtype, name_out, std=self.std
-    )
+    up = self.dense(self.features, ("embed", "mlp"), self.names[0])
+    down = self.dense(x_BxTxD.shape[-1], ("mlp", "embed"), self.names[1])
     y_BxTxD = down(ops.activation(self.activation)(up(x_BxTxD)))
     return nn.Dropout(self.rate)(y_BxTxD, self.deterministic)
 

@@ -32,6 +32,16 @@ FAMILIES: dict[str, Family] = {
   **t5.FAMILIES,
   **vit.FAMILIES,
 }
+# Endings of transformers' classes whose heads a task has trained.
+_HEADS = (
+  "ForSequenceClassification",
+  "ForTokenClassification",
+  "ForQuestionAnswering",
+  "ForMultipleChoice",
+  "ForNextSentencePrediction",
+  "ForImageClassification",
+  "DoubleHeadsModel",
+)
 _FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -227,11 +237,25 @@ def _shapes(model: Outline) -> Any:
 
 
 def of(hf_config: Mapping[str, Any]) -> Family:
-  """The family of a config.json, by its model_type. Unknown: LoraxError."""
+  """The family of a config.json, by its model_type.
+
+  Raises:
+    LoraxError: an unknown one; or by its architectures a model whose head, trained for
+      another task, is not built here and would be lost.
+  """
   name = hf_config.get("model_type")
   if not isinstance(name, str) or name not in FAMILIES:
     raise LoraxError(unknown("model family", str(name), FAMILIES))
-  return FAMILIES[name]
+  family = FAMILIES[name]
+  for architecture in hf_config.get("architectures") or ():
+    if architecture != family.architecture and str(architecture).endswith(_HEADS):
+      raise LoraxError(
+        f"config: a {architecture} is not built here, of a {name} only "
+        f"{family.architecture} is: the head that it was trained with would be lost. "
+        "To go on without it, save its body alone: transformers.AutoModel"
+        ".from_pretrained(FOLDER).save_pretrained(OTHER)"
+      )
+  return family
 
 
 def _std(config: Any) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known, unknown
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
@@ -42,10 +42,9 @@ class ModelSettings:
   head_dropout: float | None = None
 
   def __post_init__(self):
-    for name in ("dtype", "param_dtype"):
-      value = getattr(self, name)
-      if value is not None and value not in DTYPES:
-        raise LoraxError(unknown(f"model.{name}", value, DTYPES))
+    check_known("model.dtype", self.dtype, DTYPES)
+    if self.param_dtype is not None:
+      check_known("model.param_dtype", self.param_dtype, DTYPES)
     if self.vocab_size is not None and self.vocab_size < 1:
       raise LoraxError(f"model.vocab_size is {self.vocab_size}, not 1 or more")
     if self.remat not in REMAT:

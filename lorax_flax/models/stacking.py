@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import check_known
 from lorax_flax.sharding import activations as spread
 
 # Policies of nn.remat: the values kept for the backward pass.
@@ -22,18 +22,16 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 
 def check_remat(remat: str) -> None:
   """Raises LoraxError unless `remat` is "none" or a policy."""
-  if remat != "none" and remat not in REMAT_POLICIES:
-    raise LoraxError(unknown("remat", remat, ["none", *REMAT_POLICIES]))
+  check_known("remat", remat, ["none", *REMAT_POLICIES])
 
 
 def stack(
+  module: Any,
   layer: Any,
   args: Sequence[Any],
   count: int,
   x: Any,
   *shared: Any,
-  scan: bool,
-  remat: str,
   each: Mapping[str, jax.Array | np.ndarray] | None = None,
 ) -> Any:
   """Runs x through `count` layers; to be called from a compact method.
@@ -42,20 +40,20 @@ def stack(
   "layers", whose leading axis has the logical name "layers".
 
   Args:
+    module: the caller. Its `scan` decides whether to stack the layers' parameters and
+      scan; its `remat` is "none", or a key of REMAT_POLICIES.
     layer: a module class whose call takes (x, *shared, **each) and returns (x, None).
     args: of its constructor.
     x: the carry: an array or a tree of arrays.
     shared: passed to every layer.
-    scan: whether to stack the layers' parameters and scan.
-    remat: "none", or a key of REMAT_POLICIES.
     each: arrays (count, …); each layer gets its own row.
   """
   each = dict(each or {})
   x = spread.shard_rows(x)
-  if remat != "none":
-    policy = REMAT_POLICIES[remat]
-    layer = nn.remat(layer, policy=policy, prevent_cse=not scan)
-  if not scan:
+  if module.remat != "none":
+    policy = REMAT_POLICIES[module.remat]
+    layer = nn.remat(layer, policy=policy, prevent_cse=not module.scan)
+  if not module.scan:
     for i in range(count):
       own = {name: rows[i] for name, rows in each.items()}
       x, _ = layer(*args, name=f"layer_{i}")(x, *shared, **own)
@@ -93,12 +91,4 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x: Any, *shared: Any) -> Any:
-    return stack(
-      self.layer,
-      self.args,
-      self.count,
-      x,
-      *shared,
-      scan=self.scan,
-      remat=self.remat,
-    )
+    return stack(self, self.layer, self.args, self.count, x, *shared)

@@ -29,7 +29,7 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
 from lorax_flax.models.family import Family
-from lorax_flax.models.layers import Model, Part, dense_of
+from lorax_flax.models.layers import Model, Part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +95,13 @@ class Attention(Part[ViTConfig]):
     c, bias = self.config, self.config.qkv_bias
     axes = ("embed", "heads")
     qkv_BxTxD = [
-      dense_of(c, c.hidden_size, axes, self.dtype, name, bias=bias)(x_BxTxD)
+      self.dense(c.hidden_size, axes, name, bias=bias)(x_BxTxD)
       for name in ("q_proj", "k_proj", "v_proj")
     ]
     mask_BxT = jnp.ones(x_BxTxD.shape[:2], jnp.int32)
     heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
     y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, heads, rate)
-    return dense_of(c, c.hidden_size, axes[::-1], self.dtype, "o_proj")(y_BxTxD)
+    return self.dense(c.hidden_size, ("heads", "embed"), "o_proj")(y_BxTxD)
 
 
 class Layer(Part[ViTConfig]):
@@ -109,20 +109,13 @@ class Layer(Part[ViTConfig]):
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array):
-    c = self.config
+    c, args = self.config, (self.config, self.dtype, self.deterministic)
     drop = nn.Dropout(c.hidden_dropout_prob, deterministic=self.deterministic)
     y_BxTxD = layers.Norm(c.layer_norm_eps, name="layernorm_before")(x_BxTxD)
-    attend = Attention(c, self.dtype, self.deterministic, name="attention")
-    y_BxTxD = attend(y_BxTxD)
-    x_BxTxD += drop(y_BxTxD)
+    x_BxTxD += drop(Attention(*args, name="attention")(y_BxTxD))
     y_BxTxD = layers.Norm(c.layer_norm_eps, name="layernorm_after")(x_BxTxD)
     feed = layers.MLP(
-      ("fc1", "fc2"),
-      c.intermediate_size,
-      c.hidden_act,
-      self.dtype,
-      c.initializer_range,
-      name="mlp",
+      *args, ("fc1", "fc2"), c.intermediate_size, c.hidden_act, 0.0, name="mlp"
     )
     return x_BxTxD + drop(feed(y_BxTxD)), None
 
@@ -177,23 +170,16 @@ class ImageClassifier(Model[ViTConfig]):
     Raises:
       LoraxError: images of another size than the model's.
     """
-    c, dtype = self.config, self.dtype
+    c, args = self.config, (self.config, self.dtype, deterministic)
     shape, expected = pixel_values.shape[1:], (c.num_channels, *c.image_size)
     if shape != expected:
       raise LoraxError(
         f"images of shape {shape}: the model takes {expected}, channels first"
       )
-    x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(pixel_values)
-    x_BxTxD = stacking.stack(
-      Layer,
-      (c, dtype, deterministic),
-      c.num_hidden_layers,
-      x_BxTxD,
-      scan=self.scan,
-      remat=self.remat,
-    )
+    x_BxTxD = Embeddings(*args, name="embeddings")(pixel_values)
+    x_BxTxD = stacking.stack(self, Layer, args, c.num_hidden_layers, x_BxTxD)
     x_BxD = layers.Norm(c.layer_norm_eps, name="layernorm")(layers.first_token(x_BxTxD))
-    head = dense_of(c, c.num_labels, ("embed", "labels"), dtype, "classifier")
+    head = self.dense(c.num_labels, ("embed", "labels"), "classifier")
     return head(x_BxD).astype(jnp.float32)
 
 
@@ -249,13 +235,13 @@ def _entries(qkv_bias: bool) -> tuple[Entry, ...]:
   )
 
 
-def keymap(num_layers: int, qkv_bias: bool, scan: bool = False) -> KeyMap:
+def keymap(c: ViTConfig, scan: bool) -> KeyMap:
   """The key map of a ViT; with `qkv_bias`, query, key and value have biases."""
   return KeyMap(
     family="vit",
     prefix="vit.",
-    entries=_entries(qkv_bias),
-    counts={"i": num_layers},
+    entries=_entries(c.qkv_bias),
+    counts={"i": c.num_hidden_layers},
     scan=scan,
     anchor="embeddings.cls_token",
     other_heads=_OTHER,
@@ -273,7 +259,7 @@ FAMILIES = {
     architecture="ViTForImageClassification",
     configure=partial(fields.read, ViTConfig, only={"head_dim": None}),
     build=ImageClassifier,
-    keymap=lambda config, scan: keymap(config.num_hidden_layers, config.qkv_bias, scan),
+    keymap=keymap,
     inputs=inputs,
     max_length=lambda config: 0,
     dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),

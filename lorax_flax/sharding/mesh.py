@@ -16,7 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lorax_flax.adapt.paths import PyTree, flatten, map_with_path
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, check_known, listing, unknown
 from lorax_flax.methods import Adapter, Delta
 from lorax_flax.sharding import activations as spread
 
@@ -209,8 +209,7 @@ def _of_delta(mesh: Mesh, path: str, delta: Delta, axes: Axes) -> Delta:
 
 
 def _names(axes: Axes, path: str) -> tuple[str, ...]:
-  if path not in axes:
-    raise LoraxError(unknown("path with named axes", path, axes))
+  check_known("path with named axes", path, axes)
   return axes[path]
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import jax
 
 from lorax_flax.data import sequences
 from lorax_flax.data.config import DataSettings
 from lorax_flax.errors import LoraxError
+from lorax_flax.models.head import Head
 from lorax_flax.tasks.task import Splits, Task
 from lorax_flax.train import losses
 from lorax_flax.train.objective import Objective, Throughput
+from lorax_flax.train.token_scores import TokenScores, next_labels, token_scores
 
 if TYPE_CHECKING:
   from lorax_flax.models.registry import Loaded
@@ -21,6 +26,18 @@ log = logging.getLogger(__name__)
 _TRAIN, _HELD_OUT = "train", "validation"
 
 
+@dataclass(frozen=True)
+class FolderSettings(DataSettings):
+  """Settings of token ids in a folder.
+
+  Attributes:
+    path: a folder with train.jsonl and validation.jsonl, whose lines
+      `lorax_flax.data.sequences` reads.
+  """
+
+  path: str | None = None
+
+
 def _objective(label_smoothing: float) -> Objective:
   """Cross entropy of the next token; loss and perplexity are means over tokens."""
   return Objective(
@@ -28,12 +45,17 @@ def _objective(label_smoothing: float) -> Objective:
     eval_loss=losses.next_token(),  # A perplexity is of the loss without smoothing.
     metrics=("perplexity",),
     primary="perplexity",
-    predictions=lambda logits_BxTxV: None,  # A vocabulary is wide.
+    predictions=lambda scores: None,
     throughput=Throughput("tokens", "attention_mask"),
+    readout=_scores,
   )
 
 
-def _read(settings: DataSettings, model: Loaded) -> Splits:
+def _scores(head: Head, x_BxTxD: jax.Array, batch: losses.Batch) -> TokenScores:
+  return token_scores(head, x_BxTxD, next_labels(batch["labels"]))
+
+
+def _read(settings: FolderSettings, model: Loaded) -> Splits:
   if settings.path is None:
     raise LoraxError(
       f"data.path: which folder has {_TRAIN}.jsonl and {_HELD_OUT}.jsonl?"
@@ -63,7 +85,7 @@ TASK = Task(
   model="causal-lm",
   num_labels=None,
   labels=None,
-  settings=("path",),
+  settings=FolderSettings,
   read=_read,
   blank=lambda model, length: sequences.blank(length),
   objective=_objective,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from lorax_flax.data.config import DataSettings
 from lorax_flax.data.tasks import Task as Dataset
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
 from lorax_flax.data.tokens import Tokens, ragged
+from lorax_flax.errors import LoraxError
 from lorax_flax.tasks.task import Splits, Task
 from lorax_flax.train import losses
 from lorax_flax.train.losses import Loss
@@ -20,6 +22,24 @@ from lorax_flax.train.objective import Objective, Throughput
 
 if TYPE_CHECKING:
   from lorax_flax.models.registry import Loaded, Outline
+
+
+@dataclass(frozen=True)
+class GlueSettings(DataSettings):
+  """Settings of GLUE's data.
+
+  Attributes:
+    glue_dir: a folder of GLUE's TSVs; None takes TFDS's data.
+    tfds_dir: where TFDS keeps data; None is its own choice.
+  """
+
+  glue_dir: str | None = None
+  tfds_dir: str | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.glue_dir is not None and self.tfds_dir is not None:
+      raise LoraxError("give data.glue_dir or data.tfds_dir, not both")
 
 
 def task(dataset: Dataset) -> Task:
@@ -47,7 +67,7 @@ def of_texts(
     model="sequence-classification",
     num_labels=len(labels),
     labels=labels,
-    settings=("glue_dir", "tfds_dir"),
+    settings=GlueSettings if dataset.source == "glue" else DataSettings,
     read=functools.partial(_read, dataset),
     blank=functools.partial(
       blank, label=np.float32 if dataset.regression else np.int32
@@ -57,9 +77,10 @@ def of_texts(
 
 
 def _read(dataset: Dataset, settings: DataSettings, model: Loaded) -> Splits:
-  splits = data.load(
-    dataset.name, glue_dir=settings.glue_dir, tfds_dir=settings.tfds_dir
-  )
+  folders = {}
+  if isinstance(settings, GlueSettings):
+    folders = {"glue_dir": settings.glue_dir, "tfds_dir": settings.tfds_dir}
+  splits = data.load(dataset.name, **folders)
   tokenizer = load_tokenizer(model.folder)
   rows = {
     name: tokenize(

@@ -6,25 +6,19 @@ A new task is one file and one row of `TASKS`; a user's own file registers its r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lorax_flax.data.config import DataSettings
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.data.examples import Splits
+from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.train.objective import Objective
 
 if TYPE_CHECKING:  # --help and mistakes in flags need not wait for these.
   from lorax_flax.data.pipeline import Rows
   from lorax_flax.models.family import Task as ModelTask
   from lorax_flax.models.registry import Loaded, Outline
-
-
-class Splits(NamedTuple):
-  """Rows to train on, and to evaluate by the split's name."""
-
-  train: Rows
-  evaluation: Mapping[str, Rows]
 
 
 @dataclass(frozen=True)
@@ -36,8 +30,9 @@ class Task:
     model: kind of model that it trains; see `lorax_flax.models.family.Family.task`.
     num_labels: width of the head; None where that is the model's own.
     labels: names of the outputs; None where they are not classes.
-    settings: the fields of `DataSettings` that this task reads besides `task`,
-      `max_length` and `buckets`; another that is set is an error.
+    settings: the frozen dataclass of what the task reads, `DataSettings` or one made
+      from it. Its fields are `data.NAME` in configs and flags, its docstring's section
+      `Attributes:` their help; another field that is set is an error.
     read: (settings, model) -> rows.
     blank: (model, length) -> one row of that many tokens, for its shapes.
     objective: (label smoothing) -> loss, metrics and unit of throughput.
@@ -47,28 +42,43 @@ class Task:
   model: ModelTask
   num_labels: int | None
   labels: Sequence[str] | None
-  settings: Sequence[str]
-  read: Callable[[DataSettings, Loaded], Splits]
+  settings: type[DataSettings]
+  read: Callable[[Any, Loaded], Splits[Rows]]
   blank: Callable[[Outline, int], Rows]
   objective: Callable[[float], Objective]
+
+  def __post_init__(self):
+    own = self.settings
+    # Of a subclass that is no dataclass of its own, the new fields would be lost.
+    if not issubclass(own, DataSettings) or "__dataclass_fields__" not in vars(own):
+      raise LoraxError(
+        f"the task {self.name}: its settings {own.__name__} are no frozen dataclass "
+        "made from DataSettings"
+      )
 
 
 # By the name in `data.task`.
 TASKS: dict[str, Task] = {}
 
-_OPTIONAL = ("path", "glue_dir", "tfds_dir")
+
+def get(name: str) -> Task:
+  """The task of that name; raises LoraxError where there is none."""
+  check_known("task", name, TASKS)
+  return TASKS[name]
 
 
 def of(settings: DataSettings) -> Task:
   """The task that the settings name.
 
   Raises:
-    LoraxError: there is none of that name, or it does not read a field that is set.
+    LoraxError: there is none of that name, or it reads settings of another type.
   """
-  if settings.task not in TASKS:
-    raise LoraxError(unknown("task", settings.task, TASKS))
-  task = TASKS[settings.task]
-  for name in _OPTIONAL:
-    if getattr(settings, name) is not None and name not in task.settings:
-      raise LoraxError(f"data.{name} is of no use to the task {settings.task}")
+  task = get(settings.task)
+  # By name, since a user's file that defines them may be run more than once.
+  names = {(x.__module__, x.__qualname__) for x in (type(settings), task.settings)}
+  if len(names) > 1:
+    raise LoraxError(
+      f"the task {settings.task} reads {task.settings.__name__}, and data is "
+      f"{type(settings).__name__}"
+    )
   return task

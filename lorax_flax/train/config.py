@@ -5,8 +5,9 @@ import math
 import typing
 from dataclasses import dataclass
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known, unknown
 from lorax_flax.train.optim import SCHEDULES
+from lorax_flax.train.optimizers import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,12 @@ class TrainConfig:
     schedule: "linear" or "cosine" decay to zero, or "constant", after the warm-up.
     warmup_steps, warmup_epochs, warmup_fraction: linear rise from zero; at most one of
       the three, none for no warm-up. The fraction is of all steps, rounded up.
+    optimizer: "adamw", "adafactor", "lion", "muon" (of the factors, with AdamW for all
+      other leaves) or "sgd".
+    lora_plus_ratio: learning rate of the factors b over that of a (LoRA+).
     weight_decay: decoupled (AdamW); biases and norms are exempt.
-    b1, b2, eps: hyperparameters of AdamW.
+    b1, b2, eps: hyperparameters of AdamW; Lion has the first two.
+    momentum: of SGD, and of Muon.
     grad_clip: largest global norm of the gradient; inf for no clipping.
     label_smoothing: share of a label spread over all classes.
     seed: seed of new weights, the order of examples and dropout.
@@ -45,6 +50,8 @@ class TrainConfig:
   accumulation: int = 1
   learning_rate: float = 1e-3
   schedule: str = "linear"
+  optimizer: str = "adamw"
+  lora_plus_ratio: float = 1.0
   warmup_steps: int | None = None
   warmup_epochs: float | None = None
   warmup_fraction: float | None = None
@@ -52,6 +59,7 @@ class TrainConfig:
   b1: float = 0.9
   b2: float = 0.999
   eps: float = 1e-8
+  momentum: float = 0.9
   grad_clip: float = 1.0
   label_smoothing: float = 0.0
   seed: int = 0
@@ -69,8 +77,11 @@ class TrainConfig:
         raise LoraxError(f"give one of {_names(names)}, not several")
     if not _given(self, ("steps", "epochs")):
       raise LoraxError("how long to train? Give train.steps or train.epochs")
-    if self.schedule not in SCHEDULES:
-      raise LoraxError(unknown("train.schedule", self.schedule, SCHEDULES))
+    check_known("train.schedule", self.schedule, SCHEDULES)
+    check_known("train.optimizer", self.optimizer, OPTIMIZERS)
+    for field in dataclasses.fields(self):
+      if field.name in _OWN and getattr(self, field.name) != field.default:
+        _check_read(field.name, self.optimizer)
     if self.on_nonfinite not in ON_NONFINITE:
       raise LoraxError(unknown("train.on_nonfinite", self.on_nonfinite, ON_NONFINITE))
     for name in _given(self, _POSITIVE):
@@ -81,7 +92,7 @@ class TrainConfig:
       if getattr(self, name) < 0:
         value = getattr(self, name)
         raise LoraxError(f"train.{name} can't be negative, and is {value}")
-    for name in ("b1", "b2", "label_smoothing"):
+    for name in ("b1", "b2", "momentum", "label_smoothing"):
       if not 0 <= getattr(self, name) < 1:
         raise LoraxError(f"train.{name} must be in [0, 1), not {getattr(self, name)}")
     if self.warmup_fraction is not None and self.warmup_fraction > 1:
@@ -95,7 +106,17 @@ class TrainConfig:
       )
 
 
+def _check_read(name: str, optimizer: str) -> None:
+  reads = OPTIMIZERS[optimizer].reads
+  if name not in reads:
+    own = ", ".join(reads) or "none of its own"
+    raise LoraxError(f"train.{name} is of no use to {optimizer}, which reads {own}")
+
+
 ON_NONFINITE = ("stop", "skip")
+
+# The fields that some optimisers read and others don't.
+_OWN = {name for each in OPTIMIZERS.values() for name in each.reads}
 
 # The units that one duration may be given in.
 DURATIONS = (
@@ -105,7 +126,15 @@ DURATIONS = (
 )
 _POSITIVE = (
   *("steps", "epochs", "batch_size", "eval_batch_size", "accumulation"),
-  *("learning_rate", "eps", "grad_clip", "log_steps", "save_steps", "save_epochs"),
+  *(
+    "learning_rate",
+    "lora_plus_ratio",
+    "eps",
+    "grad_clip",
+    "log_steps",
+    "save_steps",
+    "save_epochs",
+  ),
   "save_seconds",
 )
 _NOT_NEGATIVE = (*DURATIONS[1], "weight_decay", "seed")

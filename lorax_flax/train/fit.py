@@ -14,7 +14,7 @@ import numpy as np
 
 from lorax_flax.adapt.transform import Adapted
 from lorax_flax.distributed import processes
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.files import lock
 from lorax_flax.files import workdir as files
 from lorax_flax.hub.adapters import native
@@ -157,8 +157,7 @@ def fit(
 def _config(train: Mapping[str, Any], batch_size: int) -> TrainConfig:
   fields = [field.name for field in dataclasses.fields(TrainConfig)]
   for name in train:
-    if name not in fields:
-      raise LoraxError(unknown("field of TrainConfig", name, fields))
+    check_known("field of TrainConfig", name, fields)
   return TrainConfig(**({"batch_size": batch_size} | dict(train)))
 
 

@@ -112,8 +112,8 @@ def fit(
       histories.append(History(record, plan, job.objective, reaction, own, run.name))
     unit, quiet = job.objective.throughput.unit, not first
     display = stack.enter_context(Display(plan.total, done, unit, quiet))
-    seconds = progress[0].seconds
-    loop = _Loop(job, plan, program, histories, checkpoints, display, stop, seconds)
+    clock = Stopwatch("steps", progress[0].seconds)
+    loop = _Loop(job, plan, program, histories, checkpoints, display, stop, clock)
     state = loop.train(state, base, done)
     checkpoints.wait()
 
@@ -124,7 +124,7 @@ def fit(
     best: list[Adapter] = [{}] * len(histories)
     if running(histories):
       best = program.best(state, restored)
-    kept, seconds = checkpoints.latest(), loop.clock.seconds()
+    kept, seconds = checkpoints.latest(), clock.seconds()
     results = [
       _finish(run, history, trained, kept, seconds)
       for run, history, trained in zip(job.runs, histories, best, strict=True)
@@ -148,33 +148,28 @@ class _AllDiverged(Exception):
   """No run is left to train."""
 
 
+@dataclass
 class _Loop:
-  """State of the loop on the host."""
+  """State of the loop on the host; `clock` is started."""
 
-  def __init__(
-    self,
-    job: Job,
-    plan: Durations,
-    program: Program,
-    histories: Sequence[History],
-    checkpoints: Checkpoints,
-    display: Display,
-    stop: processes.StopRequest,
-    seconds: Seconds,
-  ):
-    self._config, self._data, self._objective = (
-      job.runs[0].config,  # Of its fields, those that all runs have in common.
-      job.data,
-      job.objective,
-    )
-    self._mesh, self._plan, self._program = job.model.mesh, plan, program
-    self._histories, self._checkpoints = histories, checkpoints
-    self._display, self._stop = display, stop
+  job: Job
+  plan: Durations
+  program: Program
+  histories: Sequence[History]
+  checkpoints: Checkpoints
+  display: Display
+  stop: processes.StopRequest
+  clock: Stopwatch
+
+  def __post_init__(self):
+    # Of its fields, those that all runs have in common.
+    self._config, self._data = self.job.runs[0].config, self.job.data
     self._pending: list[tuple[int, PyTree]] = []
-    self.clock = Stopwatch("steps", seconds)
     self._logged = (self._work(), self.clock.seconds()["steps"])
     self._saved_at = self._total_seconds()
-    self._eval_step = Compiled(program.eval_step, self._compiling("evaluation step"))
+    self._eval_step = Compiled(
+      self.program.eval_step, self._compiling("evaluation step")
+    )
 
   def train(self, state: PyTree, base: PyTree, done: int) -> PyTree:
     """Takes every step after `done`; returns the last state.
@@ -184,30 +179,30 @@ class _Loop:
     """
     with contextlib.suppress(_AllDiverged):
       self._check_running()
-      train_step = Compiled(self._program.step, self._compiling("training step"))
-      for number in range(done + 1, self._plan.total + 1):
+      train_step = Compiled(self.program.step, self._compiling("training step"))
+      for number in range(done + 1, self.plan.total + 1):
         batch = next(self._data.batches)
         if not train_step.ready(batch):
           self._drain()  # Steps still running are not to be timed as compilation.
-        placed = self._place(batch, self._program.batch)
+        placed = self._place(batch, self.program.batch)
         state, metrics = train_step(state, base, placed)
         self._pending.append((number, metrics))
         for history, own in zip(
-          self._histories, self._program.unstack(batch), strict=True
+          self.histories, self.program.unstack(batch), strict=True
         ):
-          history.tokens += self._objective.throughput.count(own)
-        self._display.step(number)
-        at_end = number == self._plan.total
+          history.tokens += self.job.objective.throughput.count(own)
+        self.display.step(number)
+        at_end = number == self.plan.total
         if at_end or number % self._config.log_steps == 0:
           self._log(number)
-        evaluated = at_end or number % self._plan.epoch == 0
+        evaluated = at_end or number % self.plan.epoch == 0
         if evaluated:
           state = self._evaluate(number, state, base)
-        stopping = not at_end and self._stop.reached(number)
+        stopping = not at_end and self.stop.reached(number)
         if evaluated or stopping or self._save_is_due(number):
           self._save(number, state)
         if stopping:
-          self._checkpoints.wait()
+          self.checkpoints.wait()
           raise processes.Preempted(number)
     return state
 
@@ -221,7 +216,7 @@ class _Loop:
     @contextlib.contextmanager
     def timed(shape: str) -> Iterator[None]:
       before = self.clock.seconds().get("compile", 0.0)
-      with self.clock.on("compile"), jax.set_mesh(self._mesh):
+      with self.clock.on("compile"), jax.set_mesh(self.job.model.mesh):
         yield
       seconds = self.clock.seconds()["compile"] - before
       log.info("compiled the %s for %s in %.1fs", what, shape, seconds)
@@ -234,18 +229,18 @@ class _Loop:
     for (number, _), metrics in zip(
       pending, jax.device_get([metrics for _, metrics in pending]), strict=True
     ):
-      each = self._program.unstack(metrics)
-      for history, own in zip(self._histories, each, strict=True):
+      each = self.program.unstack(metrics)
+      for history, own in zip(self.histories, each, strict=True):
         history.add(number, own)
     self._check_running()
 
   def _check_running(self) -> None:
-    if not running(self._histories):
+    if not running(self.histories):
       raise _AllDiverged
 
   def _log(self, number: int) -> None:
     self._drain()
-    lines = [history.log(number) for history in running(self._histories)]
+    lines = [history.log(number) for history in running(self.histories)]
     values = [line for line in lines if line is not None]
     if not values:
       return
@@ -253,13 +248,13 @@ class _Loop:
     passed = max(seconds - self._logged[1], 1e-9)
     speed = (work - self._logged[0]) / passed
     self._logged = (work, seconds)
-    left = (self._plan.total - number) * seconds / number
-    name = f"speed/{self._objective.throughput.unit}_per_second"
-    for history in running(self._histories):
+    left = (self.plan.total - number) * seconds / number
+    name = f"speed/{self.job.objective.throughput.unit}_per_second"
+    for history in running(self.histories):
       history.record.speed(number, {name: speed})
-    self._display.update(
+    self.display.update(
       number,
-      number / self._plan.epoch,
+      number / self.plan.epoch,
       [line["loss"] for line in values],
       [line["learning_rate"] for line in values],
       speed,
@@ -268,11 +263,11 @@ class _Loop:
 
   def _evaluate(self, number: int, state: PyTree, base: PyTree) -> PyTree:
     self._drain()
-    splits, improved = self._data.evaluation, [False] * len(self._histories)
+    splits, improved = self._data.evaluation, [False] * len(self.histories)
     if not splits:
       return state
     with self.clock.on("evaluate"):
-      sharding = meshes.batch(self._mesh)
+      sharding = meshes.batch(self.job.model.mesh)
       outputs = {  # Not waited for one by one.
         split: [
           self._eval_step(state.trained, base, self._place(batch, sharding))
@@ -281,28 +276,28 @@ class _Loop:
         for split, batches in splits.items()
       }
       each = {
-        split: [self._program.unstack(output) for output in found]
+        split: [self.program.unstack(output) for output in found]
         for split, found in jax.device_get(outputs).items()
       }
-      for i, history in enumerate(self._histories):
+      for i, history in enumerate(self.histories):
         if history.failed is None:
           own = {split: [parts[i] for parts in found] for split, found in each.items()}
           try:
-            found = evaluate(own, splits, self._objective.metrics)
+            found = evaluate(own, splits, self.job.objective.metrics)
           except NotFinite as error:
             history.fail(number, f"{error} at step {number}")
           else:
             improved[i] = history.evaluated(number, found)
-    return self._program.keep_best(state, improved)
+    return self.program.keep_best(state, improved)
 
   def _work(self) -> int:
-    return sum(history.tokens for history in self._histories)
+    return sum(history.tokens for history in self.histories)
 
   def _total_seconds(self) -> float:
     return sum(self.clock.seconds().values())
 
   def _save_is_due(self, number: int) -> bool:
-    if self._plan.save is not None and number % self._plan.save == 0:
+    if self.plan.save is not None and number % self.plan.save == 0:
       return True
     late = self._total_seconds() - self._saved_at >= self._config.save_seconds
     if jax.process_count() == 1:
@@ -314,10 +309,10 @@ class _Loop:
     self._drain()  # Nothing that is not finite is saved.
     with self.clock.on("save"):
       position, seconds = self._data.batches.get_state(), self.clock.seconds()
-      each = [history.progress(position, seconds) for history in self._histories]
-      for history in self._histories:
+      each = [history.progress(position, seconds) for history in self.histories]
+      for history in self.histories:
         history.record.flush()
-      self._checkpoints.save(number, state, each)
+      self.checkpoints.save(number, state, each)
     self._saved_at = self._total_seconds()
 
 

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.data.sequences import IGNORED
+from lorax_flax.train.token_scores import TokenScores
 
-# outputs, batch -> losses_B. Those here read the batch's `labels`: (B,) beside logits
-# (B, C), or token ids (B, T) beside logits (B, T, V).
+# outputs, batch -> losses_B; of logits (B, C), by the batch's `labels` (B,).
 Batch = Mapping[str, jax.Array]
 Loss = Callable[[Any, Batch], jax.Array]
 
@@ -33,31 +32,15 @@ def squared_error(logits_Bx1: jax.Array, batch: Batch) -> jax.Array:
 
 
 def next_token(label_smoothing: float = 0.0) -> Loss:
-  """Cross entropy of the next token, averaged over an example's tokens.
+  """Cross entropy of a row's labelled tokens, averaged over them.
 
-  transformers' loss of a causal language model is the mean over a batch's tokens: an
-  example's weight is then `targets` of it.
-
-  Labels are the token ids themselves, place by place, or IGNORED.
+  Outputs are `TokenScores`. transformers' loss of a language model is the mean over a
+  batch's tokens: a row's weight is then its number of labelled tokens.
   """
 
-  def loss(logits_BxTxV: jax.Array, batch: Batch) -> jax.Array:
-    labels_BxT = batch["labels"]
-    logp_BxTxV = jax.nn.log_softmax(logits_BxTxV[:, :-1].astype(jnp.float32))
-    next_BxT = labels_BxT[:, 1:]
-    # Picked by a sum: a vocabulary that is sharded need not be gathered for it.
-    vocab_V = jnp.arange(logp_BxTxV.shape[-1], dtype=next_BxT.dtype)
-    right_BxTxV = next_BxT[..., None] == vocab_V[None, None]
-    picked_BxT = jnp.where(right_BxTxV, logp_BxTxV, 0.0).sum(-1)
-    losses_BxT = -(1.0 - label_smoothing) * picked_BxT
-    losses_BxT -= label_smoothing * logp_BxTxV.mean(-1)
-    counted_BxT = next_BxT != IGNORED
-    sum_B = jnp.where(counted_BxT, losses_BxT, 0.0).sum(-1)
-    return sum_B / jnp.maximum(targets(labels_BxT), 1.0)
+  def loss(scores: TokenScores, batch: Batch) -> jax.Array:
+    del batch  # Its labels are in the scores.
+    right, spread = (1.0 - label_smoothing), label_smoothing
+    return -right * scores.log_prob - spread * scores.spread
 
   return loss
-
-
-def targets(labels_BxT: jax.Array) -> jax.Array:
-  """Number of predicted tokens of each example, float32 (B,)."""
-  return (labels_BxT[:, 1:] != IGNORED).sum(-1).astype(jnp.float32)

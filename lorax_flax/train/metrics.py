@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 import sklearn.metrics
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known
 
 
 @jax.tree_util.register_dataclass
@@ -130,6 +130,5 @@ def of_loss(names: Sequence[str], loss: Mean) -> dict[str, float]:
 
 def _chosen(names: Sequence[str], of_loss: bool) -> list[str]:
   for name in names:
-    if name not in METRICS:
-      raise LoraxError(unknown("metric", name, METRICS))
+    check_known("metric", name, METRICS)
   return [name for name in names if METRICS[name].of_loss == of_loss]

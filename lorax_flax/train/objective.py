@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.models.head import Head
 from lorax_flax.train.losses import Loss
 
 # outputs -> the array or None that evaluation keeps of them on the host, (B, …)
@@ -51,6 +52,8 @@ class Objective:
     eval_loss: the loss in evaluations; None: the same.
     predictions: selects what metrics need of a model's outputs.
     throughput: what progress and speed are counted in.
+    readout: (head, x_BxTxD, batch) -> outputs, of a model with a language model's head;
+      None: the model's own outputs.
   """
 
   loss: Loss
@@ -59,3 +62,4 @@ class Objective:
   eval_loss: Loss | None = None
   predictions: Predictions = logits
   throughput: Throughput = Throughput()
+  readout: Callable[[Head, jax.Array, Mapping[str, jax.Array]], Any] | None = None

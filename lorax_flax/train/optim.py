@@ -1,5 +1,6 @@
-"""AdamW over the trained leaves, and its learning rates."""
+"""Optimisers over the trained leaves, and their learning rates."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from lorax_flax.adapt.paths import map_with_path
+from lorax_flax.errors import LoraxError
+from lorax_flax.methods.delta import Delta
+from lorax_flax.train.optimizers import OPTIMIZERS, is_other_factor, of_leaves
 
 PyTree = Any
 Schedule = Callable[[jax.Array], jax.Array]
@@ -78,19 +82,51 @@ def decay_mask(trained: PyTree) -> PyTree:
   return map_with_path(decays, trained)
 
 
-def adamw(
+def optimizer(
   rate: Schedule,
   *,
-  b1: float,
-  b2: float,
-  eps: float,
-  weight_decay: float,
-  grad_clip: float,
+  name: str = "adamw",
+  weight_decay: float = 0.0,
+  grad_clip: float = math.inf,
+  lora_plus_ratio: float = 1.0,
+  **fields: Any,
 ) -> optax.GradientTransformation:
-  """AdamW as torch and transformers' Trainer run it: clip, Adam, decoupled decay."""
+  """An optimiser as torch and transformers' Trainer run it.
+
+  Clipping, the direction, decoupled decay, and the learning rate.
+
+  Args:
+    name: a key of `OPTIMIZERS`.
+    weight_decay, grad_clip, lora_plus_ratio: see `TrainConfig`.
+    **fields: of `TrainConfig`, those that the optimiser reads and more.
+  """
   return optax.chain(
     optax.clip_by_global_norm(grad_clip),
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    OPTIMIZERS[name].direction(fields),
     optax.add_decayed_weights(weight_decay, mask=decay_mask),
+    *(() if lora_plus_ratio == 1.0 else (_lora_plus(lora_plus_ratio),)),
     optax.scale_by_learning_rate(rate),
+  )
+
+
+def _lora_plus(ratio: float) -> optax.GradientTransformation:
+  """LoRA+ (arXiv 2402.12354): another learning rate for the factors b.
+
+  As PEFT's create_loraplus_optimizer, but for embeddings, which are no group of their
+  own here: leaves of one axis have the rate of b too.
+  """
+
+  def init(trained):
+    if not any(jax.tree.leaves(of_leaves(is_other_factor, trained))):
+      raise LoraxError(
+        "train.lora_plus_ratio: no trained leaf is the factor b of a low-rank delta"
+      )
+    return optax.EmptyState()
+
+  def each(delta: Delta, name: str) -> jax.Array:
+    x = delta.leaves()[name]
+    return ratio * x if is_other_factor(delta, name) or x.ndim == 1 else x
+
+  return optax.GradientTransformation(
+    init, lambda updates, state, trained: (of_leaves(each, updates), state)
   )

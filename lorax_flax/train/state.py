@@ -68,12 +68,12 @@ def create(
 
 
 def shardings(
-  state: TrainState,
-  optimizer: optax.GradientTransformation,
-  adapter: Adapter,
-  mesh: jax.sharding.Mesh,
+  state: TrainState, adapter: Adapter, mesh: jax.sharding.Mesh
 ) -> TrainState:
   """Shardings of the state: an optimiser's moments are sharded as their leaf.
+
+  A leaf of the optimiser's is the moment of a trained leaf where its path ends in that
+  one's, and its shape is the same; all others are replicated.
 
   Args:
     state: arrays or ShapeDtypeStructs.
@@ -81,12 +81,15 @@ def shardings(
   """
   trained, _ = partition(adapter, trainable_mask(adapter))
   replicated = meshes.replicated(mesh)
-  opt_state = optax.tree_map_params(
-    optimizer,
-    lambda _, sharding: sharding,
-    state.opt_state,
-    trained,
-    transform_non_params=lambda _: replicated,
-  )
+  leaves = dict(jax.tree.leaves_with_path(state.trained))
+  own = dict(jax.tree.leaves_with_path(trained))
+
+  def of(place, leaf):
+    for end in (place[i:] for i in range(len(place))):
+      if end in own and leaves[end].shape == leaf.shape:
+        return own[end]
+    return replicated
+
+  opt_state = jax.tree.map_with_path(of, state.opt_state)
   # The same tree, with a sharding in each leaf's place.
   return TrainState(trained, opt_state, replicated, replicated)  # type: ignore[arg-type]

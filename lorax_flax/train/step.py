@@ -30,19 +30,11 @@ Array = TypeVar("Array", bound=jax.typing.ArrayLike)
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Mean]
 
-# params, adapter, the model's inputs, key of all dropout or None -> outputs
+# params, adapter, batch, key of all dropout or None -> outputs
 Forward = Callable[[PyTree, Adapter, Batch, jax.Array | None], Any]
 
 Step = Callable[[TrainState, Base, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Adapter, Base, Batch], tuple[jax.Array | None, Mean]]
-
-# The columns of a batch that are not the model's inputs.
-_ASIDE = ("labels", "weights", "index")
-
-
-def inputs(batch: Mapping[str, Array]) -> dict[str, Array]:
-  """The columns of a batch that the model takes."""
-  return {name: x for name, x in batch.items() if name not in _ASIDE}
 
 
 @dataclass(frozen=True)
@@ -122,7 +114,7 @@ def program(
     return create_state(params, adapter, optimizer, config.seed)
 
   state, _ = jax.eval_shape(lambda a: create(None, a), adapter)
-  shardings = states.shardings(state, optimizer, placed, mesh)
+  shardings = states.shardings(state, placed, mesh)
 
   def start():
     state, base = create(model.params, meshes.place(adapter, placed))
@@ -163,8 +155,10 @@ def optimizer_of(
   rate = optim.schedule(
     config.schedule, fields["learning_rate"], plan.total, plan.warmup
   )
-  names = ("b1", "b2", "eps", "weight_decay", "grad_clip")
-  return optim.adamw(rate, **{name: fields[name] for name in names}), rate
+  names = ("weight_decay", "grad_clip", "lora_plus_ratio")
+  reads = optim.OPTIMIZERS[config.optimizer].reads
+  chosen = {name: fields[name] for name in (*names, *reads)}
+  return optim.optimizer(rate, name=config.optimizer, **chosen), rate
 
 
 def create_state(
@@ -215,7 +209,7 @@ def train_step(
   """
 
   def microbatch_loss(trained, base, batch, weight, key):
-    outputs = forward(base.params, base.adapter(trained), inputs(batch), key)
+    outputs = forward(base.params, base.adapter(trained), batch, key)
     return jnp.sum(loss(outputs, batch) * batch["weights"]) / weight
 
   def gradients(trained, base, batch, key):
@@ -262,7 +256,7 @@ def eval_step(
   """Makes (trained, base, batch) -> (predictions, mean loss), a pure function."""
 
   def step(trained: Adapter, base: Base, batch: Batch):
-    outputs = forward(base.params, base.adapter(trained), inputs(batch), None)
+    outputs = forward(base.params, base.adapter(trained), batch, None)
     losses_B = loss(outputs, batch) * batch["weights"]
     weight = jnp.sum(batch["weights"])
     return predictions(outputs), Mean(jnp.sum(losses_B), weight)

@@ -26,6 +26,7 @@ from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 from lorax_flax.train.config import Durations, TrainConfig
 from lorax_flax.train.objective import Objective
+from lorax_flax.train.optimizers import OPTIMIZERS
 from lorax_flax.train.state import Base, TrainState
 
 PyTree = Any
@@ -170,7 +171,7 @@ def program(
     return steps.create_state(model.params, adapter, optimizer, seed)
 
   first, _ = jax.eval_shape(lambda adapter: create(adapter, 0), adapters[0])
-  own = jax.tree.map(sharding, states.shardings(first, optimizer, placed, mesh))
+  own = jax.tree.map(sharding, states.shardings(first, placed, mesh))
   shardings = States(own, own.trained, replicated)  # type: ignore[arg-type]
 
   def start() -> tuple[States, Bases]:
@@ -280,6 +281,10 @@ def _largest_ranks(adapters: Sequence[Adapter]) -> dict[str, int]:
   return {path: rank for path, rank in ranks.items() if rank}
 
 
+def _ranks(adapter: Adapter) -> dict[str, int]:
+  return {path: delta.rank for path, delta in adapter.items()}
+
+
 def _padded(adapter: Adapter, ranks: Mapping[str, int]) -> Adapter:
   """The deltas with these ranks, zero beyond their own."""
   return {p: d.padded(ranks[p]) if p in ranks else d for p, d in adapter.items()}
@@ -320,6 +325,12 @@ def _check(runs: Sequence[Run]) -> None:
     if run.adapter.keys() != first.adapter.keys():
       raise LoraxError(
         f"{run.name} and {first.name} can't train together: they train other weights"
+      )
+    by_element = OPTIMIZERS[first.config.optimizer].by_element
+    if not by_element and _ranks(run.adapter) != _ranks(first.adapter):
+      raise LoraxError(
+        f"{run.name} and {first.name} can't train together: their ranks differ, and a "
+        f"step of {first.config.optimizer} depends on a factor's padding"
       )
 
 

@@ -19,7 +19,7 @@ def _read(tmp_path, text, name="rte", split="train"):
   [
     (RTE + "1\tc\tentailment\n", r"train\.tsv:3: .* 4 columns"),
     (RTE + "1\tc\td\tentailment\te\n", r"train\.tsv:3: .* 4 columns"),
-    (RTE + "\n", r"train\.tsv:3: .* 4 columns"),
+    (RTE + "\n" + RTE.splitlines()[1], r"train\.tsv:3: .* 4 columns"),
     (RTE + "1\tc\td\tnot_entailmnt\n", r"train\.tsv:3: .*did you mean 'not_entail"),
     (RTE + "1\tc\td\t2\n", r"train\.tsv:3: unknown label '2'"),
     (RTE + "1\tc\td\t-1\n", r"train\.tsv:3: unknown label '-1'"),
@@ -48,6 +48,10 @@ def test_cola_without_header_counts_lines_from_its_first_row(tmp_path):
   assert _read(tmp_path, "gj04\t0\t*\tA sentence.", "cola") == [
     (0, {"sentence": "A sentence.", "label": 0, "idx": 0})
   ]
+
+
+def test_blank_lines_at_the_end_are_passed_over(tmp_path):
+  assert len(_read(tmp_path, RTE + "\n\r\n")) == 1
 
 
 def test_quotation_marks_and_odd_line_ends_are_text(tmp_path):

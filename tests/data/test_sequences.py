@@ -59,7 +59,6 @@ def test_every_row_is_seen_once_an_epoch(tmp_path):
   ("line", "message"),
   [
     ("{", "is not JSON"),
-    ("", "is blank"),
     ([1, 2], "is no object"),
     ({"ids": [1]}, "unknown name 'ids'; did you mean 'input_ids'"),
     ({"input_ids": []}, "input_ids is missing or empty"),
@@ -78,6 +77,20 @@ def test_every_row_is_seen_once_an_epoch(tmp_path):
 def test_a_line_that_can_not_be_is_named(tmp_path, line, message):
   with pytest.raises(LoraxError, match=rf"rows\.jsonl: (line|example) 2:? .*{message}"):
     _read(tmp_path, {"input_ids": [1, 2]}, line)
+
+
+def test_a_blank_line_is_named_and_those_at_the_end_are_passed_over(tmp_path):
+  row = {"input_ids": [1, 2]}
+  assert len(_read(tmp_path, row, row, "", "")[0]) == 2
+  with pytest.raises(LoraxError, match=r"rows\.jsonl: line 2 is blank"):
+    _read(tmp_path, row, "", "", row)
+  with pytest.raises(LoraxError, match="is empty but for blank lines"):
+    _read(tmp_path, "", " ")
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+  line = json.dumps({"input_ids": [1, 2]})
+  assert len(_read(tmp_path, f"\ufeff{line}", line)[0]) == 2
 
 
 def test_no_file_and_an_empty_one_are_errors(tmp_path):

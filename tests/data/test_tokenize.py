@@ -140,15 +140,15 @@ def test_padding_and_truncation_baked_into_a_tokenizer_json_are_off(minilm):
   assert baked.truncation is not None
   assert baked.padding is not None
   ours = tokenize.load_tokenizer(minilm)
-  assert ours.truncation is None
-  assert ours.padding is None
+  assert ours.backend.truncation is None
+  assert ours.backend.padding is None
   assert len(ours.encode("word " * 300).ids) == 302
 
 
 def test_tokenising_leaves_the_tokenizer_as_it_was(minilm):
   ours = tokenize.load_tokenizer(minilm)
   tokenize.tokenize(EXAMPLES, ours, max_length=8, token_types=True)
-  assert ours.truncation is None
+  assert ours.backend.truncation is None
 
 
 def test_a_split_longer_than_a_chunk_keeps_its_order(minilm):
@@ -202,7 +202,8 @@ def test_a_length_with_no_room_for_text_is_an_error(minilm):
 
 def test_a_folder_without_tokenizer_is_an_error_that_lists_it(tmp_path):
   (tmp_path / "weights.bin").touch()
-  with pytest.raises(LoraxError, match=r"vocab\.txt.*There are: weights\.bin"):
+  (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+  with pytest.raises(LoraxError, match=r"vocab\.txt.*There are: .*weights\.bin"):
     tokenize.load_tokenizer(tmp_path)
   with pytest.raises(LoraxError, match="There are: none"):
     tokenize.load_tokenizer(tmp_path / "nowhere")
@@ -217,11 +218,13 @@ def test_a_sentencepiece_model_alone_is_an_error_with_the_way_out(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}'])
 def test_a_damaged_tokenizer_json_is_an_error_with_its_name(tmp_path, text):
   (tmp_path / "tokenizer.json").write_text(text)
-  with pytest.raises(LoraxError, match=r"can't read .*tokenizer\.json"):
+  message = r"can(not|'t) read .*tokenizer\.json|tokenizer\.json holds no JSON object"
+  with pytest.raises(LoraxError, match=message):
     tokenize.load_tokenizer(tmp_path)
 
 
 def test_a_vocab_txt_without_cls_is_an_error(tmp_path):
   (tmp_path / "vocab.txt").write_text("[UNK]\n[SEP]\na\n")
+  (tmp_path / "config.json").write_text('{"model_type": "bert"}')
   with pytest.raises(LoraxError, match=r"no \[CLS\]"):
     tokenize.load_tokenizer(tmp_path)

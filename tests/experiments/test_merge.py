@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from experiments.merge import merge
 from lorax_flax.errors import LoraxError
@@ -142,3 +142,93 @@ def test_the_command_says_where_it_wrote_and_refuses_in_one_line(
   assert again.stderr.startswith("error: ")
   assert "not empty" in again.stderr
   assert "Traceback" not in again.stderr
+
+
+def _config(folder):
+  return json.loads((folder / "config.json").read_text())
+
+
+def test_a_bases_problem_type_and_names_are_kept_as_peft_keeps_them(
+  base, adapter, tmp_path
+):
+  config = _config(base) | {"problem_type": "multi_label_classification"}
+  (base / "config.json").write_text(json.dumps(config))
+  model = transformers.BertForSequenceClassification.from_pretrained(base)
+  peers.adapt(model, adapter).merge_and_unload().save_pretrained(tmp_path / "peft")
+  merge(str(base), str(adapter), str(tmp_path / "out"))
+  got, wanted = _config(tmp_path / "out"), _config(tmp_path / "peft")
+  for name in ("problem_type", "id2label", "label2id"):
+    assert got[name] == wanted[name]
+  assert tuple(got["id2label"].values()) == peers.NAMES
+
+
+def test_an_adapters_names_and_another_number_of_outputs_replace_the_bases(
+  base, adapter, tmp_path
+):
+  config = _config(base) | {"problem_type": "multi_label_classification"}
+  (base / "config.json").write_text(json.dumps(config))
+  (adapter / "labels.json").write_text('["x", "y", "z"]')
+  merge(str(base), str(adapter), str(tmp_path / "named"))
+  named = _config(tmp_path / "named")
+  assert named["id2label"] == {"0": "x", "1": "y", "2": "z"}
+  assert "problem_type" not in named
+
+  kind = transformers.BertForSequenceClassification
+  other = kind.from_pretrained(base, num_labels=5, ignore_mismatched_sizes=True)
+  peers.adapt(other, tmp_path / "five")
+  merge(str(base), str(tmp_path / "five"), str(tmp_path / "out"))
+  got = _config(tmp_path / "out")
+  assert got["id2label"] == {str(i): f"LABEL_{i}" for i in range(5)}
+  assert got["problem_type"] == "multi_label_classification"
+
+
+def test_what_lies_beside_the_weights_is_carried(base, adapter, tmp_path):
+  carried = ("spm.model", "chat_template.json", "LICENSE", "templates/tool.jinja")
+  left = ("pytorch_model.bin", "optimizer.pt", ".gitattributes", "onnx/model.onnx")
+  for name in (*carried, *left, "onnx/config.json"):
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).write_text(name)
+  merge(str(base), str(adapter), str(tmp_path / "out"))
+  found = _everything(tmp_path / "out")
+  assert {name: found[name].decode() for name in carried} == dict(
+    zip(carried, carried, strict=True)
+  )
+  ours = {"model.safetensors", ".lorax_flax.json"}
+  assert found.keys() - ours == _everything(base).keys() - {
+    *left,
+    "onnx/config.json",
+    "model.safetensors",
+  }
+
+
+def test_an_adapters_own_tokenizer_takes_the_place_of_the_bases(
+  base, adapter, tmp_path
+):
+  (base / "vocab.txt").write_text("old")
+  (base / "processor_config.json").write_text("{}")
+  (adapter / "tokenizer.json").write_text("new")
+  (adapter / "README.md").write_text("of the adapter")
+  merge(str(base), str(adapter), str(tmp_path / "out"))
+  found = _everything(tmp_path / "out")
+  assert found["tokenizer.json"] == b"new"
+  assert "vocab.txt" not in found
+  assert "README.md" not in found
+  assert "processor_config.json" in found
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e30, np.inf])
+def test_a_sum_that_is_not_finite_is_named_and_nothing_is_written(
+  base, adapter, tmp_path, value
+):
+  half = {
+    k: v.astype(np.float16) for k, v in load_file(base / "model.safetensors").items()
+  }
+  save_file(half, base / "model.safetensors", metadata={"format": "pt"})
+  file = adapter / "adapter_model.safetensors"
+  factors = load_file(file)
+  name = next(key for key in factors if "query.lora_B" in key)
+  factors[name] = np.full_like(factors[name], value)
+  save_file(factors, file, metadata={"format": "pt"})
+  with pytest.raises(LoraxError, match=r"query\.weight would be .*NaN or infinite"):
+    merge(str(base), str(adapter), str(tmp_path / "out"))
+  assert not (tmp_path / "out").exists()

@@ -152,6 +152,29 @@ def test_regression_gives_logits_alone(tmp_path):
   np.testing.assert_allclose(_logits(results), peers.logits(model, INPUTS), atol=1e-5)
 
 
+def test_many_labels_have_a_probability_each_as_in_transformers_pipeline(tmp_path):
+  peers.tiny("bert", tmp_path / "base", names=peers.NAMES)
+  config = json.loads((tmp_path / "base/config.json").read_text())
+  config["problem_type"] = "multi_label_classification"
+  (tmp_path / "base/config.json").write_text(json.dumps(config))
+  (got,) = _predict(tmp_path, [{"text": "was it a cat"}], adapter=False)
+  pipe = transformers.pipeline("text-classification", model=str(tmp_path / "base"))
+  wanted = {each["label"]: each["score"] for each in pipe("was it a cat", top_k=None)}
+  assert got["scores"] == pytest.approx(wanted, abs=1e-5)
+  assert got["label"] == max(wanted, key=wanted.get)
+  assert got["score"] == got["scores"][got["label"]]
+
+
+@pytest.mark.parametrize("kind", ["TokenClassification", "QuestionAnswering"])
+def test_a_head_of_another_task_is_refused_by_name(tmp_path, kind):
+  peers.tiny("bert", tmp_path / "base")
+  config = json.loads((tmp_path / "base/config.json").read_text())
+  config["architectures"] = [f"BertFor{kind}"]
+  (tmp_path / "base/config.json").write_text(json.dumps(config))
+  with pytest.raises(LoraxError, match=f"BertFor{kind} is not built here"):
+    _predict(tmp_path, [{"text": "was it a cat"}], adapter=False)
+
+
 def test_a_base_without_a_head_needs_an_adapter(tmp_path):
   peers.tiny("bert", tmp_path / "base", head=False)
   with pytest.raises(LoraxError, match=r"has no classifier.*--adapter"):

@@ -280,3 +280,10 @@ def test_there_is_no_table_of_nothing(tmp_path):
   found = _plan(tmp_path, _sweep({"seed": 0}))
   with pytest.raises(LoraxError, match=r"no trial in .* is over yet"):
     runner.table(found, tmp_path / "sweep")
+
+
+def test_ranks_train_apart_where_padding_would_change_a_step(tmp_path):
+  ranks = [{"lora.rank": rank, "seed": i} for i, rank in enumerate((2, 4, 2))]
+  assert _packs(tmp_path, *ranks)[0] == [[0, 1, 2]]
+  muon = [own | {"train.optimizer": "muon"} for own in ranks]
+  assert _packs(tmp_path, *muon)[0] == [[0, 2], [1]]

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.jobs import build
+from lorax_flax.jobs import build, outline
 from lorax_flax.models import registry
 from lorax_flax.models.settings import ModelSettings
+from lorax_flax.tasks import TASKS
 
 RATES = {
   "bert": (
@@ -53,3 +54,27 @@ def test_a_rate_that_a_family_does_not_have_is_an_error():
   loaded = _loaded("gpt2")
   with pytest.raises(LoraxError, match=r"head_dropout is 0\.3, and a gpt2 has no such"):
     build.with_dropout(loaded, ModelSettings("there", head_dropout=0.3))
+
+
+@pytest.mark.parametrize(
+  ("names", "fits"),
+  [
+    (["ENTAILMENT", "NEUTRAL", "CONTRADICTION"], True),
+    (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], False),
+    (["LABEL_0", "LABEL_1", "LABEL_2"], True),
+  ],
+)
+def test_a_heads_labels_in_another_order_than_the_tasks_are_an_error(names, fits):
+  id2label = {str(i): name for i, name in reversed(list(enumerate(names)))}
+  check = lambda: outline.check(
+    ModelSettings("there"),
+    TASKS["mnli"],
+    8,
+    {"model_type": "bert", "id2label": id2label},
+    "there",
+  )
+  if fits:
+    assert check().config.num_labels == 3
+  else:
+    with pytest.raises(LoraxError, match=r"CONTRADICTION, NEUTRAL, .*mnli has entailm"):
+      check()

@@ -66,7 +66,9 @@ def logits(loaded, inputs):
   return np.asarray(apply(loaded.params, inputs))
 
 
-def check_logits(folder, model, batches, *, real=lambda inputs: ..., **options):
+def check_logits(
+  folder, model, batches, *, real=lambda inputs: ..., peer=torch_logits, **options
+):
   """Logits equal the peer's, of each batch; `real` picks those that mean something.
 
   Returns:
@@ -77,7 +79,7 @@ def check_logits(folder, model, batches, *, real=lambda inputs: ..., **options):
   sizes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
   assert sizes(loaded.params) == sizes(loaded.family.shapes(loaded.module))
   for inputs in batches:
-    got, want = logits(loaded, inputs), torch_logits(model, inputs)
+    got, want = logits(loaded, inputs), peer(model, inputs)
     assert got.dtype == np.float32
     assert got.shape == want.shape
     picked = real(inputs)
@@ -131,7 +133,7 @@ def check_round_trip(folder, out, model, **options):
     loaded.hf_config,
     architecture=loaded.family.architecture,
     labels=labels,
-    tokenizer_from=folder,
+    base=folder,
     overwrite=False,
   )
   again, report = type(model).from_pretrained(out, output_loading_info=True)

@@ -6,7 +6,14 @@ import pytest
 import lorax_flax as lx
 from lorax_flax.models import registry
 from tests.models import family
-from tests.models.decoders import BATCH, Peer, batch, check_equals_peer, real
+from tests.models.decoders import (
+  BATCH,
+  Peer,
+  batch,
+  check_equals_peer,
+  real,
+  rows_alone,
+)
 
 LLAMA = Peer("Llama", {"head_dim": 6})
 PEERS = {
@@ -111,7 +118,25 @@ def test_positions_may_be_given(tmp_path):
   places = np.cumsum(inputs["attention_mask"], axis=1) - 1
   # Not from 0 on: the text's length, which this scaling looks at, is then another.
   inputs["position_ids"] = np.maximum(places + 7, 0).astype(np.int32)
-  family.check_logits(tmp_path, model, [inputs], real=real)
+  family.check_logits(tmp_path, model, [inputs], real=real, peer=rows_alone)
+
+
+_DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+  ("name", "changes"),
+  [
+    ("phi3", {}),
+    ("llama", {"rope_parameters": _DYNAMIC, "max_position_embeddings": 9}),
+    ("smollm3", {"rope_parameters": _DYNAMIC, "max_position_embeddings": 9}),
+  ],
+)
+def test_a_rows_logits_are_those_of_the_row_alone(tmp_path, name, changes):
+  """Whatever stands beside it: short rows beside long ones, and padding."""
+  model = PEERS[name].save(tmp_path, **changes)
+  lengths = batch(24, 5, -5, 9, -9, 10, -10)
+  family.check_logits(tmp_path, model, [lengths], real=real, peer=rows_alone)
 
 
 @pytest.mark.parametrize(

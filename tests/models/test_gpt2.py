@@ -111,9 +111,14 @@ def test_lora_on_every_linear_layer_less_the_head(tmp_path):
   family.check_lora(loaded, batch(), want)
 
 
-def test_a_classifiers_checkpoint_has_no_labels_here(tmp_path):
+def test_a_classifiers_checkpoint_is_refused_by_name(tmp_path):
   save(tmp_path, transformers.GPT2ForSequenceClassification)
-  assert registry.load(tmp_path).ignored_keys == ("score.weight",)
+  with pytest.raises(lx.LoraxError, match="GPT2ForSequenceClassification is not built"):
+    registry.load(tmp_path)
+  family.change_config(tmp_path, architectures=None)
+  with pytest.raises(lx.LoraxError, match=r"unknown gpt2 checkpoint key 'score\.wei"):
+    registry.load(tmp_path)
+  save(tmp_path)
   with pytest.raises(lx.LoraxError, match="gpt2 is a causal-lm model"):
     registry.load(tmp_path, num_labels=3)
 

@@ -12,7 +12,7 @@ from tests.train import toy
 
 def _evaluate(splits, names=("accuracy", "f1"), **options):
   job = toy.job()
-  optimizer = optim.adamw(
+  optimizer = optim.optimizer(
     lambda step: jnp.float32(0), b1=0.9, b2=0.9, eps=1e-8, weight_decay=0, grad_clip=1
   )
   state, base = states.create(

@@ -93,7 +93,7 @@ def test_the_best_and_the_last_checkpoint_are_kept_and_no_other(whole):
 
 def _fresh_state():
   job = toy.job()
-  optimizer = optim.adamw(
+  optimizer = optim.optimizer(
     lambda step: 0.0, b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.01, grad_clip=1
   )
   return states.create(

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorax_flax.data import sequences
+from lorax_flax.data.sequences import IGNORED
 from lorax_flax.train import losses
+from lorax_flax.train.token_scores import count, next_labels, token_scores
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -48,17 +49,18 @@ def test_squared_error_equals_torch():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_next_token_is_torchs_over_a_batchs_tokens(smoothing):
+@pytest.mark.parametrize("room", [1, 4 * 3 * 11, 4 * 7 * 11])
+def test_next_token_is_torchs_over_a_batchs_tokens(smoothing, room):
   rng = np.random.default_rng(3)
   logits_BxTxV = rng.normal(size=(4, 7, 11)).astype(np.float32)
   labels_BxT = rng.integers(0, 11, (4, 7)).astype(np.int32)
-  labels_BxT[0, 3:] = sequences.IGNORED
-  labels_BxT[1, :4] = sequences.IGNORED
-  labels_BxT[2, 1:] = sequences.IGNORED  # Nothing is left to predict.
-  got_B = losses.next_token(smoothing)(
-    jnp.asarray(logits_BxTxV), {"labels": labels_BxT}
-  )
-  weights_B = losses.targets(labels_BxT)
+  labels_BxT[0, 3:] = IGNORED
+  labels_BxT[1, :4] = IGNORED
+  labels_BxT[2, 1:] = IGNORED  # Nothing is left to predict.
+  next_BxT = next_labels(jnp.asarray(labels_BxT))
+  scores = token_scores(lambda x: x, jnp.asarray(logits_BxTxV), next_BxT, room)
+  got_B = losses.next_token(smoothing)(scores, {})
+  weights_B = count(next_BxT)
   np.testing.assert_array_equal(weights_B, [2, 3, 0, 6])
   assert got_B[2] == 0
   want = torch.nn.functional.cross_entropy(

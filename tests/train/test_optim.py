@@ -67,7 +67,7 @@ def test_ten_steps_equal_torch_adamw_with_clipping_decay_and_warmup():
     optimizer.step()
     schedule.step()
 
-  tx = optim.adamw(
+  tx = optim.optimizer(
     optim.schedule("linear", 0.05, 10, 3),
     b1=0.9,
     b2=0.98,

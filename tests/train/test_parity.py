@@ -65,19 +65,22 @@ def _train_ours(folder, adapter_folder, family, accumulation):
   apply_fn = lambda params, batch: loaded.module.apply({"params": params}, **batch)
   lora = lx.adapt(apply_fn, config)
   rate = optim.schedule("linear", RATE, STEPS, WARMUP)
-  optimizer = optim.adamw(
+  optimizer = optim.optimizer(
     rate, b1=0.9, b2=0.999, eps=1e-6, weight_decay=DECAY, grad_clip=CLIP
   )
   state, base = states.create(loaded.params, adapter, optimizer, jax.random.key(0))
   train = step.jitted(
     step.train_step(
-      lambda params, adapter, batch, key: lora.apply(params, adapter, batch),
+      lambda params, adapter, batch, key: lora.apply(
+        params, adapter, {name: batch[name] for name in inputs}
+      ),
       losses.cross_entropy(SMOOTHING),
       optimizer,
       rate,
       accumulation,
     )
   )
+  inputs = peers.batch(family, seed=0, rows=ROWS)
   found, norms = [], []
   for batch in _batches(family):
     weights = {"weights": np.ones(ROWS, np.float32)}

@@ -17,7 +17,7 @@ def _start(accumulation=1, dropout=False, rate=0.01):
       params, adapter, batch, None
     )
   schedule = lambda step: jnp.float32(rate)
-  optimizer = optim.adamw(
+  optimizer = optim.optimizer(
     schedule, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, grad_clip=1e9
   )
   state, base = states.create(
@@ -122,7 +122,7 @@ def test_a_step_counts_and_reports_means():
 def test_trained_leaves_are_float32_masters():
   job = toy.job()
   low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), job.runs[0].adapter)
-  optimizer = optim.adamw(
+  optimizer = optim.optimizer(
     lambda step: jnp.float32(0.1), b1=0.9, b2=0.9, eps=1e-8, weight_decay=0, grad_clip=1
   )
   state, _ = states.create(job.model.params, low, optimizer, jax.random.key(0))
@@ -134,7 +134,7 @@ def test_a_tuned_leaf_that_shares_the_bases_buffer_is_copied():
   leaf = job.model.params["head"]["kernel"]
   adapter = job.runs[0].adapter | {"head/kernel": Tuned(leaf, leaf)}
   rate = lambda step: jnp.float32(0.1)
-  optimizer = optim.adamw(
+  optimizer = optim.optimizer(
     rate, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.0, grad_clip=1.0
   )
   state, base = states.create(job.model.params, adapter, optimizer, jax.random.key(0))

@@ -183,3 +183,11 @@ def test_what_can_not_train_together_is_an_error(tmp_path):
   job.runs[1] = dataclasses.replace(job.runs[1], config=config)
   with pytest.raises(LoraxError, match="t1 and t0 can't train together: of train's"):
     loop.fit(job, tmp_path)
+
+
+def test_ranks_that_differ_can_not_train_together_where_padding_changes_a_step(
+  tmp_path,
+):
+  job = _trials(tmp_path, optimizer="adafactor", b2=0.999, eps=1e-8)
+  with pytest.raises(LoraxError, match="ranks differ, and a step of adafactor"):
+    loop.fit(job, tmp_path)

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 from lorax_flax.adapt.interpret import encoding as jx
 
 INPUT = "<input>"
+# A float that was made of integers of the data: a mask, a count, a label's place.
+INTEGERS = "<integers of the input>"
+ASIDE = frozenset({INPUT, INTEGERS})
 
 
 class Product(NamedTuple):
@@ -26,8 +29,8 @@ class Flow:
   """A value that is no weight.
 
   Attributes:
-    through: paths of the weights whose products it last came through, and INPUT where
-      it came from the data through none.
+    through: paths of the weights whose products it last came through, and INPUT or
+      INTEGERS where it came from the data through none.
     product: the product whose result it still is, cast or rearranged, biases added.
     made_of: paths of the weights that it is made of, where of nothing else.
   """
@@ -80,13 +83,13 @@ def of_equation(eqn: Any, operands: list[Flow]) -> tuple[Flow, frozenset[str]]:
   one) is those weights' product, whether a delta can follow there or not.
   """
   joined = NOTHING
-  for x in operands:
-    joined = joined | x
+  for x, atom in zip(operands, eqn.invars, strict=True):
+    joined = joined | _as_float(x, atom, eqn)
   if eqn.primitive.name in CONTRACTIONS:
     kernels = frozenset().union(*(x.made_of for x in operands))
     fed = frozenset().union(*(x.through for x in operands if not x.made_of))
     if kernels and fed:
-      return Flow(kernels, _product(eqn, operands, kernels)), fed - {INPUT}
+      return Flow(kernels, _product(eqn, operands, kernels)), fed - ASIDE
   through_scalar = eqn.primitive.name in ("mul", "div") and not all(
     a.aval.shape for a in eqn.invars
   )
@@ -94,6 +97,14 @@ def of_equation(eqn: Any, operands: list[Flow]) -> tuple[Flow, frozenset[str]]:
     product = next((x.product for x in operands if x.product is not None), None)
     return replace(joined, product=product), frozenset()
   return replace(joined, product=None), frozenset()
+
+
+def _as_float(x: Flow, atom: Any, eqn: Any) -> Flow:
+  """An operand's flow, as it goes on in the equation's result."""
+  into_float = any(jx.is_float(var.aval) for var in eqn.outvars)
+  if not into_float or jx.is_float(atom.aval) or INPUT not in x.through:
+    return x
+  return replace(x, through=x.through - {INPUT} | {INTEGERS})
 
 
 def _product(eqn: Any, operands: list[Flow], paths: frozenset[str]) -> Product | None:

@@ -165,10 +165,12 @@ def _heads(outputs: Sequence[tuple[tuple[int, ...], frozenset[str]]]) -> frozens
   sown) comes from products that feed others, or that reach other outputs among others.
   """
   # A scalar, the sum of a loss say, tells nothing where arrays are returned.
+  # Nor does what masks and labels have to do with a loss.
   through = [t for shape, t in outputs if shape] or [t for _, t in outputs]
+  through = [t - {flow.INTEGERS} for t in through]
   alone = frozenset().union(*(t for t in through if len(t) == 1))
   beside = frozenset().union(*(t for t in through if len(t) > 1))
-  return alone - beside - {flow.INPUT}
+  return alone - beside - flow.ASIDE
 
 
 def _abstract(var: Any) -> jax.ShapeDtypeStruct:
@@ -227,7 +229,7 @@ def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
         raise Unsupported("a sum with what depends on the inputs")
       outs = look_ups.RULES[name](eqn, shown, [_abstract(v) for v in eqn.outvars])
       if name == "dynamic_slice" and not any(
-        flow.INPUT in x.through for x in _flows(operands)
+        flow.ASIDE & x.through for x in _flows(operands)
       ):
         # A place in the program (a layer's number) does not look anything up.
         return [replace(v, looked_up=operands[0].looked_up) for v in outs]
@@ -267,7 +269,7 @@ def _product(found: Discovery, eqn: Any, operands: list, shown: list) -> Flow:
   _record(found, view, product_rules.site(eqn), axes)
   for x, atom in zip(operands, eqn.invars, strict=True):
     if not is_view(x) and jx.is_float(atom.aval):
-      found.fed |= x.through - {flow.INPUT}
+      found.fed |= x.through - flow.ASIDE
   sizes = flow.product_sizes(view.shape, axes.kept, axes.shared)
   paths = frozenset(view.paths())
   return Flow(paths, flow.Product(paths, sizes))

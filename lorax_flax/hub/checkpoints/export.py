@@ -1,11 +1,11 @@
 """A model written as a Hugging Face checkpoint that transformers loads."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 from safetensors.numpy import save_file
@@ -13,26 +13,11 @@ from safetensors.numpy import save_file
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError
 from lorax_flax.files import atomic
+from lorax_flax.hub.checkpoints import beside
 from lorax_flax.hub.checkpoints.keymap import KeyMap, file_key
 from lorax_flax.hub.files import gguf_header, gguf_tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
-
-# The base's tokenizer, preprocessor and generation settings, copied as they are.
-_BESIDE = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "vocab.txt",
-  "vocab.json",
-  "merges.txt",
-  "spiece.model",
-  "tokenizer.model",
-  "chat_template.jinja",
-  "generation_config.json",
-  "preprocessor_config.json",
-)
 
 
 def write_checkpoint(
@@ -43,24 +28,27 @@ def write_checkpoint(
   *,
   architecture: str,
   labels: Sequence[str] | None,
-  tokenizer_from: Path,
+  base: Path,
+  adapter: Path | None = None,
   overwrite: bool,
 ) -> None:
-  """Writes config.json, model.safetensors and the tokenizer; all of it or nothing.
+  """Writes config.json, model.safetensors and what lies beside these; all or nothing.
 
   Args:
     folder: the destination.
     params: the model's tree; each leaf is stored in its own dtype.
     keymap: of the model.
-    hf_config: of the base; its fields of the head are replaced.
+    hf_config: of the base.
     architecture: transformers' class of the model.
-    labels: names of the head's outputs; None where they are not classes.
-    tokenizer_from: a folder whose tokenizer files are copied; a GGUF file's are
-      converted.
+    labels: names of a new head's outputs (see `with_head`); None keeps `hf_config`'s.
+    base: a folder whose files beside the weights are copied; a GGUF file's tokenizer
+      is converted.
+    adapter: a folder whose tokenizer takes the place of the base's, if it has one.
     overwrite: whether to replace a folder that was written here.
 
   Raises:
-    LoraxError: the destination is taken, or can't be written.
+    LoraxError: the destination is taken, or can't be written; a weight that is not
+      finite.
   """
   with atomic.new_folder(Path(folder), overwrite=overwrite) as scratch:
     config = to_hf_config(hf_config, architecture, labels)
@@ -71,10 +59,8 @@ def write_checkpoint(
       save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
       raise LoraxError(f"cannot write {folder}: {error}") from error
-    for name in _BESIDE:
-      if (tokenizer_from / name).is_file():
-        shutil.copyfile(tokenizer_from / name, scratch / name)
-    file = gguf_header.find(tokenizer_from)
+    beside.copy(base, scratch, adapter)
+    file = gguf_header.find(base)
     if file is not None and not (scratch / "tokenizer.json").is_file():
       gguf_tokenizer.write(file, scratch)
 
@@ -82,31 +68,53 @@ def write_checkpoint(
 def to_hf_config(
   hf_config: Mapping[str, Any], architecture: str, labels: Sequence[str] | None
 ) -> dict[str, Any]:
-  """The base's config.json with another architecture and other outputs."""
+  """The base's config.json with another architecture and maybe another head."""
   config = dict(hf_config)
   # transformers would cast to the base's dtype; without it, it keeps the weights'.
   for name in ("_name_or_path", "dtype", "torch_dtype"):
     config.pop(name, None)
   config["architectures"] = [architecture]
-  if labels is None:
-    return config
+  return config if labels is None else with_head(config, labels)
+
+
+def with_head(
+  hf_config: Mapping[str, Any], labels: Sequence[str], problem_type: str | None = None
+) -> dict[str, Any]:
+  """A config.json whose head has these outputs.
+
+  Args:
+    labels: their names; one alone is a regression's.
+    problem_type: transformers'; None leaves it to the number of labels.
+  """
+  config = dict(hf_config)
   for name in ("num_labels", "problem_type", "_num_labels"):
     config.pop(name, None)
   config |= {
     "id2label": {str(i): name for i, name in enumerate(labels)},
     "label2id": {name: i for i, name in enumerate(labels)},
   }
-  if len(labels) == 1:
-    config["problem_type"] = "regression"
+  if problem_type is not None or len(labels) == 1:
+    config["problem_type"] = problem_type or "regression"
   return config
 
 
 def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
-  """The tensors of a checkpoint, by key, of a params tree."""
+  """The tensors of a checkpoint, by key, of a params tree.
+
+  Raises:
+    LoraxError: a number that is not finite; it names the weight.
+  """
   leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
   tensors = {}
   for bare, site in keymap.sites.items():
     leaf = leaves[site.path]
     value = site.entry.form.to_stored(leaf[site.place(leaf.shape)])
-    tensors[file_key(keymap, bare)] = np.ascontiguousarray(value)
+    key = file_key(keymap, bare)
+    if wrong := np.size(value) - np.count_nonzero(np.isfinite(value)):
+      raise LoraxError(
+        f"{key} would be written with {wrong:,} of its {np.size(value):,} numbers NaN "
+        f"or infinite: base or adapter has such numbers, or their sum is beyond the "
+        f"largest {value.dtype}, {float(jnp.finfo(value.dtype).max):.3g}"
+      )
+    tensors[key] = np.ascontiguousarray(value)
   return tensors

@@ -16,7 +16,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, check_known, listing, unknown
 from lorax_flax.hub.checkpoints.entries import Entry, Kind, Site, kind, placeholders
 
 
@@ -158,8 +158,7 @@ def path_to_keys(keymap: KeyMap, path: str) -> list[str]:
   "encoder/layer_0/attention/query/bias" gives
   ["bert.encoder.layer.0.attention.self.query.bias"]. Unknown path: LoraxError.
   """
-  if path not in keymap.keys:
-    raise LoraxError(unknown(f"{keymap.family} parameter", path, keymap.keys))
+  check_known(f"{keymap.family} parameter", path, keymap.keys)
   return [full_key(keymap, key) for key in keymap.keys[path]]
 
 

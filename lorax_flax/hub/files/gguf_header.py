@@ -18,7 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lorax_flax.errors import LoraxError, listing
+from lorax_flax.errors import LoraxError, listing, prefixed
 
 SUFFIX = ".gguf"
 _MOST_HEADER = 32 << 20  # bytes; a vocabulary of 262,144 tokens takes about 12 MB
@@ -114,13 +114,11 @@ def read(path: Path) -> Header:
     LoraxError: a file that can't be read, that isn't GGUF version 2 or 3, or that is
       damaged in any way that its header or its length shows.
   """
-  try:
+  with prefixed(f"cannot read {path}", OSError, ValueError):
     with path.open("rb", buffering=0) as file:
       status = os.fstat(file.fileno())
       data = file.read(min(status.st_size, _MOST_HEADER))
     return _parse(path, _Cursor(data, len(data) < status.st_size), status)
-  except (OSError, ValueError) as error:  # LoraxError among them
-    raise LoraxError(f"cannot read {path}: {error}") from error
 
 
 class _Cursor:
@@ -195,19 +193,15 @@ def _parse(path: Path, cursor: _Cursor, status: os.stat_result) -> Header:
     name = cursor.text()
     if name in metadata:
       raise LoraxError(f"it has the value {name!r} twice")
-    try:
+    with prefixed(f"{name!r}", ValueError):
       metadata[name] = cursor.value(_Type(cursor.uint32()))
-    except ValueError as error:
-      raise LoraxError(f"{name!r}: {error}") from error
   entries: dict[str, tuple[Any, tuple[int, ...], int]] = {}
   for _ in range(tensor_count):
     name = cursor.text()
     if name in entries:
       raise LoraxError(f"it has {name!r} twice")
-    try:
+    with prefixed(f"its entry of {name!r}", ValueError):
       entries[name] = _entry(cursor)
-    except ValueError as error:
-      raise LoraxError(f"its entry of {name!r}: {error}") from error
   alignment = metadata.get(_ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
   if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
     raise LoraxError(f"its {_ALIGNMENT} is {alignment!r}")

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, check_known, prefixed
 from lorax_flax.hub.files import gguf_header
 
 _PREFIX = "tokenizer.ggml."
@@ -65,33 +65,53 @@ def load(path: Path) -> tokenizers.Tokenizer:
     LoraxError: a damaged file, or a tokenizer of another kind or pre-tokenisation.
   """
   metadata = gguf_header.read(path).metadata
-  try:
-    return _make(metadata)
   # The tokenizers library raises bare Exception for what it can't use.
-  except Exception as error:
-    raise LoraxError(f"cannot make the tokenizer of {path}: {error}") from error
+  with prefixed(f"cannot make the tokenizer of {path}", Exception):
+    return _make(metadata)
 
 
 def write(path: Path, folder: Path) -> None:
   """Writes tokenizer.json and tokenizer_config.json of a GGUF file into a folder."""
   load(path).save(str(folder / "tokenizer.json"))
-  settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_settings(path)}
-  text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+  fields = {"tokenizer_class": "PreTrainedTokenizerFast", **settings(path)}
+  text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False)
   (folder / "tokenizer_config.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def _settings(path: Path) -> dict[str, Any]:
-  """Fields of transformers' tokenizer_config.json beside a tokenizer.json."""
+def special(path: Path) -> dict[str, str]:
+  """The special tokens of a GGUF file, by transformers' names."""
   metadata = gguf_header.read(path).metadata
-  tokens = metadata[f"{_PREFIX}tokens"]
-  settings: dict[str, Any] = {
+  tokens = _strings(metadata, "tokens")
+  return {
     name: _token(metadata, key, tokens)
     for name, key in _SPECIAL.items()
     if _PREFIX + key in metadata
   }
-  if isinstance(metadata.get(_TEMPLATE), str):
-    settings["chat_template"] = metadata[_TEMPLATE]
-  return {**settings, "clean_up_tokenization_spaces": False}
+
+
+def settings(path: Path) -> dict[str, Any]:
+  """Fields of transformers' tokenizer_config.json beside a tokenizer.json.
+
+  Raises:
+    LoraxError: a damaged file.
+  """
+  metadata = gguf_header.read(path).metadata
+  fields: dict[str, Any] = {**special(path)}
+  templates = {"default": metadata.get(_TEMPLATE)} | {
+    key.removeprefix(f"{_TEMPLATE}."): value
+    for key, value in metadata.items()
+    if key.startswith(f"{_TEMPLATE}.")
+  }
+  named = [
+    {"name": name, "template": text}
+    for name, text in templates.items()
+    if isinstance(text, str)
+  ]
+  if len(named) > 1:
+    fields["chat_template"] = named
+  elif named:
+    fields["chat_template"] = named[0]["template"]
+  return {**fields, "clean_up_tokenization_spaces": False}
 
 
 def _make(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -102,8 +122,7 @@ def _make(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
       " model's tokenizer.json beside the file and name the folder"
     )
   name = str(metadata.get(f"{_PREFIX}pre"))
-  if name not in SPLITTINGS:
-    raise LoraxError(unknown("pre-tokenisation", name, SPLITTINGS))
+  check_known("pre-tokenisation", name, SPLITTINGS)
   splitting = SPLITTINGS[name]
   tokens = _strings(metadata, "tokens")
   vocab = {token: i for i, token in enumerate(tokens)}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, check_known, listing, prefixed, unknown
 from lorax_flax.files import strict_json
 from lorax_flax.hub.files import safetensors_header
 
@@ -47,7 +47,7 @@ class File:
 
   def read(self, key: str, index: Index, out: np.ndarray) -> None:
     """Fills `out`, of any strides and dtype, with a part of a tensor."""
-    try:
+    with prefixed(f"cannot read {key!r} of {self.path}", OSError):
       descriptor = os.open(self.path, os.O_RDONLY)
       try:
         now = os.fstat(descriptor)
@@ -60,8 +60,6 @@ class File:
         self.fill(descriptor, self.tensors[key], index, out)
       finally:
         os.close(descriptor)
-    except (OSError, LoraxError) as error:
-      raise LoraxError(f"cannot read {key!r} of {self.path}: {error}") from error
 
 
 class Reader(Mapping[str, np.ndarray]):
@@ -82,12 +80,9 @@ class Reader(Mapping[str, np.ndarray]):
 
   def dtype(self, key: str) -> np.dtype:
     """The stored dtype, from the header alone. Unsupported: LoraxError."""
-    try:
-      return self._stored(key).array_dtype
-    except LoraxError as error:
-      raise LoraxError(
-        f"cannot read {key!r} of {self._files[key].path}: {error}"
-      ) from error
+    stored = self._stored(key)
+    with prefixed(f"cannot read {key!r} of {self._files[key].path}"):
+      return stored.array_dtype
 
   def __getitem__(self, key: str) -> np.ndarray:
     return self.part(key, (slice(None),) * len(self.shape(key)))
@@ -124,8 +119,7 @@ class Reader(Mapping[str, np.ndarray]):
     )
 
   def _stored(self, key: str) -> Any:
-    if key not in self._files:
-      raise LoraxError(unknown("checkpoint key", key, self._files))
+    check_known("checkpoint key", key, self._files)
     return self._files[key].tensors[key]
 
 
@@ -199,8 +193,7 @@ def _indexed(folder: Path) -> dict[str, File]:
       raise LoraxError(unknown(f"shard in {index}", name, here))
     files[name] = _opened(folder / name)
   for key, name in where.items():
-    if key not in files[name].tensors:
-      raise LoraxError(unknown(f"weight of {folder / name}", key, files[name].tensors))
+    check_known(f"weight of {folder / name}", key, files[name].tensors)
   return {key: files[name] for key, name in where.items()}
 
 

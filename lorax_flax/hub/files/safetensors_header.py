@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, prefixed, unknown
 from lorax_flax.files import strict_json
 
 # Bytes and dtype of numbers that take full bytes. Those without a dtype here (eight-bit
@@ -81,12 +81,12 @@ def read(path: Path) -> tuple[dict[str, Stored], os.stat_result]:
     LoraxError: a file that can't be read, or that is damaged in any way that its
       header or its length shows.
   """
-  try:
-    with path.open("rb", buffering=0) as file:
-      status = os.fstat(file.fileno())
-      return _parse(_text(file, status.st_size), status.st_size), status
-  except (OSError, ValueError) as error:  # LoraxError among them
-    raise LoraxError(f"cannot read {path}: {error}") from error
+  with (
+    prefixed(f"cannot read {path}", OSError, ValueError),
+    path.open("rb", buffering=0) as file,
+  ):
+    status = os.fstat(file.fileno())
+    return _parse(_text(file, status.st_size), status.st_size), status
 
 
 def _text(file: Any, size: int) -> bytes:
@@ -114,10 +114,8 @@ def _parse(text: bytes, size: int) -> dict[str, Stored]:
   first = 8 + len(text)
   found, ends = {}, {}
   for key, entry in header.items():
-    try:
+    with prefixed(f"the header's entry of {key!r}"):
       found[key], ends[key] = _entry(entry, first)
-    except LoraxError as error:
-      raise LoraxError(f"the header's entry of {key!r}: {error}") from error
   # One after another, from the header's end to the file's: no hole, no overlap.
   offset = first
   for key in sorted(found, key=lambda key: (found[key].start, ends[key])):

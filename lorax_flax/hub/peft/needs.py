@@ -40,8 +40,10 @@ def find(tensors: Tensors, config: PeftConfig, keymap: KeyMap) -> Needs:
     apart = _differ(tensors, layout(config, keymap))
   except Tied:
     apart = True
-  # What ties in PEFT cannot be had of two weights.
-  untie = apart and not config.ensure_weight_tying
+  # What PEFT ties cannot be had of two weights.
+  ties = config.ties_targets() or config.ties_saved()
+  tokens = config.ensure_weight_tying and config.trainable_token_indices is not None
+  untie = apart and not ties and not tokens
   return Needs(km.num_labels(keymap, shapes), untie, _rows(shapes, keymap))
 
 

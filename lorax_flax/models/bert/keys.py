@@ -1,6 +1,6 @@
 """Key maps of the BERT family's sequence classifiers (see keymap.py)."""
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import check_known
 from lorax_flax.hub.checkpoints.entries import (
   Entries,
   each,
@@ -83,8 +83,7 @@ _TABLES = {
 
 def keymap(family: str, num_layers: int, scan: bool = False) -> KeyMap:
   """The key map of a "bert", "roberta" or "xlm-roberta" with `num_layers` layers."""
-  if family not in _TABLES:
-    raise LoraxError(unknown("family", family, _TABLES))
+  check_known("family", family, _TABLES)
   prefix, entries, other_heads, head_groups = _TABLES[family]
   return KeyMap(
     family=family,

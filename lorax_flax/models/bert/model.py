@@ -8,9 +8,7 @@ them (BertForSequenceClassification, RobertaForSequenceClassification).
 Shapes: B batch, T tokens, D hidden_size, C labels.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,28 +19,20 @@ from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.bert import keys as bert_keys
 from lorax_flax.models.bert.config import UNSUPPORTED, EncoderConfig
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import Part, TextClassifier, check_length, dense_of
+from lorax_flax.models.layers import Part, TextClassifier, check_length
 
 
-def _sequential(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
-  """BERT's positions: 0, 1, 2, …, padding included. Returns BxT."""
-  del config
-  positions_T = jnp.arange(input_ids_BxT.shape[1], dtype=jnp.int32)
-  return jnp.broadcast_to(positions_T[None, :], input_ids_BxT.shape)
+def positions(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
+  """The number of each token's position, BxT.
 
-
-def _after_padding(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
-  """RoBERTa's: tokens count from pad + 1, padding stays at pad. Returns BxT."""
+  BERT's are 0, 1, 2, …, padding included. RoBERTa counts tokens from pad + 1, and
+  padding stays at pad.
+  """
+  if config.model_type == "bert":
+    positions_T = jnp.arange(input_ids_BxT.shape[1], dtype=jnp.int32)
+    return jnp.broadcast_to(positions_T[None, :], input_ids_BxT.shape)
   real_BxT = (input_ids_BxT != config.pad_token_id).astype(jnp.int32)
   return jnp.cumsum(real_BxT, axis=1) * real_BxT + config.pad_token_id
-
-
-# How each family numbers its positions.
-POSITIONS = {
-  "bert": _sequential,
-  "roberta": _after_padding,
-  "xlm-roberta": _after_padding,
-}
 
 
 class Attention(Part[EncoderConfig]):
@@ -52,14 +42,12 @@ class Attention(Part[EncoderConfig]):
   def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     c = self.config
     qkv_BxTxD = [
-      dense_of(c, c.hidden_size, ("embed", "heads"), self.dtype, name)(x_BxTxD)
+      self.dense(c.hidden_size, ("embed", "heads"), name)(x_BxTxD)
       for name in ("query", "key", "value")
     ]
     heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
     y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, heads, rate)
-    y_BxTxD = dense_of(c, c.hidden_size, ("heads", "embed"), self.dtype, "output")(
-      y_BxTxD
-    )
+    y_BxTxD = self.dense(c.hidden_size, ("heads", "embed"), "output")(y_BxTxD)
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
 
@@ -72,8 +60,8 @@ class Layer(Part[EncoderConfig]):
     c = self.config
     attend = Attention(c, self.dtype, self.deterministic, name="attention")
     x_BxTxD = attend(x_BxTxD, mask_BxT)
-    up = dense_of(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "intermediate")
-    down = dense_of(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
+    up = self.dense(c.intermediate_size, ("embed", "mlp"), "intermediate")
+    down = self.dense(c.hidden_size, ("mlp", "embed"), "output")
     y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD), None
@@ -87,12 +75,9 @@ class Embeddings(Part[EncoderConfig]):
     c = self.config
 
     def look_up(name, rows, axis, ids_BxT):
-      table = layers.embed(
-        rows, c.hidden_size, name, axis=axis, std=c.initializer_range
-      )
-      return table(ids_BxT).astype(self.dtype)
+      return self.table(rows, c.hidden_size, name, axis)(ids_BxT).astype(self.dtype)
 
-    positions_BxT = POSITIONS[c.model_type](input_ids_BxT, c)
+    positions_BxT = positions(input_ids_BxT, c)
     x_BxTxD = look_up("word_embeddings", c.vocab_size, "vocab", input_ids_BxT)
     x_BxTxD += look_up(
       "token_type_embeddings", c.type_vocab_size, "types", token_type_ids_BxT
@@ -109,35 +94,19 @@ class SequenceClassifier(TextClassifier[EncoderConfig]):
 
   @nn.compact
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
-    c, dtype = self.config, self.dtype
+    c, args = self.config, (self.config, self.dtype, deterministic)
     check_length(input_ids, max_length(c))
-    x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
-      input_ids, token_type_ids
-    )
+    x_BxTxD = Embeddings(*args, name="embeddings")(input_ids, token_type_ids)
     encoder = stacking.Stack(
-      Layer,
-      (c, dtype, deterministic),
-      c.num_hidden_layers,
-      self.scan,
-      self.remat,
-      name="encoder",
+      Layer, args, c.num_hidden_layers, self.scan, self.remat, name="encoder"
     )
     x_BxTxD = encoder(x_BxTxD, attention_mask)
     x_BxD = layers.first_token(x_BxTxD)
-    head = HEADS[c.model_type](c, dtype, deterministic)
-    return head(x_BxD)
-
-
-def _bert_head(config, dtype, deterministic):
-  def head(x_BxD):
-    dense = dense_of(config, config.hidden_size, ("embed", "pooled"), dtype, "pooler")
-    x_BxD = jnp.tanh(dense(x_BxD))
-    x_BxD = nn.Dropout(config.head_dropout)(x_BxD, deterministic)
-    return dense_of(
-      config, config.num_labels, ("embed", "labels"), dtype, "classifier"
-    )(x_BxD)
-
-  return head
+    if c.model_type != "bert":
+      return RobertaHead(*args, name="classifier")(x_BxD)
+    dense = self.dense(c.hidden_size, ("embed", "pooled"), "pooler")
+    x_BxD = nn.Dropout(c.head_dropout)(jnp.tanh(dense(x_BxD)), deterministic)
+    return self.dense(c.num_labels, ("embed", "labels"), "classifier")(x_BxD)
 
 
 class RobertaHead(Part[EncoderConfig]):
@@ -147,20 +116,9 @@ class RobertaHead(Part[EncoderConfig]):
   def __call__(self, x_BxD: jax.Array) -> jax.Array:
     c = self.config
     x_BxD = nn.Dropout(c.head_dropout)(x_BxD, self.deterministic)
-    dense = dense_of(c, c.hidden_size, ("embed", "pooled"), self.dtype, "dense")
+    dense = self.dense(c.hidden_size, ("embed", "pooled"), "dense")
     x_BxD = nn.Dropout(c.head_dropout)(jnp.tanh(dense(x_BxD)), self.deterministic)
-    return dense_of(c, c.num_labels, ("embed", "labels"), self.dtype, "out_proj")(x_BxD)
-
-
-def _roberta_head(config, dtype, deterministic):
-  return RobertaHead(config, dtype, deterministic, name="classifier")
-
-
-HEADS: dict[str, Callable[..., Any]] = {
-  "bert": _bert_head,
-  "roberta": _roberta_head,
-  "xlm-roberta": _roberta_head,
-}
+    return self.dense(c.num_labels, ("embed", "labels"), "out_proj")(x_BxD)
 
 
 def max_length(config: EncoderConfig) -> int:

@@ -130,7 +130,7 @@ class Attention(Part[DebertaConfig]):
     c, heads = self.config, self.config.num_attention_heads
 
     def dense(name, axes=("embed", "heads")):
-      return layers.dense_of(c, c.hidden_size, axes, self.dtype, name)
+      return self.dense(c.hidden_size, axes, name)
 
     def dropped(x, rate):
       return nn.Dropout(rate)(x, self.deterministic)

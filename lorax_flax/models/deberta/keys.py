@@ -1,8 +1,7 @@
 """The key map of DeBERTa-v2's sequence classifier (see keymap.py)."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
-from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.hub.checkpoints.entries import (
   CONV_1D,
   Entry,
@@ -13,6 +12,7 @@ from lorax_flax.hub.checkpoints.entries import (
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models.bert.keys import encoder_layer
+from lorax_flax.models.deberta.config import DebertaConfig
 
 
 def _projection(name: str) -> tuple[Entry, ...]:
@@ -69,22 +69,15 @@ _OTHER = (
 _POSITIONS = "embeddings.position_embeddings.weight"
 
 
-def keymap(num_layers: int, optional: Collection[str], scan: bool = False) -> KeyMap:
-  """The key map of a DeBERTa-v2 with `num_layers` layers.
-
-  Args:
-    optional: the names in `OPTIONAL` that the model has.
-  """
-  for name in optional:
-    if name not in OPTIONAL:
-      raise LoraxError(unknown("module of deberta-v2", name, OPTIONAL))
-  chosen = (entries for name, entries in OPTIONAL.items() if name in optional)
-  unused = () if "position_embeddings" in optional else (_POSITIONS,)
+def keymap(c: DebertaConfig, scan: bool) -> KeyMap:
+  """The key map of a DeBERTa-v2."""
+  chosen = (entries for name, entries in OPTIONAL.items() if name in c.optional)
+  unused = () if c.position_biased_input else (_POSITIONS,)
   return KeyMap(
     family="deberta-v2",
     prefix="deberta.",
     entries=(*_ENTRIES, *(entry for entries in chosen for entry in entries)),
-    counts={"i": num_layers},
+    counts={"i": c.num_hidden_layers},
     scan=scan,
     anchor="embeddings.word_embeddings.weight",
     buffers=("embeddings.position_ids", *unused),

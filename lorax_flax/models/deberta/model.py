@@ -19,7 +19,7 @@ from lorax_flax.models.deberta import attention
 from lorax_flax.models.deberta import keys as deberta_keys
 from lorax_flax.models.deberta.config import DebertaConfig, from_hf
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.layers import Part, TextClassifier, check_length, dense_of
+from lorax_flax.models.layers import Part, TextClassifier, check_length
 
 
 class Branch(NamedTuple):
@@ -42,8 +42,8 @@ class Layer(Part[DebertaConfig]):
     args = (c, self.dtype, self.deterministic)
     attend = attention.Attention(*args, name="attention")
     x_BxTxD = attend(x_BxTxD, pairs_BxTxT, rel_RxD)
-    up = dense_of(c, c.intermediate_size, ("embed", "mlp"), self.dtype, "intermediate")
-    down = dense_of(c, c.hidden_size, ("mlp", "embed"), self.dtype, "output")
+    up = self.dense(c.intermediate_size, ("embed", "mlp"), "intermediate")
+    down = self.dense(c.hidden_size, ("mlp", "embed"), "output")
     y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
     x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
@@ -100,10 +100,8 @@ class Encoder(Part[DebertaConfig]):
     real_BxT = mask_BxT != 0
     rel_RxD = branch = None
     if c.relative_attention:
-      std, used = c.initializer_range, attention.used(c, x_BxTxD.shape[1])
-      table = layers.embed(
-        2 * c.span, c.hidden_size, "rel_embeddings", axis="positions", std=std
-      )
+      used = attention.used(c, x_BxTxD.shape[1])
+      table = self.table(2 * c.span, c.hidden_size, "rel_embeddings", "positions")
       rel_RxD = table(used[None, :])[0].astype(self.dtype)
       if c.norm_rel_ebd:
         rel_RxD = layers.Norm(c.layer_norm_eps, name="rel_norm")(rel_RxD)
@@ -112,17 +110,12 @@ class Encoder(Part[DebertaConfig]):
       real_BxTx1 = real_BxT[..., None].astype(self.dtype)
       branch = Conv(*args, name="conv")(x_BxTxD, real_BxTx1)
       each = {"first": np.arange(c.num_hidden_layers) == 0}
-    return stacking.stack(
-      Layer,
-      args,
-      c.num_hidden_layers,
-      x_BxTxD,
+    pairs_BxTxT, count = (
       real_BxT[:, :, None] & real_BxT[:, None, :],
-      rel_RxD,
-      branch,
-      scan=self.scan,
-      remat=self.remat,
-      each=each,
+      c.num_hidden_layers,
+    )
+    return stacking.stack(
+      self, Layer, args, count, x_BxTxD, pairs_BxTxT, rel_RxD, branch, each=each
     )
 
 
@@ -134,8 +127,7 @@ class Embeddings(Part[DebertaConfig]):
     c = self.config
 
     def look_up(name, rows, axis, ids):
-      table = layers.embed(rows, c.embedded, name, axis=axis, std=c.initializer_range)
-      return table(ids).astype(self.dtype)
+      return self.table(rows, c.embedded, name, axis)(ids).astype(self.dtype)
 
     x_BxTxE = look_up("word_embeddings", c.vocab_size, "vocab", input_ids_BxT)
     if c.position_biased_input:
@@ -150,7 +142,7 @@ class Embeddings(Part[DebertaConfig]):
     x_BxTxD = x_BxTxE
     if c.embedded != c.hidden_size:
       axes = ("embed", "pooled")
-      project = dense_of(c, c.hidden_size, axes, self.dtype, "embed_proj", bias=False)
+      project = self.dense(c.hidden_size, axes, "embed_proj", bias=False)
       x_BxTxD = project(x_BxTxE)
     x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD)
     x_BxTxD *= (mask_BxT != 0)[..., None].astype(self.dtype)
@@ -162,20 +154,18 @@ class SequenceClassifier(TextClassifier[DebertaConfig]):
 
   @nn.compact
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
-    c, dtype = self.config, self.dtype
+    c, args = self.config, (self.config, self.dtype, deterministic)
     if c.position_biased_input:
       check_length(input_ids, c.max_position_embeddings)
-    x_BxTxD = Embeddings(c, dtype, deterministic, name="embeddings")(
-      input_ids, token_type_ids, attention_mask
-    )
-    x_BxTxD = Encoder(c, dtype, deterministic, self.scan, self.remat, name="encoder")(
-      x_BxTxD, attention_mask
-    )
+    embed = Embeddings(*args, name="embeddings")
+    x_BxTxD = embed(input_ids, token_type_ids, attention_mask)
+    encoder = Encoder(*args, self.scan, self.remat, name="encoder")
+    x_BxTxD = encoder(x_BxTxD, attention_mask)
     x_BxD = nn.Dropout(c.pooler_dropout)(layers.first_token(x_BxTxD), deterministic)
-    dense = dense_of(c, c.hidden_size, ("embed", "pooled"), dtype, "pooler")
+    dense = self.dense(c.hidden_size, ("embed", "pooled"), "pooler")
     x_BxD = ops.activation(c.pooler_hidden_act)(dense(x_BxD))
     x_BxD = nn.Dropout(c.head_dropout)(x_BxD, deterministic)
-    return dense_of(c, c.num_labels, ("embed", "labels"), dtype, "classifier")(x_BxD)
+    return self.dense(c.num_labels, ("embed", "labels"), "classifier")(x_BxD)
 
 
 FAMILIES = {
@@ -184,9 +174,7 @@ FAMILIES = {
     architecture="DebertaV2ForSequenceClassification",
     configure=from_hf,
     build=SequenceClassifier,
-    keymap=lambda config, scan: deberta_keys.keymap(
-      config.num_hidden_layers, config.optional, scan
-    ),
+    keymap=deberta_keys.keymap,
     inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
     dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),

@@ -133,3 +133,29 @@ class DecoderConfig:
   def ropes_differ(self) -> bool:
     """True where layers have different kinds of rotary positions."""
     return len(self.ropes) > 1
+
+  @property
+  def attention_names(self) -> dict[str, int]:
+    """Attention's projections of its input, and their numbers of heads."""
+    h, g = self.num_attention_heads, self.kv_heads
+    return (
+      {"qkv_proj": h + 2 * g} if self.fused else {"q_proj": h, "k_proj": g, "v_proj": g}
+    )
+
+  @property
+  def mlp_names(self) -> dict[str, int]:
+    """The feed-forward part's projections of its input, and their features."""
+    m = self.intermediate_size
+    return {"gate_up_proj": 2 * m} if self.fused else {"gate_proj": m, "up_proj": m}
+
+  @property
+  def layer_norms(self) -> tuple[str, ...]:
+    """The norms before and after attention and the feed-forward part; "" for none."""
+    if not self.outer_norms:
+      return "input_layernorm", "", "post_attention_layernorm", ""
+    return (
+      "input_layernorm",
+      "post_attention_layernorm",
+      "pre_feedforward_layernorm",
+      "post_feedforward_layernorm",
+    )

@@ -1,7 +1,7 @@
 """The key map of Llama and its variants (see keymap.py)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from lorax_flax.hub.checkpoints.entries import (
   LINEAR,
@@ -12,6 +12,7 @@ from lorax_flax.hub.checkpoints.entries import (
   norm,
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.models.llama.config import DecoderConfig
 
 _LAYER = "model/layer_{i}"
 _KEY = "layers.{i}"
@@ -55,54 +56,36 @@ _SPLIT = {
 }
 
 
-def keymap(
-  family: str,
-  num_layers: int,
-  scan: bool = False,
-  *,
-  attention: Mapping[str, bool],
-  mlp: Mapping[str, bool] | None,
-  experts: int = 0,
-  layer_norms: Sequence[str],
-  head_norms: Sequence[str] = (),
-  tied: bool = False,
-) -> KeyMap:
-  """The key map of a decoder.
-
-  Args:
-    attention, mlp: their projections, to whether each has a bias. None: experts.
-    experts: number of experts.
-    layer_norms: names of the norms of a layer.
-    head_norms: names of the norms of attention's heads.
-    tied: the head is the token embeddings.
-  """
+def keymap(c: DecoderConfig, scan: bool) -> KeyMap:
+  """The key map of a decoder; a tied head is the token embeddings."""
+  count, tied = c.num_hidden_layers, c.tie_word_embeddings
+  attention = dict.fromkeys(c.attention_names, c.attention_bias)
+  mlp = dict.fromkeys([*c.mlp_names, "down_proj"], c.mlp_bias)
+  head_norms = ("q_norm", "k_norm") if c.qk_norm else ()
   entries = (
     embedding("model/embed_tokens", "embed_tokens"),
-    *_linears("self_attn", attention),
+    *_linears("self_attn", {**attention, "o_proj": c.has_output_bias}),
     *each(norm, f"{_LAYER}/self_attn", f"{_KEY}.self_attn", head_norms, bias=False),
-    *(_EXPERTS if mlp is None else _linears("mlp", mlp)),
-    *each(norm, _LAYER, _KEY, layer_norms, bias=False),
+    *(_EXPERTS if c.num_experts else _linears("mlp", mlp)),
+    *each(norm, _LAYER, _KEY, filter(None, c.layer_norms), bias=False),
     *norm("model/norm", "norm", bias=False),
     *(() if tied else linear("lm_head", "lm_head", part="head", bias=False)),
   )
   found = KeyMap(
-    family=family,
+    family=c.model_type,
     prefix="model.",
     entries=entries,
-    counts={"i": num_layers},
+    counts={"i": count},
     scan=scan,
     anchor="embed_tokens.weight",
     # Old checkpoints have the angles' frequencies.
-    buffers=tuple(
-      f"layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(num_layers)
-    ),
-    other_heads=("score.weight",),
+    buffers=tuple(f"layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(count)),
     ties={"lm_head.weight": "embed_tokens.weight"} if tied else {},
   )
-  if mlp is not None:
+  if not c.num_experts:
     return found
-  split = tuple(e for e in entries if e not in _EXPERTS) + _SPLIT[family]
-  counts = {**found.counts, "e": experts}
+  split = tuple(e for e in entries if e not in _EXPERTS) + _SPLIT[c.model_type]
+  counts = {**found.counts, "e": c.num_experts}
   return dataclasses.replace(
     found, other_form=dataclasses.replace(found, entries=split, counts=counts)
   )

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.models import head as heads
 from lorax_flax.models import layers, ops, stacking
-from lorax_flax.models.layers import DType, Model, Part, dense_of
-from lorax_flax.models.llama import keys as decoder_keys
+from lorax_flax.models.layers import Model, Module, Part
 from lorax_flax.models.llama import moe
 from lorax_flax.models.llama.config import DecoderConfig
 
@@ -28,18 +27,6 @@ _ALL = np.int32(2**30)
 
 def _norm(c: DecoderConfig, name: str, axis: str = "embed") -> layers.RmsNorm:
   return layers.RmsNorm(c.rms_norm_eps, c.norm.offset, c.norm.late, axis, name=name)
-
-
-def attention_names(c: DecoderConfig) -> dict[str, int]:
-  """Attention's projections of its input, and their numbers of heads."""
-  h, g = c.num_attention_heads, c.kv_heads
-  return {"qkv_proj": h + 2 * g} if c.fused else {"q_proj": h, "k_proj": g, "v_proj": g}
-
-
-def mlp_names(c: DecoderConfig) -> dict[str, int]:
-  """The feed-forward part's projections of its input, and their features."""
-  m = c.intermediate_size
-  return {"gate_up_proj": 2 * m} if c.fused else {"gate_proj": m, "up_proj": m}
 
 
 class Attention(Part[DecoderConfig]):
@@ -54,10 +41,9 @@ class Attention(Part[DecoderConfig]):
     window: int | jax.Array | None,
   ) -> jax.Array:
     c, size = self.config, self.config.head_size
-    axes = ("embed", "heads")
     made = [
-      dense_of(c, n * size, axes, self.dtype, name, c.attention_bias)(x_BxTxD)
-      for name, n in attention_names(c).items()
+      self.dense(n * size, ("embed", "heads"), name, c.attention_bias)(x_BxTxD)
+      for name, n in c.attention_names.items()
     ]
     if c.fused:
       last_q = c.num_attention_heads * size
@@ -81,41 +67,22 @@ class Attention(Part[DecoderConfig]):
       dropout_rng=layers.dropout_rng(self, c.attention_dropout, self.deterministic),
     )
     y = y_BxTxHxK.reshape((*x_BxTxD.shape[:-1], -1))
-    axes = ("heads", "embed")
-    return dense_of(c, c.hidden_size, axes, self.dtype, "o_proj", c.has_output_bias)(y)
+    return self.dense(c.hidden_size, ("heads", "embed"), "o_proj", c.has_output_bias)(y)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module[DecoderConfig]):
   """A gated feed-forward part (arXiv 2002.05202)."""
-
-  config: DecoderConfig
-  dtype: DType
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    c, axes = self.config, ("embed", "mlp")
+    c = self.config
     made = [
-      dense_of(c, features, axes, self.dtype, name, c.mlp_bias)(x_BxTxD)
-      for name, features in mlp_names(c).items()
+      self.dense(features, ("embed", "mlp"), name, c.mlp_bias)(x_BxTxD)
+      for name, features in c.mlp_names.items()
     ]
     gate_BxTxM, up_BxTxM = jnp.split(made[0], 2, axis=-1) if c.fused else made
     y_BxTxM = ops.gated(c.hidden_act, gate_BxTxM, up_BxTxM)
-    down = dense_of(
-      c, c.hidden_size, ("mlp", "embed"), self.dtype, "down_proj", c.mlp_bias
-    )
-    return down(y_BxTxM)
-
-
-def layer_norms(c: DecoderConfig) -> tuple[str, ...]:
-  """Before attention, after it, before the feed-forward part, after it."""
-  if not c.outer_norms:
-    return "input_layernorm", "", "post_attention_layernorm", ""
-  return (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-  )
+    return self.dense(c.hidden_size, ("mlp", "embed"), "down_proj", c.mlp_bias)(y_BxTxM)
 
 
 class Layer(Part[DecoderConfig]):
@@ -148,7 +115,7 @@ class Layer(Part[DecoderConfig]):
     def dropped(y):
       return nn.Dropout(c.resid_pdrop)(y, self.deterministic)
 
-    before, after, before_mlp, after_mlp = layer_norms(c)
+    before, after, before_mlp, after_mlp = c.layer_norms
     attend = Attention(c, self.dtype, self.deterministic, name="self_attn")
     y_BxTxD = attend(normed(before, x_BxTxD), mask_BxT, rotations, own)
     x_BxTxD += dropped(normed(after, y_BxTxD))
@@ -157,51 +124,43 @@ class Layer(Part[DecoderConfig]):
     return x_BxTxD + dropped(normed(after_mlp, y_BxTxD)), None
 
 
+def _stacked(*kinds: jax.Array) -> jax.Array:
+  return jnp.stack(jnp.broadcast_arrays(*kinds))
+
+
 class Decoder(Part[DecoderConfig]):
-  """Embeddings, layers and the final norm; logits too, if the head is tied."""
+  """Embeddings, layers and the final norm."""
 
   scan: bool
   remat: str
 
   @nn.compact
-  def __call__(self, input_ids_BxT, mask_BxT, positions_BxT, length) -> jax.Array:
+  def __call__(
+    self, input_ids_BxT, mask_BxT, positions_BxT, lengths_B
+  ) -> tuple[jax.Array, jax.Array]:
+    """x_BxTxD, and the table of token embeddings, VxD."""
     c, dtype = self.config, self.dtype
-    words = layers.embed(
-      c.vocab_size,
-      c.hidden_size,
-      "embed_tokens",
-      axis="vocab",
-      std=c.initializer_range,
-    )
+    words = self.table(c.vocab_size, c.hidden_size, "embed_tokens", "vocab")
     x_BxTxD = words(input_ids_BxT).astype(dtype)
     if c.embed_scaled:
       x_BxTxD *= jnp.asarray(c.hidden_size**0.5, dtype)
     rotations = [
-      ops.rotations(rope, c.head_size, positions_BxT, length, dtype) for rope in c.ropes
+      ops.rotations(rope, c.head_size, positions_BxT, lengths_B, dtype)
+      for rope in c.ropes
     ]
     each: dict[str, np.ndarray] = {}
+    turned = rotations[0]
     if c.ropes_differ:
+      turned = jax.tree.map(_stacked, *rotations)
       each["rope"] = np.asarray(c.rope_of, np.int32)
     if c.windows_differ:
       windows = [_ALL if window is None else window for window in c.windows]
       each["window"] = np.asarray(windows, np.int32)
+    args = (c, dtype, self.deterministic)
     x_BxTxD = stacking.stack(
-      Layer,
-      (c, dtype, self.deterministic),
-      c.num_hidden_layers,
-      x_BxTxD,
-      mask_BxT,
-      jax.tree.map(lambda *kinds: jnp.stack(kinds), *rotations)
-      if c.ropes_differ
-      else rotations[0],
-      scan=self.scan,
-      remat=self.remat,
-      each=each,
+      self, Layer, args, c.num_hidden_layers, x_BxTxD, mask_BxT, turned, each=each
     )
-    x_BxTxD = _norm(c, "norm")(x_BxTxD)
-    if not c.tie_word_embeddings:
-      return x_BxTxD
-    return jnp.einsum("BTD,VD->BTV", x_BxTxD, words.embedding.astype(dtype))
+    return _norm(c, "norm")(x_BxTxD), words.embedding
 
 
 class CausalLM(Model[DecoderConfig]):
@@ -215,46 +174,30 @@ class CausalLM(Model[DecoderConfig]):
     position_ids: jax.Array | None = None,
     *,
     deterministic: bool = True,
-  ) -> jax.Array:
-    """Logits of the next token at each position, BxTxV float32.
+    readout: heads.Readout = heads.logits,
+  ) -> Any:
+    """Logits of the next token at each position, BxTxV float32, or another readout.
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
         Where it is 0 the logits are meaningless.
       position_ids: BxT int32; by default 0, 1, 2, …, padding included.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
+      readout: makes the outputs of the head and of what it takes.
     """
     c, dtype = self.config, self.dtype
-    length: Any = input_ids.shape[1]
+    seen_BxT = attention_mask != 0
+    first_B: Any = 0
     if position_ids is None:
-      position_ids = jnp.arange(length, dtype=jnp.int32)[None, :]
-    else:
-      length = jnp.max(position_ids) + 1
+      position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
+      first_B = jnp.argmax(seen_BxT, axis=1).astype(jnp.int32)
+    # Each row's own: an answer must not depend on padding or on the rows beside it.
+    lengths_B = jnp.max(jnp.where(seen_BxT, position_ids + 1, 0), axis=1) - first_B
     decoder = Decoder(c, dtype, deterministic, self.scan, self.remat, name="model")
-    y = decoder(input_ids, attention_mask, position_ids, length)
-    if not c.tie_word_embeddings:
-      y = dense_of(c, c.vocab_size, ("embed", "vocab"), dtype, "lm_head", False)(y)
-    logits_BxTxV = y.astype(jnp.float32)
-    if (cap := c.final_logit_softcapping) is not None:
-      logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)
-    return logits_BxTxV
-
-
-def keymap(c: DecoderConfig, scan: bool) -> KeyMap:
-  """Names in a checkpoint, ours and PEFT's."""
-  return decoder_keys.keymap(
-    c.model_type,
-    c.num_hidden_layers,
-    scan,
-    attention={
-      **dict.fromkeys(attention_names(c), c.attention_bias),
-      "o_proj": c.has_output_bias,
-    },
-    mlp=None
-    if c.num_experts
-    else dict.fromkeys([*mlp_names(c), "down_proj"], c.mlp_bias),
-    experts=c.num_experts or 0,
-    layer_norms=[name for name in layer_norms(c) if name],
-    head_norms=["q_norm", "k_norm"] if c.qk_norm else [],
-    tied=c.tie_word_embeddings,
-  )
+    x_BxTxD, table_VxD = decoder(input_ids, attention_mask, position_ids, lengths_B)
+    if c.tie_word_embeddings:
+      head = heads.tied(table_VxD)
+    else:
+      std = c.initializer_range
+      head = heads.Linear(c.vocab_size, std, name="lm_head")(c.hidden_size)
+    return readout(heads.capped(head, c.final_logit_softcapping), x_BxTxD)

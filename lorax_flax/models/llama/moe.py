@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_flax.models import ops
-from lorax_flax.models.layers import DType
+from lorax_flax.models.layers import Module
 from lorax_flax.models.llama.config import DecoderConfig
 from lorax_flax.sharding import activations as spread
 
@@ -28,12 +28,10 @@ def _param(module: nn.Module, c: DecoderConfig, name: str, axes, shape) -> jax.A
   return value
 
 
-class Router(nn.Module):
+class Router(Module[DecoderConfig]):
   """The weight of each expert for each token."""
 
-  config: DecoderConfig
   experts: int
-  dtype: DType
 
   @nn.compact
   def __call__(self, x_NxD: jax.Array) -> jax.Array:
@@ -50,12 +48,10 @@ class Router(nn.Module):
     return jnp.einsum("NC,NCE->NE", top_NxC, one_hot_NxCxE)
 
 
-class Experts(nn.Module):
+class Experts(Module[DecoderConfig]):
   """Gated feed-forward parts, their weights stacked."""
 
-  config: DecoderConfig
   experts: int
-  dtype: DType
 
   @nn.compact
   def __call__(self, x_NxD: jax.Array, weights_NxE: jax.Array) -> jax.Array:
@@ -77,17 +73,14 @@ class Experts(nn.Module):
     return spread.shard_rows(y_NxD.astype(self.dtype))
 
 
-class Mixture(nn.Module):
+class Mixture(Module[DecoderConfig]):
   """A router and its experts."""
-
-  config: DecoderConfig
-  dtype: DType
 
   @nn.compact
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
     c, experts = self.config, self.config.num_experts
     assert experts is not None  # Otherwise this is not a mixture.
     x_NxD = x_BxTxD.reshape((-1, x_BxTxD.shape[-1]))
-    weights_NxE = Router(c, experts, self.dtype, name="gate")(x_NxD)
-    y_NxD = Experts(c, experts, self.dtype, name="experts")(x_NxD, weights_NxE)
+    weights_NxE = Router(c, self.dtype, experts, name="gate")(x_NxD)
+    y_NxD = Experts(c, self.dtype, experts, name="experts")(x_NxD, weights_NxE)
     return y_NxD.reshape(x_BxTxD.shape)

@@ -4,13 +4,14 @@ A variant's defaults are transformers' for fields that config.json leaves out.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models.family import Family, text_inputs
-from lorax_flax.models.llama import hf_layers
+from lorax_flax.models.llama import hf_layers, keys
 from lorax_flax.models.llama import model as decoder
 from lorax_flax.models.llama.config import DecoderConfig, NormKind
 from lorax_flax.models.llama.hf_layers import HfConfig
@@ -263,9 +264,9 @@ def _family(variant: Variant) -> Family:
   return Family(
     task="causal-lm",
     architecture=variant.architecture,
-    configure=lambda hf_config, **overrides: from_hf(variant, hf_config, **overrides),
+    configure=functools.partial(from_hf, variant),
     build=decoder.CausalLM,
-    keymap=decoder.keymap,
+    keymap=keys.keymap,
     inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
   )

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import check_known
 from lorax_flax.models.ops import order
 
 
@@ -63,8 +63,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
   """The function of a Hugging Face `hidden_act`. Unknown name: LoraxError."""
-  if name not in ACTIVATIONS:
-    raise LoraxError(unknown("activation", name, ACTIVATIONS))
+  check_known("activation", name, ACTIVATIONS)
   return ACTIVATIONS[name]
 
 

@@ -76,9 +76,11 @@ class Rope:
 
 
 def _powers(rope: Rope, dim: int, base: Any = None) -> Any:
-  """base^(2i/dim) for each pair i: F, float32."""
+  """base^(2i/dim) for each pair i: F, or BxF of a base of Bx1; float32."""
   exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-  return np.float32(rope.rope_theta) ** exponents if base is None else base**exponents
+  if base is None:
+    return np.float32(rope.rope_theta) ** exponents
+  return base ** exponents[None, :]
 
 
 def _default(rope, dim, length):
@@ -91,10 +93,8 @@ def _linear(rope, dim, length):
 
 def _dynamic(rope, dim, length):
   most = rope.max_position_embeddings
-  if isinstance(length, int) and length <= most:
-    return _default(rope, dim, length)
-  ratio = jnp.maximum(jnp.asarray(length, jnp.float32), most) / most
-  grown = (rope.factor * ratio - (rope.factor - 1.0)) ** (dim / (dim - 2))
+  beyond = jnp.maximum(length.astype(jnp.float32) / most - 1.0, 0.0)
+  grown = (1.0 + rope.factor * beyond) ** (dim / (dim - 2))
   return 1.0 / _powers(rope, dim, rope.rope_theta * grown), 1.0
 
 
@@ -137,14 +137,13 @@ def _longrope(rope, dim, length):
       raise LoraxError(
         f"config: {name} has {len(found)} numbers for {len(powers)} pairs of features"
       )
-  short, long = (np.float32(x) for x in (rope.short_factor, rope.long_factor))
+  short, long = np.asarray([rope.short_factor, rope.long_factor], np.float32)
   scale = rope.attention_factor
   if scale is None:
     grown = math.log(rope.stretch) / math.log(rope.original)
     scale = 1.0 if rope.stretch <= 1.0 else math.sqrt(1.0 + grown)
-  if isinstance(length, int):
-    return 1.0 / ((long if length > rope.original else short) * powers), scale
-  return 1.0 / (jnp.where(length > rope.original, long, short) * powers), scale
+  factors = jnp.where(length > rope.original, long[None, :], short[None, :])
+  return 1.0 / (factors * powers[None, :]), scale
 
 
 def _llama3(rope, dim, length):
@@ -163,6 +162,7 @@ def _none(rope, dim, length):
   return np.zeros(len(range(0, dim, 2)), np.float32), 1.0
 
 
+# (rope, number of rotated features, lengths Bx1) -> frequencies F or BxF, scale.
 _TYPES: dict[str, Callable[[Rope, int, Any], tuple[Any, float]]] = {
   "default": _default,
   "dynamic": _dynamic,
@@ -181,21 +181,25 @@ _REQUIRED = {
 
 
 def rotations(
-  rope: Rope, head_size: int, positions_BxT: jax.Array, length: Any, dtype: Any
+  rope: Rope,
+  head_size: int,
+  positions_BxT: jax.Array,
+  lengths_B: jax.Array,
+  dtype: Any,
 ) -> Rotations:
   """Cosines and sines of the angles at these positions.
 
   Args:
     positions_BxT: int32.
-    length: of the text, the last position plus one, used by "dynamic" and "longrope".
-      It may be traced.
+    lengths_B: int32, of each text without padding: its last position plus one. Used by
+      "dynamic" and "longrope", whose angles depend on the length.
     dtype: of the result.
   """
   dim = int(head_size * rope.partial_rotary_factor)
-  frequencies_F, scale = _TYPES[rope.rope_type](rope, dim, length)
-  frequencies_F = jnp.asarray(frequencies_F, jnp.float32)
+  frequencies, scale = _TYPES[rope.rope_type](rope, dim, lengths_B[:, None])
+  frequencies_BxF = jnp.atleast_2d(jnp.asarray(frequencies, jnp.float32))
   positions = positions_BxT.astype(jnp.float32)[:, :, None, None]
-  angles = positions * frequencies_F[None, None, None, :]
+  angles = positions * frequencies_BxF[:, None, None, :]
   cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
   return cos.astype(dtype), sin.astype(dtype)
 

@@ -6,9 +6,9 @@ from lorax_flax.hub.checkpoints.entries import (
   embedding,
   linear,
   norm,
-  weight_and_bias,
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.models.t5.config import T5Config
 
 _RELATIVE = "relative_attention_bias"
 
@@ -25,14 +25,6 @@ _OWN_TABLES = tuple(
 
 # An unused table of relative positions that cross-attention has in old checkpoints.
 _UNUSED = (f"decoder.block.0.layer.1.EncDecAttention.{_RELATIVE}.weight",)
-
-# Heads of classifiers and of questions' spans.
-_OTHER = weight_and_bias(
-  "classification_head.dense",
-  "classification_head.out_proj",
-  "classifier",
-  "qa_outputs",
-)
 
 
 def _sublayer(path: str, name: str, key: str, module: str, linears) -> Entries:
@@ -63,22 +55,10 @@ def _stack(name: str, i: str, sublayers) -> Entries:
   )
 
 
-def keymap(
-  num_layers: int,
-  num_decoder_layers: int,
-  gated: bool,
-  tied: bool,
-  scan: bool = False,
-  untied: bool = False,
-) -> KeyMap:
-  """The key map of a T5.
-
-  Args:
-    gated: the MLP has two input layers, wi_0 and wi_1.
-    tied: the head is the token embeddings.
-    untied: encoder, decoder and head have a table each, and `shared` is none of them.
-  """
-  up = ("wi_0", "wi_1") if gated else ("wi",)
+def keymap(c: T5Config, scan: bool) -> KeyMap:
+  """The key map of a T5."""
+  up, tied = ("wi_0", "wi_1") if c.gated else ("wi",), c.scale_decoder_outputs
+  untied = c.untied_embeddings
   attend = ("attention", "SelfAttention", tuple("qkvo"))
   cross = ("cross_attention", "EncDecAttention", tuple("qkvo"))
   mlp = ("mlp", "DenseReluDense", (*up, "wo"))
@@ -92,11 +72,10 @@ def keymap(
       *_stack("decoder", "j", (attend, cross, mlp)),
       *(head if untied or not tied else ()),
     ),
-    counts={"i": num_layers, "j": num_decoder_layers},
+    counts={"i": c.num_layers, "j": c.decoder_layers},
     scan=scan,
     anchor="encoder.final_layer_norm.weight",
     buffers=(*_UNUSED, *((_SHARED,) if untied else ())),
-    other_heads=_OTHER,
     ties={} if untied else dict.fromkeys((*_REPEATS, *((_HEAD,) * tied)), _SHARED),
     unused=_SHARED,
     # transformers 5 sets tie_word_embeddings for every T5.

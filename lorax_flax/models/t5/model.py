@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.models import head as heads
 from lorax_flax.models import layers, ops, stacking
 from lorax_flax.models.family import Family
 from lorax_flax.models.layers import Model, Part
@@ -160,17 +161,8 @@ class Stack(Part[T5Config]):
       bidirectional=self.bidirectional,
       max_distance=c.relative_attention_max_distance,
     )
-    x_BxTxD = stacking.stack(
-      self.layer,
-      (c, self.dtype, self.deterministic),
-      self.count,
-      drop(x_BxTxD),
-      bias_HxTxT,
-      seen_BxTxT,
-      *other,
-      scan=self.scan,
-      remat=self.remat,
-    )
+    args, shared = (c, self.dtype, self.deterministic), (bias_HxTxT, seen_BxTxT, *other)
+    x_BxTxD = stacking.stack(self, self.layer, args, self.count, drop(x_BxTxD), *shared)
     return drop(layers.RmsNorm(c.layer_norm_epsilon, name="norm")(x_BxTxD))
 
 
@@ -189,13 +181,16 @@ class ConditionalGenerator(Model[T5Config]):
     decoder_attention_mask: jax.Array | None = None,
     *,
     deterministic: bool = True,
-  ) -> jax.Array:
-    """Logits of the token after each of the decoder's T, BxTxV float32.
+    readout: heads.Readout = heads.logits,
+  ) -> Any:
+    """Logits of the token after each of the decoder's T, BxTxV float32, or another
+    readout.
 
     Args:
       input_ids, attention_mask: BxS int32; the mask is 1 where a token is attended to.
       decoder_input_ids, decoder_attention_mask: BxT int32; all ones by default.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
+      readout: makes the outputs of the head and of what it takes.
     """
     c, dtype, std = self.config, self.dtype, self.config.initializer_factor
     table = partial(layers.embed, c.vocab_size, c.d_model, axis="vocab", std=std)
@@ -219,9 +214,10 @@ class ConditionalGenerator(Model[T5Config]):
     if c.scale_decoder_outputs:
       x_BxTxD = x_BxTxD * c.d_model**-0.5
       if not c.untied_embeddings:
-        return layers.logits(x_BxTxD, words)
-    head = _dense(c, c.d_model, c.vocab_size, ("embed", "vocab"), dtype, "lm_head")
-    return head(x_BxTxD).astype(jnp.float32)
+        return readout(heads.tied(words.embedding), x_BxTxD)
+    std *= c.d_model**-0.5
+    head = heads.Linear(c.vocab_size, std, name="lm_head")(c.d_model)
+    return readout(head, x_BxTxD)
 
 
 def inputs(config: T5Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -238,14 +234,7 @@ FAMILIES = {
     architecture="T5ForConditionalGeneration",
     configure=from_hf,
     build=ConditionalGenerator,
-    keymap=lambda config, scan: t5_keys.keymap(
-      config.num_layers,
-      config.decoder_layers,
-      config.gated,
-      config.scale_decoder_outputs,
-      scan,
-      config.untied_embeddings,
-    ),
+    keymap=t5_keys.keymap,
     inputs=inputs,
     untied={"untied_embeddings": True},
     max_length=lambda config: config.n_positions,

@@ -24,7 +24,7 @@ def rewrite(source, folder, labels, **options):
     loaded.hf_config,
     architecture=loaded.family.architecture,
     labels=labels,
-    tokenizer_from=source,
+    base=source,
     overwrite=False,
   )
   return loaded

@@ -1,0 +1,80 @@
+"""The splits of a user's data: files of their own, or shares of one file."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lorax_flax.data.own.table import FORMATS, Row, Table, read
+from lorax_flax.errors import LoraxError, listing
+
+TRAIN = "train"
+# Names of a file that holds a split to evaluate, and the split's own.
+EVALUATION = {
+  "dev": "validation",
+  "eval": "validation",
+  "test": "test",
+  "val": "validation",
+  "valid": "validation",
+  "validation": "validation",
+}
+
+
+def read_splits(path: str, held_out: float) -> Mapping[str, Table]:
+  """Tables by the split's name, "train" first.
+
+  Args:
+    path: a file, of which a share is held out as "validation", or a folder with
+      train.* and at least one of validation.* and test.*.
+    held_out: that share, in (0, 1). A row goes by a hash of its values: rows that are
+      the same are in the same split, and another row changes no other's.
+
+  Raises:
+    LoraxError: no such file or folder; files that are missing or there twice; a share
+      that leaves a split empty.
+  """
+  source = Path(path).expanduser()
+  if source.is_dir():
+    return _of_folder(source)
+  table = read(source)
+  rows: dict[bool, list[Row]] = {True: [], False: []}
+  for row in table.rows:
+    rows[_place(row) < held_out].append(row)
+  for is_held_out, name in ((False, TRAIN), (True, "validation")):
+    if not rows[is_held_out]:
+      raise LoraxError(
+        f"{source}: of its {len(table):,} rows none is left for {name}; give "
+        "data.held_out another share, or a folder with train and validation files"
+      )
+  return {
+    TRAIN: replace(table, rows=rows[False]),
+    "validation": replace(table, rows=rows[True]),
+  }
+
+
+def _of_folder(folder: Path) -> Mapping[str, Table]:
+  found: dict[str, Path] = {}
+  for file in sorted(folder.iterdir()):
+    name = {TRAIN: TRAIN, **EVALUATION}.get(file.stem.lower())
+    if name is None or file.suffix.lower() not in FORMATS:
+      continue
+    if name in found:
+      raise LoraxError(f"{folder}: both {found[name].name} and {file.name} are {name}")
+    found[name] = file
+  missing = [TRAIN] if TRAIN not in found else []
+  missing += [] if len(found) > 1 or missing else ["validation or test"]
+  if missing:
+    there = listing([file.name for file in sorted(folder.iterdir())]) or "nothing"
+    raise LoraxError(
+      f"{folder} has no {missing[0]} file of {', '.join(FORMATS)}; there is: {there}"
+    )
+  order = [TRAIN, *(name for name in found if name != TRAIN)]
+  return {name: read(found[name]) for name in order}
+
+
+def _place(row: Row) -> float:
+  """A number in [0, 1), by the row's values alone."""
+  text = json.dumps(row.values, sort_keys=True, default=str)
+  digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+  return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,0 +1,172 @@
+"""Rows of a user's file: JSON lines, CSV, TSV or Parquet.
+
+Every format gives the same: rows of named values, each with its place in the file, so
+that whatever is wrong later can be said of a line.
+"""
+
+import contextlib
+import csv
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.files import strict_json
+
+
+class Row(NamedTuple):
+  """A row of a table.
+
+  Attributes:
+    place: "line 3" of a text, the line on which the row starts, or "row 2", from 1.
+    values: by column; a column that the row lacks is not in it.
+  """
+
+  place: str
+  values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+  """The rows of one file.
+
+  Attributes:
+    file: that they were read from.
+    columns: their names, in the file's order.
+    rows: all of them, at least one.
+  """
+
+  file: Path
+  columns: tuple[str, ...]
+  rows: Sequence[Row]
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+
+def read(file: Path) -> Table:
+  """Reads a file, whose ending says the format.
+
+  Raises:
+    LoraxError: no such file, an unknown ending, one without rows, a column that is
+      there twice, or a row that is malformed; it names the line.
+  """
+  ending = file.suffix.lower()
+  if ending not in FORMATS:
+    raise LoraxError(f"{file}: {unknown('ending', ending, FORMATS)}")
+  if not file.is_file():
+    raise LoraxError(f"no file {file}")
+  rows = list(FORMATS[ending](file))
+  if not rows:
+    raise LoraxError(f"{file} has no rows")
+  names = dict.fromkeys(name for row in rows for name in row.values)
+  return Table(file, tuple(names), rows)
+
+
+def _json_lines(file: Path) -> Iterator[Row]:
+  for number, line in strict_json.lines(file):
+    yield Row(f"line {number}", line)
+
+
+def _json(file: Path) -> Iterator[Row]:
+  """A list of objects; a file of this ending that holds lines is read as these."""
+  with file.open("rb") as stream:
+    first = stream.read(64).decode("utf-8-sig", "replace").lstrip()[:1]
+  if first != "[":
+    yield from _json_lines(file)
+    return
+  listed = strict_json.read(file, most_bytes=os.stat(file).st_size)
+  for number, value in enumerate(listed, 1):
+    if not isinstance(value, dict):
+      raise LoraxError(f"{file}: row {number} is no object: {value!r:.80}")
+    yield Row(f"row {number}", value)
+
+
+def _separated(delimiter: str) -> Callable[[Path], Iterator[Row]]:
+  def read(file: Path) -> Iterator[Row]:
+    text = io.StringIO(_text(file), newline="")
+    lines = csv.reader(text, delimiter=delimiter, strict=True)
+    start = 1
+    with _long_fields(), _malformed(file, lambda: start):
+      header = next(lines, None)
+      if header is None or not any(header):
+        raise LoraxError(f"{file} is empty, or its first line is blank")
+      names = _names(file, header)
+      start = lines.line_num + 1
+      for values in lines:
+        if values:  # A blank line is no row.
+          if len(values) != len(names):
+            raise LoraxError(
+              f"{file}: line {start} has {len(values)} values, and there are "
+              f"{len(names)} columns: {listing(names)}"
+            )
+          yield Row(f"line {start}", dict(zip(names, values, strict=True)))
+        start = lines.line_num + 1
+
+  return read
+
+
+def _names(file: Path, header: Sequence[str]) -> list[str]:
+  names = [name.strip() for name in header]
+  for name in names:
+    if names.count(name) > 1:
+      raise LoraxError(f"{file}: the column {name!r} is there twice")
+    if not name:
+      raise LoraxError(f"{file}: column {names.index(name) + 1} has no name")
+  return names
+
+
+def _text(file: Path) -> str:
+  raw = file.read_bytes()
+  try:
+    return raw.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    line = raw.count(b"\n", 0, error.start) + 1
+    raise LoraxError(
+      f"{file}: line {line} is not UTF-8 ({error.reason}); save the file as UTF-8"
+    ) from error
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+  """Lets a value be longer than 128 Ki characters, as a document is."""
+  before = csv.field_size_limit(2**31 - 1)
+  try:
+    yield
+  finally:
+    csv.field_size_limit(before)
+
+
+@contextlib.contextmanager
+def _malformed(file: Path, line: Callable[[], int]) -> Iterator[None]:
+  try:
+    yield
+  except csv.Error as error:
+    raise LoraxError(f"{file}: the row from line {line()} on: {error}") from error
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+  import pyarrow
+  import pyarrow.parquet
+
+  try:
+    table = pyarrow.parquet.read_table(file)
+  except (pyarrow.ArrowException, OSError) as error:
+    raise LoraxError(f"cannot read {file}: {error}") from error
+  _names(file, table.column_names)
+  for number, values in enumerate(table.to_pylist(), 1):
+    present = {name: x for name, x in values.items() if x is not None}
+    yield Row(f"row {number}", present)
+
+
+FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
+  ".csv": _separated(","),
+  ".json": _json,
+  ".jsonl": _json_lines,
+  ".ndjson": _json_lines,
+  ".parquet": _parquet,
+  ".tsv": _separated("\t"),
+}

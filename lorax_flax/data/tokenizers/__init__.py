@@ -1,0 +1,1 @@
+"""Tokenizers of checkpoints, built as transformers builds them."""

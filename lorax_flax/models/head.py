@@ -1,0 +1,67 @@
+"""The head of a language model, and what is read out of a model with it.
+
+Logits for every token are the largest array of a training step, so a model hands its
+head to a function instead: that of a loss takes a few tokens at a time, that of a
+decoder the last token alone.
+
+Shapes: B batch, T tokens, D features, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# x (…, D) -> logits (…, V), float32
+Head = Callable[[jax.Array], jax.Array]
+# The head, and x_BxTxD behind the last norm -> the model's outputs
+Readout = Callable[[Head, jax.Array], Any]
+
+
+def logits(head: Head, x_BxTxD: jax.Array) -> jax.Array:
+  """Logits of every token, BxTxV float32: the readout of a plain call."""
+  return head(x_BxTxD)
+
+
+def tied(table_VxD: jax.Array) -> Head:
+  """The head that is the table of token embeddings."""
+
+  def head(x: jax.Array) -> jax.Array:
+    y = jnp.einsum("...D,VD->...V", x, table_VxD.astype(x.dtype))
+    return y.astype(jnp.float32)
+
+  return head
+
+
+def capped(head: Head, cap: float | None) -> Head:
+  """The head with its logits soft-capped, cap · tanh(logits / cap), or as it is."""
+  return head if cap is None else lambda x: cap * jnp.tanh(head(x) / cap)
+
+
+def linear(kernel_DxV: Any) -> Head:
+  """The head that multiplies by a kernel."""
+
+  def head(x: jax.Array) -> jax.Array:
+    return jnp.dot(x, kernel_DxV.astype(x.dtype)).astype(jnp.float32)
+
+  return head
+
+
+class Linear(nn.Module):
+  """A head with a kernel of its own; called, it gives the head as a function.
+
+  Attributes:
+    vocab_size: V.
+    std: standard deviation of a fresh kernel.
+  """
+
+  vocab_size: int
+  std: float
+
+  @nn.compact
+  def __call__(self, features: int) -> Head:
+    start = nn.initializers.normal(self.std)
+    init = nn.with_logical_partitioning(start, ("embed", "vocab"))
+    return linear(self.param("kernel", init, (features, self.vocab_size)))
