@@ -25,7 +25,11 @@ def export(
     base_name: name of the base in the adapter's config.
   """
 
+  stored = registry.read_config(loaded.folder)
+  resized = stored.get("vocab_size") != loaded.hf_config.get("vocab_size")
+
   def write_adapter(target: Path, adapter: Adapter) -> None:
+    tables = meshes.gather(loaded.params) if resized else None
     if not processes.first():
       return
     task_type = peft_config.TASK_TYPES[loaded.family.task]
@@ -36,6 +40,7 @@ def export(
         task_type=task_type,
         base_name=base_name,
         labels=None if task.labels is None else tuple(task.labels),
+        untied=not loaded.keymap.ties,
       )
       native.write_adapter(target, saved)
       return
@@ -47,6 +52,8 @@ def export(
       base_name=base_name,
       labels=task.labels,
       task_type=task_type,
+      params=tables,
+      resized=resized,
     )
 
   def write_model(target: Path, adapter: Adapter) -> None:

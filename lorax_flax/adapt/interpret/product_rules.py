@@ -116,6 +116,19 @@ def _finished(y: jax.Array, view: View, place: Callable) -> jax.Array:
   return y
 
 
+def _kept(base: jax.Array, x: jax.Array, dropped: jax.Array, view: View, product):
+  """The base's product as two: one that stays as it is, and one that the delta changes.
+
+  Dropout acts on all that a delta adds, and an out_scale adds to the base's product
+  too: (out_scale - 1) x W (arXiv 2402.09353, as PEFT computes it).
+  """
+  alone = isinstance(base, jax.ShapeDtypeStruct)
+  if alone or dropped is x or view.out_scale is None:
+    return None, base
+  changed = product(dropped)
+  return base - changed, changed
+
+
 def _no_bias(view: View):
   if view.bias is not None:
     raise Unsupported("a bias of its own where the weight is used the other way round")
@@ -154,7 +167,9 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   other, other_names = _named(other, w)
   middle = [c for c in xs if c not in summed]
   middle += [c for c in contracted_names if c not in (*summed, *middle, "z")]
-  x = drop(view, x)
+  dropped = drop(view, x)
+  kept, base = (None, base) if turned else _kept(base, x, dropped, view, product)
+  x = dropped
   x, xs, out = _merged(x, xs, names_out, "".join(x_free))
   middle = [c for c in middle if c in xs or c not in x_free]
   kwargs = {"precision": jx.param(eqn, "precision")}
@@ -176,7 +191,10 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   told |= set(x_free)
   sizes = zip(names_out, base.shape, strict=True)
   y = _sum(base, y.reshape([n if c in told else 1 for c, n in sizes]))
-  return y if turned else _finished(y, view, lambda t: _placed(t, w, names_out))
+  if turned:
+    return y
+  y = _finished(y, view, lambda t: _placed(t, w, names_out))
+  return y if kept is None else kept + y
 
 
 def _merged(x, xs, out, free: str) -> tuple[jax.Array, list[str], list[str]]:
@@ -217,19 +235,24 @@ def conv(eqn, operands, product, drop) -> jax.Array:
     _no_bias(view)
     if view.out_scale is not None:
       raise Unsupported("a convolution over its outputs")
-  base = product(x)
   rank, precision = contracted.shape[-1], jx.param(eqn, "precision")
   place = lambda t: _on_channel(t, d, out_axis)
-  x = drop(view, x)
+  base, dropped = product(x), drop(view, x)
+  kept, base = _kept(base, x, dropped, view, product)
+  x = dropped
 
   def windowed(x, kernel):
     return jx.bind(eqn, [x, kernel.astype(x.dtype)], preferred_element_type=None)[0]
 
+  def finished(y):
+    y = _finished(_sum(base, y), view, place)
+    return y if kept is None else kept + y
+
   if groups * rank > view.shape[out_axis]:
     # The factor would give more channels than the kernel does: the kernel's change is
     # smaller than these activations, and is formed.
-    y = windowed(x, jnp.broadcast_to(dense(contracted, other, jnp.float32), view.shape))
-    return _finished(_sum(base, y), view, place)
+    change = jnp.broadcast_to(dense(contracted, other, jnp.float32), view.shape)
+    return finished(windowed(x, change))
   if any(other.shape[i] != 1 for i in window):
     if groups > 1 or any(contracted.shape[i] != 1 for i in window):
       raise Unsupported("a convolution whose window both factors carry, or in groups")
@@ -239,8 +262,7 @@ def conv(eqn, operands, product, drop) -> jax.Array:
       "...i,iz->...z", jnp.moveaxis(x, channel, -1), narrow, precision=precision
     )
     kernel = jnp.moveaxis(other.squeeze(in_axis), -1, in_axis)
-    y = windowed(jnp.moveaxis(z, -1, channel), kernel)
-    return _finished(_sum(base, y), view, place)
+    return finished(windowed(jnp.moveaxis(z, -1, channel), kernel))
   kernel = jnp.moveaxis(contracted.squeeze(out_axis), -1, out_axis)
   # Every group reads its own inputs by the same contracted factor.
   z = windowed(x, jnp.concatenate([kernel] * groups, axis=out_axis))
@@ -250,7 +272,7 @@ def conv(eqn, operands, product, drop) -> jax.Array:
   other = jnp.moveaxis(other, out_axis, 0).reshape((groups, -1, rank))
   y = jnp.einsum("...gz,goz->...go", z, other.astype(x.dtype), precision=precision)
   y = jnp.moveaxis(y.reshape((*y.shape[:-2], -1)), -1, channel)
-  return _finished(_sum(base, y), view, place)
+  return finished(y)
 
 
 def _on_channel(t: jax.Array, d: Any, out_axis: int) -> jax.Array:
