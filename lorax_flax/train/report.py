@@ -21,8 +21,8 @@ def of_classes(names: Sequence[str]) -> Report:
 
   It has `classes`, each with `precision`, `recall`, `f1` and `support`, their mean
   `macro_f1`, over the classes that occur, and `confusion`: `labels`, and `rows`, one of
-  each true class, with the number of examples by predicted class. There is none where an
-  example has several classes, or classes are more than 200.
+  each true class, with the number of examples by predicted class. There is no table where
+  an example has several classes, or classes are more than 200.
   """
   return functools.partial(_report, names)
 
