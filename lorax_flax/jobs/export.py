@@ -25,7 +25,11 @@ def export(
     base_name: name of the base in the adapter's config.
   """
 
+  stored = registry.read_config(loaded.folder)
+  resized = stored.get("vocab_size") != loaded.hf_config.get("vocab_size")
+
   def write_adapter(target: Path, adapter: Adapter) -> None:
+    tables = meshes.gather(loaded.params) if resized else None
     if not processes.first():
       return
     task_type = peft_config.TASK_TYPES[loaded.family.task]
@@ -37,6 +41,7 @@ def export(
         base_name=base_name,
         labels=None if task.labels is None else tuple(task.labels),
         problem_type=task.problem_type,
+        untied=not loaded.keymap.ties,
       )
       native.write_adapter(target, saved)
       return
@@ -49,6 +54,8 @@ def export(
       labels=task.labels,
       problem_type=task.problem_type,
       task_type=task_type,
+      params=tables,
+      resized=resized,
     )
 
   def write_model(target: Path, adapter: Adapter) -> None:

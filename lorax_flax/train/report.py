@@ -12,14 +12,17 @@ from lorax_flax.train import metrics
 # (logits_NxC, labels_N) -> a JSON-able report of all predictions of an evaluation.
 Report = Callable[[np.ndarray, np.ndarray], dict[str, Any]]
 
+# A confusion table has the square of this number of entries.
+_MOST_CLASSES = 200
+
 
 def of_classes(names: Sequence[str]) -> Report:
   """The report of classes, by their names.
 
   It has `classes`, each with `precision`, `recall`, `f1` and `support`, their mean
   `macro_f1`, over the classes that occur, and `confusion`: `labels`, and `rows`, one of
-  each true class, with the number of examples by predicted class. Where an example has
-  several classes, there is no `confusion`.
+  each true class, with the number of examples by predicted class. There is no table where
+  an example has several classes, or classes are more than 200.
   """
   return functools.partial(_report, names)
 
@@ -40,7 +43,7 @@ def _report(
       for name, row in zip(names, zip(*columns, strict=True), strict=True)
     },
   }
-  if labels_N.ndim == 1:
+  if labels_N.ndim == 1 and len(names) <= _MOST_CLASSES:
     rows = sklearn.metrics.confusion_matrix(labels_N, predicted_N, labels=numbers)
     found["confusion"] = {"labels": list(names), "rows": rows.tolist()}
   return found

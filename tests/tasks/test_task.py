@@ -219,7 +219,7 @@ def test_a_config_file_may_define_a_tasks_settings(tmp_path, monkeypatch):
     "from tests.tasks.test_task import MINE\n"
     "@dataclasses.dataclass(frozen=True)\n"
     "class Own(DataSettings):\n"
-    "  columns: Sequence[int] = ()\n"
+    "  picked: Sequence[int] = ()\n"
     "task.TASKS['own'] = dataclasses.replace(MINE, settings=Own)\n"
     "def get_config():\n"
     "  config = common.base()\n"
@@ -227,8 +227,8 @@ def test_a_config_file_may_define_a_tasks_settings(tmp_path, monkeypatch):
     "  config.train.steps = 1\n"
     "  return config\n"
   )
-  found = _parse(f"--config={file}", "--config.data.columns=1,2").settings()
-  assert found.data.columns == (1, 2)
+  found = _parse(f"--config={file}", "--config.data.picked=1,2").settings()
+  assert found.data.picked == (1, 2)
   # The file is run again for its function `sweep`, and defines the class again.
   assert config_flag.function(str(file), "sweep") is None
   assert task.of(found.data).name == "mine"

@@ -20,7 +20,7 @@ def _open(path, **fields):
   return tasks.opened(TextsSettings("texts", path=str(path), **fields))
 
 
-def _rows(*labels, count=20):
+def _rows(*labels, count=60):
   return [{"text": f"a{i}", "label": labels[i % len(labels)]} for i in range(count)]
 
 
@@ -67,14 +67,14 @@ def test_the_files_are_read_once(tmp_path):
 @pytest.mark.parametrize(
   ("row", "message"),
   [
-    ({"text": "", "label": "x"}, "line 21: its text is empty"),
-    ({"text": " \n", "label": "x"}, "line 21: its text is empty"),
-    ({"text": 3, "label": "x"}, "line 21: its text is no text: 3"),
-    ({"text": "a", "text_pair": "", "label": "x"}, "line 21: its text_pair is empty"),
-    ({"text": "a", "label": None}, "line 21 has no label"),
-    ({"text": "a"}, "line 21 has no label"),
-    ({"label": "x"}, "line 21 has no text"),
-    ({"text": "a", "label": ["x"]}, "line 21: the label"),
+    ({"text": "", "label": "x"}, "line 61: its text is empty"),
+    ({"text": " \n", "label": "x"}, "line 61: its text is empty"),
+    ({"text": 3, "label": "x"}, "line 61: its text is no text: 3"),
+    ({"text": "a", "text_pair": "", "label": "x"}, "line 61: its text_pair is empty"),
+    ({"text": "a", "label": None}, "line 61 has no label"),
+    ({"text": "a"}, "line 61 has no label"),
+    ({"label": "x"}, "line 61 has no text"),
+    ({"text": "a", "label": ["x"]}, "line 61: the label"),
   ],
 )
 def test_a_row_that_cannot_be_is_named_by_file_and_line(tmp_path, row, message):

@@ -5,8 +5,14 @@ import pytest
 import sklearn.metrics
 
 from lorax_flax.train import evaluate, metrics, report
+from lorax_flax.train.checkpoint import Progress
+from lorax_flax.train.config import Durations
+from lorax_flax.train.evaluate import Evaluation
 from lorax_flax.train.logs import confusion
+from lorax_flax.train.logs.history import History
+from lorax_flax.train.logs.writer import SilentRecord
 from lorax_flax.train.metrics import Mean
+from lorax_flax.train.objective import Objective
 
 NAMES = ("cost $5_a$", "b", "c", "unseen")
 RNG = np.random.default_rng(0)
@@ -90,3 +96,16 @@ def test_a_picture_of_the_table_is_a_png(tmp_path):
   table = report.of_classes(NAMES)(LOGITS, LABELS)["confusion"]
   confusion.draw(tmp_path / "confusion.png", table, "a_title with $x^{2$")
   assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_result_has_the_report_of_the_best_evaluation_alone():
+  objective = Objective(lambda *_: None, ("accuracy",), "accuracy")
+  plan = Durations(total=3, epoch=1, warmup=0, save=None)
+  history = History(SilentRecord(), plan, objective, "stop", Progress(position={}))
+  for step, score in enumerate((0.4, 0.9, 0.6), 1):
+    values = {"accuracy": score, "loss": 1.0}
+    history.evaluated(step, Evaluation(values, 5, {"macro_f1": score}))
+  assert history.result(1, {"steps": 1.0})["report"] == {"macro_f1": 0.9}
+  # A report of many classes is large: a checkpoint has one.
+  saved = history.progress({}, {}).evaluations
+  assert [each.get("report") for each in saved] == [None, {"macro_f1": 0.9}, None]
