@@ -19,10 +19,10 @@ _MOST_CLASSES = 200
 def of_classes(names: Sequence[str]) -> Report:
   """The report of classes, by their names.
 
-  It has `classes`, each with `precision`, `recall`, `f1` and `support`, their mean
-  `macro_f1`, over the classes that occur, and `confusion`: `labels`, and `rows`, one of
-  each true class, with the number of examples by predicted class. There is no table where
-  an example has several classes, or classes are more than 200.
+  It has `classes`, each with `precision`, `recall`, `f1` and `support`; their mean
+  `macro_f1`, over the classes that occur; and `confusion`, unless an example has several
+  classes, or there are more than 200: `labels`, and `rows`, one of each true class, with
+  the number of examples by predicted class.
   """
   return functools.partial(_report, names)
 
