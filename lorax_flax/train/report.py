@@ -19,10 +19,10 @@ _MOST_CLASSES = 200
 def of_classes(names: Sequence[str]) -> Report:
   """The report of classes, by their names.
 
-  It has `classes`, each with `precision`, `recall`, `f1` and `support`, their mean
-  `macro_f1`, over the classes that occur, and `confusion`: `labels`, and `rows`, one of
-  each true class, with the number of examples by predicted class. There is no table where
-  an example has several classes, or classes are more than 200.
+  It has `classes`, each with `precision`, `recall`, `f1` and `support`; their mean
+  `macro_f1`, over the classes that occur; and `confusion`, with `labels` and `rows`: of
+  each true class, the number of examples by predicted class. That is left out where an
+  example has several classes, or there are more than 200.
   """
   return functools.partial(_report, names)
 
