@@ -59,7 +59,8 @@ class Tokens:
     pad_id: the id of padding in `input_ids`.
     token_type_ids_S: int32, or None where the model has no types.
     attention_mask_S: int32, or None for ones.
-    labels_N: int32 classes or float32 numbers; None where there are none.
+    labels_N: int32 classes or float32 numbers; float32 (N, C), 1 for each class that a
+      row has, where these are several; None where there are none.
     decoder: the decoder's rows, where a model has one.
     decoder_length: padded length of these.
   """
@@ -90,8 +91,8 @@ class Tokens:
     Returns:
       input_ids, attention_mask, token_type_ids (if any): int32 (B, T);
       decoder_input_ids (if any): int32 (B, decoder_length); labels (if any):
-      int32 or float32 (B,); weights: float32 (B,), 1 for a real row and 0 for padding;
-      index: int32 (B,), as given.
+      int32 or float32 (B,), or float32 (B, C); weights: float32 (B,), 1 for a real row
+      and 0 for padding; index: int32 (B,), as given.
     """
     padded = lambda values_S, fill: Column(values_S, self.offsets).padded(
       index_B, length, fill
@@ -114,7 +115,8 @@ class Tokens:
       )
     real = index_B >= 0
     if self.labels_N is not None:
-      labels_B = np.zeros(len(index_B), self.labels_N.dtype)
+      shape = (len(index_B), *self.labels_N.shape[1:])
+      labels_B = np.zeros(shape, self.labels_N.dtype)
       labels_B[real] = self.labels_N[index_B[real]]
       batch["labels"] = labels_B
     return batch | marks(index_B)

@@ -40,6 +40,7 @@ def export(
         task_type=task_type,
         base_name=base_name,
         labels=None if task.labels is None else tuple(task.labels),
+        problem_type=task.problem_type,
         untied=not loaded.keymap.ties,
       )
       native.write_adapter(target, saved)
@@ -51,6 +52,7 @@ def export(
       config,
       base_name=base_name,
       labels=task.labels,
+      problem_type=task.problem_type,
       task_type=task_type,
       params=tables,
       resized=resized,
@@ -67,6 +69,7 @@ def export(
       loaded.hf_config,
       architecture=loaded.family.architecture,
       labels=task.labels,
+      problem_type=task.problem_type,
       base=loaded.folder,
       overwrite=True,
     )

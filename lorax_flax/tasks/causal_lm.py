@@ -19,7 +19,7 @@ from lorax_flax.train.objective import Objective, Throughput
 from lorax_flax.train.token_scores import TokenScores, next_labels, token_scores
 
 if TYPE_CHECKING:
-  from lorax_flax.models.registry import Loaded
+  from lorax_flax.models.registry import Located
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _scores(head: Head, x_BxTxD: jax.Array, batch: losses.Batch) -> TokenScores:
   return token_scores(head, x_BxTxD, next_labels(batch["labels"]))
 
 
-def _read(settings: FolderSettings, model: Loaded) -> Splits:
+def _read(settings: FolderSettings, model: Located) -> Splits:
   if settings.path is None:
     raise LoraxError(
       f"data.path: which folder has {_TRAIN}.jsonl and {_HELD_OUT}.jsonl?"

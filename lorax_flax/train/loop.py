@@ -21,7 +21,7 @@ from lorax_flax.train.checkpoint import Checkpoints, Progress
 from lorax_flax.train.compile_by_shape import Compiled
 from lorax_flax.train.config import Durations, durations
 from lorax_flax.train.evaluate import Batches, NotFinite, evaluate
-from lorax_flax.train.logs import curves
+from lorax_flax.train.logs import confusion, curves
 from lorax_flax.train.logs.history import Diverged, History, running
 from lorax_flax.train.logs.progress_bar import Display
 from lorax_flax.train.logs.timer import Stopwatch
@@ -264,6 +264,7 @@ class _Loop:
   def _evaluate(self, number: int, state: PyTree, base: PyTree) -> PyTree:
     self._drain()
     splits, improved = self._data.evaluation, [False] * len(self.histories)
+    objective = self.job.objective
     if not splits:
       return state
     with self.clock.on("evaluate"):
@@ -283,7 +284,7 @@ class _Loop:
         if history.failed is None:
           own = {split: [parts[i] for parts in found] for split, found in each.items()}
           try:
-            found = evaluate(own, splits, self.job.objective.metrics)
+            found = evaluate(own, splits, objective.metrics, objective.report)
           except NotFinite as error:
             history.fail(number, f"{error} at step {number}")
           else:
@@ -338,6 +339,8 @@ def _finish(
   result = history.result(size, seconds) | written
   if processes.first():
     curves.draw(run.folder / workdir.CURVES, history.record.lines, run.title)
+    if table := result.get("report", {}).get("confusion"):
+      confusion.draw(run.folder / workdir.CONFUSION, table, run.title)
     workdir.write_json(run.folder / workdir.RESULT, result)
   return result
 

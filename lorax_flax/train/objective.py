@@ -10,6 +10,7 @@ import numpy as np
 
 from lorax_flax.models.head import Head
 from lorax_flax.train.losses import Loss
+from lorax_flax.train.report import Report
 
 # outputs -> the array or None that evaluation keeps of them on the host, (B, …)
 Predictions = Callable[[Any], jax.Array | None]
@@ -54,6 +55,7 @@ class Objective:
     throughput: what progress and speed are counted in.
     readout: (head, x_BxTxD, batch) -> outputs, of a model with a language model's head;
       None: the model's own outputs.
+    report: of the best evaluation, for result.json, besides its metrics; None: none.
   """
 
   loss: Loss
@@ -63,3 +65,4 @@ class Objective:
   predictions: Predictions = logits
   throughput: Throughput = Throughput()
   readout: Callable[[Head, jax.Array, Mapping[str, jax.Array]], Any] | None = None
+  report: Report | None = None

@@ -60,6 +60,7 @@ TOKENS = (
 )
 SPECS = [
   *("quickstart.py", "quickstart.py:full"),
+  *("classify.py", "classify.py:full"),
   *(f"glue_{task}.py{v}" for task in BASE for v in VARIANTS),
   *(f"{name}.py{v}" for name in TOKENS for v in ("", ":full")),
 ]

@@ -11,7 +11,7 @@ from lorax_flax.errors import LoraxError, listing, nearest, unknown
 
 @dataclass(frozen=True)
 class Form:
-  """What a row holds.
+  """Content of a row.
 
   Attributes:
     title: for a person.

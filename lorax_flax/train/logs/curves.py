@@ -1,14 +1,10 @@
 """curves.png: loss, learning rate and the evaluation's metrics over the steps."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from lorax_flax.files import workdir as files
+from lorax_flax.train.logs import picture
 
 
 def draw(file: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -26,10 +22,7 @@ def draw(file: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
     ("evaluation", scores),
     ("learning rate", [n for n in ("train/learning_rate",) if n in names]),
   ]
-  # A figure of its own canvas: pyplot would keep it, and might look for a screen.
-  figure = Figure(figsize=(12, 3.6), layout="constrained")
-  FigureCanvasAgg(figure)
-  figure.suptitle(title)
+  figure = picture.figure((12, 3.6), title)
   for place, (heading, shown) in enumerate(panels, 1):
     axes = figure.add_subplot(1, len(panels), place)
     axes.set_title(heading)
@@ -42,6 +35,4 @@ def draw(file: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
       axes.plot(x, y, marker=marker, label=name)
     if shown:
       axes.legend(frameon=False)
-  picture = io.BytesIO()
-  figure.savefig(picture, dpi=120, format="png")
-  files.write_bytes(file, picture.getvalue())
+  picture.write(file, figure)
