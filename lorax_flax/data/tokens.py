@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, prefixed, unknown
 
 Batch = dict[str, np.ndarray]
 
@@ -212,12 +212,14 @@ def from_inputs(
     for name in example:
       if name not in names:
         raise LoraxError(f"example {number}: {unknown('model input', name, names)}")
-    ids = integers(example, "input_ids", number)
+    ids = _integers(example, "input_ids", number)
     row = {
       "attention_mask": [1] * len(ids),
       "token_type_ids": [0] * len(ids),
       **{
-        name: integers(example, name, number) for name in TEXT_INPUTS if name in example
+        name: _integers(example, name, number)
+        for name in TEXT_INPUTS
+        if name in example
       },
     }
     for name, values in row.items():
@@ -241,21 +243,27 @@ def from_inputs(
 
 def with_decoder(tokens: Tokens, examples: Sequence[Mapping[str, Any]]) -> Tokens:
   """The rows with `decoder_input_ids` of examples, one a row; errors as above."""
-  rows = [integers(each, DECODER_INPUT, i) for i, each in enumerate(examples, 1)]
+  rows = [_integers(each, DECODER_INPUT, i) for i, each in enumerate(examples, 1)]
   column = Column(*ragged(rows))
   longest = -(-int(column.lengths_N.max()) // _MULTIPLE) * _MULTIPLE
   return dataclasses.replace(tokens, decoder=column, decoder_length=longest)
 
 
-def integers(example: Mapping[str, Any], name: str, number: int) -> Sequence[int]:
-  """A row of ids of one example, which is counted from 1; otherwise LoraxError."""
+def integers(example: Mapping[str, Any], name: str) -> Sequence[int]:
+  """A row of ids of one example; LoraxError where it is none."""
   values = example.get(name, [])
   if not isinstance(values, list):
-    raise LoraxError(f"example {number}: {name} is a list, not {values!r:.80}")
+    raise LoraxError(f"{name} is a list, not {values!r:.80}")
   if not values:
-    raise LoraxError(f"example {number}: {name} is missing or empty")
+    raise LoraxError(f"{name} is missing or empty")
   if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-    raise LoraxError(f"example {number}: {name} holds integers, nothing else")
+    raise LoraxError(f"{name} holds integers, nothing else")
   if max(map(abs, values)) > np.iinfo(np.int32).max:
-    raise LoraxError(f"example {number}: {name} holds integers of 32 bits")
+    raise LoraxError(f"{name} holds integers of 32 bits")
   return values
+
+
+def _integers(example: Mapping[str, Any], name: str, number: int) -> Sequence[int]:
+  """`integers` of an example that is counted from 1."""
+  with prefixed(f"example {number}"):
+    return integers(example, name)

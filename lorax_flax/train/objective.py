@@ -27,7 +27,7 @@ class Throughput:
 
   Attributes:
     unit: its plural, "tokens".
-    column: column of a batch with 1 for each unit and 0 for padding.
+    column: column of a batch that is 0 for padding, and only there.
   """
 
   unit: str = "examples"
@@ -35,7 +35,7 @@ class Throughput:
 
   def count(self, batch: Mapping[str, np.ndarray]) -> int:
     """Number of units in a batch on the host."""
-    return int(batch[self.column].sum())
+    return int(np.count_nonzero(batch[self.column]))
 
   def padded(self, batch: Mapping[str, Any]) -> int:
     """Number of units that the model computes for a batch, padding included."""
