@@ -12,6 +12,7 @@ CONFIG = "config.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
+REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 # The entry of config.json with digests of what the run is made from, by name.
 _FINGERPRINTS = "fingerprints"

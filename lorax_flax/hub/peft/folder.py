@@ -80,6 +80,7 @@ def write_adapter(
   labels: Sequence[str] | None = None,
   name: str = DEFAULT,
   dtypes: Mapping[str, str] | str = "float32",
+  card: str | None = None,
 ) -> None:
   """Writes a PEFT folder, all of it or nothing; one that was written here is replaced.
 
@@ -96,6 +97,7 @@ def write_adapter(
     name: of the adapter; another than "default" goes into a sub-folder of its name.
     dtypes: of the stored tensors, one for all; or those of `stored_dtypes` of a folder
       that was read, and the same tensors are written.
+    card: the text of README.md.
 
   Raises:
     LoraxError: something that PEFT can't represent, or a folder with other files.
@@ -123,6 +125,8 @@ def write_adapter(
       raise LoraxError(f"cannot write {folder}: {error}") from error
     if labels is not None:
       (scratch / LABELS_FILE).write_text(json.dumps(list(labels)), encoding="utf-8")
+    if card is not None:
+      (scratch / atomic.README).write_text(card, encoding="utf-8")
 
 
 def from_peft(
