@@ -90,9 +90,8 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
   with _replacing(folder, in_the_way) as fresh:
     yield fresh
     digest = _digest(fresh / README)
-    if (folder / README).is_file() and _digest(folder / README) != _manifest(
-      folder
-    ).get("readme"):
+    theirs = _digest(folder / README)
+    if theirs is not None and theirs != _manifest(folder).get("readme"):
       shutil.copyfile(folder / README, fresh / README)
     about = {"written": sorted(_entries(fresh)), "readme": digest}
     (fresh / MANIFEST).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
