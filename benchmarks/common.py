@@ -284,7 +284,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> s
 def repeat() -> str:
   """The last line of a benchmark: date, versions, processor, command to repeat it."""
   cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-  name = sys.modules["__main__"].__spec__.name
+  name = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
   facts = (
     f"{datetime.date.today()}",
     f"JAX {jax.__version__}",

@@ -1,6 +1,6 @@
 """The largest errors against transformers and PEFT, of every family, on random weights.
 
-  python -m benchmarks.parity [FAMILY …]
+  python -m benchmarks.parity [--fields] [FAMILY …]
 
 Tiny models of transformers with odd sizes, padded batches where there is text. Columns:
 
@@ -10,13 +10,17 @@ Tiny models of transformers with odd sizes, padded batches where there is text. 
   out       logits of PEFT under the adapter that we read and wrote again
   loss      three AdamW steps from the same start, ours and torch's: losses, relative
   adapter   and the adapters at the end, relative to their change
+
+With --fields instead: the fields of PEFT's LoraConfig (peft_matrix.py). A cell is the
+largest error of logits, read here, and written again and read by PEFT; or "refused",
+with the reasons below; or "–" where PEFT itself has no such adapter.
 """
 
 import argparse
 import contextlib
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ import numpy as np
 import optax
 
 import lorax_flax as lx
-from benchmarks import common
+from benchmarks import common, peft_matrix
 from benchmarks.peers import PEERS, Peer
 from lorax_flax.hub.checkpoints import export
 from lorax_flax.hub.peft import folder as hub_peft
@@ -188,14 +192,44 @@ def _round_trip(loaded: registry.Loaded, folder: Path, model) -> str:
   return f"{differ} of {len(want)}"
 
 
+def matrix(families: Sequence[str]) -> str:
+  """The table of PEFT's fields and families, and the reasons of the refusals."""
+  cells: dict[str, dict[str, peft_matrix.Cell]] = {}
+  for name in families:
+    peer = PEERS[name]
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      peer.save(Path(scratch) / "base")
+      for title, case in peft_matrix.CASES.items():
+        folder = Path(tempfile.mkdtemp(dir=scratch))
+        base = Path(scratch) / "base"
+        cell = peft_matrix.measure(peer, case, base, folder)
+        cells.setdefault(title, {})[name] = cell
+    print(f"{name}: done", flush=True)
+  rows = [(title, *(row[n].text for n in families)) for title, row in cells.items()]
+  text = common.table("PEFT's fields, logits", ("field", *families), rows)
+  reasons: dict[str, list[str]] = {}
+  for title, row in cells.items():
+    for name, cell in row.items():
+      if cell.reason is not None:
+        reasons.setdefault(cell.reason, []).append(f"{title} ({name})")
+  listed = [f"{'; '.join(where)}: {why}" for why, where in reasons.items()]
+  wrong = sum(cell.is_wrong for row in cells.values() for cell in row.values())
+  return "\n".join((text, *listed, f"silently wrong: {wrong}", common.repeat()))
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("families", nargs="*", default=[*PEERS], metavar="FAMILY")
+  parser.add_argument("--fields", action="store_true", help="the fields of LoraConfig")
   args = parser.parse_args()
   if unknown := set(args.families) - set(PEERS):
     parser.error(f"no family {sorted(unknown)[0]!r}; there are {', '.join(PEERS)}")
+  if args.fields:
+    print(matrix(args.families))
+    return
   rows = []
   for name in args.families:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

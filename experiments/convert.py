@@ -28,9 +28,8 @@ from lorax_flax.hub.adapters import native as orbax_adapter
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap, path_to_modules
 from lorax_flax.hub.peft import folder as peft
-from lorax_flax.hub.resolve import resolve
 from lorax_flax.methods import Delta, KernelDelta, Tuned
-from lorax_flax.models import registry
+from lorax_flax.models import with_adapter
 
 FORMATS = ("orbax", "peft", "loralib", "vllm")
 
@@ -83,15 +82,10 @@ def convert(
     raise LoraxError("--max_rank is vLLM's: it goes with --format=vllm")
   atomic.refuse_inputs(folder, (Path(base).expanduser(), file))
   atomic.refuse_unless_free(folder, overwrite=overwrite)
-  where = resolve(base)
-  model = registry.outline(registry.read_config(where))
-  outputs = adapters.num_labels(file, model.keymap)
-  loaded = registry.load(where, num_labels=outputs, new_head=outputs is not None)
   is_loralib = adapters.form(file) == "loralib"
-  saved = adapters.read(
+  loaded, saved = with_adapter.load(
+    base,
     file,
-    loaded.params,
-    loaded.keymap,
     alpha=alpha,
     # For reading where the source is loralib's, else for writing.
     enable_lora=enable_lora if is_loralib or form != "loralib" else None,

@@ -97,7 +97,7 @@ def predict(
     raise LoraxError(f"--all_positions: a {hf_config['model_type']} has no positions")
   known = lines.names(family, family.configure(hf_config))
   read = lines.read(Path(source).expanduser(), known)
-  model = merged.load(base, adapter)
+  model = merged.load(base, adapter, apply=True)
   try:
     rows = lines.rows(read, model.loaded, known, max_length, adapter)
     _write(target, _results(rows, model, batch_size, all_positions))
@@ -113,7 +113,9 @@ def _results(
 ) -> Iterator[dict[str, Any]]:
   """The result of each row, in the rows' order."""
   count = max(1, len(rows))
-  found: Any = inference.logits(rows, model.loaded, batch_size, every=every)
+  found: Any = inference.logits(
+    rows, model.loaded, batch_size, every=every, rest=model.rest
+  )
   if count > _LONG * batch_size:
     bar = Console(file=sys.stderr)
     found = track(found, "Predicting", total=count, console=bar)

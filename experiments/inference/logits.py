@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lorax_flax as lx
 from experiments.inference.lines import Inputs
 from lorax_flax.data import pipeline
 from lorax_flax.data.tokens import Batch, Tokens
+from lorax_flax.methods import Adapter
 from lorax_flax.models.registry import Loaded
 
 # Each length is compiled once; more lengths pad less.
@@ -22,7 +24,7 @@ _NO_INPUTS = ("weights", "index")
 
 
 def logits(
-  rows: Inputs, loaded: Loaded, batch_size: int, *, every: bool
+  rows: Inputs, loaded: Loaded, batch_size: int, *, every: bool, rest: Adapter
 ) -> Iterator[list[np.ndarray | None]]:
   """Each row's logits, in the rows' order.
 
@@ -31,6 +33,7 @@ def logits(
     loaded: the model.
     batch_size: of rows computed at once; fewer where their logits are too large.
     every: of a language model, the logits at every position.
+    rest: deltas that are applied beside the model's weights.
 
   Yields:
     The logits of a row, float32: one array (C,), a language model's those at the last
@@ -39,7 +42,7 @@ def logits(
   """
   buckets = _buckets(rows, loaded)
   size, window = _sizes(rows, loaded, buckets[-1], batch_size, every)
-  apply, shape = _apply(loaded), pipeline.Shape(size, buckets)
+  apply, shape = _apply(loaded, rest), pipeline.Shape(size, buckets)
   for start in range(0, len(rows), window):
     part = rows.part(start, min(start + window, len(rows)))
     lengths_N = _positions(part)
@@ -59,10 +62,19 @@ def logits(
     yield from found
 
 
-def _apply(loaded: Loaded) -> Callable[[Any, Batch, np.ndarray | None], jax.Array]:
+def _apply(
+  loaded: Loaded, rest: Adapter
+) -> Callable[[Any, Batch, np.ndarray | None], jax.Array]:
+  def forward(params, inputs):
+    return loaded.module.apply({"params": params}, **inputs, deterministic=True)
+
+  adapted = lx.adapt(forward, lx.LoraConfig(targets=tuple(rest)))
+
   @jax.jit
   def apply(params, inputs, last_B):
-    found: Any = loaded.module.apply({"params": params}, **inputs, deterministic=True)
+    found: Any = (
+      adapted.apply(params, rest, inputs) if rest else forward(params, inputs)
+    )
     if last_B is None:
       return found
     return jnp.take_along_axis(found, last_B[:, None, None], axis=1)[:, 0]

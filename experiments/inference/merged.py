@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lorax_flax as lx
+from lorax_flax.adapt.merge import without_place
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.checkpoints import export
 from lorax_flax.hub.resolve import resolve
-from lorax_flax.methods import Tuned
+from lorax_flax.methods import Adapter, Tuned
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import registry
+from lorax_flax.models import registry, with_adapter
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,12 @@ class Merged:
   Attributes:
     loaded: the model; its params are the merged ones, its hf_config names the outputs.
     folder: of the base, with its tokenizer.
+    rest: deltas that can't be merged, which are applied beside the base.
   """
 
   loaded: registry.Loaded
   folder: Path
+  rest: Adapter = dataclasses.field(default_factory=dict)
 
   @property
   def labels(self) -> tuple[str, ...] | None:
@@ -46,22 +48,26 @@ class Merged:
     return self.loaded.hf_config.get("problem_type") or by_count
 
 
-def load(base: str, adapter: str | None) -> Merged:
+def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
   """Loads a base by folder, alias or hub name, and merges an adapter into it.
+
+  Args:
+    apply: keep the deltas that have no place in the base; otherwise an error.
 
   Raises:
     LoraxError: besides what the readers raise, weights that neither of the two has.
   """
-  folder = resolve(base)
-  model = registry.outline(registry.read_config(folder))
-  outputs = adapters.num_labels(adapter, model.keymap) if adapter else None
-  loaded = registry.load(folder, num_labels=outputs, new_head=outputs is not None)
   brought: set[str] = set()
+  rest: Adapter = {}
   own = None
-  if adapter:
-    saved = adapters.read(adapter, loaded.params, loaded.keymap)
+  if adapter is None:
+    loaded = registry.load(resolve(base))
+  else:
+    loaded, saved = with_adapter.load(base, adapter)
     deltas, own = saved.adapter, saved.labels
     brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
+    rest = without_place(loaded.params, deltas) if apply else {}
+    deltas = {path: delta for path, delta in deltas.items() if path not in rest}
     loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
   if absent := set(loaded.new_paths) - brought:
     hint = f"nor does the adapter {adapter}" if adapter else "and no adapter is given"
@@ -70,10 +76,10 @@ def load(base: str, adapter: str | None) -> Merged:
       "random numbers. Give an adapter trained on this base with its head (--adapter), "
       "or a base that has one"
     )
-  if adapter and model.family.has_labels:
+  if adapter and loaded.family.has_labels:
     hf_config = _with_labels(loaded, adapter, own)
     loaded = dataclasses.replace(loaded, hf_config=hf_config)
-  return Merged(loaded, folder)
+  return Merged(loaded, loaded.folder, rest)
 
 
 def _with_labels(

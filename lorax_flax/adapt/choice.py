@@ -130,8 +130,9 @@ def _why_not(found: disc.Discovery, path: str, leaf: Any) -> str | None:
     return f"used by {primitive!r}, where a delta cannot follow: {why}"
   if not usage.sites:
     return "never used by the function"
-  if not usage.primitives <= CONTRACTIONS:
-    return "looked up, as a table is; name it to adapt it"
+  if other := usage.primitives - CONTRACTIONS:
+    used = "looked up, as a table is" if "gather" in other else f"a {min(other)}"
+    return f"{used}; name it to adapt it"
   try:
     known = {axis for _, site in usage.sites for axis in site}
     disc.roles(found, path, max(known, default=-1) + 1)

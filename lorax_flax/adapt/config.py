@@ -10,7 +10,8 @@ from lorax_flax.methods import METHODS
 
 BIAS = ("none", "all", "lora_only")
 ON_UNSUPPORTED = ("error", "materialize")
-INIT = ("uniform", "gaussian")
+# The last ones are PEFT's, kept for its folders; nothing starts so here.
+INIT = ("uniform", "gaussian", "eva", "orthogonal", "mica")
 
 
 class KnowsPeft(Protocol):
@@ -63,7 +64,8 @@ class LoraConfig:
       columns.
     bias: "none", "all" biases trained, or "lora_only", those beside a target.
     dropout: rate on the input of each delta; acts only where a key is given to `apply`.
-    init: "uniform" (PEFT's default) or "gaussian".
+    init: "uniform" (PEFT's default) or "gaussian". "eva", "orthogonal" and "mica" say
+      how PEFT started an adapter that was read.
     stack_axes: regular expression (whole path) to axes that hold separate weights, for
       experts that no scan or batch axis gives away.
     on_unsupported: where a target is used by a primitive that has no rule, "error", or

@@ -1,5 +1,7 @@
 """Deltas into the base and out again, in float32."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from lorax_flax.adapt.paths import PyTree, arrays, map_with_path
@@ -39,6 +41,21 @@ def unmerge(params: PyTree, adapter: Adapter) -> PyTree:
   return _shifted(params, adapter, -1.0)
 
 
+def without_place(params: PyTree, adapter: Adapter) -> Adapter:
+  """The deltas that `merge` refuses: their bias has no place in the base."""
+  leaves = arrays(params)
+  return {
+    path: delta
+    for path, delta in adapter.items()
+    if delta.has_bias and _beside(path, delta) not in leaves
+  }
+
+
+def _beside(path: str, delta: Any) -> str:
+  """The path of the base's bias beside a kernel."""
+  return "/".join([*path.split("/")[:-1], delta.bias_name])
+
+
 def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
   leaves = arrays(params)
   for path in adapter:
@@ -70,11 +87,11 @@ def _biases(leaves: dict, adapter: Adapter) -> dict:
     added = delta.added_bias(leaves[path])
     if added is None:
       continue
-    beside = "/".join([*path.split("/")[:-1], delta.bias_name])
+    beside = _beside(path, delta)
     if beside not in leaves or leaves[beside].shape != added.shape:
       raise LoraxError(
         f"the bias of LoRA at {path!r} cannot be merged: the base has no {beside!r} of"
-        f" shape {added.shape}"
+        f" shape {added.shape}. It can be applied (lora.apply, experiments.predict)"
       )
     found[beside] = added
   return found

@@ -20,6 +20,7 @@ from lorax_flax.data.config import DataSettings
 from lorax_flax.data.pipeline import Rows
 from lorax_flax.data.tokens import Tokens
 from lorax_flax.errors import LoraxError, listing
+from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.jobs import outline
 from lorax_flax.jobs.warm_start import start_from
@@ -54,17 +55,24 @@ def check_batches(mesh: Mesh, train: TrainConfig) -> None:
 
 
 def model(
-  settings: ModelSettings, task: Task, max_length: int, mesh: Mesh, seed: int
+  settings: ModelSettings,
+  task: Task,
+  max_length: int,
+  mesh: Mesh,
+  seed: int,
+  init_from: str | None = None,
 ) -> registry.Loaded:
   """The model, read from disk into its shards.
 
   Args:
     max_length: number of tokens that it has to take.
     seed: of the weights that the checkpoint lacks.
+    init_from: a PEFT folder that the model is to fit.
 
   Raises:
     LoraxError: what the readers raise; a model that does not fit the task.
   """
+  settings = outline.for_adapter(settings, init_from)
   folder = resolve(settings.path)
   outline.check(settings, task, max_length, registry.read_config(folder), str(folder))
   loaded = registry.load(
@@ -77,7 +85,12 @@ def model(
     remat=settings.remat,
     new_head=True,
     shardings=functools.partial(_shardings, mesh),
+    untie=settings.untie,
+    vocab_size=settings.vocab_size,
   )
+  if init_from is not None:
+    tables = peft.with_tables(init_from, loaded.params, loaded.keymap)
+    loaded = dataclasses.replace(loaded, params=tables)
   if loaded.new_paths:
     log.info(f"new, not in the checkpoint: {listing(loaded.new_paths)}")
   return loaded
@@ -124,7 +137,7 @@ def _check_ids(name: str, split: Rows, model: registry.Loaded) -> None:
   except LoraxError as error:
     raise LoraxError(
       f"{name}: {error}: the tokenizer in {model.folder} has tokens that the model's "
-      "vocabulary has not"
+      "vocabulary has not. --config.model.vocab_size=N gives it rows for N tokens"
     ) from error
 
 

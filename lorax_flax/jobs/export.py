@@ -42,7 +42,11 @@ def export(
     card: (content of result.json) -> text of README.md.
   """
 
+  stored = registry.read_config(loaded.folder)
+  resized = stored.get("vocab_size") != loaded.hf_config.get("vocab_size")
+
   def write_adapter(target: Path, adapter: Adapter, result: Result) -> None:
+    tables = meshes.gather(loaded.params) if resized else None
     if not processes.first():
       return
     task_type = peft_config.TASK_TYPES[loaded.family.task]
@@ -53,6 +57,7 @@ def export(
         task_type=task_type,
         base_name=base_name,
         labels=None if task.labels is None else tuple(task.labels),
+        untied=not loaded.keymap.ties,
       )
       native.write_adapter(target, saved, card(result))
       return
@@ -64,6 +69,8 @@ def export(
       base_name=base_name,
       labels=task.labels,
       task_type=task_type,
+      params=tables,
+      resized=resized,
       card=card(result),
     )
 

@@ -1,15 +1,19 @@
 """The outline of a run's model: from the settings, from config.json, and compared."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry
 from lorax_flax.models.settings import ModelSettings
 from lorax_flax.tasks.task import Task
+
+log = logging.getLogger(__name__)
 
 
 def check(
@@ -48,6 +52,25 @@ def check(
   return model
 
 
+def for_adapter(settings: ModelSettings, folder: str | None) -> ModelSettings:
+  """The settings of a model that the adapter in a PEFT folder fits."""
+  if folder is None:
+    return settings
+  model = registry.outline(registry.read_config(resolve(settings.path)))
+  needs = peft.needs(folder, model.keymap)
+  made = dataclasses.replace(
+    settings,
+    untie=settings.untie or needs.untie,
+    vocab_size=settings.vocab_size or needs.vocab_size,
+  )
+  if made != settings:
+    log.warning(
+      f"init_adapter {folder}: model.untie={made.untie} and "
+      f"model.vocab_size={made.vocab_size}, as it needs"
+    )
+  return made
+
+
 def described(settings: ModelSettings, task: Task, max_length: int) -> registry.Outline:
   """The model without its weights.
 
@@ -75,6 +98,8 @@ def _outline(
     dtype=settings.dtype,
     scan=settings.scan,
     remat=settings.remat,
+    untie=settings.untie,
+    vocab_size=settings.vocab_size,
   )
 
 

@@ -32,7 +32,6 @@ def of_adapter(
     peft: whether it is in PEFT's format, else it is in our own.
   """
   more = "" if outputs is None else f", num_labels={outputs}"
-  new_head = "" if outputs is None else f"{more}, new_head=True"
   where = f"--base={shlex.quote(base)} --adapter={shlex.quote(folder)}"
   found = {}
   if peft:
@@ -45,12 +44,9 @@ model = PeftModel.from_pretrained(base, {folder!r})
 """
   found["Load with lorax_flax"] = f"""\
 import lorax_flax as lx
-from lorax_flax.hub.adapters import any as adapters
-from lorax_flax.hub.resolve import resolve
-from lorax_flax.models import registry
+from lorax_flax.models import with_adapter
 
-base = registry.load(resolve({base!r}){new_head})
-saved = adapters.read({folder!r}, base.params, base.keymap)
+base, saved = with_adapter.load({base!r}, {folder!r})
 params = lx.merge(base.params, saved.adapter)
 # outputs = base.module.apply({{"params": params}}, **inputs)
 """

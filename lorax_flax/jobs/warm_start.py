@@ -30,7 +30,7 @@ def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapte
     LoraxError: the two differ in targets, rank or scale.
   """
   ours = getattr(loaded.config, "num_labels", None)  # Of a language model: none.
-  theirs = peft.num_labels(folder, loaded.keymap)
+  theirs = peft.needs(folder, loaded.keymap).num_labels
   params = loaded.params
   if theirs is not None and ours is not None and theirs != ours:
     labels = loaded.keymap.label_paths

@@ -7,6 +7,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.errors import LoraxError
 from lorax_flax.methods.kernel_delta import Plan, Target
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.peft_form import AS_IS, TRANSPOSED, Form, PeftForm
@@ -48,8 +49,16 @@ class LoRA(LowRank):
     "uniform": a uniform within 1 / sqrt(fan in), b zero (PEFT's default, torch
     kaiming_uniform with a = sqrt 5). "gaussian": a normal with std 1 / r, b zero.
     "embedding": a zero, b normal with std 1 (PEFT's Embedding).
+
+    Raises:
+      LoraxError: a start of PEFT's that isn't built here.
     """
     del kernel
+    if target.style not in ("uniform", "gaussian", "embedding"):
+      raise LoraxError(
+        f"init={target.style!r} is how PEFT starts an adapter, and not built here: "
+        "choose init='uniform' or 'gaussian', or read PEFT's adapter with its start"
+      )
     shapes = cls.layer_shapes(target)
     a_shape, b_shape = shapes["a"], shapes["b"]
 

@@ -1,5 +1,6 @@
 """A model family, as the registry knows it."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +32,7 @@ class Family:
     keymap: (config, scan) -> names in a checkpoint, ours and PEFT's.
     inputs: (config) -> ShapeDtypeStructs of the smallest inputs, by name.
     max_length: (config) -> maximal number of tokens of a text; 0 if the input is none.
+    untied: fields of config.json that give tied tables weights of their own.
     dropout: fields of the config that are dropout rates inside the model.
     head_dropout: those before the classifier.
   """
@@ -42,6 +44,9 @@ class Family:
   keymap: Callable[[Any, bool], KeyMap]
   inputs: Callable[[Any], Mapping[str, jax.ShapeDtypeStruct]]
   max_length: Callable[[Any], int]
+  untied: Mapping[str, Any] = dataclasses.field(
+    default_factory=lambda: {"tie_word_embeddings": False}
+  )
   dropout: tuple[str, ...] = ()
   head_dropout: tuple[str, ...] = ()
 

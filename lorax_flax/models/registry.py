@@ -119,6 +119,7 @@ def load(
   new_head: bool = False,
   shardings: Callable[[Any, Any], Any] | None = None,
   untie: bool = False,
+  vocab_size: int | None = None,
 ) -> Loaded:
   """Loads a model from a Hugging Face folder, or from a GGUF file.
 
@@ -133,8 +134,10 @@ def load(
     new_head: replace a head of another width than `num_labels`; otherwise an error.
     shardings: (tree of logical axis names, tree of shapes) -> tree of shardings. Each
       process then reads only the shards of its devices.
-    untie: make a tied head a copy of the token embeddings, with a weight of its own.
-      PEFT adapters that change one of the two need that.
+    untie: give each use of a tied table a weight of its own, a copy. PEFT adapters
+      that change the uses apart need that.
+    vocab_size: number of tokens, where it is not the checkpoint's. New rows are the
+      mean of the others, as transformers starts them but for its noise of 1e-5.
 
   Raises:
     LoraxError: an unknown family, an unsupported config, or keys that do not match.
@@ -144,18 +147,13 @@ def load(
   outline_of = functools.partial(
     outline, num_labels=num_labels, dtype=dtype, scan=scan, remat=remat
   )
-  model = outline_of(hf_config)
-  ties: Mapping[str, str] = {}
-  if untie:
-    if getattr(model.config, "tie_word_embeddings", None) is not True:
-      raise LoraxError(
-        f"untie: a {hf_config['model_type']} of this config has no tied head"
-      )
-    ties = model.keymap.ties
-    model = outline_of({**hf_config, "tie_word_embeddings": False})
+  ties = outline_of(hf_config).keymap.ties if untie else {}
+  model = stored = outline_of(hf_config, untie=untie)
+  if vocab_size is not None:
+    model = outline_of(hf_config, untie=untie, vocab_size=vocab_size)
   # The keys first: a config that claims a thousand layers takes long to trace.
   found = hub_load.find(_open(folder), model.keymap, ties)
-  shapes = _shapes(model)
+  shapes = _shapes(stored)
   axes = model.family.logical_axes
   weights = hub_load.load(
     found,
@@ -164,11 +162,16 @@ def load(
     std=_std(model.config),
     seed=seed,
     new_head=new_head,
-    shardings=shardings and shardings(axes(model.module), shapes),
+    shardings=shardings and shardings(axes(stored.module), shapes),
   )
+  params = weights.params
+  if model is not stored:
+    shapes = _shapes(model)
+    resharded = shardings and shardings(axes(model.module), shapes)
+    params = hub_load.resized(params, shapes, resharded)
   return Loaded(
     **vars(model),
-    params=weights.params,
+    params=params,
     new_paths=weights.new_paths,
     ignored_keys=weights.ignored_keys,
     folder=folder,
@@ -182,9 +185,21 @@ def outline(
   dtype: str = "float32",
   scan: bool = False,
   remat: str = "none",
+  untie: bool = False,
+  vocab_size: int | None = None,
 ) -> Outline:
   """The model of a config.json, without a checkpoint; arguments as of `load`."""
   family = of(hf_config)
+  if untie:
+    if not family.keymap(family.configure(hf_config), scan).ties:
+      raise LoraxError(
+        f"untie: a {hf_config['model_type']} of this config has no tied tables"
+      )
+    hf_config = {**hf_config, **family.untied}
+  if vocab_size is not None:
+    if not hasattr(family.configure(hf_config), "vocab_size"):
+      raise LoraxError(f"a {hf_config['model_type']} has no vocab_size")
+    hf_config = {**hf_config, "vocab_size": vocab_size}
   stacking.check_remat(remat)
   overrides = {} if num_labels is None else {"num_labels": num_labels}
   if overrides and not family.has_labels:

@@ -23,6 +23,9 @@ class ModelSettings:
     scan: whether the layers are stacked and scanned: compiles faster, runs slower on a
       CPU.
     remat: what is recomputed in the backward pass: "none", "full", "dots".
+    untie: whether each use of a tied table gets a weight of its own.
+    vocab_size: number of tokens, where the model is to have more or fewer than the
+      checkpoint; None takes the checkpoint's.
     dropout: rate in the encoder; None takes the checkpoint's.
     head_dropout: rate before the classifier; None takes the checkpoint's.
   """
@@ -33,6 +36,8 @@ class ModelSettings:
   param_dtype: str | None = None
   scan: bool = False
   remat: str = "none"
+  untie: bool = False
+  vocab_size: int | None = None
   dropout: float | None = None
   head_dropout: float | None = None
 
@@ -40,5 +45,7 @@ class ModelSettings:
     check_known("model.dtype", self.dtype, DTYPES)
     if self.param_dtype is not None:
       check_known("model.param_dtype", self.param_dtype, DTYPES)
+    if self.vocab_size is not None and self.vocab_size < 1:
+      raise LoraxError(f"model.vocab_size is {self.vocab_size}, not 1 or more")
     if self.remat not in REMAT:
       raise LoraxError(unknown("model.remat", self.remat, REMAT))

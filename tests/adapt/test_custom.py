@@ -213,6 +213,44 @@ def test_a_rule_ten_times_its_derivative_gives_ten_times_the_gradient():
     np.testing.assert_allclose(got / plain, 10.0, rtol=1e-4)
 
 
+JVPS = {
+  "tangent": lambda p, x: lenient(jnp.sin(x), p["w"]),
+  "turned": lambda p, x: lenient(x[:, :3], jnp.tanh(x[:3] @ p["w"])) @ p["w"].T,
+  "vmapped": lambda p, x: jax.vmap(lambda x: lenient(x, p["w"]))(x[:, None]),
+  "scanned": lambda p, x: lax.scan(
+    lambda c, _: (lenient(jnp.sin(c), p["w"]) @ p["w"].T, None), x, None, length=2
+  )[0],
+}
+
+
+@pytest.mark.parametrize("name", list(JVPS))
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_forward_mode_follows_a_custom_jvp(name, use_dora):
+  fn, params = JVPS[name], {"w": normal(0, 5, 7) * 0.5}
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w", use_dora=use_dora))
+  adapter = perturbed(lora.init(jax.random.key(2), params, X))
+  trained, rest = lx.partition(adapter, lx.trainable_mask(adapter))
+  direction = jax.tree.map(jnp.cos, (trained, X))
+
+  def ours(trained, x):
+    return lora.apply(params, lx.combine(trained, rest), x)
+
+  def dense(trained, x):
+    # DoRA's norm is kept out of the gradient, which merged weights cannot say.
+    delta = lx.combine(trained, rest)["w"]
+    w = params["w"] + delta.delta((5, 7))
+    if use_dora:
+      w *= delta.magnitude[None] / jnp.sqrt(
+        (lax.stop_gradient(w) ** 2).sum(0, keepdims=True)
+      )
+    return fn({"w": w}, x)
+
+  got = jax.jvp(ours, (trained, X), direction)
+  jax.tree.map(close, got, jax.jvp(dense, (trained, X), direction))
+  out, pushed = jax.linearize(ours, trained, X)
+  jax.tree.map(close, (out, pushed(*direction)), got)
+
+
 masked = matmul(back_x, lambda x, w, dy: jnp.clip(x.T @ dy, -0.1, 0.1))
 
 

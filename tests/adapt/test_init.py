@@ -1,5 +1,7 @@
 """How adapters start, drop out, train and come apart."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,3 +162,31 @@ def test_freeze_leaves_frozen_leaves_alone_and_keeps_no_state_for_them():
   assert not np.allclose(new["down"], PARAMS["down"])
   with pytest.raises(lx.LoraxError, match="did you mean 'down'"):
     lx.params_mask(PARAMS, ["dwon"])
+
+
+@pytest.mark.parametrize("form", ["product", "conv"])
+def test_dropout_of_dora_drops_what_its_magnitudes_add_to_the_base_too(form):
+  # PEFT and the paper: x W + (g - 1) drop(x) W + g drop(x) a b; here g = 2, b = 0.
+  shape = (6, 4) if form == "product" else (1, 1, 6, 4)
+  kernel = jax.random.normal(jax.random.key(0), shape)
+
+  def apply_fn(params, x):
+    if form == "product":
+      return x @ params["kernel"]
+    dims = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+      x[:, None, None], params["kernel"], (1, 1), "VALID", dimension_numbers=dims
+    )[:, 0, 0]
+
+  params, x = {"kernel": kernel}, jnp.eye(6).repeat(40, axis=0)
+  config = lx.LoraConfig(targets=["kernel"], rank=2, method="dora", dropout=0.5)
+  lora = lx.adapt(apply_fn, config)
+  ((path, delta),) = lora.init(jax.random.key(1), params, x).items()
+  adapter = {path: dataclasses.replace(delta, magnitude=2 * delta.magnitude)}
+  base = apply_fn(params, x)
+  np.testing.assert_allclose(lora.apply(params, adapter, x), 2 * base, rtol=1e-5)
+  y = lora.apply(params, adapter, x, lora_dropout_key=jax.random.key(2))
+  # An input is dropped, and leaves x W, or doubled, and gives 3 x W.
+  ratio = np.asarray(y / base)
+  np.testing.assert_allclose(ratio, ratio[:, :1].repeat(4, axis=1), rtol=1e-4)
+  assert {*ratio[:, 0].round(3)} == {1.0, 3.0}

@@ -35,6 +35,19 @@ def conv(strides, padding="SAME", **kwargs):
   return fn
 
 
+def gradient_by_input(fn):
+  return lambda p, x: jax.grad(lambda x: jnp.sin(jnp.tanh(fn(p, x))).sum())(x)
+
+
+def absorbed(p, x):
+  """Latent attention: up-projections of keys and values, joined, on the other side."""
+  keys, values = p["w"][:, :, :3], p["w"][:, :, 3:]
+  q = jnp.einsum("bthd,rhd->bthr", jnp.stack([x[..., :3], x[..., 3:]], 2), keys)
+  scores = jax.nn.softmax(jnp.einsum("bthr,bsr->bhts", q, x), -1)
+  mixed = jnp.einsum("bhts,bsr->bthr", scores, x)
+  return jnp.einsum("bthr,rhv->bthv", mixed, values)
+
+
 def scan_const(p, x):
   return lax.scan(lambda c, _: (jnp.tanh(c @ p["w"]), None), x, None, length=3)[0]
 
@@ -187,6 +200,7 @@ PROGRAMS = {
     (1, 3, 5),
     "in out",
   ),
+  "absorbed_both_ways": (absorbed, (6, 2, 7), (2, 5, 6), "out stack in"),
   "loop_over_stack": (
     lambda p, x: jnp.tanh(x @ p["w"][0]) @ p["w"][1],
     (2, 5, 5),
@@ -223,6 +237,18 @@ PROGRAMS = {
     conv((1, 1), feature_group_count=2),
     (3, 3, 4, 6),
     (2, 7, 5, 8),
+    "in in in out",
+  ),
+  "conv_vmapped": (
+    lambda p, x: jax.vmap(lambda x, w: conv((1, 1))({"w": w}, x))(x, p["w"]),
+    (2, 3, 2, 4, 5),
+    (2, 3, 6, 7, 4),
+    "out in in in out",
+  ),
+  "conv_gradient_by_the_input": (
+    gradient_by_input(conv((2, 1), "VALID")),
+    (3, 2, 4, 5),
+    (2, 7, 6, 4),
     "in in in out",
   ),
   "conv_transposed": (
@@ -295,6 +321,51 @@ PROGRAMS = {
     (3, 5),
     "in out",
   ),
+  "times_a_constant_for_each_input": (
+    lambda p, x: x @ (jnp.arange(1.0, 6.0)[:, None] * p["w"]),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "times_constants_for_each_output": (
+    lambda p, x: x @ (p["w"] / jnp.arange(1.0, 8.0)[None] * jnp.full((5, 7), 2.0)),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "times_constants_for_experts_and_outputs": (
+    lambda p, x: jnp.einsum(
+      "ebd,edf->ebf", x, p["w"] * jnp.arange(1.0, 13.0).reshape(3, 1, 4)
+    ),
+    (3, 5, 4),
+    (3, 2, 5),
+    "stack in out",
+  ),
+  "pruned_inputs": (
+    lambda p, x: x @ jnp.where(jnp.arange(5)[:, None] % 2 == 0, p["w"], 0.5),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "pruned_outputs": (
+    lambda p, x: x @ jnp.where(jnp.arange(7)[None] % 2 == 0, 0.0, p["w"]),
+    (5, 7),
+    (3, 5),
+    "in out",
+  ),
+  "pruned_as_scanned": (
+    lambda p, x: lax.scan(
+      lambda c, w: (
+        jnp.tanh(c @ (w * (jnp.arange(5.0) > 1).astype(float)[None])),
+        None,
+      ),
+      x,
+      p["w"],
+    )[0],
+    (2, 5, 5),
+    (3, 5),
+    "stack in out",
+  ),
   "reversed_and_padded": (
     lambda p, x: x @ jnp.pad(lax.rev(p["w"], (0, 1)), ((1, 0), (0, 2))),
     (5, 7),
@@ -332,7 +403,13 @@ def test_program_equals_merged(name):
   adapter = lora.init(jax.random.key(2), params, x)
   assert adapter["w"].roles == tuple(roles.split())
   # XLA fuses a compiled loop in its own way, with its own rounding.
-  loops = ("dynamic_layer", "stacked_lists", "scan_const", "scan_carry")
+  loops = (
+    "dynamic_layer",
+    "pruned_as_scanned",
+    "stacked_lists",
+    "scan_const",
+    "scan_carry",
+  )
   exact = 1e-6 if name in loops else 0.0
   np.testing.assert_allclose(
     lora.apply(params, adapter, x), fn(params, x), rtol=exact, atol=exact
@@ -349,7 +426,7 @@ def test_program_equals_merged(name):
 ELSEWHERE = {
   "checkpoint", "closed_call", "copy", "copy_p", "core_call", "custom_jvp_call",
   "custom_vjp_call", "custom_vmap_call", "pcast", "pjit", "pvary", "reduce_sum",
-  "remat2", "stack", "while",
+  "remat2", "stack", "stop_gradient", "while",
 }  # fmt: skip
 
 
@@ -388,6 +465,65 @@ def test_a_function_with_a_vmap_rule_of_its_own_is_entered():
   adapter = perturbed(lora.init(jax.random.key(2), params, x))
   want = fn(lx.merge(params, adapter), x)
   np.testing.assert_allclose(lora.apply(params, adapter, x), want, rtol=1e-5, atol=1e-5)
+
+
+ALL = jnp.arange(35.0).reshape(5, 7)
+NOT_LINEAR_ENOUGH = {
+  "masked": (lambda w, x: x @ jnp.where(ALL % 2 == 0, w, 0.0), "select_n"),
+  "chosen": (lambda w, x: x @ jnp.where(ALL % 2 == 0, w, 2.0 * w), "select_n"),
+  "scaled": (lambda w, x: x @ (w * ALL), "mul"),
+  "scaled_by_data": (lambda w, x: x @ (w * x[0][:, None]), "mul"),
+  "batched": (lambda w, x: ((x[:, :, None] + ALL[None]) * w[None]).sum(1), "mul"),
+  "normalised": (lambda w, x: x @ (w / jnp.sqrt((w * w).sum(0, keepdims=True))), "mul"),
+  "quotient": (lambda w, x: x @ (1.0 / w), "div"),
+}
+
+
+@pytest.mark.parametrize("name", list(NOT_LINEAR_ENOUGH))
+def test_a_step_that_no_low_rank_delta_survives_is_refused_by_the_plan(name):
+  step, primitive = NOT_LINEAR_ENOUGH[name]
+  params, x = {"w": normal(0, 5, 7), "v": normal(1, 7, 4)}, normal(2, 3, 5)
+  fn = lambda p, x: jnp.tanh(step(p["w"], x)) @ p["v"]
+  named = lx.adapt(fn, lx.LoraConfig(targets="w"))
+  with pytest.raises(lx.LoraxError, match=f"'w' is used by '{primitive}'"):
+    named.plan(params, x)
+  plan = lx.adapt(lambda p, x: fn(p, x) @ p["h"], lx.LoraConfig(targets="all-linear"))
+  plan = plan.plan(params | {"h": normal(3, 4, 2)}, x)
+  assert [t.path for t in plan.targets] == ["v"]
+  assert "w" in plan.left_out
+
+
+def test_a_step_whose_result_nobody_uses_is_left_out():
+  def fn(p, x):
+    jnp.concatenate([p["w"].reshape(-1), jnp.ones(2)])
+    return jnp.tanh(x @ p["w"]) @ p["v"]
+
+  params, x = {"w": normal(0, 5, 7), "v": normal(1, 7, 4)}, normal(2, 3, 5)
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="all-linear"))
+  adapter = perturbed(lora.init(jax.random.key(2), params, x))
+  check_equals_merged(lora, fn, params, adapter, x)
+
+
+def test_a_token_that_is_joined_to_the_data_is_no_kernel():
+  def fn(p, x):
+    x = jnp.concatenate([p["token"], x]) + p["bias"]
+    return jnp.tanh(x @ p["w"]) @ p["v"]
+
+  params = {"w": normal(0, 5, 7), "v": normal(1, 7, 4)}
+  params |= {"token": normal(2, 1, 5), "bias": normal(3, 1, 5)}
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="all-linear"))
+  plan = lora.plan(params, normal(4, 3, 5))
+  assert [t.path for t in plan.targets] == ["w"]
+  assert plan.heads == ("v",)
+
+
+def test_a_stopped_gradient_stops_that_of_the_delta():
+  fn = lambda p, x: jnp.tanh(x @ lax.stop_gradient(p["w"])) @ p["w"].T
+  params, x = {"w": normal(0, 5, 7)}, normal(1, 3, 5)
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
+  adapter = perturbed(lora.init(jax.random.key(2), params, x))
+  check_equals_merged(lora, fn, params, adapter, x)
+  check_no_dense_gradient(lora, params, adapter, x)
 
 
 def test_a_weight_in_a_sum_with_data_is_no_kernel():

@@ -126,9 +126,9 @@ def test_a_head_of_another_width_comes_along(base, tmp_path):
   _peft_folder(tmp_path / "five", tmp_path / "adapter")
   keymap = registry.load(base).keymap
   convert(str(base), str(tmp_path / "adapter"), str(tmp_path / "ours"))
-  assert adapters.num_labels(tmp_path / "ours", keymap) == 5
+  assert adapters.needs(tmp_path / "ours", keymap).num_labels == 5
   convert(str(base), str(tmp_path / "ours"), str(tmp_path / "lora"), "loralib")
-  assert adapters.num_labels(tmp_path / "lora", keymap) == 5
+  assert adapters.needs(tmp_path / "lora", keymap).num_labels == 5
   back = tmp_path / "back"
   convert(str(base), str(tmp_path / "lora"), str(back), "peft", alpha=8)
   want, got = load_file(tmp_path / "adapter" / WEIGHTS), load_file(back / WEIGHTS)

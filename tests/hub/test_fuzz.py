@@ -80,7 +80,7 @@ def read_base(folder):
 
 def read_adapter(folder, loaded):
   adapter, _ = hub_peft.read_adapter(folder, loaded.params, loaded.keymap)
-  hub_peft.num_labels(folder, loaded.keymap)
+  hub_peft.needs(folder, loaded.keymap)
   # What multiplies A B may have been changed, and nobody could tell.
   return {
     f"{path}/{name}": getattr(delta, name)

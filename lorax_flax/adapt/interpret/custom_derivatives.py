@@ -1,18 +1,20 @@
 """Functions with a derivative rule of their own (custom_jvp, custom_vjp).
 
 Where a weight goes into one, the rule is followed and not the derivative of what the
-function computes. The call is rebuilt: forward and backward program are those of the
-rule, rewritten. What the rule gives as the weight's gradient is never formed: it is
-followed back to the contraction of two smaller arrays that makes it, and these are
-contracted with the factors, by transposing the equations between.
+function computes. The call is rebuilt with the rule's programs, rewritten: that of
+tangents, or the forward and the backward one. What a backward program gives as the
+weight's gradient is never formed: it is followed back to the contraction of two smaller
+arrays that makes it, and these are contracted with the factors, by transposing the
+equations between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from lorax_flax.adapt.interpret import call_rules
@@ -22,14 +24,96 @@ from lorax_flax.adapt.interpret.view import View, is_view
 from lorax_flax.errors import LoraxError
 
 
-def _ruled(run: Any, eqn: Any, described: jx.Call, operands: list[Any]) -> list[Any]:
-  name = jx.rule_name(eqn)
+def _entered(run: Any, name: str, operands: Sequence[Any]) -> Any:
+  """The run inside a function with a rule of its own, of this name."""
   for x in operands:
     if is_view(x) and x.bias is not None:
       raise Unsupported(f"{name} has its own derivative; a bias cannot join it")
     if is_view(x) and x.dropout and run.dropout_key is not None:
       raise Unsupported(f"{name} has its own derivative; dropout cannot join it")
-  inside = replace(run, inside=f" inside {name}")
+  return replace(run, inside=f" inside {name}")
+
+
+def _tangents(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[Any]:
+  """A custom_jvp: its rule's program, run on the weights and on their changes.
+
+  The changes stay unevaluated too, in the backward pass as well: JAX transposes the
+  program that was rewritten.
+  """
+  inside = _entered(run, jx.rule_name(eqn), operands)
+
+  @jax.custom_jvp
+  def ruled(*operands):
+    return call_rules.programs(inside, eqn, call)[0](*operands)
+
+  def forward(primals, tangents):
+    moves = list(map(_moves, tangents))
+    program, n = jx.tangent(eqn, moves), len(eqn.outvars)
+    pairs = [pair for m, *pair in zip(moves, primals, tangents, strict=True) if m]
+    results: list[Any] = []
+    changes: list[list[Any]] = []
+    for moving in _changes(pairs):
+      values = inside.plain(
+        eqn.primitive.name, inside.closed(program, [*primals, *moving])
+      )
+      results, change = values[:n], values[n:]
+      changes.append(change)
+    sums = iter([sum(xs[1:], xs[0]) for xs in zip(*changes, strict=True)])
+    return results, [
+      next(sums) if jx.is_float(y) else np.zeros(y.shape, jax.dtypes.float0)
+      for y in results
+    ]
+
+  ruled.defjvp(forward, symbolic_zeros=True)
+  return list(ruled(*operands))
+
+
+def _is_zero_tangent(x: Any) -> bool:
+  return isinstance(x, SymbolicZero)
+
+
+def _moves(tangent: Any) -> bool:
+  leaves = jax.tree.leaves(tangent, is_leaf=_is_zero_tangent)
+  return not all(map(_is_zero_tangent, leaves))
+
+
+def _changes(pairs: Sequence[Sequence[Any]]) -> Iterator[list[Any]]:
+  """Tangents of some operands, in parts, each linear in what moves; they add up.
+
+  Those of out_scale * (W + a b) are out_scale * (dW + da b), out_scale * a db, and the
+  change of out_scale.
+  """
+  yield [
+    _change(x, value=t.value, a=t.a) if is_view(x) else _made(t, x) for x, t in pairs
+  ]
+  for i, (x, t) in enumerate(pairs):
+    parts = []
+    if is_view(x) and _moves(t.b):
+      parts.append(_change(x, b=t.b))
+    if is_view(x) and _moves(t.out_scale):
+      parts.append(replace(x, out_scale=t.out_scale))
+    for part in parts:
+      still = [_change(y) if is_view(y) else jnp.zeros_like(y) for y, _ in pairs]
+      yield [*still[:i], part, *still[i + 1 :]]
+
+
+def _made(tangent: Any, x: Any) -> Any:
+  return tangent if _moves(tangent) else jnp.zeros_like(x)
+
+
+def _change(x: View, value: Any = None, a: Any = None, b: Any = None) -> View:
+  """The change of a weight where its value and one of its factors move."""
+  if value is None or not _moves(value):
+    value = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  if a is not None and _moves(a):
+    return replace(x, value=value, a=a)
+  return replace(x, value=value, b=jnp.zeros_like(x.b) if b is None else b)
+
+
+def _ruled(run: Any, eqn: Any, described: jx.Call, operands: list[Any]) -> list[Any]:
+  """A custom_vjp: its forward and backward programs, rewritten."""
+  name = jx.rule_name(eqn)
+  inside = _entered(run, name, operands)
 
   def plain(values):
     return inside.plain(eqn.primitive.name, values)
@@ -266,4 +350,4 @@ def _is_zero(eqn: Any) -> bool:
   )
 
 
-RULES = {"custom_jvp_call": _ruled, "custom_vjp_call": _ruled}
+RULES = {"custom_jvp_call": _tangents, "custom_vjp_call": _ruled}

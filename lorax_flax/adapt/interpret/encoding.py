@@ -23,6 +23,17 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
   return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
 
+def equations(jaxpr: Any) -> list[Any]:
+  """The equations of an open jaxpr that its results need, or that have an effect."""
+  needed = {x for x in jaxpr.outvars if not isinstance(x, Literal)}
+  found = []
+  for eqn in reversed(jaxpr.eqns):
+    if eqn.effects or not needed.isdisjoint(eqn.outvars):
+      found.append(eqn)
+      needed.update(x for x in eqn.invars if not isinstance(x, Literal))
+  return found[::-1]
+
+
 def bind(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
   """Results of an equation on `values`, with some of its parameters changed."""
   prepared = eqn.primitive.get_bind_params(eqn.params | changed)
@@ -213,6 +224,30 @@ def rule(eqn: Any, moves: Sequence[bool]) -> Rule:
   return Rule(traced, _flat(jax.make_jaxpr(bwd)(structs, list(filter(is_float, outs)))))
 
 
+def tangent(eqn: Any, moves: Sequence[bool]) -> Any:
+  """The rule of a custom_jvp call as a program.
+
+  Args:
+    moves: for each operand, whether it has a tangent.
+
+  Returns:
+    a program from (the operands, the tangents of those that move) to (the results, the
+    tangents of those that are floating).
+  """
+  avals = [struct(v.aval) for v in eqn.invars]
+
+  def forward(operands, tangents):
+    def call(*moving):
+      return bind(eqn, _woven(moves, moving, still))
+
+    moving, still = _apart(moves, operands)
+    results, changes = jax.jvp(call, moving, tangents)
+    pairs = zip(results, changes, strict=True)
+    return results, [change for y, change in pairs if is_float(y)]
+
+  return jax.make_jaxpr(forward)(avals, _apart(moves, avals)[0])
+
+
 def transposed(eqn: Any, numbers: Sequence[int]) -> Any:
   """The transpose of an equation that is linear in the operands with these numbers.
 
@@ -232,6 +267,27 @@ def transposed(eqn: Any, numbers: Sequence[int]) -> Any:
 
   linear, others = _apart(is_linear, avals)
   return _flat(jax.make_jaxpr(back)(struct(eqn.outvars[0].aval), *others))
+
+
+def spread(jaxpr: Any) -> dict[Any, tuple[int, ...]]:
+  """Shapes of broadcast values, 1 on the axes along which they are constant."""
+  found: dict[Any, tuple[int, ...]] = {}
+  for eqn in open_jaxpr(jaxpr)[0].eqns:
+    if eqn.primitive.name == "broadcast_in_dim":
+      source, (out,) = eqn.invars[0], eqn.outvars
+      sizes = zip(
+        eqn.params["broadcast_dimensions"], _spread_of(source, found), strict=True
+      )
+      shape = dict.fromkeys(range(len(out.aval.shape)), 1) | dict(sizes)
+      found[out] = tuple(shape.values())
+    elif eqn.primitive.name == "convert_element_type":
+      found[eqn.outvars[0]] = _spread_of(eqn.invars[0], found)
+  return found
+
+
+def _spread_of(atom: Any, found: Mapping[Any, tuple[int, ...]]) -> tuple[int, ...]:
+  shape = tuple(atom.aval.shape)
+  return shape if isinstance(atom, Literal) else found.get(atom, shape)
 
 
 def shards(x: Any) -> list[str]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lorax_flax.adapt.interpret import (
   call_rules,
   custom_derivatives,
+  layout_rules,
   look_ups,
   product_rules,
 )
@@ -41,6 +42,7 @@ class Run:
     may_materialize: whether W + delta may be formed where a delta cannot follow.
     inside: the rule that is being followed, for messages.
     strict: where a delta cannot follow, raise `Unsupported` whatever is allowed.
+    spread: of the variables met so far, those that were broadcast: `encoding.spread`.
   """
 
   dropout_key: jax.Array | None
@@ -49,15 +51,17 @@ class Run:
   strict: bool = False
   used: set[str] = field(default_factory=set)
   sites: dict[str, int] = field(default_factory=dict)
+  spread: dict[Any, tuple[int, ...]] = field(default_factory=dict)
 
   def jaxpr(self, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]) -> list:
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, operands, strict=True))
+    self.spread.update(jx.spread(jaxpr))
 
     def read(atom):
       return atom.val if isinstance(atom, jx.Literal) else env[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn in jx.equations(jaxpr):
       results = self.equation(eqn, [read(a) for a in eqn.invars])
       env.update(zip(eqn.outvars, results, strict=True))
     return [read(a) for a in jaxpr.outvars]
@@ -90,7 +94,10 @@ class Run:
         return CALL_RULES[name](self, eqn, call, operands)
       if name in look_ups.RULES:
         with jx.scope(eqn):
-          return list(look_ups.RULES[name](eqn, operands, _on_values(eqn, operands)))
+          out = _on_values(eqn, operands)
+          if name in layout_rules.ELEMENTWISE:
+            operands = list(map(self.narrow, eqn.invars, operands))
+          return list(look_ups.RULES[name](eqn, operands, out))
       if name in product_rules.RULES:
         product_rules.axes_of(eqn, operands)
 
@@ -107,6 +114,12 @@ class Run:
       why = "it has no rule"
     dense = [self.materialize(name, x, why) if is_view(x) else x for x in operands]
     return jx.bind(eqn, dense)
+
+  def narrow(self, atom: Any, x: Any) -> Any:
+    """A value without the axes along which it was broadcast; their size is 1."""
+    if is_view(x) or isinstance(atom, jx.Literal) or atom not in self.spread:
+      return x
+    return x[tuple(slice(n) for n in self.spread[atom])]
 
   def materialize(self, primitive: str, view: View, why: str = "it has no rule") -> Any:
     """W + delta, where that was allowed; otherwise an error that names both."""

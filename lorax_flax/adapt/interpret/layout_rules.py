@@ -26,10 +26,12 @@ class Unsupported(Exception):
 
 
 def _transpose(eqn, operands, out):
-  (view,) = operands
-  perm = jx.param(eqn, "permutation")
-  dims = [view.dims[i] for i in perm]
-  return [view.on_all(lambda t: t.transpose((*perm, len(perm))), out[0], dims)]
+  return [_transposed(operands[0], jx.param(eqn, "permutation"), out[0])]
+
+
+def _transposed(view: View, order: Sequence[int], value: Any) -> View:
+  turn = lambda t: t.transpose((*order, len(order)))
+  return view.on_all(turn, value, [view.dims[i] for i in order])
 
 
 def _same(eqn, operands, out):
@@ -124,8 +126,10 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]):
 
 def _reshape(eqn, operands, out):
   view, shape = operands[0], tuple(out[0].shape)
-  if jx.param(eqn, "dimensions") is not None:
-    raise Unsupported("a reshape that transposes")
+  order = jx.param(eqn, "dimensions")
+  if order is not None:
+    turned = jax.ShapeDtypeStruct([view.shape[i] for i in order], view.dtype)
+    view = _transposed(view, order, turned)
   groups = reshape_groups(view.shape, shape)
   dims: list[Dim] = [NO_ROLE] * len(shape)
   for left, right in groups:
@@ -278,19 +282,49 @@ def _rev(eqn, operands, out):
   return [view.on_all(lambda t: lax.rev(t, axes), out[0], view.dims)]
 
 
-def _scalar(eqn, operands, out):
-  """A product with, or a quotient by, a scalar."""
+def _scaled(eqn, operands, out):
+  """A product with, or a quotient by, values that are no weight."""
+  is_quotient = eqn.primitive.name == "div"
   view, other = operands if is_view(operands[0]) else operands[::-1]
-  name = eqn.primitive.name
-  if is_view(other) or getattr(other, "ndim", 0) != 0:
-    raise Unsupported("elementwise with an array")
-  if name == "div" and not is_view(operands[0]):
-    raise Unsupported("a division by the weight")
+  if is_view(other) or (is_quotient and not is_view(operands[0])):
+    raise Unsupported("a product with a weight, or a quotient by one")
+  factor = lambda: 1.0 / _float(other) if is_quotient else _float(other)
+  return [_times(view, other, factor, out[0])]
+
+
+def _select(eqn, operands, out):
+  """A weight where a mask chooses it, and values that are no weight elsewhere."""
+  which, *cases = operands
+  ((number, view), *others) = ((i, x) for i, x in enumerate(cases) if is_view(x))
+  if is_view(which) or others or view.out_scale is not None:
+    raise Unsupported("a choice among weights, or of a weight with an out_scale")
+  factor = lambda: _float(jnp.asarray(which, jnp.int32) == number)
+  return [_times(view, which, factor, out[0])]
+
+
+def _float(x: Any) -> jax.Array:
+  return jnp.asarray(x, jnp.float32)
+
+
+def _times(view: View, other: Any, factor: Callable[[], jax.Array], value) -> View:
+  """The delta times a factor of the shape of `other`, elementwise.
+
+  It stays of low rank where the factor varies along axes of one role alone, and along
+  stack axes. Of axes without a role yet, all of them are inputs and outputs.
+  """
+  shape = tuple(getattr(other, "shape", ())) or (1,) * len(view.dims)
+  axes = [i for i, n in enumerate(shape) if n != 1]
+  held = [i for i, d in enumerate(view.dims) if d.labels and view.shape[i] != 1]
+  roles = view.roles_of(axes) - {"stack", "?"}
+  if not set(axes) <= set(held):
+    raise Unsupported("elementwise with an array along an axis that the weight lacks")
+  if len(roles) > 1 or (len(axes) > 1 and axes == held):
+    raise Unsupported("elementwise with an array that varies along inputs and outputs")
   if view.b is None:
-    return [replace(view, value=out[0])]
-  factor = jnp.asarray(other, jnp.float32)
-  b = view.b / factor if name == "div" else view.b * factor
-  return [replace(view, value=out[0], b=b)]
+    return replace(view, value=value)
+  by = factor().reshape((*shape, 1))
+  parts = {"a": view.a * by} if roles == {"in"} else {"b": view.b * by}
+  return replace(view, value=value, **parts)
 
 
 def _neg(eqn, operands, out):
@@ -468,9 +502,9 @@ RULES: dict[str, Callable[[Any, list, list], list[View]]] = {
   "copy": _same,
   "copy_p": _same,
   "cumsum": _cumsum,
-  "div": _scalar,
+  "div": _scaled,
   "dynamic_slice": _dynamic_slice,
-  "mul": _scalar,
+  "mul": _scaled,
   "name": _same,
   "neg": _neg,
   "optimization_barrier": _barrier,
@@ -483,15 +517,20 @@ RULES: dict[str, Callable[[Any, list, list], list[View]]] = {
   "reshape": _reshape,
   "reshard": _same,
   "rev": _rev,
+  "select_n": _select,
   "sharding_constraint": _same,
   "slice": _slice,
   "split": _split,
   "squeeze": _squeeze,
   "stack": _stack,
+  "stop_gradient": _vary,
   "sub": _shift,
   "tile": _tile,
   "transpose": _transpose,
 }
 
-# Those that follow a weight only where the other operand is a constant.
-WITH_CONSTANTS = {"add", "sub"}
+# Those that are given other operands without the axes along which these are constant.
+ELEMENTWISE = {"div", "mul", "select_n"}
+
+# Those that follow a weight only where other operands, but scalars, are constants.
+WITH_CONSTANTS = {"add", "concatenate", "div", "mul", "pad", "select_n", "stack", "sub"}

@@ -19,11 +19,16 @@ from lorax_flax.methods.parts import dense
 
 
 class Axes(NamedTuple):
-  """Axes of a weight by what a primitive does with them."""
+  """Axes of a weight by what a primitive does with them.
+
+  Attributes:
+    window: of a convolution; it is contracted, and either factor may carry it.
+  """
 
   contracted: tuple[int, ...]
   shared: tuple[int, ...]
   kept: tuple[int, ...]
+  window: tuple[int, ...] = ()
 
 
 def axes_of(eqn: Any, operands: list[Any]) -> Axes:
@@ -33,19 +38,21 @@ def axes_of(eqn: Any, operands: list[Any]) -> Axes:
     raise Unsupported("a product of two adapted weights")
   n, name = len(operands[where[0]].dims), eqn.primitive.name
   numbers = jx.param(eqn, "dimension_numbers")
+  window: tuple[int, ...] = ()
   if name == "dot_general":
     contract, batch = numbers
     contracted, shared = tuple(contract[where[0]]), tuple(batch[where[0]])
   elif where[0] != 1:
     raise Unsupported("a weight in the place of the input")
   else:
-    contracted, shared = tuple(numbers.rhs_spec[1:]), ()
+    contracted, shared = (numbers.rhs_spec[1],), ()
+    window = tuple(numbers.rhs_spec[2:])
     if jx.param(eqn, "batch_group_count") != 1:
       raise Unsupported("batch_group_count")
-  kept = tuple(i for i in range(n) if i not in (*contracted, *shared))
+  kept = tuple(i for i in range(n) if i not in (*contracted, *shared, *window))
   if not contracted:
     raise Unsupported("a product that contracts nothing")
-  return Axes(contracted, shared, kept)
+  return Axes(contracted, shared, kept, window)
 
 
 def site(eqn: Any) -> str:
@@ -109,6 +116,19 @@ def _finished(y: jax.Array, view: View, place: Callable) -> jax.Array:
   return y
 
 
+def _kept(base: jax.Array, x: jax.Array, dropped: jax.Array, view: View, product):
+  """The base's product as two: one that stays as it is, and one that the delta changes.
+
+  Dropout acts on all that a delta adds, and an out_scale adds to the base's product
+  too: (out_scale - 1) x W (arXiv 2402.09353, as PEFT computes it).
+  """
+  alone = isinstance(base, jax.ShapeDtypeStruct)
+  if alone or dropped is x or view.out_scale is None:
+    return None, base
+  changed = product(dropped)
+  return base - changed, changed
+
+
 def _no_bias(view: View):
   if view.bias is not None:
     raise Unsupported("a bias of its own where the weight is used the other way round")
@@ -147,7 +167,9 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   other, other_names = _named(other, w)
   middle = [c for c in xs if c not in summed]
   middle += [c for c in contracted_names if c not in (*summed, *middle, "z")]
-  x = drop(view, x)
+  dropped = drop(view, x)
+  kept, base = (None, base) if turned else _kept(base, x, dropped, view, product)
+  x = dropped
   x, xs, out = _merged(x, xs, names_out, "".join(x_free))
   middle = [c for c in middle if c in xs or c not in x_free]
   kwargs = {"precision": jx.param(eqn, "precision")}
@@ -169,7 +191,10 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   told |= set(x_free)
   sizes = zip(names_out, base.shape, strict=True)
   y = _sum(base, y.reshape([n if c in told else 1 for c, n in sizes]))
-  return y if turned else _finished(y, view, lambda t: _placed(t, w, names_out))
+  if turned:
+    return y
+  y = _finished(y, view, lambda t: _placed(t, w, names_out))
+  return y if kept is None else kept + y
 
 
 def _merged(x, xs, out, free: str) -> tuple[jax.Array, list[str], list[str]]:
@@ -194,40 +219,60 @@ def _named_keeping(t, letters, always) -> tuple[jax.Array, str]:
 
 
 def conv(eqn, operands, product, drop) -> jax.Array:
-  """base + conv(x, contracted) other: the same window into r channels, then 1 x 1."""
+  """base + conv(x, contracted) other, the window on the factor that carries it.
+
+  That is the same window into r channels and then 1 x 1, or, in the gradient by the
+  input of such a convolution, 1 x 1 first.
+  """
   x, view = operands
-  axes, d = axes_of(eqn, operands), jx.param(eqn, "dimension_numbers")
-  groups = jx.param(eqn, "feature_group_count")
-  contracted, other = _contracted_and_other(view, axes)
-  out_axis, rank = d.rhs_spec[0], contracted.shape[-1]
-  if view.roles_of((out_axis,)) & view.roles_of(axes.contracted):
+  d, groups = jx.param(eqn, "dimension_numbers"), jx.param(eqn, "feature_group_count")
+  out_axis, in_axis, *window = d.rhs_spec
+  sides = Axes((in_axis,), (), (out_axis,))
+  contracted, other = _contracted_and_other(view, sides)
+  if view.roles_of((out_axis,)) & view.roles_of((in_axis,)):
     raise Unsupported("a convolution over both factors' axes")
   if contracted is view.b:
     _no_bias(view)
     if view.out_scale is not None:
       raise Unsupported("a convolution over its outputs")
-  base = product(x)
+  rank, precision = contracted.shape[-1], jx.param(eqn, "precision")
   place = lambda t: _on_channel(t, d, out_axis)
+  base, dropped = product(x), drop(view, x)
+  kept, base = _kept(base, x, dropped, view, product)
+  x = dropped
+
+  def windowed(x, kernel):
+    return jx.bind(eqn, [x, kernel.astype(x.dtype)], preferred_element_type=None)[0]
+
+  def finished(y):
+    y = _finished(_sum(base, y), view, place)
+    return y if kept is None else kept + y
+
   if groups * rank > view.shape[out_axis]:
     # The factor would give more channels than the kernel does: the kernel's change is
     # smaller than these activations, and is formed.
     change = jnp.broadcast_to(dense(contracted, other, jnp.float32), view.shape)
-    x = drop(view, x)
-    (y,) = jx.bind(eqn, [x, change.astype(x.dtype)])
-    return _finished(_sum(base, y), view, place)
+    return finished(windowed(x, change))
+  if any(other.shape[i] != 1 for i in window):
+    if groups > 1 or any(contracted.shape[i] != 1 for i in window):
+      raise Unsupported("a convolution whose window both factors carry, or in groups")
+    channel = d.lhs_spec[1]
+    narrow = contracted.reshape(contracted.shape[in_axis], rank).astype(x.dtype)
+    z = jnp.einsum(
+      "...i,iz->...z", jnp.moveaxis(x, channel, -1), narrow, precision=precision
+    )
+    kernel = jnp.moveaxis(other.squeeze(in_axis), -1, in_axis)
+    return finished(windowed(jnp.moveaxis(z, -1, channel), kernel))
   kernel = jnp.moveaxis(contracted.squeeze(out_axis), -1, out_axis)
   # Every group reads its own inputs by the same contracted factor.
-  kernel = jnp.concatenate([kernel] * groups, axis=out_axis)
-  x = drop(view, x)
-  (z,) = jx.bind(eqn, [x, kernel.astype(x.dtype)], preferred_element_type=None)
+  z = windowed(x, jnp.concatenate([kernel] * groups, axis=out_axis))
   channel = d.out_spec[1]
   z = jnp.moveaxis(z, channel, -1)  # (..., groups * r)
   z = z.reshape((*z.shape[:-1], groups, rank))
   other = jnp.moveaxis(other, out_axis, 0).reshape((groups, -1, rank))
-  precision = jx.param(eqn, "precision")
   y = jnp.einsum("...gz,goz->...go", z, other.astype(x.dtype), precision=precision)
   y = jnp.moveaxis(y.reshape((*y.shape[:-2], -1)), -1, channel)
-  return _finished(_sum(base, y), view, place)
+  return finished(y)
 
 
 def _on_channel(t: jax.Array, d: Any, out_axis: int) -> jax.Array:

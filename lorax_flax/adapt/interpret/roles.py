@@ -91,12 +91,14 @@ class Discovery:
     fed: the weights whose products' results feed a weight's product.
     heads: the weights whose product's result is an output: it reaches outputs through
       no other product, and feeds none.
+    spread: of the variables met, those that were broadcast: `encoding.spread`.
   """
 
   usage: dict[str, Usage]
   stack: set[tuple[str, int]] = field(default_factory=set)
   fed: set[str] = field(default_factory=set)
   heads: frozenset[str] = frozenset()
+  spread: dict[Any, tuple[int, ...]] = field(default_factory=dict)
 
   def problem(self, views: Sequence[View], primitive: str, why: str):
     for view in views:
@@ -184,11 +186,12 @@ def _flows(values: Sequence[Any]) -> list[Flow]:
 def _run(found: Discovery, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
   env: dict[Any, Any] = dict.fromkeys(jaxpr.constvars, flow.NOTHING)
   env.update(zip(jaxpr.invars, operands, strict=True))
+  found.spread.update(jx.spread(jaxpr))
 
   def read(atom):
     return flow.NOTHING if isinstance(atom, jx.Literal) else env[atom]
 
-  for eqn in jaxpr.eqns:
+  for eqn in jx.equations(jaxpr):
     results = _equation(found, eqn, [read(a) for a in eqn.invars])
     env.update(zip(eqn.outvars, results, strict=True))
   return [read(a) for a in jaxpr.outvars]
@@ -225,8 +228,11 @@ def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   ]
   try:
     if name in look_ups.RULES:
-      if moves and name in layout_rules.WITH_CONSTANTS:
-        raise Unsupported("a sum with what depends on the inputs")
+      is_array = any(x.shape for x in shown if not is_view(x) and hasattr(x, "shape"))
+      if moves and name in layout_rules.WITH_CONSTANTS and is_array:
+        raise Unsupported("elementwise with what depends on the inputs")
+      if name in layout_rules.ELEMENTWISE:
+        shown = [_narrow(found, x, a) for x, a in zip(shown, eqn.invars, strict=True)]
       outs = look_ups.RULES[name](eqn, shown, [_abstract(v) for v in eqn.outvars])
       if name == "dynamic_slice" and not any(
         flow.ASIDE & x.through for x in _flows(operands)
@@ -250,6 +256,13 @@ def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   for table in tables:
     result = result | _rows(found, table)
   return [result] * len(eqn.outvars)
+
+
+def _narrow(found: Discovery, x: Any, atom: Any) -> Any:
+  """The shape of a value without the axes along which it was broadcast."""
+  if is_view(x) or isinstance(atom, jx.Literal) or atom not in found.spread:
+    return x
+  return jax.ShapeDtypeStruct(found.spread[atom], x.dtype)
 
 
 def _moves(operands: Sequence[Any]) -> bool:
@@ -288,7 +301,7 @@ def _added(found: Discovery, bias: View, to: Flow, result: Flow) -> Flow:
 def _record(found: Discovery, view: View, primitive: str, axes: product_rules.Axes):
   sites: dict[str, dict[int, str]] = {path: {} for path in view.paths()}
   chosen = look_ups.chosen(view, axes)
-  for role, numbers in zip(("in", "stack", "out"), axes, strict=True):
+  for role, numbers in zip(("in", "stack", "out", "window"), axes, strict=True):
     for i in numbers:
       if view.dims[i].role == "stack" or i in chosen:
         continue
@@ -396,17 +409,21 @@ def roles(found: Discovery, path: str, ndim: int) -> tuple[str, ...]:
   stacked = {axis for (p, axis) in found.stack if p == path}
   sites = sorted(found.usage[path].sites, key=lambda site: site[0] != "gather")
   # Two uses may be each other's transpose, as with an embedding tied to the logits.
-  swap = {"in": "out", "out": "in", "stack": "stack"}
+  swap = {"in": "out", "out": "in", "stack": "stack", "window": "window"}
+  agree = lambda x, y: x == y or "window" in (x, y)
   agreed = dict(sites[0][1])
   for primitive, site in sites[1:]:
     common = agreed.keys() & site.keys()
-    straight = all(agreed[i] == site[i] for i in common)
-    if not straight and not all(agreed[i] == swap[site[i]] for i in common):
+    straight = all(agree(agreed[i], site[i]) for i in common)
+    if not straight and not all(agree(agreed[i], swap[site[i]]) for i in common):
       raise Unsupported(
         f"{primitive} splits its axes into {site}, {sites[0][0]} into {agreed}"
       )
     for i, role in site.items():
-      agreed.setdefault(i, role if straight else swap[role])
+      if agreed.get(i, "window") == "window":
+        agreed[i] = role if straight else swap[role]
+  # A convolution's window is on its inputs' side, unless other products say otherwise.
+  agreed = {i: "in" if role == "window" else role for i, role in agreed.items()}
   # An axis that was indexed away before every product holds separate weights.
   found_roles = tuple(
     "stack" if i in stacked else agreed.get(i, "stack") for i in range(ndim)

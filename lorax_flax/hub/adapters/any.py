@@ -12,6 +12,7 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import folder as peft
+from lorax_flax.hub.peft.needs import Needs
 from lorax_flax.methods import Tuned
 
 Form = Literal["peft", "loralib", "orbax"]
@@ -26,6 +27,10 @@ def form(source: str | Path) -> Form:
   source = Path(source).expanduser()
   if (source / peft_config.CONFIG_FILE).is_file():
     return "peft"
+  if source.is_file() and (source.parent / peft_config.CONFIG_FILE).is_file():
+    raise LoraxError(
+      f"{source} is a file of a PEFT folder: give the folder, {source.parent}"
+    )
   if orbax_adapter.is_ours(source):
     return "orbax"
   if loralib.is_state_dict(source) or (source / loralib.FILE).is_file():
@@ -103,14 +108,14 @@ def read(
   )
 
 
-def num_labels(source: str | Path, keymap: KeyMap) -> int | None:
-  """The number of labels of an adapter's head; None where it has no head."""
+def needs(source: str | Path, keymap: KeyMap) -> Needs:
+  """Requirements of an adapter for its base, whose key map this is."""
   source, kind = Path(source).expanduser(), form(source)
   if kind == "peft":
-    return peft.num_labels(source, keymap)
+    return peft.needs(source, keymap)
   if kind == "orbax":
-    return orbax_adapter.num_labels(source, keymap)
-  return loralib.num_labels(_state_dict(source), keymap)
+    return orbax_adapter.needs(source, keymap)
+  return Needs(loralib.num_labels(_state_dict(source), keymap))
 
 
 def _state_dict(source: Path) -> Path:

@@ -23,6 +23,7 @@ from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.files import atomic
 from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.hub.peft.needs import Needs
 from lorax_flax.methods import METHODS, Adapter, Delta, Tuned
 
 FILE = "adapter.json"
@@ -43,6 +44,7 @@ class Saved:
     labels: names of the classes.
     dtypes: of the tensors of the PEFT folder that it was read from, by key; None: of
       another form.
+    untied: the base had no tied tables, or each got a weight of its own.
   """
 
   adapter: Adapter
@@ -52,6 +54,7 @@ class Saved:
   revision: str | None = None
   labels: tuple[str, ...] | None = None
   dtypes: Mapping[str, str] | None = None
+  untied: bool = False
 
 
 def is_ours(folder: Path) -> bool:
@@ -99,7 +102,8 @@ def read_adapter(folder: str | Path, params: Any) -> Saved:
   leaves = flatten(params)
   try:
     config = LoraConfig(**{k: _frozen(v) for k, v in about["config"].items()})
-    said = {name: _frozen(about[name]) for name in _SAID}
+    # The first version had no untied bases.
+    said = {name: _frozen({"untied": False, **about}[name]) for name in _SAID}
     shells = {
       path: _shell(path, each, leaves) for path, each in about["deltas"].items()
     }
@@ -112,19 +116,20 @@ def read_adapter(folder: str | Path, params: Any) -> Saved:
   return Saved(adapter, config, **said)
 
 
-def num_labels(folder: str | Path, keymap: KeyMap) -> int | None:
-  """The number of labels of the head in a folder; None where it has none."""
+def needs(folder: str | Path, keymap: KeyMap) -> Needs:
+  """Requirements of a folder for its base, whose key map this is."""
   folder = Path(folder).expanduser()
   about = _read(folder)
   try:
     deltas, (leaf,) = about["deltas"], Tuned.trained
     heads = [deltas[path] for path in keymap.label_paths if path in deltas]
-    return int(heads[0]["arrays"][leaf][0][-1]) if heads else None
+    labels = int(heads[0]["arrays"][leaf][0][-1]) if heads else None
+    return Needs(labels, bool(about.get("untied") and keymap.ties))
   except (KeyError, TypeError, IndexError, ValueError) as error:
     raise _damaged(folder / FILE, error) from error
 
 
-_SAID = ("task_type", "base_name", "revision", "labels", "dtypes")
+_SAID = ("task_type", "base_name", "revision", "labels", "dtypes", "untied")
 
 
 def _damaged(file: Path, error: Exception) -> LoraxError:

@@ -38,6 +38,8 @@ class KeyMap:
     aliases: (old ending, new ending) of bare keys, for old checkpoints.
     ties: bare keys that repeat another key's weight ("lm_head.weight" of a tied head),
       to that other key.
+    unused: a bare key of these others whose module the model does not call.
+    taken_for_tied: a bare key of its own weight that PEFT takes for a tied one.
     other_form: a map of the same leaves to keys that some files have instead; it is
       read, and not written.
     on_disk: modules that transformers has renamed: the entry's module to the one that
@@ -55,6 +57,8 @@ class KeyMap:
   head_groups: tuple[str, ...] = ()
   aliases: tuple[tuple[str, str], ...] = ()
   ties: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  unused: str | None = None
+  taken_for_tied: str | None = None
   on_disk: Mapping[str, str] = dataclasses.field(default_factory=dict)
   other_form: "KeyMap | None" = None
 

@@ -15,6 +15,7 @@ from lorax_flax.adapt.paths import flatten, map_with_path, path_key
 from lorax_flax.errors import LoraxError, listing, nearest, unknown
 from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints import shards
+from lorax_flax.hub.checkpoints.entries import kind
 from lorax_flax.hub.files import safetensors
 from lorax_flax.hub.files.safetensors import Reader
 
@@ -237,9 +238,12 @@ def _check(found: Found, site: km.Site, key: str, shape: Sequence[int]) -> None:
   expected, has = _stored_shape(site, shape), found.reader.shape(key)
   if has != expected:
     head = any(site.path in paths for paths in found.keymap.heads.values())
+    is_lm_head = site.entry.part == "head" and not found.keymap.label_paths
+    table = kind(site.entry) == "embedding" or is_lm_head
     raise LoraxError(
-      f"checkpoint key {key!r} has shape {has}; {site.path!r} needs"
-      f" {expected} there" + "; new_head=True replaces a head that does not fit" * head
+      f"checkpoint key {key!r} has shape {has}; {site.path!r} needs {expected} there"
+      + "; new_head=True replaces a head that does not fit" * head
+      + "; config.json's vocabulary may not be that of the weights" * table
     )
   dtype = found.reader.dtype(key)
   if not jnp.issubdtype(dtype, jnp.floating):
@@ -259,10 +263,10 @@ def _leaf(
   """A block of one leaf, assembled from its tensors."""
   sites = {bare: found.keymap.sites[bare] for bare in found.keymap.keys[path]}
   if dtype is None:
-    kinds = [found.reader.dtype(found.keys[bare]) for bare in sites]
+    dtypes = [found.reader.dtype(found.keys[bare]) for bare in sites]
     # Stacked tensors may differ; float32 holds all supported dtypes.
-    kind = kinds[0] if len(set(kinds)) == 1 else jnp.float32
-    dtype = jax.dtypes.canonicalize_dtype(kind)
+    stored = dtypes[0] if len(set(dtypes)) == 1 else jnp.float32
+    dtype = jax.dtypes.canonicalize_dtype(stored)
   out = safetensors.empty(shards.shape_of(block), np.dtype(dtype))
   for bare, site in sites.items():
     overlap = shards.overlap(site, shape, block)
@@ -271,6 +275,33 @@ def _leaf(
       view = site.entry.form.to_stored(out[(*index, ...)])
       found.reader.read(found.keys[bare], part, view)
   return out
+
+
+def resized(params: Any, shapes: Any, shardings: Any = None) -> Any:
+  """The tree with tables of another number of tokens.
+
+  Args:
+    shapes: the tree that is returned, of ShapeDtypeStructs.
+    shardings: its shardings, where it has any.
+  """
+
+  def resize(path, leaf, shape, sharding=None):
+    if leaf.shape == shape.shape:
+      return leaf
+    with_rows = jax.jit(_with_rows, static_argnums=1, out_shardings=sharding)
+    return with_rows(leaf, shape.shape)
+
+  rest = () if shardings is None else (shardings,)
+  return map_with_path(resize, params, shapes, *rest)
+
+
+def _with_rows(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A leaf cut to `shape`, or with means over what is too short."""
+  for axis, (size, new) in enumerate(zip(leaf.shape, shape, strict=True)):
+    if new > size:
+      mean = leaf.mean(axis, keepdims=True, dtype=jnp.float32).astype(leaf.dtype)
+      leaf = jnp.concatenate([leaf, jnp.repeat(mean, new - size, axis)], axis)
+  return leaf[tuple(map(slice, shape))]
 
 
 def redrawn(params: Any, paths: Iterable[str], *, std: float, seed: int) -> Any:

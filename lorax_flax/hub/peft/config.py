@@ -29,6 +29,21 @@ TASK_TYPES = {
   "seq2seq-lm": "SEQ_2_SEQ_LM",
   "image-classification": None,
 }
+# Those of models whose outputs are labels of the full input, and of language models.
+LABEL_TASKS = (SEQ_CLS,)
+TEXT_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+# The task of a model, by the end of its class's name: PEFT notes the class where no
+# task_type is given.
+_TASKS_OF_CLASSES = {
+  "ForTokenClassification": "TOKEN_CLS",
+  "ForQuestionAnswering": "QUESTION_ANS",
+  "ForMaskedLM": "MASKED_LM",
+  "ForMultipleChoice": "MULTIPLE_CHOICE",
+  "ForCausalLM": "CAUSAL_LM",
+  "LMHeadModel": "CAUSAL_LM",
+  "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+  "Model": FEATURE_EXTRACTION,
+}
 # PEFT's target_modules where a config has none, by model_type.
 _ATTENTION = ("q_proj", "v_proj")
 DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
@@ -37,6 +52,7 @@ DEFAULT_TARGETS: Mapping[str, tuple[str, ...]] = {
   "gpt2": ("c_attn",),
   **dict.fromkeys(("t5", "mt5"), ("q", "v")),
   **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _ATTENTION),
+  "mixtral": _ATTENTION,
   **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _ATTENTION),
 }
 # Whose experts are stacked parameters, since transformers 5.
@@ -68,6 +84,7 @@ class PeftConfig:
     trainable_token_indices: rows of the embedding that are trained; or by the end of a
       module's name.
     ensure_weight_tying: weights that are tied to a trained one are trained too.
+    auto_mapping: the class of the wrapped model, where there is no task_type.
   """
 
   r: int = 8
@@ -90,6 +107,7 @@ class PeftConfig:
   ensure_weight_tying: bool = False
   init_lora_weights: bool | str = True
   task_type: str | None = None
+  auto_mapping: Mapping[str, Any] | None = None
   base_model_name_or_path: str | None = None
   revision: str | None = None
 
@@ -129,6 +147,13 @@ class PeftConfig:
         raise LoraxError(
           f"{CONFIG_FILE}: {pattern!r} is not a regular expression: {error}"
         ) from error
+
+  @property
+  def task(self) -> str | None:
+    """The task_type, or what the class of the wrapped model tells of it."""
+    name = str((self.auto_mapping or {}).get("base_model_class", ""))
+    told = (t for end, t in _TASKS_OF_CLASSES.items() if name.endswith(end))
+    return self.task_type or next(told, None)
 
   def rank(self, module: str) -> int:
     """The rank of one module's factors."""
@@ -206,6 +231,13 @@ class PeftConfig:
     Raises:
       LoraxError: PEFT has no default for it either.
     """
+    old = {"w1", "w2", "w3"} & {*several(self.target_modules)}
+    if family in MIXTURES and old:
+      raise LoraxError(
+        f"{CONFIG_FILE}: target_modules name {listing(sorted(old))} of each expert, as "
+        "before transformers 5, where experts are one parameter: load the adapter with "
+        "a PEFT that converts it, save it there, and give that folder"
+      )
     if family in MIXTURES and isinstance(self.target_modules, str):
       return self._with_experts()
     if self.target_modules is not None:
@@ -333,6 +365,8 @@ def _has_type(value: Any, hint: Any) -> bool:
     return any(_has_type(value, each) for each in arguments)
   if typing.get_origin(hint) is tuple:
     return isinstance(value, tuple) and all(_has_type(x, arguments[0]) for x in value)
+  if hint is Any:
+    return True
   if arguments:  # a mapping
     return isinstance(value, Mapping) and all(
       _has_type(key, arguments[0]) and _has_type(each, arguments[1])

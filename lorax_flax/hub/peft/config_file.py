@@ -13,7 +13,7 @@ LORA = "LORA"
 _MOST_BYTES = 16 << 20  # of a config: a list of every module's name is far smaller
 
 
-def read(folder: Path) -> PeftConfig:
+def read(folder: Path, *, fresh: bool = False) -> PeftConfig:
   """Reads adapter_config.json of a PEFT folder.
 
   Raises:
@@ -22,7 +22,11 @@ def read(folder: Path) -> PeftConfig:
   """
   file = folder / CONFIG_FILE
   if not folder.is_dir():
-    raise LoraxError(f"no folder {folder}: an adapter is a folder with {CONFIG_FILE}")
+    kind = "a file and no" if folder.is_file() else "no"
+    hint = f": give {folder.parent}" if (folder.parent / CONFIG_FILE).is_file() else ""
+    raise LoraxError(
+      f"{folder} is {kind} folder; an adapter is a folder with {CONFIG_FILE}{hint}"
+    )
   if not file.is_file():
     inside = [entry.name for entry in folder.iterdir()]
     raise LoraxError(
@@ -31,13 +35,18 @@ def read(folder: Path) -> PeftConfig:
     )
   raw = strict_json.read(file, most_bytes=_MOST_BYTES)
   try:
-    return parse(raw)
+    return parse(raw, fresh=fresh)
   except LoraxError as error:
     raise LoraxError(f"{folder}: {error}") from error
 
 
-def parse(raw: Any) -> PeftConfig:
-  """A PeftConfig from adapter_config.json's content; errors as of `read`."""
+def parse(raw: Any, *, fresh: bool = False) -> PeftConfig:
+  """A PeftConfig from adapter_config.json's content; errors as of `read`.
+
+  Args:
+    fresh: an adapter is to be trained as it says, so that what changes the training
+      alone is refused too.
+  """
   if not isinstance(raw, dict):
     raise LoraxError(f"{CONFIG_FILE} must hold an object, not {type(raw).__name__}")
   kind = raw.get("peft_type")
@@ -50,10 +59,12 @@ def parse(raw: Any) -> PeftConfig:
       # null means the default where a field has one other than null.
       if value is not None:
         values[name] = _frozen(value)
+    elif name in _IN_TRAINING and not fresh:
+      continue
     elif name not in _WITHOUT_EFFECT and not _is_off(name, value):
       raise LoraxError(
         f"{CONFIG_FILE}: {name}={value!r} changes what the adapter computes, and we "
-        "cannot honour it"
+        "cannot honour it. What PEFT can merge (merge_and_unload) is read as a base"
       )
   named = values.get("modules_to_save") or ()
   if values.get("task_type") == SEQ_CLS and isinstance(named, tuple):
@@ -70,7 +81,7 @@ def dump(config: PeftConfig) -> dict[str, Any]:
   raw: dict[str, Any] = {
     name: off for name, off in _OFF.items() if name != "eva_config"
   }
-  raw |= {"auto_mapping": None, "eva_config": None, "inference_mode": True}
+  raw |= {"eva_config": None, "inference_mode": True}
   raw |= {"peft_type": LORA, "loftq_config": {}}
   for each in fields(config):
     raw[each.name] = _thawed(getattr(config, each.name))
@@ -93,8 +104,12 @@ def _thawed(value: Any) -> Any:
 
 # Records of how the file was made.
 _WITHOUT_EFFECT = frozenset(
-  {"auto_mapping", "inference_mode", "peft_type", "peft_version", "eva_config"}
+  {"inference_mode", "peft_type", "peft_version", "eva_config"}
 )
+
+# Those that change how an adapter is trained, and not what it computes then: VeLoRA's
+# gradients, MonteCLoRA's samples, and QALoRA, which only GPTQ's layers know.
+_IN_TRAINING = frozenset({"monteclora_config", "use_qalora", "velora_config"})
 
 # Fields that we don't compute, with the values that turn them off. A field that we
 # don't know is off where it is None, False or empty.

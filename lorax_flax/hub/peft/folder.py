@@ -4,8 +4,10 @@ A folder holds adapter_config.json (config_file.py) and adapter_model.safetensor
 keys layout.py knows. A named adapter is in a sub-folder of its name.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,24 @@ import safetensors
 from safetensors.numpy import save_file
 
 from lorax_flax.adapt.config import LoraConfig
-from lorax_flax.adapt.paths import flatten
+from lorax_flax.adapt.paths import flatten, map_with_path
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.files import atomic, strict_json
-from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import config_file
+from lorax_flax.hub.peft import needs as peft_needs
 from lorax_flax.hub.peft import read as peft_read
-from lorax_flax.hub.peft.layout import PREFIX, Slot, layout
+from lorax_flax.hub.peft.config import PeftConfig
+from lorax_flax.hub.peft.layout import Slot, layout
 from lorax_flax.hub.peft.modules import of_task
+from lorax_flax.hub.peft.needs import Needs
 from lorax_flax.hub.peft.tensors import WEIGHTS_FILE, opened
 from lorax_flax.hub.peft.translate import to_lora_config
 from lorax_flax.hub.peft.write import to_peft_config, to_tensors
 from lorax_flax.methods import Adapter
+
+log = logging.getLogger(__name__)
 
 LABELS_FILE = "labels.json"
 # The adapter that PEFT keeps beside its config, not in a sub-folder.
@@ -56,15 +62,47 @@ def read_adapter(
       file.
   """
   folder = adapter_folder(folder, name)
-  config = config_file.read(folder)
-  try:
-    config = config.with_defaults(keymap.family)
-    keymap = of_task(keymap, config.task_type)
+  config, keymap = _read_config(folder, keymap)
+  with _naming(folder):
     slots = layout(config, keymap)
     adapter = peft_read.read(opened(folder), slots, config, flatten(params))
     return adapter, to_lora_config(config, keymap)
+
+
+def _read_config(
+  folder: Path, keymap: KeyMap, *, fresh: bool = False
+) -> tuple[PeftConfig, KeyMap]:
+  """The config of a folder, its defaults filled in, and the key map of its task."""
+  config = config_file.read(folder, fresh=fresh)
+  with _naming(folder):
+    return config.with_defaults(keymap.family), of_task(keymap, config.task)
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+  """Puts the folder before an error's message."""
+  try:
+    yield
   except LoraxError as error:
     raise LoraxError(f"{folder}: {error}") from error
+
+
+def with_tables(
+  folder: str | Path, params: Any, keymap: KeyMap, *, name: str = DEFAULT
+) -> Any:
+  """The base's tree with the tables of tokens that a PEFT folder brings, as in PEFT.
+
+  They are there where the vocabulary was resized: the new rows are in no checkpoint.
+  Arguments and errors as of `read_adapter`.
+  """
+  folder = adapter_folder(folder, name)
+  config, keymap = _read_config(folder, keymap)
+  with _naming(folder):
+    slots = layout(config, keymap)
+    tables = peft_read.base_tables(opened(folder), slots, flatten(params))
+  for path in tables:
+    log.warning(f"{folder} brings a {path} that is not the base's: it is taken")
+  return map_with_path(lambda path, leaf: tables.get(path, leaf), params)
 
 
 def write_adapter(
@@ -80,6 +118,7 @@ def write_adapter(
   labels: Sequence[str] | None = None,
   name: str = DEFAULT,
   dtypes: Mapping[str, str] | str = "float32",
+  resized: bool = False,
   card: str | None = None,
 ) -> None:
   """Writes a PEFT folder, all of it or nothing; one that was written here is replaced.
@@ -97,6 +136,7 @@ def write_adapter(
     name: of the adapter; another than "default" goes into a sub-folder of its name.
     dtypes: of the stored tensors, one for all; or those of `stored_dtypes` of a folder
       that was read, and the same tensors are written.
+    resized: the vocabulary of `params` is not the base's: all tables are written.
     card: the text of README.md.
 
   Raises:
@@ -110,7 +150,7 @@ def write_adapter(
   slots = {
     key: slot
     for key, slot in layout(peft, keymap, name).items()
-    if _written(key, slot, dtypes, params is not None)
+    if _written(key, slot, dtypes, params is not None, resized)
   }
   leaves = {} if params is None else flatten(params)
   tensors = to_tensors(adapter, slots, peft, leaves)
@@ -146,11 +186,10 @@ def from_peft(
     LoraxError: an unsupported field, a name that the model doesn't have.
   """
   if isinstance(source, Mapping):
-    config = config_file.parse(dict(source))
-  else:
-    config = config_file.read(adapter_folder(source, name))
-  config = config.with_defaults(keymap.family)
-  return to_lora_config(config, of_task(keymap, config.task_type))
+    config = config_file.parse(dict(source), fresh=True).with_defaults(keymap.family)
+    return to_lora_config(config, of_task(keymap, config.task))
+  folder = adapter_folder(source, name)
+  return to_lora_config(*_read_config(folder, keymap, fresh=True))
 
 
 def to_peft(
@@ -205,16 +244,12 @@ def stored_dtypes(folder: str | Path, *, name: str = DEFAULT) -> dict[str, str]:
   return {key: str(dtype) for key, dtype in dtypes.items()}
 
 
-def num_labels(folder: str | Path, keymap: KeyMap) -> int | None:
-  """The number of labels of the head in a folder; None where it has none.
-
-  Args:
-    keymap: of the base.
-  """
-  shapes = opened(Path(folder).expanduser()).shapes
-  return km.num_labels(
-    keymap, {key.removeprefix(PREFIX): shape for key, shape in shapes.items()}
-  )
+def needs(folder: str | Path, keymap: KeyMap, *, name: str = DEFAULT) -> Needs:
+  """Requirements of a folder for its base; arguments, errors as of `read_adapter`."""
+  folder = adapter_folder(folder, name)
+  config, keymap = _read_config(folder, keymap)
+  with _naming(folder):
+    return peft_needs.find(opened(folder), config, keymap)
 
 
 def read_labels(folder: str | Path) -> list[str] | None:
@@ -228,14 +263,16 @@ def read_labels(folder: str | Path) -> list[str] | None:
   return names
 
 
-def _written(key: str, slot: Slot, dtypes: Mapping[str, str] | str, base: bool) -> bool:
+def _written(
+  key: str, slot: Slot, dtypes: Mapping[str, str] | str, base: bool, resized: bool
+) -> bool:
   """True where a slot has a value of its own, or was stored in the folder as read.
 
   Otherwise, where PEFT saves it by default; the base's weights only with a base.
   """
   if not isinstance(dtypes, str):
     return slot.status == "own" or key in dtypes
-  return slot.status != "spare" and (base or slot.method is not None)
+  return resized or (slot.status != "spare" and (base or slot.method is not None))
 
 
 def _cast(key: str, value: np.ndarray, dtypes: Mapping[str, str] | str) -> np.ndarray:

@@ -3,8 +3,8 @@
 Reading and writing both follow `layout`, so neither knows a key that the other doesn't.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorax_flax.errors import LoraxError, listing, nearest, unknown
@@ -29,6 +29,10 @@ from lorax_flax.methods import Delta, Rows, Tuned
 from lorax_flax.methods.peft_form import AS_IS, Form
 
 PREFIX = "base_model.model."
+# PEFT's modules around a table that has factors, trained rows, or is saved in full.
+_FACTORED, _WITH_ROWS = "base_layer.", "token_adapter.base_layer."
+_ORIGINAL, _SAVED = "original_module.", "modules_to_save."
+WRAPPERS = ("", _FACTORED, _WITH_ROWS, _ORIGINAL, _SAVED)
 Status = Literal["own", "copy", "spare", "echo"]
 
 
@@ -80,11 +84,16 @@ class Targets:
   saved: tuple[str, ...]
 
 
+class Tied(LoraxError):
+  """An adapter that changes the uses of a tied weight apart."""
+
+
 def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> Targets:
   """The modules that a config names, by PEFT's rules.
 
   Raises:
-    LoraxError: a name that this model doesn't have; one of two uses of a weight.
+    LoraxError: a name that this model doesn't have.
+    Tied: one of two uses of a weight, or each apart.
   """
   names = module_names(keymap)
   tied = [name for name, place in found.items() if place.main is not None]
@@ -100,7 +109,6 @@ def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> T
         )
     saved = list(dict.fromkeys([*saved, input_embedding(found), *of_embedding]))
   inside = [n for n in found if any(n == s or n.startswith(f"{s}.") for s in saved)]
-  _both_uses(inside, found)
   is_classifier = config.task_type == peft_config.SEQ_CLS
   modules = config.targets(all_linear(found, names, is_classifier), names)
   shared: list[str] = []
@@ -108,9 +116,10 @@ def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> T
     main = input_embedding(found)
     modules = [*(m for m in modules if m not in (*of_embedding, main)), main]
     shared = of_embedding
-  _both_uses([*modules, *shared], found)
   known = parameters(keymap)
   named = [key for key in known if config.is_parameter(key)]
+  for names_changed in (inside, [*modules, *shared], [*map(module_of, named)]):
+    _check_uses(names_changed, found, keymap)
   for end in config.target_parameters or ():
     if not any(key == end or key.endswith(f".{end}") for key in named):
       raise LoraxError(
@@ -150,22 +159,24 @@ def layout(
       )
     slots |= _factors(config, module, module, found[module], "copy")
   slots |= dict(_parameter_slots(config, keymap, targets))
-  slots |= _rows(config, found)
+  slots |= _rows(config, keymap, found)
   slots |= _saved(config, keymap, targets, found, adapter_name)
   slots |= _biases(config, keymap, targets, slots)
-  slots = dict(_embeddings(config, keymap, targets, found)) | slots
+  slots = dict(_embeddings(config, keymap, targets, found, slots)) | slots
   _check_once(slots)
   return {PREFIX + key: slot for key, slot in slots.items()}
 
 
 def _adaptable(module: str, found: Mapping[str, Place]) -> Place:
   kind = found[module].kind if module in found else "container"
-  if kind not in ADAPTABLE:
+  if kind not in (*ADAPTABLE, "turned"):
     raise LoraxError(
       f"target_modules name {module}, which is no linear layer, no embedding and no "
       f"convolution, but a {kind}"
     )
   place = found[module]
+  if place.main is not None:
+    raise Tied(_untie(module, [place.main]))
   if place.site.entry.piece != (0, 1):
     raise LoraxError(
       f"target_modules name {module}, whose weight is stored beside others in "
@@ -191,18 +202,32 @@ def _factors(
   }
 
 
-def _both_uses(names: Iterable[str], found: Mapping[str, Place]) -> None:
+def _check_uses(
+  names: Sequence[str], found: Mapping[str, Place], keymap: KeyMap
+) -> None:
   """Refuses what changes one use of a shared weight and not the others."""
-  named = set(names)
-  for name in named & found.keys():
+  groups = {}
+  for name in {*names} & found.keys():
     main = found[name].main or name
-    group = {main, *tied_to(found, main)}
-    if left := group - named:
-      raise LoraxError(
-        f"{peft_config.CONFIG_FILE}: {name} shares its weight with {listing(left)}, "
-        "and without ensure_weight_tying PEFT changes it for one of them alone. That "
-        "needs a base with two weights: load it with untie=True"
-      )
+    groups[name] = {main, *tied_to(found, main)} - {*names}
+  unused = module_of(keymap.unused or "")
+  if groups.get(unused):
+    raise LoraxError(
+      f"{peft_config.CONFIG_FILE}: without ensure_weight_tying PEFT changes {unused} "
+      f"alone, and a {keymap.family} does not use it: such an adapter does nothing "
+      f"there. It uses {listing(tied_to(found, unused))}, which may be named instead"
+    )
+  for name, left in groups.items():
+    if left:
+      raise Tied(_untie(name, left))
+
+
+def _untie(name: str, others: Iterable[str]) -> str:
+  return (
+    f"{peft_config.CONFIG_FILE}: {name} shares its weight with {listing(others)}, and "
+    "without ensure_weight_tying PEFT changes it for one of them alone, or for each "
+    "apart. That needs a base with two weights: load it with untie=True"
+  )
 
 
 def _parameter_slots(
@@ -221,12 +246,27 @@ def _parameter_slots(
       yield from _factors(config, key, wrapper, known[key], "own").items()
 
 
-def _rows(config: PeftConfig, found: Mapping[str, Place]) -> dict[str, Slot]:
+def _check_taken_for_tied(keymap: KeyMap, main: str) -> None:
+  """Refuses what PEFT would do to a weight that it takes for tied and that isn't."""
+  if keymap.taken_for_tied is not None:
+    raise LoraxError(
+      f"{keymap.taken_for_tied} of this base is a weight of its own, and PEFT under "
+      f"transformers 5, which calls every {keymap.family} tied, puts what is trained "
+      f"of {main} into it too, while under transformers 4 it does not: what such an "
+      "adapter means depends on the version that made it. Train the module in full "
+      "(modules_to_save) or its factors (target_modules) instead"
+    )
+
+
+def _rows(
+  config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]
+) -> dict[str, Slot]:
   """Slots of trainable_token_indices."""
   tokens = config.trainable_token_indices
   if tokens is None:
     return {}
   main = input_embedding(found)
+  _check_taken_for_tied(keymap, main)
   ends = tokens if isinstance(tokens, Mapping) else {main: tokens}
   rows: dict[str, tuple[int, ...]] = {}
   for end, numbers in ends.items():
@@ -242,7 +282,7 @@ def _rows(config: PeftConfig, found: Mapping[str, Place]) -> dict[str, Slot]:
     # The embedding's own rows are those of every module that shares its weight.
     rows = {name: n for name, n in rows.items() if name not in shared}
   elif set(rows) & {main, *shared} and shared:
-    raise LoraxError(
+    raise Tied(
       f"{peft_config.CONFIG_FILE}: trainable_token_indices differ between {main} and "
       f"{listing(shared)}, which share one weight. That needs a base with two: load it "
       "with untie=True"
@@ -341,24 +381,43 @@ def _biases(
 
 
 def _embeddings(
-  config: PeftConfig, keymap: KeyMap, targets: Targets, found: Mapping[str, Place]
+  config: PeftConfig,
+  keymap: KeyMap,
+  targets: Targets,
+  found: Mapping[str, Place],
+  slots: Mapping[str, Slot],
 ) -> Iterator[tuple[str, Slot]]:
   """The base's own weights of the input and the output embedding.
 
   PEFT saves them beside the factors where target_modules name them in a certain form,
-  and any where it is told save_embedding_layers=True.
+  and any where it is told save_embedding_layers=True or the vocabulary was resized:
+  then what its wrappers hold too.
   """
   usual = config.saves_embeddings(module_names(keymap))
   embeddings = [name for name, place in found.items() if place.kind == "embedding"]
   factored = {*targets.modules, *targets.tied}
+  rows = {slot.module: (k, slot) for k, slot in slots.items() if slot.method is Rows}
   for name in (*embeddings[:1], HEAD):
     if name not in found:
       continue
     place = found[name]
     form = AS_IS if place.kind == "turned" else place.site.entry.form
+    wrapper = ""
+    if name in factored:
+      wrapper = _FACTORED
+    elif (place.main or name) in rows:
+      wrapper, (key, trained) = _WITH_ROWS, rows[place.main or name]
+      # Of a tied module, a copy; of another, the slot itself, which is there.
+      key = name + key.removeprefix(trained.module)
+      yield key, replace(trained, module=name, status="spare")
+    elif name in targets.saved:
+      wrapper, trained = _ORIGINAL, _in_full(place.site, name, form, "spare")
+      yield f"{name}.{_SAVED}weight", trained
     status: Status = "copy" if usual and name in factored else "spare"
-    key = f"{name}.base_layer.weight" if name in factored else f"{name}.weight"
-    yield key, Slot(place.site, None, "", name, form, status=status)
+    yield (
+      f"{name}.{wrapper}weight",
+      Slot(place.site, None, "", name, form, status=status),
+    )
 
 
 def _check_once(slots: Mapping[str, Slot]) -> None:
@@ -374,4 +433,9 @@ def _check_once(slots: Mapping[str, Slot]) -> None:
       ways.setdefault(slot.path, set()).add(way)
   for path, found in ways.items():
     if len(found) > 1:
-      raise LoraxError(f"{path} is trained by {' and '.join(sorted(found))} both")
+      stacked = any(s.site.index for s in slots.values() if s.path == path)
+      raise LoraxError(
+        f"{path} is trained by {' and '.join(sorted(found))} both"
+        + ": its layers are stacked, and have one method. Load the base with its "
+        "layers apart: scan=False (--config.model.scan=false)" * stacked
+      )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lorax_flax.errors import LoraxError
+from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.checkpoints.entries import EXPERTS, LINEAR, Site, kind
 from lorax_flax.hub.checkpoints.keymap import KeyMap, full_key, module_of, modules
 from lorax_flax.hub.peft import config as peft_config
@@ -33,8 +33,18 @@ def of_task(keymap: KeyMap, task_type: str | None) -> KeyMap:
   """The key map of the model that PEFT wraps for a task.
 
   For feature extraction it is the body alone, and names have no prefix.
+
+  Raises:
+    LoraxError: a task that the family has no model for.
   """
   if task_type != peft_config.FEATURE_EXTRACTION:
+    tasks = peft_config.LABEL_TASKS if keymap.label_paths else peft_config.TEXT_TASKS
+    if task_type not in (None, *tasks):
+      raise LoraxError(
+        f"{peft_config.CONFIG_FILE}: the adapter is of a model for {task_type}, and a "
+        f"{keymap.family} here is one for {listing(tasks)}: it has another head. Only "
+        "PEFT can merge it (merge_and_unload)"
+      )
     return keymap
   body = tuple(entry for entry in keymap.entries if entry.part == "body")
   return dataclasses.replace(keymap, prefix="", entries=body, ties={})

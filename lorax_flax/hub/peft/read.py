@@ -5,16 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.errors import LoraxError, listing, nearest
 from lorax_flax.hub.adapters import stacking
-from lorax_flax.hub.checkpoints.entries import Site
+from lorax_flax.hub.checkpoints.entries import Site, kind
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft.config import PeftConfig
 from lorax_flax.hub.peft.forms import method_of
 from lorax_flax.hub.peft.layout import Slot
+from lorax_flax.hub.peft.modules import HEAD
 from lorax_flax.hub.peft.tensors import Tensors
 from lorax_flax.hub.peft.write import part_of
 from lorax_flax.methods import Adapter, Delta, Rows, Tuned
@@ -60,6 +62,23 @@ def read(
   return adapter
 
 
+def base_tables(
+  tensors: Tensors, slots: Mapping[str, Slot], leaves: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The base's own tables that a folder holds and the base has not, by path.
+
+  Arguments as of `read`, which refuses tables of another shape.
+  """
+  found = {}
+  for key, slot in slots.items():
+    if slot.method is None and key in tensors.shapes:
+      leaf = leaves[slot.path]
+      table = jnp.asarray(slot.form.to_ours(tensors.get(key)), leaf.dtype)
+      if table.shape == leaf.shape and not np.array_equal(table, leaf):
+        found[slot.path] = jax.device_put(table, leaf.sharding)
+  return found
+
+
 def _shapes(
   slots: Mapping[str, Slot], config: PeftConfig, leaves: Mapping[str, Any]
 ) -> dict[str, tuple[int, ...]]:
@@ -79,7 +98,8 @@ def _shapes(
       if max(slot.rows) >= inner[axis]:
         raise LoraxError(
           f"{peft_config.CONFIG_FILE}: trainable_token_indices go up to "
-          f"{max(slot.rows)}, and {slot.module} has {inner[axis]} rows"
+          f"{max(slot.rows)}, and {slot.module} has {inner[axis]} rows: where the "
+          "vocabulary was resized, load the base with its vocab_size"
         )
       ours = (len(slot.rows), inner[1 - axis])
     else:
@@ -105,7 +125,7 @@ def _check(
       f"{len(missing)} missing tensors in {tensors.name}: {listing(missing, most=4)}; "
       f"nearest to the first: {listing(near) or 'none'}"
     )
-  extra = sorted(key for key in found if key not in slots and not _is_echo(key))
+  extra = sorted(key for key in found if key not in slots and not _is_idle(key))
   if extra:
     near = nearest(extra[0], shapes)
     raise LoraxError(
@@ -115,17 +135,26 @@ def _check(
     )
   for key, shape in shapes.items():
     if key in found and found[key] != shape:
-      raise LoraxError(f"{key} has the shape {found[key]}, and {shape} was expected")
+      slot = slots[key]
+      table = kind(slot.site.entry) == "embedding" or slot.module.endswith(HEAD)
+      raise LoraxError(
+        f"{key} has the shape {found[key]}, and {shape} was expected"
+        + ": where a vocabulary was resized, load the base with its vocab_size" * table
+      )
     if key in found and not jnp.issubdtype(tensors.dtypes[key], jnp.floating):
-      kind = tensors.dtypes[key]
-      raise LoraxError(f"{key} holds {kind}, not floating-point numbers")
+      dtype = tensors.dtypes[key]
+      raise LoraxError(f"{key} holds {dtype}, not floating-point numbers")
 
 
-def _is_echo(key: str) -> bool:
-  """Checks whether a key is there by bias="all" alone, under any adapter's name."""
-  return key.endswith(".bias") and bool(
-    re.search(r"\.(modules_to_save|original_module)\.", key)
+def _is_idle(key: str) -> bool:
+  """Checks whether a key has no effect on what an adapter computes.
+
+  It is there by bias="all" alone, under any adapter's name, or of training alone.
+  """
+  wrapped = key.endswith(".bias") and re.search(
+    r"\.(modules_to_save|original_module)\.", key
   )
+  return bool(wrapped or re.search(r"\.lora_(velora|monteclora)_", key))
 
 
 def _check_copy(

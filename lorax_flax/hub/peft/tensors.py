@@ -37,18 +37,25 @@ def opened(folder: Path) -> Tensors:
   """Opens the weights of a folder. Missing or damaged: LoraxError."""
   if (folder / WEIGHTS_FILE).is_file():
     reader = open_file(folder / WEIGHTS_FILE)
+    stored = {_key(key): key for key in reader}
     return Tensors(
       WEIGHTS_FILE,
-      {key: reader.shape(key) for key in reader},
-      {key: reader.dtype(key) for key in reader},
-      reader.__getitem__,
+      {key: reader.shape(own) for key, own in stored.items()},
+      {key: reader.dtype(own) for key, own in stored.items()},
+      lambda key: reader[stored[key]],
     )
   if not (folder / _OLD_FILE).is_file():
     raise LoraxError(f"no {WEIGHTS_FILE} and no {_OLD_FILE} in {folder}")
-  tensors = torch_file.read(folder / _OLD_FILE)
+  tensors = {_key(k): x for k, x in torch_file.read(folder / _OLD_FILE).items()}
   return Tensors(
     _OLD_FILE,
     {key: x.shape for key, x in tensors.items()},
     {key: x.dtype for key, x in tensors.items()},
     tensors.__getitem__,
   )
+
+
+def _key(stored: str) -> str:
+  """A key as PEFT writes it: it reads magnitudes under their module's name too."""
+  magnitude = "lora_magnitude_vector"
+  return stored.removesuffix(".weight") if magnitude in stored else stored

@@ -41,7 +41,7 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
     rows={slot.path: slot.rows for slot in slots if slot.method is Rows},
     bias=config.bias,
     dropout=config.lora_dropout,
-    init="gaussian" if config.init_lora_weights == "gaussian" else "uniform",
+    init=init if isinstance(init := config.init_lora_weights, str) else "uniform",
     stack_axes={
       re.escape(slot.path): (len(slot.site.index),)
       for slot in factors

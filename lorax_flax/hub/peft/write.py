@@ -81,7 +81,7 @@ def to_peft_config(
     bias=config.bias,
     use_rslora=config.use_rslora,
     fan_in_fan_out=_is_conv1d(modules),
-    init_lora_weights="gaussian" if config.init == "gaussian" else True,
+    init_lora_weights=True if config.init == "uniform" else config.init,
     task_type=task_type,
     base_model_name_or_path=base_name,
     revision=revision,

@@ -21,6 +21,8 @@ class T5Config:
     feed_forward_proj: the MLP's activation, with the prefix "gated-" for a gated one.
     scale_decoder_outputs: v1.0's head: the token embeddings, its inputs scaled.
       Otherwise the head has weights of its own.
+    untied_embeddings: encoder, decoder and head have a table each. A field of our own:
+      transformers goes by the tables in the file.
     n_positions: maximal tokens of the texts in pretraining; longer ones are accepted.
   """
 
@@ -38,6 +40,7 @@ class T5Config:
   initializer_factor: fields.Positive = 1.0
   feed_forward_proj: str = "relu"
   scale_decoder_outputs: bool = True
+  untied_embeddings: bool = False
   n_positions: fields.Size = 512
 
   def __post_init__(self):

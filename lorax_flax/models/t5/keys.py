@@ -12,8 +12,16 @@ from lorax_flax.models.t5.config import T5Config
 
 _RELATIVE = "relative_attention_bias"
 
+_HEAD, _SHARED = "lm_head.weight", "shared.weight"
+
 # Copies of the table `shared`.
 _REPEATS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+# The tables of an encoder and a decoder that share none.
+_OWN_TABLES = tuple(
+  embedding(f"{name}_embed_tokens", f"{name}.embed_tokens")
+  for name in ("encoder", "decoder")
+)
 
 # An unused table of relative positions that cross-attention has in old checkpoints.
 _UNUSED = (f"decoder.block.0.layer.1.EncDecAttention.{_RELATIVE}.weight",)
@@ -50,6 +58,7 @@ def _stack(name: str, i: str, sublayers) -> Entries:
 def keymap(c: T5Config, scan: bool) -> KeyMap:
   """The key map of a T5."""
   up, tied = ("wi_0", "wi_1") if c.gated else ("wi",), c.scale_decoder_outputs
+  untied = c.untied_embeddings
   attend = ("attention", "SelfAttention", tuple("qkvo"))
   cross = ("cross_attention", "EncDecAttention", tuple("qkvo"))
   mlp = ("mlp", "DenseReluDense", (*up, "wo"))
@@ -58,16 +67,17 @@ def keymap(c: T5Config, scan: bool) -> KeyMap:
     family="t5",
     prefix="",
     entries=(
-      embedding("shared", "shared"),
+      *(_OWN_TABLES if untied else (embedding("shared", "shared"),)),
       *_stack("encoder", "i", (attend, mlp)),
       *_stack("decoder", "j", (attend, cross, mlp)),
-      *(() if tied else head),
+      *(head if untied or not tied else ()),
     ),
     counts={"i": c.num_layers, "j": c.decoder_layers},
     scan=scan,
     anchor="encoder.final_layer_norm.weight",
-    buffers=_UNUSED,
-    ties=dict.fromkeys(
-      (*_REPEATS, "lm_head.weight") if tied else _REPEATS, "shared.weight"
-    ),
+    buffers=(*_UNUSED, *((_SHARED,) if untied else ())),
+    ties={} if untied else dict.fromkeys((*_REPEATS, *((_HEAD,) * tied)), _SHARED),
+    unused=_SHARED,
+    # transformers 5 sets tie_word_embeddings for every T5.
+    taken_for_tied=None if tied else _HEAD,
   )

@@ -193,7 +193,11 @@ class ConditionalGenerator(Model[T5Config]):
       readout: makes the outputs of the head and of what it takes.
     """
     c, dtype, std = self.config, self.dtype, self.config.initializer_factor
-    words = layers.embed(c.vocab_size, c.d_model, "shared", axis="vocab", std=std)
+    table = partial(layers.embed, c.vocab_size, c.d_model, axis="vocab", std=std)
+    if c.untied_embeddings:
+      words, said = table("encoder_embed_tokens"), table("decoder_embed_tokens")
+    else:
+      words = said = table("shared")
     stack = partial(Stack, c, dtype, deterministic, self.scan, self.remat)
     if decoder_attention_mask is None:
       decoder_attention_mask = jnp.ones_like(decoder_input_ids)
@@ -202,13 +206,15 @@ class ConditionalGenerator(Model[T5Config]):
     before_TxT = jnp.tri(decoder_input_ids.shape[1], dtype=bool)
     decode = stack(DecoderLayer, c.decoder_layers, False, name="decoder")
     x_BxTxD = decode(
-      words(decoder_input_ids).astype(dtype),
+      said(decoder_input_ids).astype(dtype),
       (decoder_attention_mask[:, None, :] != 0) & before_TxT[None],
       y_BxSxD,
       attention_mask,
     )
     if c.scale_decoder_outputs:
-      return readout(heads.tied(words.embedding), x_BxTxD * c.d_model**-0.5)
+      x_BxTxD = x_BxTxD * c.d_model**-0.5
+      if not c.untied_embeddings:
+        return readout(heads.tied(words.embedding), x_BxTxD)
     std *= c.d_model**-0.5
     head = heads.Linear(c.vocab_size, std, name="lm_head")(c.d_model)
     return readout(head, x_BxTxD)
@@ -230,6 +236,7 @@ FAMILIES = {
     build=ConditionalGenerator,
     keymap=t5_keys.keymap,
     inputs=inputs,
+    untied={"untied_embeddings": True},
     max_length=lambda config: config.n_positions,
     dropout=("dropout_rate",),
   )

@@ -282,7 +282,7 @@ def test_labels_are_kept_and_peft_passes_over_them(base, tmp_path):
   folder = tmp_path / "out"
   hub_peft.write_adapter(folder, adapter, keymap, config, labels=["no", "maybe", "yes"])
   assert hub_peft.read_labels(folder) == ["no", "maybe", "yes"]
-  assert hub_peft.num_labels(folder, keymap) == 3
+  assert hub_peft.needs(folder, keymap).num_labels == 3
   peers.load(base, folder)
   hub_peft.write_adapter(folder, adapter, keymap, config)
   assert hub_peft.read_labels(folder) is None

@@ -92,7 +92,7 @@ def test_an_old_bin_is_read_to_the_same_adapter(bert, base, tmp_path):
   for path, delta in want.items():
     for name in delta.trained:
       np.testing.assert_array_equal(getattr(got[path], name), getattr(delta, name))
-  assert hub_peft.num_labels(folder, base[1]) == 3
+  assert hub_peft.needs(folder, base[1]).num_labels == 3
   assert set(hub_peft.stored_dtypes(folder).values()) == {"float32"}
 
 
