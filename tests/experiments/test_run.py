@@ -213,6 +213,7 @@ def test_the_adapters_card_is_one_that_the_hub_reads(trained, base):
   assert "| train | 64 examples |" in card.text
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("heading", ["Load with PEFT", "Load with lorax_flax"])
 def test_the_code_in_the_card_loads_the_adapter(trained, heading, monkeypatch):
   monkeypatch.chdir(trained / "adapter")
