@@ -27,7 +27,8 @@ pre { background: #f4f4f4; padding: .6em .8em; white-space: pre-wrap;
 svg { max-width: 100%; height: auto; }
 figure { display: inline-block; margin: 0 1em 1em 0; max-width: 100%; }
 @media print { body { max-width: none; font-size: 10pt; padding: 0; }
-  pre, figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
+  figure { width: 44%; } h2 { break-after: avoid; }
+  pre, figure, tr { break-inside: avoid; }
   tr.best { outline: 1px solid #222; } }
 """
 

@@ -1,6 +1,8 @@
 """report.html of a run, as a person's browser takes it."""
 
 import json
+import math
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -156,7 +158,11 @@ def test_nothing_finite_is_no_chart(values):
 
 
 @pytest.mark.parametrize(
-  "values", [[0.0], [-1e-9, 1e-9], [1e300, -1e300], [5, 5, 5], range(100_000)]
+  "values",
+  [
+    *([0.0], [-1e-9, 1e-9], [1e299, -1e299], [5, 5, 5], [0, 5e-324], [5e-324]),
+    *([0.1, math.nextafter(0.1, 1)], [2, sys.float_info.max], range(100_000)),
+  ],
 )
 def test_a_chart_keeps_within_its_frame_and_to_a_size(values):
   svg = chart.svg("loss", {"train/loss": list(enumerate(values))})

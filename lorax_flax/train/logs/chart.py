@@ -11,6 +11,7 @@ _LEFT, _RIGHT, _BOTTOM, _LINE = 64, 14, 30, 20
 _COLORS = ("#0b5394", "#b45309", "#166534", "#7c2d92", "#9f1239", "#374151")
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")  # Lines differ on black and white paper too.
 _MOST_POINTS = 400
+_SMALLEST, _LARGEST = 1e-290, 1e300  # of which differences and ratios are floats too
 
 
 def svg(heading: str, series: Series) -> str:
@@ -24,7 +25,8 @@ def svg(heading: str, series: Series) -> str:
     return ""
   top = _LINE * (len(shown) + 1) + 8
   right, bottom = _WIDTH - _RIGHT, top + _HEIGHT - _BOTTOM
-  xs, ys = (_ticks([p[i] for ps in shown.values() for p in ps]) for i in (0, 1))
+  every = [point for points in shown.values() for point in points]
+  xs, ys = _ticks([x for x, _ in every], 1.0), _ticks([y for _, y in every])
 
   def at(x: float, y: float) -> tuple[float, float]:
     across = (x - xs[0]) / (xs[-1] - xs[0])
@@ -61,23 +63,27 @@ def svg(heading: str, series: Series) -> str:
 
 def _kept(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
   """Points at equal distances, the last one among them."""
-  finite = [p for p in points if p[1] is not None and math.isfinite(p[1])]
+  finite = [p for p in points if p[1] is not None and abs(p[1]) < _LARGEST]
   step = -(-len(finite) // _MOST_POINTS) or 1
   return finite[::-1][::step][::-1]
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
-  """Round numbers at equal distances, from below the values to above them."""
+def _ticks(values: Sequence[float], least: float = 0.0) -> list[float]:
+  """Round numbers at equal distances, from below the values to above them.
+
+  Args:
+    least: smallest distance.
+  """
   low, high = min(values), max(values)
-  if low == high:
-    low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-  rough = (high - low) / 4
+  size = max(abs(low), abs(high))
+  if high - low <= 1e-9 * size + _SMALLEST:
+    half = size / 2 if size > _SMALLEST else 1.0
+    low, high = low - half, high + half
+  rough = max((high - low) / 4, least)
   power = 10.0 ** math.floor(math.log10(rough))
   step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
   first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-  return [
-    round(i * step, 12) if step > 1e-9 else i * step for i in range(first, last + 1)
-  ]
+  return [i * step for i in range(first, last + 1)]
 
 
 def _line(
