@@ -12,8 +12,8 @@ Tiny models of transformers with odd sizes, padded batches where there is text. 
   adapter   and the adapters at the end, relative to their change
 
 With --fields instead: the fields of PEFT's LoraConfig (peft_matrix.py). A cell is the
-largest error of logits, read here, and written again and read by PEFT; or "refused",
-with the reasons below; or "–" where PEFT itself has no such adapter.
+largest error of logits over the largest logit, read here, and written again and read
+by PEFT; or "refused", with the reasons below; or "–" where PEFT has no such adapter.
 """
 
 import argparse

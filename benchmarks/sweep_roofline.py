@@ -31,7 +31,7 @@ from lorax_flax.train.state import Base, TrainState
 
 def together(one: Abstract, requested: settings.Settings, n: int) -> Abstract:
   """The step of n trials, from that of one."""
-  objective = tasks.of(requested.data).objective(requested.train.label_smoothing)
+  objective = tasks.opened(requested.data).objective(requested.train.label_smoothing)
   state, base, batch = _stacked(one.state, one.base, one.batch, n)
   step = trials.train_step(
     one.forward, objective, requested.train, DURATIONS, trials.within(trials.ROOM)

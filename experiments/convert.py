@@ -109,6 +109,7 @@ def convert(
       revision=saved.revision,
       task_type=saved.task_type,
       labels=saved.labels,
+      problem_type=saved.problem_type,
       params=loaded.params,
       dtypes=saved.dtypes or "float32",
     )

@@ -99,7 +99,7 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
 
   first = next(iter(runs.values()))
   seed, max_length = first.train.seed, first.data.max_length
-  task = tasks.of(first.data)
+  task = tasks.opened(first.data)
   mesh = build.mesh(first.mesh, first.train)
   model = build.model(first.model, task, max_length, mesh, seed, first.init_adapter)
   splits, lengths = build.rows(first.data, task, model)

@@ -16,6 +16,7 @@ from pathlib import Path
 # By name, since `launch` is above this package and --help is to start fast.
 COMMANDS = {
   "train": "experiments.run",
+  "data": "experiments.data",
   "sweep": "experiments.sweep",
   "predict": "experiments.predict",
   "merge": "experiments.merge",

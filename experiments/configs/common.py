@@ -102,6 +102,26 @@ def next_token() -> ConfigDict:
   return config
 
 
+def own_text() -> ConfigDict:
+  """A small language model on text of one's own: rank 16 on every linear layer."""
+  config = base()
+  config.model.path = "smollm2"
+  config.model.scan = True  # 30 layers
+  config.data.task = "next_token"
+  config.data.max_length = 512
+  config.lora.tuned = ()
+  config.lora.targets = "all-linear"
+  config.lora.rank = 16
+  config.lora.alpha = 32.0
+  config.train.epochs = 3.0
+  config.train.batch_size = 8
+  config.train.eval_batch_size = 8
+  config.train.learning_rate = 5e-4
+  config.train.schedule = "constant"
+  config.train.warmup_fraction = 0.03
+  return config
+
+
 def llama3(
   path: str, *, layers: int, hidden: int, heads: int, mlp: int, learning_rate: float
 ) -> ConfigDict:

@@ -59,12 +59,12 @@ def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
   """
   brought: set[str] = set()
   rest: Adapter = {}
-  own = None
+  own, problem_type = None, None
   if adapter is None:
     loaded = registry.load(resolve(base))
   else:
     loaded, saved = with_adapter.load(base, adapter)
-    deltas, own = saved.adapter, saved.labels
+    deltas, own, problem_type = saved.adapter, saved.labels, saved.problem_type
     brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
     rest = without_place(loaded.params, deltas) if apply else {}
     deltas = {path: delta for path, delta in deltas.items() if path not in rest}
@@ -77,13 +77,16 @@ def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
       "or a base that has one"
     )
   if adapter and loaded.family.has_labels:
-    hf_config = _with_labels(loaded, adapter, own)
+    hf_config = _with_labels(loaded, adapter, own, problem_type)
     loaded = dataclasses.replace(loaded, hf_config=hf_config)
   return Merged(loaded, loaded.folder, rest)
 
 
 def _with_labels(
-  loaded: registry.Loaded, adapter: str, own: Sequence[str] | None
+  loaded: registry.Loaded,
+  adapter: str,
+  own: Sequence[str] | None,
+  problem_type: str | None,
 ) -> Mapping[str, Any]:
   """The config.json with the names that the adapter has; or else the base's, as PEFT
   keeps them, unless the adapter's head has another number of outputs."""
@@ -91,7 +94,7 @@ def _with_labels(
   if own is not None:
     if len(own) != count:
       raise LoraxError(f"{adapter} names {len(own)} labels, and its head has {count}")
-    return export.with_head(hf_config, own)
+    return export.with_head(hf_config, own, problem_type)
   if fields.labels_in(hf_config) in (None, count):
     return hf_config
   names = [f"LABEL_{i}" for i in range(count)]

@@ -103,6 +103,13 @@ def choose_buckets(lengths_N: np.ndarray, count: int) -> tuple[int, ...]:
   return tuple(units * unit for units in best[most][2])
 
 
+def padding_share(lengths_N: np.ndarray, buckets: Sequence[int]) -> float:
+  """The share of padding where each row is padded to the smallest bucket it fits."""
+  shape = Shape(1, tuple(buckets))
+  padded_N = np.asarray(buckets)[shape.bucket_of(lengths_N)]
+  return 1.0 - float(np.sum(lengths_N)) / float(padded_N.sum())
+
+
 def training_order(
   lengths_N: np.ndarray, shape: Shape, seed: int, epoch: int
 ) -> np.ndarray:

@@ -11,7 +11,7 @@ from lorax_flax.data.examples import Example
 from lorax_flax.data.tokenizers.tokenizer import Tokenizer
 from lorax_flax.data.tokenizers.tokenizer import load as load_tokenizer
 from lorax_flax.data.tokens import Tokens, ragged
-from lorax_flax.errors import LoraxError
+from lorax_flax.errors import LoraxError, prefixed
 
 __all__ = ["load_tokenizer", "tokenize"]
 
@@ -91,16 +91,21 @@ def _text(number: int, example: Example) -> str | tuple[str, str]:
       f"example {number}: text is a string, and text_pair a string or nothing; "
       f"found {dict(example)!r:.200}"
     )
-  for each in (text, pair or ""):
-    try:
-      each.encode()
-    except UnicodeEncodeError as error:
-      half = each[error.start]
-      raise LoraxError(
-        f"example {number}: the text holds {half!r}, half of a surrogate pair, which "
-        "is no character"
-      ) from error
+  with prefixed(f"example {number}"):
+    for each in (text, pair or ""):
+      check_characters(each)
   return text if pair is None else (text, pair)
+
+
+def check_characters(text: str) -> None:
+  """Raises LoraxError for half of a surrogate pair, which no tokenizer takes."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    half = text[error.start]
+    raise LoraxError(
+      f"the text holds {half!r}, half of a surrogate pair, which is no character"
+    ) from error
 
 
 def _labels(examples: Sequence[Example], dtype: type) -> np.ndarray | None:

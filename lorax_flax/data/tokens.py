@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, prefixed, unknown
 
 Batch = dict[str, np.ndarray]
 
@@ -59,7 +59,8 @@ class Tokens:
     pad_id: the id of padding in `input_ids`.
     token_type_ids_S: int32, or None where the model has no types.
     attention_mask_S: int32, or None for ones.
-    labels_N: int32 classes or float32 numbers; None where there are none.
+    labels_N: int32 classes or float32 numbers; float32 (N, C), 1 for each class that a
+      row has, where these are several; None where there are none.
     decoder: the decoder's rows, where a model has one.
     decoder_length: padded length of these.
   """
@@ -90,8 +91,8 @@ class Tokens:
     Returns:
       input_ids, attention_mask, token_type_ids (if any): int32 (B, T);
       decoder_input_ids (if any): int32 (B, decoder_length); labels (if any):
-      int32 or float32 (B,); weights: float32 (B,), 1 for a real row and 0 for padding;
-      index: int32 (B,), as given.
+      int32 or float32 (B,), or float32 (B, C); weights: float32 (B,), 1 for a real row
+      and 0 for padding; index: int32 (B,), as given.
     """
     padded = lambda values_S, fill: Column(values_S, self.offsets).padded(
       index_B, length, fill
@@ -114,7 +115,8 @@ class Tokens:
       )
     real = index_B >= 0
     if self.labels_N is not None:
-      labels_B = np.zeros(len(index_B), self.labels_N.dtype)
+      shape = (len(index_B), *self.labels_N.shape[1:])
+      labels_B = np.zeros(shape, self.labels_N.dtype)
       labels_B[real] = self.labels_N[index_B[real]]
       batch["labels"] = labels_B
     return batch | marks(index_B)
@@ -210,12 +212,14 @@ def from_inputs(
     for name in example:
       if name not in names:
         raise LoraxError(f"example {number}: {unknown('model input', name, names)}")
-    ids = integers(example, "input_ids", number)
+    ids = _integers(example, "input_ids", number)
     row = {
       "attention_mask": [1] * len(ids),
       "token_type_ids": [0] * len(ids),
       **{
-        name: integers(example, name, number) for name in TEXT_INPUTS if name in example
+        name: _integers(example, name, number)
+        for name in TEXT_INPUTS
+        if name in example
       },
     }
     for name, values in row.items():
@@ -239,21 +243,27 @@ def from_inputs(
 
 def with_decoder(tokens: Tokens, examples: Sequence[Mapping[str, Any]]) -> Tokens:
   """The rows with `decoder_input_ids` of examples, one a row; errors as above."""
-  rows = [integers(each, DECODER_INPUT, i) for i, each in enumerate(examples, 1)]
+  rows = [_integers(each, DECODER_INPUT, i) for i, each in enumerate(examples, 1)]
   column = Column(*ragged(rows))
   longest = -(-int(column.lengths_N.max()) // _MULTIPLE) * _MULTIPLE
   return dataclasses.replace(tokens, decoder=column, decoder_length=longest)
 
 
-def integers(example: Mapping[str, Any], name: str, number: int) -> Sequence[int]:
-  """A row of ids of one example, which is counted from 1; otherwise LoraxError."""
+def integers(example: Mapping[str, Any], name: str) -> Sequence[int]:
+  """A row of ids of one example; LoraxError where it is none."""
   values = example.get(name, [])
   if not isinstance(values, list):
-    raise LoraxError(f"example {number}: {name} is a list, not {values!r:.80}")
+    raise LoraxError(f"{name} is a list, not {values!r:.80}")
   if not values:
-    raise LoraxError(f"example {number}: {name} is missing or empty")
+    raise LoraxError(f"{name} is missing or empty")
   if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-    raise LoraxError(f"example {number}: {name} holds integers, nothing else")
+    raise LoraxError(f"{name} holds integers, nothing else")
   if max(map(abs, values)) > np.iinfo(np.int32).max:
-    raise LoraxError(f"example {number}: {name} holds integers of 32 bits")
+    raise LoraxError(f"{name} holds integers of 32 bits")
   return values
+
+
+def _integers(example: Mapping[str, Any], name: str, number: int) -> Sequence[int]:
+  """`integers` of an example that is counted from 1."""
+  with prefixed(f"example {number}"):
+    return integers(example, name)

@@ -85,8 +85,20 @@ def lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
   are passed over.
 
   Raises:
-    LoraxError: no such file, an empty one, a blank line before others, or a line that
-      is not a JSON object; it names the line.
+    LoraxError: what `lines_or_errors` raises, or a line that is not a JSON object; it
+      names the line.
+  """
+  for number, line in lines_or_errors(file):
+    if isinstance(line, ValueError):
+      raise LoraxError(f"{file}: line {number} {line}") from line
+    yield number, line
+
+
+def lines_or_errors(file: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+  """`lines`, with an error in the place of a line that is no JSON object.
+
+  Raises:
+    LoraxError: no such file, an empty one, or a blank line before others.
   """
   source = streams.opened(file, "rb")
   if source is None and not file.is_file():
@@ -100,10 +112,11 @@ def lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
       if number > last + 1:
         raise LoraxError(f"{file}: line {last + 1} is blank")
       last = number
+      line: dict[str, Any] | ValueError
       try:
         line = _line(text)
       except ValueError as error:
-        raise LoraxError(f"{file}: line {number} {error}") from error
+        line = error
       yield number, line
   if not last:
     raise LoraxError(f"{file} is empty" + " but for blank lines" * (number > 0))

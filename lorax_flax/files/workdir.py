@@ -12,6 +12,7 @@ CONFIG = "config.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
+CONFUSION = "confusion.png"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 # The entry of config.json with digests of what the run is made from, by name.

@@ -19,7 +19,7 @@ from lorax_flax.jobs.settings import Settings
 from lorax_flax.methods import Adapter
 from lorax_flax.models import registry
 from lorax_flax.tasks.task import Splits, Task
-from lorax_flax.train.logs.report import About
+from lorax_flax.train.logs.page import About
 from lorax_flax.version import __version__
 
 _LIBRARIES = ("jax", "flax", "optax")

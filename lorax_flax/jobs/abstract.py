@@ -63,9 +63,9 @@ def abstract(
 ) -> Abstract:
   """The job that `experiments.run` makes of the same settings, as shapes.
 
-  Neither a checkpoint nor examples are read: a batch is as long as data.max_length
-  allows. The model is that of model.hf_config, or else of the config.json of
-  model.path.
+  No checkpoint is read, and no examples but a user's own where the labels are in them:
+  a batch is as long as data.max_length allows. The model is that of model.hf_config, or
+  else of the config.json of model.path.
 
   Args:
     devices: the devices of settings.mesh, or the mesh itself. They need not exist;
@@ -74,7 +74,7 @@ def abstract(
   Raises:
     LoraxError: settings that do not fit one another, the model or the devices.
   """
-  task = tasks.of(settings.data)
+  task = tasks.opened(settings.data)
   mesh: Any = devices
   if isinstance(devices, Sequence):
     mesh = meshes.make(settings.mesh, devices)

@@ -124,6 +124,8 @@ def rows(
     f"{', '.join(f'{len(s):,} in {name}' for name, s in evaluation.items())}; "
     f"padded to {' or '.join(map(str, lengths_padded))} tokens"
   )
+  for line in () if task.describe is None else task.describe(settings, model):
+    log.info(line)
   return splits, lengths_padded
 
 

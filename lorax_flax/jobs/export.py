@@ -57,6 +57,7 @@ def export(
         task_type=task_type,
         base_name=base_name,
         labels=None if task.labels is None else tuple(task.labels),
+        problem_type=task.problem_type,
         untied=not loaded.keymap.ties,
       )
       native.write_adapter(target, saved, card(result))
@@ -68,6 +69,7 @@ def export(
       config,
       base_name=base_name,
       labels=task.labels,
+      problem_type=task.problem_type,
       task_type=task_type,
       params=tables,
       resized=resized,
@@ -85,6 +87,7 @@ def export(
       loaded.hf_config,
       architecture=loaded.family.architecture,
       labels=task.labels,
+      problem_type=task.problem_type,
       base=loaded.folder,
       card=card(result),
       overwrite=True,

@@ -119,6 +119,7 @@ class LanguageModel(Model[GPT2Config]):
     self,
     input_ids: jax.Array,
     attention_mask: jax.Array,
+    position_ids: jax.Array | None = None,
     *,
     deterministic: bool = True,
     readout: heads.Readout = heads.logits,
@@ -126,8 +127,10 @@ class LanguageModel(Model[GPT2Config]):
     """Logits, BxTxV float32, or another readout.
 
     Args:
-      input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
-        Positions count from the first column, whatever the mask.
+      input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to,
+        or the number of its segment, 1, 2, 3, …, that attends to itself alone.
+      position_ids: BxT int32; by default they count from the first column, whatever the
+        mask.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
       readout: makes the outputs of the head and of what it takes.
 
@@ -138,8 +141,9 @@ class LanguageModel(Model[GPT2Config]):
     check_length(input_ids, c.n_positions)
     words = self.table(c.vocab_size, c.n_embd, "wte", "vocab")
     positions = self.table(c.n_positions, c.n_embd, "wpe", "positions")
-    positions_1xT = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
-    x_BxTxD = words(input_ids).astype(dtype) + positions(positions_1xT).astype(dtype)
+    if position_ids is None:
+      position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
+    x_BxTxD = words(input_ids).astype(dtype) + positions(position_ids).astype(dtype)
     x_BxTxD = nn.Dropout(c.embd_pdrop)(x_BxTxD, deterministic)
     each = {}
     if c.scale_attn_by_inverse_layer_idx:

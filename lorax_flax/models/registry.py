@@ -84,20 +84,29 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class Loaded(Outline):
+class Located(Outline):
+  """A model without its weights, and where it is.
+
+  Attributes:
+    folder: that it is read from, with its tokenizer.
+  """
+
+  folder: Path
+
+
+@dataclass(frozen=True)
+class Loaded(Located):
   """A model and its weights.
 
   Attributes:
     params: the tree of weights.
     new_paths: leaves that the checkpoint did not have, freshly initialised.
     ignored_keys: stored keys that are not weights of this model.
-    folder: that it was read from, with its tokenizer.
   """
 
   params: Any
   new_paths: tuple[str, ...]
   ignored_keys: tuple[str, ...]
-  folder: Path
 
   def reseeded(self, seed: int) -> "Loaded":
     """A copy with its new leaves drawn again, as `load` draws them with this seed."""

@@ -19,9 +19,10 @@ from lorax_flax.tasks.task import Splits, Task
 from lorax_flax.train import losses
 from lorax_flax.train.losses import Loss
 from lorax_flax.train.objective import Objective, Throughput
+from lorax_flax.train.report import of_classes
 
 if TYPE_CHECKING:
-  from lorax_flax.models.registry import Loaded, Outline
+  from lorax_flax.models.registry import Located, Outline
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,13 @@ def of_texts(
   """
 
   def objective(label_smoothing: float) -> Objective:
-    throughput = Throughput("tokens", "attention_mask")
-    made = loss(label_smoothing)
-    return Objective(made, dataset.metrics, dataset.primary, throughput=throughput)
+    return Objective(
+      loss(label_smoothing),
+      dataset.metrics,
+      dataset.primary,
+      throughput=Throughput("tokens", "attention_mask"),
+      report=of_classes(labels) if dataset.labels else None,
+    )
 
   return Task(
     name=dataset.name,
@@ -76,7 +81,7 @@ def of_texts(
   )
 
 
-def _read(dataset: Dataset, settings: DataSettings, model: Loaded) -> Splits:
+def _read(dataset: Dataset, settings: DataSettings, model: Located) -> Splits:
   folders = {}
   if isinstance(settings, GlueSettings):
     folders = {"glue_dir": settings.glue_dir, "tfds_dir": settings.tfds_dir}

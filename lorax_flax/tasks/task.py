@@ -18,7 +18,7 @@ from lorax_flax.train.objective import Objective
 if TYPE_CHECKING:  # --help and mistakes in flags need not wait for these.
   from lorax_flax.data.pipeline import Rows
   from lorax_flax.models.family import Task as ModelTask
-  from lorax_flax.models.registry import Loaded, Outline
+  from lorax_flax.models.registry import Located, Outline
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Task:
     read: (settings, model) -> rows.
     blank: (model, length) -> one row of that many tokens, for its shapes.
     objective: (label smoothing) -> loss, metrics and unit of throughput.
+    problem_type: transformers' name of the problem, where the number of labels does not
+      say it.
+    describe: (settings, model) -> lines that show what was found in the user's data,
+      with examples as the model sees them; None where the rows are always the same.
   """
 
   name: str
@@ -43,32 +47,69 @@ class Task:
   num_labels: int | None
   labels: Sequence[str] | None
   settings: type[DataSettings]
-  read: Callable[[Any, Loaded], Splits[Rows]]
+  read: Callable[[Any, Located], Splits[Rows]]
   blank: Callable[[Outline, int], Rows]
   objective: Callable[[float], Objective]
+  problem_type: str | None = None
+  describe: Callable[[Any, Located], list[str]] | None = None
 
   def __post_init__(self):
-    own = self.settings
-    # Of a subclass that is no dataclass of its own, the new fields would be lost.
-    if not issubclass(own, DataSettings) or "__dataclass_fields__" not in vars(own):
-      raise LoraxError(
-        f"the task {self.name}: its settings {own.__name__} are no frozen dataclass "
-        "made from DataSettings"
-      )
+    _check_settings(self.name, self.settings)
+
+  def open(self, settings: Any) -> Task:
+    """The task itself: nothing of it follows from the settings."""
+    del settings
+    return self
+
+
+@dataclass(frozen=True)
+class OwnTask:
+  """A row of the table whose labels, loss and metrics follow from the user's data.
+
+  Attributes:
+    name: as of `Task`.
+    settings: as of `Task`.
+    open: (settings) -> the task; reads the data, once for all that the task does.
+  """
+
+  name: str
+  settings: type[DataSettings]
+  open: Callable[[Any], Task]
+
+  def __post_init__(self):
+    _check_settings(self.name, self.settings)
+
+
+def _check_settings(name: str, own: type[DataSettings]) -> None:
+  # Of a subclass that is no dataclass of its own, the new fields would be lost.
+  if not issubclass(own, DataSettings) or "__dataclass_fields__" not in vars(own):
+    raise LoraxError(
+      f"the task {name}: its settings {own.__name__} are no frozen dataclass made from "
+      "DataSettings"
+    )
 
 
 # By the name in `data.task`.
-TASKS: dict[str, Task] = {}
+TASKS: dict[str, Task | OwnTask] = {}
 
 
-def get(name: str) -> Task:
-  """The task of that name; raises LoraxError where there is none."""
+def get(name: str) -> Task | OwnTask:
+  """The row of that name; raises LoraxError where there is none."""
   check_known("task", name, TASKS)
   return TASKS[name]
 
 
-def of(settings: DataSettings) -> Task:
-  """The task that the settings name.
+def opened(settings: DataSettings) -> Task:
+  """The task that the settings name, its data read where its labels are there.
+
+  Raises:
+    LoraxError: what `of` raises, and what reading raises.
+  """
+  return of(settings).open(settings)
+
+
+def of(settings: DataSettings) -> Task | OwnTask:
+  """The row that the settings name.
 
   Raises:
     LoraxError: there is none of that name, or it reads settings of another type.

@@ -26,7 +26,8 @@ class Progress:
   Attributes:
     position: of the data iterator.
     pending: sums and counts of the metrics since the last line that was logged.
-    evaluations: each a dict of step, epoch, metrics and examples, oldest first.
+    evaluations: each a dict of step, epoch, metrics and examples, oldest first; the
+      best one's report too, where there is one.
     best: index of the best of them, None before the first.
     seconds: of wall time by what it was spent on, over all processes of the run.
     tokens: number of units so far, of whatever unit the task counts in.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from lorax_flax.errors import LoraxError
 from lorax_flax.train import metrics
 from lorax_flax.train.metrics import Mean
+from lorax_flax.train.report import Report
 
 Batches = Sequence[Mapping[str, np.ndarray]]
 # The predictions kept of a batch, and the mean loss.
@@ -31,16 +32,19 @@ class Evaluation:
     metrics: by name, and "loss", over all splits together; where there are several
       splits also each split's own, "accuracy_matched" of "validation_matched".
     examples: number of examples that were evaluated.
+    report: of all splits together, where one is requested.
   """
 
   metrics: dict[str, float]
   examples: int
+  report: dict[str, Any] | None = None
 
 
 def evaluate(
   outputs: Mapping[str, Sequence[Output]],
   splits: Mapping[str, Batches],
   names: Sequence[str],
+  report: Report | None = None,
 ) -> Evaluation:
   """Evaluates all splits.
 
@@ -50,6 +54,7 @@ def evaluate(
     splits: batches by the split's name; each has `index`, the example's number in its
       split, -1 in rows that are padding, and `labels` where metrics need them.
     names: keys of `metrics.METRICS`.
+    report: makes one of all predictions.
 
   Raises:
     LoraxError: a split without examples, or batches that miss or repeat one.
@@ -65,8 +70,12 @@ def evaluate(
       values = _metrics(names, part.rows, part.loss)
       found |= {f"{name}_{short}": value for name, value in values.items()}
   loss = sum((part.loss for part in parts), Mean(0.0, 0.0))
-  overall = _metrics(names, _joined([part.rows for part in parts]), loss)
-  return Evaluation(overall | found, sum(part.examples for part in parts))
+  rows = _joined([part.rows for part in parts])
+  return Evaluation(
+    _metrics(names, rows, loss) | found,
+    sum(part.examples for part in parts),
+    None if report is None else report(*rows),
+  )
 
 
 def _metrics(names: Sequence[str], rows: _Rows, loss: Mean) -> dict[str, float]:

@@ -24,7 +24,7 @@ from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import loop
 from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.logs.history import Diverged
-from lorax_flax.train.logs.report import About
+from lorax_flax.train.logs.page import About
 from lorax_flax.train.objective import Objective
 from lorax_flax.train.step import Model
 from lorax_flax.train.stream import Layout, Stream

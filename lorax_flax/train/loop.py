@@ -21,7 +21,7 @@ from lorax_flax.train.checkpoint import Checkpoints, Progress
 from lorax_flax.train.compile_by_shape import Compiled
 from lorax_flax.train.config import Durations, durations
 from lorax_flax.train.evaluate import Batches, NotFinite, evaluate
-from lorax_flax.train.logs import curves, memory, report
+from lorax_flax.train.logs import confusion, curves, memory, page
 from lorax_flax.train.logs.history import Diverged, History, running
 from lorax_flax.train.logs.progress_bar import Display
 from lorax_flax.train.logs.timer import Stopwatch
@@ -266,6 +266,7 @@ class _Loop:
   def _evaluate(self, number: int, state: PyTree, base: PyTree) -> PyTree:
     self._drain()
     splits, improved = self._data.evaluation, [False] * len(self.histories)
+    objective = self.job.objective
     if not splits:
       return state
     with self.clock.on("evaluate"):
@@ -285,7 +286,7 @@ class _Loop:
         if history.failed is None:
           own = {split: [parts[i] for parts in found] for split, found in each.items()}
           try:
-            found = evaluate(own, splits, self.job.objective.metrics)
+            found = evaluate(own, splits, objective.metrics, objective.report)
           except NotFinite as error:
             history.fail(number, f"{error} at step {number}")
           else:
@@ -343,7 +344,10 @@ def _finish(
     paths = run.export(adapter, result, here)
   result |= {n: str(run.folder / Path(p).relative_to(here)) for n, p in paths.items()}
   if processes.first():
-    curves.draw(run.folder / workdir.CURVES, history.record.lines, run.about.title)
+    title = run.about.title
+    curves.draw(run.folder / workdir.CURVES, history.record.lines, title)
+    if table := result.get("report", {}).get("confusion"):
+      confusion.draw(run.folder / workdir.CONFUSION, table, title)
     _report(run, history, "Finished.", result)
     workdir.write_json(run.folder / workdir.RESULT, result)
   return result
@@ -355,8 +359,8 @@ def _report(
   """Writes report.html anew; process 0 alone."""
   if processes.first():
     best = history.best_and_last()[0]["step"]
-    page = report.page(run.about, history.record.lines, best, status, result)
-    workdir.write_text(run.folder / workdir.REPORT, page)
+    text = page.render(run.about, history.record.lines, best, status, result)
+    workdir.write_text(run.folder / workdir.REPORT, text)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lorax_flax.train.token_scores import TokenScores
 
-# outputs, batch -> losses_B; of logits (B, C), by the batch's `labels` (B,).
+# outputs, batch -> losses_B; of logits (B, C), by the batch's `labels`, (B,) or (B, C).
 Batch = Mapping[str, jax.Array]
 Loss = Callable[[Any, Batch], jax.Array]
 
@@ -29,6 +29,13 @@ def cross_entropy(label_smoothing: float = 0.0) -> Loss:
 def squared_error(logits_Bx1: jax.Array, batch: Batch) -> jax.Array:
   """Squared difference of the one output and a float label."""
   return jnp.square(logits_Bx1[:, 0].astype(jnp.float32) - batch["labels"])
+
+
+def binary_cross_entropy(logits_BxC: jax.Array, batch: Batch) -> jax.Array:
+  """Mean over classes of each one's own; torch's BCEWithLogitsLoss of a row."""
+  x_BxC, labels_BxC = logits_BxC.astype(jnp.float32), batch["labels"]
+  has, has_not = jax.nn.log_sigmoid(x_BxC), jax.nn.log_sigmoid(-x_BxC)
+  return -(labels_BxC * has + (1.0 - labels_BxC) * has_not).mean(-1)
 
 
 def next_token(label_smoothing: float = 0.0) -> Loss:

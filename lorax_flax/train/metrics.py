@@ -44,6 +44,16 @@ def _f1(predicted_N, labels_N) -> float:
   return float(sklearn.metrics.f1_score(labels_N, predicted_N, zero_division=0))
 
 
+def _average_f1(average: str) -> Callable[[np.ndarray, np.ndarray], float]:
+  def f1(predicted_N, labels_N) -> float:
+    found = sklearn.metrics.f1_score(
+      labels_N, predicted_N, average=average, zero_division=0
+    )
+    return float(found)
+
+  return f1
+
+
 def _matthews(predicted_N, labels_N) -> float:
   return float(sklearn.metrics.matthews_corrcoef(labels_N, predicted_N))
 
@@ -55,6 +65,8 @@ def _perplexity(loss: float) -> float:
 
 def _correlation(function) -> Callable[[np.ndarray, np.ndarray], float]:
   def correlation(predicted_N, labels_N) -> float:
+    if len(labels_N) < 2:
+      return 0.0
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", scipy.stats.ConstantInputWarning)
       value = float(function(predicted_N, labels_N).statistic)
@@ -69,8 +81,8 @@ class Metric:
   """A metric of an evaluation.
 
   Attributes:
-    compute: (predictions_N, labels_N) -> value, of classes, or of numbers in a
-      regression; or (mean loss) -> value.
+    compute: (predictions_N, labels_N) -> value, of classes, of (N, C) where a row has
+      several of them, or of numbers in a regression; or (mean loss) -> value.
     of_loss: whether it is a function of the mean loss, and needs no predictions.
     better: whether a first value is better than a second.
   """
@@ -83,16 +95,26 @@ class Metric:
 METRICS: dict[str, Metric] = {
   "accuracy": Metric(_accuracy),
   "eval_loss": Metric(float, of_loss=True, better=operator.lt),
+  # Of several classes at once, all of them have to be right.
+  "exact_match": Metric(_accuracy),
   "f1": Metric(_f1),
+  "macro_f1": Metric(_average_f1("macro")),
   "matthews_correlation": Metric(_matthews),
+  "micro_f1": Metric(_average_f1("micro")),
   "pearson": Metric(_correlation(scipy.stats.pearsonr)),
   "perplexity": Metric(_perplexity, of_loss=True, better=operator.lt),
   "spearman": Metric(_correlation(scipy.stats.spearmanr)),
 }
 
 
-def predictions(logits_NxC: np.ndarray) -> np.ndarray:
-  """Classes, or the one number of a regression head (C = 1)."""
+def predictions(logits_NxC: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
+  """Classes, or the one number of a regression head (C = 1).
+
+  With labels (N, C), of several classes at once: 1 for each that is more probable than
+  not.
+  """
+  if labels_N.ndim == 2:
+    return (logits_NxC > 0).astype(labels_N.dtype)
   if logits_NxC.shape[-1] == 1:
     return logits_NxC[:, 0]
   return logits_NxC.argmax(-1)
@@ -117,7 +139,7 @@ def compute(
       raise LoraxError(f"{name} is of predictions, and none are kept")
     if len(logits_NxC) != len(labels_N) or not len(labels_N):
       raise LoraxError(f"{len(logits_NxC)} predictions for {len(labels_N)} labels")
-    found[name] = METRICS[name].compute(predictions(logits_NxC), labels_N)
+    found[name] = METRICS[name].compute(predictions(logits_NxC, labels_N), labels_N)
   return found
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from lorax_flax.models.head import Head
 from lorax_flax.train.losses import Loss
+from lorax_flax.train.report import Report
 
 # outputs -> the array or None that evaluation keeps of them on the host, (B, …)
 Predictions = Callable[[Any], jax.Array | None]
@@ -26,7 +27,7 @@ class Throughput:
 
   Attributes:
     unit: its plural, "tokens".
-    column: column of a batch with 1 for each unit and 0 for padding.
+    column: column of a batch that is 0 for padding, and only there.
   """
 
   unit: str = "examples"
@@ -34,7 +35,7 @@ class Throughput:
 
   def count(self, batch: Mapping[str, np.ndarray]) -> int:
     """Number of units in a batch on the host."""
-    return int(batch[self.column].sum())
+    return int(np.count_nonzero(batch[self.column]))
 
   def padded(self, batch: Mapping[str, Any]) -> int:
     """Number of units that the model computes for a batch, padding included."""
@@ -54,6 +55,7 @@ class Objective:
     throughput: what progress and speed are counted in.
     readout: (head, x_BxTxD, batch) -> outputs, of a model with a language model's head;
       None: the model's own outputs.
+    report: of the best evaluation, for result.json, besides its metrics; None: none.
   """
 
   loss: Loss
@@ -63,3 +65,4 @@ class Objective:
   predictions: Predictions = logits
   throughput: Throughput = Throughput()
   readout: Callable[[Head, jax.Array, Mapping[str, jax.Array]], Any] | None = None
+  report: Report | None = None

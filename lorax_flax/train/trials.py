@@ -25,7 +25,7 @@ from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 from lorax_flax.train.config import Durations, TrainConfig
-from lorax_flax.train.logs.report import About
+from lorax_flax.train.logs.page import About
 from lorax_flax.train.objective import Objective
 from lorax_flax.train.optimizers import OPTIMIZERS
 from lorax_flax.train.state import Base, TrainState

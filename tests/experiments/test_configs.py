@@ -58,10 +58,12 @@ TOKENS = (
   "mixtral_8x7b_instruct",
   "gpt3_175b",
 )
+OWN = ("chat", "complete")  # on text of one's own
 SPECS = [
   *("quickstart.py", "quickstart.py:full"),
+  *("classify.py", "classify.py:full"),
   *(f"glue_{task}.py{v}" for task in BASE for v in VARIANTS),
-  *(f"{name}.py{v}" for name in TOKENS for v in ("", ":full")),
+  *(f"{name}.py{v}" for name in (*TOKENS, *OWN) for v in ("", ":full")),
 ]
 
 

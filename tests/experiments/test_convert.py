@@ -116,7 +116,7 @@ def test_labels_survive_the_way(base, saved, tmp_path):
   )
   convert(str(base), str(labelled), str(tmp_path / "ours"))
   convert(str(base), str(tmp_path / "ours"), str(tmp_path / "back"), "peft")
-  assert hub_peft.read_labels(tmp_path / "back") == list(peers.NAMES)
+  assert hub_peft.read_labels(tmp_path / "back") == (list(peers.NAMES), None)
   read = adapters.read(tmp_path / "back", loaded.params, loaded.keymap)
   assert (read.base_name, read.task_type) == ("b", "SEQ_CLS")
 

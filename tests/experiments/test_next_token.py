@@ -203,8 +203,8 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"data.path": None}, "data.path: which folder has train.jsonl and validation"),
-    ({"data.path": "EMPTY"}, "no file .*train.jsonl"),
+    ({"data.path": None}, "data.path: which file, or folder with train and val"),
+    ({"data.path": "EMPTY"}, "has no train file of .*there is: nothing"),
     ({"data.max_length": 23}, "this model takes at most 22 tokens"),
     ({"model.path": "BERT"}, "trains a causal-lm model, and a bert is a sequence-cl"),
     ({"data.task": "sst2", "data.path": None}, "and a gpt2 is a causal-lm model"),
@@ -246,12 +246,12 @@ def test_rows_that_are_too_long_are_cut_and_that_is_said(base, tmp_path, caplog)
   data = write(tmp_path, rows(22, 0), rows(9, 1))
   wanted = shrunk("gpt3_175b.py", base, data, **{"data.max_length": 14})
   made = _prepare(wanted)
-  lengths = [len(row["input_ids"]) for row in rows(22, 0)]
+  lengths = [len(row["input_ids"]) for row in [*rows(22, 0), *rows(9, 1)]]
   cut = [n - 14 for n in lengths if n > 14]
   assert (
-    f"train.jsonl: {len(cut)} of 22 examples are cut to data.max_length" in caplog.text
+    f"{len(cut)} of 31 rows are cut to data.max_length = 14; {sum(cut)} of "
+    f"{sum(lengths)} tokens are left out" in caplog.text
   )
-  assert f"{sum(cut)} of {sum(lengths)} tokens are left out" in caplog.text
   assert max(next(made.data.batches)["attention_mask"].sum(-1)) <= 14
 
 

@@ -49,7 +49,7 @@ def theirs(layer, config, positions):
 
 
 def check(rope, head_size, want, positions):
-  lengths = jnp.max(positions, axis=1) + 1
+  lengths = jnp.max(positions, axis=1, keepdims=True) + 1
   got = ops.rotations(rope, head_size, positions, lengths, jnp.float32)
   for ours, their in zip(got, want, strict=True):
     both = np.concatenate([ours, ours], axis=-1)[:, :, 0]
@@ -80,7 +80,7 @@ def test_a_scaling_changes_the_angles():
       max_position_embeddings=128,
       theta=500.0,
     )
-    lengths = jnp.asarray([300], jnp.int32)
+    lengths = jnp.asarray([[300]], jnp.int32)
     found.append(np.asarray(ops.rotations(read, 10, positions, lengths, jnp.float32)))
   for i, one in enumerate(found):
     for other in found[:i]:
@@ -97,7 +97,7 @@ def test_a_part_of_the_features_may_turn():
   want = theirs(Phi3RotaryEmbedding, config, positions)
   check(read, 10, want, positions)
   x = jnp.ones((1, 3, 2, 10))
-  lengths = jnp.asarray([10], jnp.int32)
+  lengths = jnp.asarray([[10]], jnp.int32)
   turned = ops.rotate(x, ops.rotations(read, 10, positions, lengths, jnp.float32))
   np.testing.assert_array_equal(turned[..., 8:], x[..., 8:])
   assert (turned[:, 1:, :, :8] != 1.0).all()

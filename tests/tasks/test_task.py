@@ -26,7 +26,7 @@ LENGTH = 8
 
 
 def test_every_dataset_and_next_token_is_a_row():
-  assert set(task.TASKS) == {*tasks.TASKS, "next_token"}
+  assert set(task.TASKS) == {*tasks.TASKS, "next_token", "texts"}
   assert task.of(GlueSettings("stsb")).labels == ("score",)
   assert task.of(GlueSettings("rte")).num_labels == 2
 
@@ -171,7 +171,7 @@ def test_a_tasks_own_setting_is_in_the_help(registers):
   text = config_flag.help_text([registers, "--config.data.modulus=2"])
   assert "\n  data.modulus = None\n      the sum of a row's tokens is its" in text
   assert "\n  data.buckets = 1\n" in text
-  assert "\n  data.path (next_token)" in text
+  assert "\n  data.path (next_token, texts)" in text
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_config_file_may_define_a_tasks_settings(tmp_path, monkeypatch):
     "from tests.tasks.test_task import MINE\n"
     "@dataclasses.dataclass(frozen=True)\n"
     "class Own(DataSettings):\n"
-    "  columns: Sequence[int] = ()\n"
+    "  picked: Sequence[int] = ()\n"
     "task.TASKS['own'] = dataclasses.replace(MINE, settings=Own)\n"
     "def get_config():\n"
     "  config = common.base()\n"
@@ -227,8 +227,8 @@ def test_a_config_file_may_define_a_tasks_settings(tmp_path, monkeypatch):
     "  config.train.steps = 1\n"
     "  return config\n"
   )
-  found = _parse(f"--config={file}", "--config.data.columns=1,2").settings()
-  assert found.data.columns == (1, 2)
+  found = _parse(f"--config={file}", "--config.data.picked=1,2").settings()
+  assert found.data.picked == (1, 2)
   # The file is run again for its function `sweep`, and defines the class again.
   assert config_flag.function(str(file), "sweep") is None
   assert task.of(found.data).name == "mine"

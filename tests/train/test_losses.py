@@ -38,6 +38,17 @@ def test_losses_are_float32_whatever_the_logits_are():
   )
 
 
+def test_binary_cross_entropy_equals_torch():
+  rng = np.random.default_rng(3)
+  logits = (30 * rng.normal(size=(6, 4))).astype(np.float32)
+  labels = rng.integers(0, 2, (6, 4)).astype(np.float32)
+  wanted = torch.nn.functional.binary_cross_entropy_with_logits(
+    torch.tensor(logits), torch.tensor(labels), reduction="none"
+  ).mean(-1)
+  found = losses.binary_cross_entropy(jnp.asarray(logits), {"labels": labels})
+  np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_squared_error_equals_torch():
   logits = np.array([[0.5], [2.0], [-1.0]], np.float32)
   labels = np.array([1.0, 2.5, 3.0], np.float32)

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lorax_flax.train.logs import chart, report
-from lorax_flax.train.logs.report import About
+from lorax_flax.train.logs import chart
+from lorax_flax.train.logs.page import About, render
 from tests.train import toy
 
 NASTY = "<script>alert('a & b')</script>"
@@ -34,7 +34,8 @@ RESULT = {
       NASTY: {"precision": 0.5, "recall": 0.125, "f1": 0.2, "support": 8},
       "good": {"precision": 1.0, "recall": 0.5, "f1": 0.6667, "support": 4},
     },
-    "confusion": [[1, 7], [2, 2]],
+    "confusion": {"labels": [NASTY, "good"], "rows": [[1, 7], [2, 2]]},
+    "macro_f1": 0.4333,
   },
 }
 ABOUT = About(
@@ -80,7 +81,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page():
-  return Page(report.page(ABOUT, LINES, 8, "Finished.", RESULT))
+  return Page(render(ABOUT, LINES, 8, "Finished.", RESULT))
 
 
 def test_no_text_of_a_user_becomes_markup(page):
@@ -146,7 +147,7 @@ def test_the_page_says_what_the_run_was_and_how_to_use_it(page):
 
 
 def test_a_run_under_way_has_a_page_without_a_result():
-  page = Page(report.page(ABOUT, LINES[:2], 8, "Under way: 4 of 8 steps are done."))
+  page = Page(render(ABOUT, LINES[:2], 8, "Under way: 4 of 8 steps are done."))
   assert "Under way: 4 of 8 steps are done." in page.text
   assert "Load" not in page.text
   assert "best accuracy" not in page.text

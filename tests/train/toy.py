@@ -20,7 +20,7 @@ from lorax_flax.sharding import mesh
 from lorax_flax.train import loop, losses
 from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.logs.history import Diverged
-from lorax_flax.train.logs.report import About
+from lorax_flax.train.logs.page import About
 from lorax_flax.train.loop import Data, Job
 from lorax_flax.train.objective import Objective, Throughput
 from lorax_flax.train.step import Model

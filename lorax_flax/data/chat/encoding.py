@@ -68,19 +68,22 @@ def encode_all(
 
 
 def tokenize(
-  chats: Sequence[Marked], tokenizer: tokenizers.Tokenizer
+  chats: Sequence[Marked],
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  add_special_tokens: bool = False,
 ) -> Iterator[Encoded]:
-  """Tokenises texts as wholes, and takes their spans to tokens.
+  """Tokenises each text in one piece, and takes its spans to tokens.
 
   A token is learnt that overlaps a learnt span, by its offsets in the text.
   """
   texts = [chat.text for chat in chats]
   try:
     # Not encode_batch_fast, which finds no offsets.
-    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
   # The tokenizers library raises bare Exception where its file is incomplete.
   except Exception as error:
-    raise LoraxError(f"this tokenizer can't encode the chats: {error}") from error
+    raise LoraxError(f"this tokenizer can't encode the texts: {error}") from error
   for chat, encoding in zip(chats, encodings, strict=True):
     ids = np.asarray(encoding.ids, np.int32)
     yield ids, _overlaps(np.asarray(encoding.offsets).reshape(-1, 2), chat.spans)

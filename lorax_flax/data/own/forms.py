@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorax_flax.data.own.table import Row, Table
+from lorax_flax.data.own.table import Bad, Row, Table
 from lorax_flax.errors import LoraxError, listing, nearest, unknown
 
 
 @dataclass(frozen=True)
 class Form:
-  """What a row holds.
+  """Content of a row.
 
   Attributes:
     title: for a person.
@@ -30,7 +30,7 @@ class Form:
 
 # The first whose columns are there is the form: a prompt beside a label is no class.
 FORMS: dict[str, Form] = {
-  "chat": Form("chats", ("messages",), ("tools",)),
+  "chat": Form("chats", ("messages",), ("tools", "documents", "chat_template_kwargs")),
   "completion": Form("prompts and their completions", ("prompt", "completion")),
   "token_ids": Form("token ids", ("input_ids",), ("loss_mask",)),
   "classes": Form("texts with labels", ("text", "label"), ("text_pair",)),
@@ -41,7 +41,11 @@ COLUMNS = tuple(dict.fromkeys(name for form in FORMS.values() for name in form.c
 
 
 def find(
-  tables: Mapping[str, Table], columns: Mapping[str, str], forms: Sequence[str]
+  tables: Mapping[str, Table],
+  columns: Mapping[str, str],
+  forms: Sequence[str],
+  *,
+  skip: bool = False,
 ) -> tuple[str, Mapping[str, Table]]:
   """The form of tables, and the tables with that form's columns alone, by its names.
 
@@ -49,6 +53,7 @@ def find(
     columns: the file's own name of a form's column, where it has another: {"label":
       "sentiment"}.
     forms: keys of `FORMS` that are of use.
+    skip: rows that lack a column of the form are left out, and listed.
 
   Raises:
     LoraxError: a name that is no form's, or no column of the file; columns that make
@@ -64,7 +69,9 @@ def find(
   if not fitting:
     raise LoraxError(_no_form(first, found, forms))
   form = fitting[0]
-  return form, {name: _only(table, FORMS[form]) for name, table in renamed.items()}
+  return form, {
+    name: _only(table, FORMS[form], skip) for name, table in renamed.items()
+  }
 
 
 def _no_form(table: Table, found: Sequence[str], forms: Sequence[str]) -> str:
@@ -104,19 +111,22 @@ def _renamed(table: Table, columns: Mapping[str, str]) -> Table:
   return dataclasses.replace(table, columns=tuple(present), rows=rows)
 
 
-def _only(table: Table, form: Form) -> Table:
+def _only(table: Table, form: Form, skip: bool) -> Table:
   """The table with a form's columns; each row has those that the form needs."""
   absent = [name for name in form.needs if name not in table.columns]
   if absent:
     raise LoraxError(
       f"{table.file} has no column {absent[0]!r}; there are: {listing(table.columns)}"
     )
-  rows = []
+  rows, bad = [], list(table.bad)
   for row in table.rows:
     values = {n: x for n, x in row.values.items() if n in form.columns}
     missing = [name for name in form.needs if values.get(name) is None]
-    if missing:
+    if not missing:
+      rows.append(Row(row.place, {n: x for n, x in values.items() if x is not None}))
+    elif skip:
+      bad.append(Bad(row.place, f"has no {missing[0]}"))
+    else:
       raise LoraxError(f"{table.file}: {row.place} has no {missing[0]}")
-    rows.append(Row(row.place, {n: x for n, x in values.items() if x is not None}))
   columns = tuple(name for name in form.columns if name in table.columns)
-  return dataclasses.replace(table, columns=columns, rows=rows)
+  return dataclasses.replace(table, columns=columns, rows=rows, bad=tuple(bad))

@@ -21,7 +21,9 @@ EVALUATION = {
 }
 
 
-def read_splits(path: str, held_out: float) -> Mapping[str, Table]:
+def read_splits(
+  path: str, held_out: float, *, skip: bool = False
+) -> Mapping[str, Table]:
   """Tables by the split's name, "train" first.
 
   Args:
@@ -29,6 +31,7 @@ def read_splits(path: str, held_out: float) -> Mapping[str, Table]:
       train.* and at least one of validation.* and test.*.
     held_out: that share, in (0, 1). A row goes by a hash of its values: rows that are
       the same are in the same split, and another row changes no other's.
+    skip: as of `table.read`.
 
   Raises:
     LoraxError: no such file or folder; files that are missing or there twice; a share
@@ -36,8 +39,8 @@ def read_splits(path: str, held_out: float) -> Mapping[str, Table]:
   """
   source = Path(path).expanduser()
   if source.is_dir():
-    return _of_folder(source)
-  table = read(source)
+    return _of_folder(source, skip)
+  table = read(source, skip=skip)
   rows: dict[bool, list[Row]] = {True: [], False: []}
   for row in table.rows:
     rows[_place(row) < held_out].append(row)
@@ -49,11 +52,11 @@ def read_splits(path: str, held_out: float) -> Mapping[str, Table]:
       )
   return {
     TRAIN: replace(table, rows=rows[False]),
-    "validation": replace(table, rows=rows[True]),
+    "validation": replace(table, rows=rows[True], bad=()),
   }
 
 
-def _of_folder(folder: Path) -> Mapping[str, Table]:
+def _of_folder(folder: Path, skip: bool) -> Mapping[str, Table]:
   found: dict[str, Path] = {}
   for file in sorted(folder.iterdir()):
     name = {TRAIN: TRAIN, **EVALUATION}.get(file.stem.lower())
@@ -70,7 +73,7 @@ def _of_folder(folder: Path) -> Mapping[str, Table]:
       f"{folder} has no {missing[0]} file of {', '.join(FORMATS)}; there is: {there}"
     )
   order = [TRAIN, *(name for name in found if name != TRAIN)]
-  return {name: read(found[name]) for name in order}
+  return {name: read(found[name], skip=skip) for name in order}
 
 
 def _place(row: Row) -> float:

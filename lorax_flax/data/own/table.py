@@ -29,6 +29,13 @@ class Row(NamedTuple):
   values: Mapping[str, Any]
 
 
+class Bad(NamedTuple):
+  """A row that can't be read, by its place, and why: "is not JSON: …"."""
+
+  place: str
+  why: str
+
+
 @dataclass(frozen=True)
 class Table:
   """The rows of one file.
@@ -37,18 +44,23 @@ class Table:
     file: that they were read from.
     columns: their names, in the file's order.
     rows: all of them, at least one.
+    bad: those that were skipped, where that was asked for.
   """
 
   file: Path
   columns: tuple[str, ...]
   rows: Sequence[Row]
+  bad: tuple[Bad, ...] = ()
 
   def __len__(self) -> int:
     return len(self.rows)
 
 
-def read(file: Path) -> Table:
+def read(file: Path, *, skip: bool = False) -> Table:
   """Reads a file, whose ending says the format.
+
+  Args:
+    skip: rows that are malformed are left out, and listed.
 
   Raises:
     LoraxError: no such file, an unknown ending, one without rows, a column that is
@@ -59,19 +71,31 @@ def read(file: Path) -> Table:
     raise LoraxError(f"{file}: {unknown('ending', ending, FORMATS)}")
   if not file.is_file():
     raise LoraxError(f"no file {file}")
-  rows = list(FORMATS[ending](file))
+  rows: list[Row] = []
+  bad: list[Bad] = []
+  for row in FORMATS[ending](file):
+    if isinstance(row, Row):
+      rows.append(row)
+    elif skip:
+      bad.append(row)
+    else:
+      raise LoraxError(f"{file}: {row.place} {row.why}")
   if not rows:
-    raise LoraxError(f"{file} has no rows")
+    raise LoraxError(f"{file} has no rows" + " that can be read" * bool(bad))
   names = dict.fromkeys(name for row in rows for name in row.values)
-  return Table(file, tuple(names), rows)
+  return Table(file, tuple(names), rows, tuple(bad))
 
 
-def _json_lines(file: Path) -> Iterator[Row]:
-  for number, line in strict_json.lines(file):
-    yield Row(f"line {number}", line)
+def _json_lines(file: Path) -> Iterator[Row | Bad]:
+  for number, line in strict_json.lines_or_errors(file):
+    place = f"line {number}"
+    if isinstance(line, ValueError):
+      yield Bad(place, str(line))
+    else:
+      yield Row(place, line)
 
 
-def _json(file: Path) -> Iterator[Row]:
+def _json(file: Path) -> Iterator[Row | Bad]:
   """A list of objects; a file of this ending that holds lines is read as these."""
   with file.open("rb") as stream:
     first = stream.read(64).decode("utf-8-sig", "replace").lstrip()[:1]
@@ -80,13 +104,14 @@ def _json(file: Path) -> Iterator[Row]:
     return
   listed = strict_json.read(file, most_bytes=os.stat(file).st_size)
   for number, value in enumerate(listed, 1):
-    if not isinstance(value, dict):
-      raise LoraxError(f"{file}: row {number} is no object: {value!r:.80}")
-    yield Row(f"row {number}", value)
+    if isinstance(value, dict):
+      yield Row(f"row {number}", value)
+    else:
+      yield Bad(f"row {number}", f"is no object: {value!r:.80}")
 
 
-def _separated(delimiter: str) -> Callable[[Path], Iterator[Row]]:
-  def read(file: Path) -> Iterator[Row]:
+def _separated(delimiter: str) -> Callable[[Path], Iterator[Row | Bad]]:
+  def read(file: Path) -> Iterator[Row | Bad]:
     text = io.StringIO(_text(file), newline="")
     lines = csv.reader(text, delimiter=delimiter, strict=True)
     start = 1
@@ -98,12 +123,14 @@ def _separated(delimiter: str) -> Callable[[Path], Iterator[Row]]:
       start = lines.line_num + 1
       for values in lines:
         if values:  # A blank line is no row.
-          if len(values) != len(names):
-            raise LoraxError(
-              f"{file}: line {start} has {len(values)} values, and there are "
-              f"{len(names)} columns: {listing(names)}"
+          if len(values) == len(names):
+            yield Row(f"line {start}", dict(zip(names, values, strict=True)))
+          else:
+            yield Bad(
+              f"line {start}",
+              f"has {len(values)} values, and there are {len(names)} columns: "
+              f"{listing(names)}",
             )
-          yield Row(f"line {start}", dict(zip(names, values, strict=True)))
         start = lines.line_num + 1
 
   return read
@@ -162,7 +189,7 @@ def _parquet(file: Path) -> Iterator[Row]:
     yield Row(f"row {number}", present)
 
 
-FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
+FORMATS: dict[str, Callable[[Path], Iterator[Row | Bad]]] = {
   ".csv": _separated(","),
   ".json": _json,
   ".jsonl": _json_lines,

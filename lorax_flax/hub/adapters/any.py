@@ -96,7 +96,7 @@ def read(
     return orbax_adapter.read_adapter(source, params)
   said = config_file.read(source)
   adapter, config = peft.read_adapter(source, params, keymap)
-  labels = peft.read_labels(source)
+  labels, problem_type = peft.read_labels(source)
   return Saved(
     adapter,
     config,
@@ -105,6 +105,7 @@ def read(
     said.revision,
     None if labels is None else tuple(labels),
     peft.stored_dtypes(source),
+    problem_type=problem_type,
   )
 
 

@@ -45,6 +45,7 @@ class Saved:
     dtypes: of the tensors of the PEFT folder that it was read from, by key; None: of
       another form.
     untied: the base had no tied tables, or each got a weight of its own.
+    problem_type: transformers', where the number of labels does not say it.
   """
 
   adapter: Adapter
@@ -55,6 +56,7 @@ class Saved:
   labels: tuple[str, ...] | None = None
   dtypes: Mapping[str, str] | None = None
   untied: bool = False
+  problem_type: str | None = None
 
 
 def is_ours(folder: Path) -> bool:
@@ -102,8 +104,9 @@ def read_adapter(folder: str | Path, params: Any) -> Saved:
   leaves = flatten(params)
   try:
     config = LoraConfig(**{k: _frozen(v) for k, v in about["config"].items()})
-    # The first version had no untied bases.
-    said = {name: _frozen({"untied": False, **about}[name]) for name in _SAID}
+    # The first version had neither untied bases nor problem types.
+    older = {"untied": False, "problem_type": None}
+    said = {name: _frozen({**older, **about}[name]) for name in _SAID}
     shells = {
       path: _shell(path, each, leaves) for path, each in about["deltas"].items()
     }
@@ -129,7 +132,10 @@ def needs(folder: str | Path, keymap: KeyMap) -> Needs:
     raise _damaged(folder / FILE, error) from error
 
 
-_SAID = ("task_type", "base_name", "revision", "labels", "dtypes", "untied")
+_SAID = (
+  *("task_type", "base_name", "revision", "labels", "dtypes"),
+  *("untied", "problem_type"),
+)
 
 
 def _damaged(file: Path, error: Exception) -> LoraxError:

@@ -28,6 +28,7 @@ def write_checkpoint(
   *,
   architecture: str,
   labels: Sequence[str] | None,
+  problem_type: str | None = None,
   base: Path,
   adapter: Path | None = None,
   card: str | None = None,
@@ -42,6 +43,7 @@ def write_checkpoint(
     hf_config: of the base.
     architecture: transformers' class of the model.
     labels: names of a new head's outputs (see `with_head`); None keeps `hf_config`'s.
+    problem_type: of that head; see `with_head`.
     base: a folder whose files beside the weights are copied; a GGUF file's tokenizer
       is converted.
     adapter: a folder whose tokenizer takes the place of the base's, if it has one.
@@ -53,7 +55,7 @@ def write_checkpoint(
       finite.
   """
   with atomic.new_folder(Path(folder), overwrite=overwrite) as scratch:
-    config = to_hf_config(hf_config, architecture, labels)
+    config = to_hf_config(hf_config, architecture, labels, problem_type)
     text = json.dumps(config, indent=2, sort_keys=True)
     (scratch / "config.json").write_text(f"{text}\n", encoding="utf-8")
     try:
@@ -70,7 +72,10 @@ def write_checkpoint(
 
 
 def to_hf_config(
-  hf_config: Mapping[str, Any], architecture: str, labels: Sequence[str] | None
+  hf_config: Mapping[str, Any],
+  architecture: str,
+  labels: Sequence[str] | None,
+  problem_type: str | None = None,
 ) -> dict[str, Any]:
   """The base's config.json with another architecture and maybe another head."""
   config = dict(hf_config)
@@ -78,7 +83,7 @@ def to_hf_config(
   for name in ("_name_or_path", "dtype", "torch_dtype"):
     config.pop(name, None)
   config["architectures"] = [architecture]
-  return config if labels is None else with_head(config, labels)
+  return config if labels is None else with_head(config, labels, problem_type)
 
 
 def with_head(

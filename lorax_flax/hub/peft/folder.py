@@ -116,6 +116,7 @@ def write_adapter(
   revision: str | None = None,
   task_type: str | None = peft_config.SEQ_CLS,
   labels: Sequence[str] | None = None,
+  problem_type: str | None = None,
   name: str = DEFAULT,
   dtypes: Mapping[str, str] | str = "float32",
   resized: bool = False,
@@ -133,6 +134,8 @@ def write_adapter(
     base_name, revision: of the base: a hub name or a folder.
     task_type: PEFT's name of the task; "SEQ_CLS" saves the classifier.
     labels: names of the classes, in a small file that PEFT ignores.
+    problem_type: transformers', where the number of labels does not say it; it is in
+      that file.
     name: of the adapter; another than "default" goes into a sub-folder of its name.
     dtypes: of the stored tensors, one for all; or those of `stored_dtypes` of a folder
       that was read, and the same tensors are written.
@@ -164,7 +167,10 @@ def write_adapter(
     except safetensors.SafetensorError as error:
       raise LoraxError(f"cannot write {folder}: {error}") from error
     if labels is not None:
-      (scratch / LABELS_FILE).write_text(json.dumps(list(labels)), encoding="utf-8")
+      head: Any = list(labels)
+      if problem_type is not None:
+        head = {"labels": head, "problem_type": problem_type}
+      (scratch / LABELS_FILE).write_text(json.dumps(head), encoding="utf-8")
     if card is not None:
       (scratch / atomic.README).write_text(card, encoding="utf-8")
 
@@ -252,15 +258,17 @@ def needs(folder: str | Path, keymap: KeyMap, *, name: str = DEFAULT) -> Needs:
     return peft_needs.find(opened(folder), config, keymap)
 
 
-def read_labels(folder: str | Path) -> list[str] | None:
-  """The names of the classes that `write_adapter` was given, or None."""
+def read_labels(folder: str | Path) -> tuple[list[str] | None, str | None]:
+  """The names of the classes and the problem_type that `write_adapter` was given."""
   file = Path(folder).expanduser() / LABELS_FILE
   if not file.is_file():
-    return None
-  names = strict_json.read(file)
+    return None, None
+  names, problem_type = strict_json.read(file), None
+  if isinstance(names, dict) and names.keys() == {"labels", "problem_type"}:
+    names, problem_type = names["labels"], str(names["problem_type"])
   if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
     raise LoraxError(f"{file} must hold a list of names, not {names!r}")
-  return names
+  return names, problem_type
 
 
 def _written(

@@ -136,7 +136,7 @@ class Decoder(Part[DecoderConfig]):
 
   @nn.compact
   def __call__(
-    self, input_ids_BxT, mask_BxT, positions_BxT, lengths_B
+    self, input_ids_BxT, mask_BxT, positions_BxT, lengths_BxT
   ) -> tuple[jax.Array, jax.Array]:
     """x_BxTxD, and the table of token embeddings, VxD."""
     c, dtype = self.config, self.dtype
@@ -145,7 +145,7 @@ class Decoder(Part[DecoderConfig]):
     if c.embed_scaled:
       x_BxTxD *= jnp.asarray(c.hidden_size**0.5, dtype)
     rotations = [
-      ops.rotations(rope, c.head_size, positions_BxT, lengths_B, dtype)
+      ops.rotations(rope, c.head_size, positions_BxT, lengths_BxT, dtype)
       for rope in c.ropes
     ]
     each: dict[str, np.ndarray] = {}
@@ -179,22 +179,27 @@ class CausalLM(Model[DecoderConfig]):
     """Logits of the next token at each position, BxTxV float32, or another readout.
 
     Args:
-      input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to.
-        Where it is 0 the logits are meaningless.
+      input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to,
+        or the number of its segment, 1, 2, 3, …, that attends to itself alone. Where it
+        is 0 the logits are meaningless.
       position_ids: BxT int32; by default 0, 1, 2, …, padding included.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
       readout: makes the outputs of the head and of what it takes.
     """
     c, dtype = self.config, self.dtype
     seen_BxT = attention_mask != 0
-    first_B: Any = 0
+    # Each text's own: an answer must not depend on padding or on the texts beside it.
     if position_ids is None:
       position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
-      first_B = jnp.argmax(seen_BxT, axis=1).astype(jnp.int32)
-    # Each row's own: an answer must not depend on padding or on the rows beside it.
-    lengths_B = jnp.max(jnp.where(seen_BxT, position_ids + 1, 0), axis=1) - first_B
+      first_Bx1 = jnp.argmax(seen_BxT, axis=1, keepdims=True).astype(jnp.int32)
+      ends_BxT = jnp.where(seen_BxT, position_ids + 1, 0)
+      lengths_BxT = jnp.max(ends_BxT, axis=1, keepdims=True) - first_Bx1
+    else:
+      same_BxTxT = attention_mask[:, :, None] == attention_mask[:, None, :]
+      ends_BxTxT = jnp.where(same_BxTxT, position_ids[:, None, :] + 1, 0)
+      lengths_BxT = jnp.max(ends_BxTxT, axis=2)
     decoder = Decoder(c, dtype, deterministic, self.scan, self.remat, name="model")
-    x_BxTxD, table_VxD = decoder(input_ids, attention_mask, position_ids, lengths_B)
+    x_BxTxD, table_VxD = decoder(input_ids, attention_mask, position_ids, lengths_BxT)
     if c.tie_word_embeddings:
       head = heads.tied(table_VxD)
     else:

@@ -34,7 +34,8 @@ def attention(
   dropout included. With `softcap` the logits are computed a second time.
 
   Args:
-    mask_BxS: nonzero where a key is attended to.
+    mask_BxS: nonzero where a key is attended to. Causal attention keeps to segments:
+      a query attends to keys of its own number alone.
     causal: no query attends to keys after its own position; the last query has the
       position of the last key.
     window: for causal attention, the maximal number of keys that a query attends to,
@@ -62,7 +63,12 @@ def attention(
     visible_RxS = back_RxS >= 0
     if window is not None:
       visible_RxS &= back_RxS < window
-    seen = seen & visible_RxS[None, None]
+    own_BxR = jnp.tile(mask_BxS[:, s - t :], (1, h // g))
+    # A query that is padding has no segment, and no use.
+    same_BxRxS = (own_BxR[:, :, None] == mask_BxS[:, None, :]) | (own_BxR == 0)[
+      ..., None
+    ]
+    seen = seen & (visible_RxS[None] & same_BxRxS)[:, None]
   # Added rather than selected, so that a compiler may fuse it into the product; the
   # most negative float rather than -inf, so that a fully masked row stays finite.
   bias = jnp.where(seen, 0.0, jnp.finfo(wide).min).astype(wide)

@@ -76,11 +76,11 @@ class Rope:
 
 
 def _powers(rope: Rope, dim: int, base: Any = None) -> Any:
-  """base^(2i/dim) for each pair i: F, or BxF of a base of Bx1; float32."""
+  """base^(2i/dim) for each pair i: F, or BxTxF of a base of BxTx1; float32."""
   exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
   if base is None:
     return np.float32(rope.rope_theta) ** exponents
-  return base ** exponents[None, :]
+  return base ** exponents[None, None, :]
 
 
 def _default(rope, dim, length):
@@ -142,8 +142,8 @@ def _longrope(rope, dim, length):
   if scale is None:
     grown = math.log(rope.stretch) / math.log(rope.original)
     scale = 1.0 if rope.stretch <= 1.0 else math.sqrt(1.0 + grown)
-  factors = jnp.where(length > rope.original, long[None, :], short[None, :])
-  return 1.0 / (factors * powers[None, :]), scale
+  factors = jnp.where(length > rope.original, long[None, None, :], short[None, None, :])
+  return 1.0 / (factors * powers[None, None, :]), scale
 
 
 def _llama3(rope, dim, length):
@@ -162,7 +162,7 @@ def _none(rope, dim, length):
   return np.zeros(len(range(0, dim, 2)), np.float32), 1.0
 
 
-# (rope, number of rotated features, lengths Bx1) -> frequencies F or BxF, scale.
+# (rope, number of rotated features, lengths BxTx1) -> frequencies F or BxTxF, scale.
 _TYPES: dict[str, Callable[[Rope, int, Any], tuple[Any, float]]] = {
   "default": _default,
   "dynamic": _dynamic,
@@ -184,22 +184,25 @@ def rotations(
   rope: Rope,
   head_size: int,
   positions_BxT: jax.Array,
-  lengths_B: jax.Array,
+  lengths_BxT: jax.Array,
   dtype: Any,
 ) -> Rotations:
   """Cosines and sines of the angles at these positions.
 
   Args:
     positions_BxT: int32.
-    lengths_B: int32, of each text without padding: its last position plus one. Used by
-      "dynamic" and "longrope", whose angles depend on the length.
+    lengths_BxT: int32, of each token's text without padding: its last position plus
+      one; Bx1 where a row is one text. Used by "dynamic" and "longrope", whose angles
+      depend on the length.
     dtype: of the result.
   """
   dim = int(head_size * rope.partial_rotary_factor)
-  frequencies, scale = _TYPES[rope.rope_type](rope, dim, lengths_B[:, None])
-  frequencies_BxF = jnp.atleast_2d(jnp.asarray(frequencies, jnp.float32))
+  frequencies, scale = _TYPES[rope.rope_type](rope, dim, lengths_BxT[:, :, None])
+  frequencies = jnp.asarray(frequencies, jnp.float32)
+  if frequencies.ndim == 1:
+    frequencies = frequencies[None, None, :]
   positions = positions_BxT.astype(jnp.float32)[:, :, None, None]
-  angles = positions * frequencies_BxF[:, None, None, :]
+  angles = positions * frequencies[:, :, None, :]
   cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
   return cos.astype(dtype), sin.astype(dtype)
 

@@ -1,14 +1,10 @@
 """curves.png: loss, learning rate and the evaluation's metrics over the steps."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from lorax_flax.files import workdir as files
+from lorax_flax.train.logs import picture
 from lorax_flax.train.logs.chart import Series
 
 
@@ -21,10 +17,7 @@ def draw(file: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
     title: over the panels.
   """
   shown = panels(lines)
-  # A figure of its own canvas: pyplot would keep it, and might look for a screen.
-  figure = Figure(figsize=(12, 3.6), layout="constrained")
-  FigureCanvasAgg(figure)
-  figure.suptitle(title)
+  figure = picture.figure((12, 3.6), title)
   for place, (heading, series) in enumerate(shown, 1):
     axes = figure.add_subplot(1, len(shown), place)
     axes.set_title(heading)
@@ -36,9 +29,7 @@ def draw(file: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
       axes.plot(x, y, marker=marker, label=name)
     if series:
       axes.legend(frameon=False)
-  picture = io.BytesIO()
-  figure.savefig(picture, dpi=120, format="png")
-  files.write_bytes(file, picture.getvalue())
+  picture.write(file, figure)
 
 
 def panels(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, Series]]:

@@ -137,6 +137,10 @@ class History:
       metrics[primary], self.best_and_last()[0]["metrics"][primary]
     )
     if improved:
+      if self._best is not None:
+        self._evaluations[self._best].pop("report", None)  # Large, of many classes.
+      if found.report is not None:
+        self._evaluations[-1]["report"] = found.report
       self._best = len(self._evaluations) - 1
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     self.info("epoch %.2f  %s examples  %s", epoch, f"{found.examples:,}", shown)
@@ -190,6 +194,7 @@ class History:
       "skipped_steps": self.skipped,
       self._unit: self.tokens,
       f"{self._unit}_per_second": speed,
+      **({"report": best["report"]} if "report" in best else {}),
     }
 
 

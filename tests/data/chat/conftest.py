@@ -115,7 +115,7 @@ def smollm2():
     folder = assets.path("smollm2")
   except LoraxError as error:
     pytest.skip(f"no package registry: {error}")
-  return folder, loading.load_tokenizer(folder), chats.template(folder)
+  return folder, loading.load_tokenizer(folder).backend, chats.template(folder)
 
 
 def named(name, **changes):

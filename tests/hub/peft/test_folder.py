@@ -281,8 +281,8 @@ def test_labels_are_kept_and_peft_passes_over_them(base, tmp_path):
   adapter = peers.toy(keymap, peers.params(base, keymap), config)
   folder = tmp_path / "out"
   hub_peft.write_adapter(folder, adapter, keymap, config, labels=["no", "maybe", "yes"])
-  assert hub_peft.read_labels(folder) == ["no", "maybe", "yes"]
+  assert hub_peft.read_labels(folder) == (["no", "maybe", "yes"], None)
   assert hub_peft.needs(folder, keymap).num_labels == 3
   peers.load(base, folder)
   hub_peft.write_adapter(folder, adapter, keymap, config)
-  assert hub_peft.read_labels(folder) is None
+  assert hub_peft.read_labels(folder) == (None, None)

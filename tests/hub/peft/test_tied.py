@@ -26,6 +26,11 @@ CASES = {
     {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [2]}},
   ),
   "gpt2, both saved": ("gpt2", {"modules_to_save": ["wte", "lm_head"]}),
+  # PEFT ties by the names embed_tokens and lm_head alone.
+  "gpt2, said to be tied": (
+    "gpt2",
+    {"target_modules": ["wte", "c_attn"], "ensure_weight_tying": True},
+  ),
   "t5, head saved": ("t5", {"modules_to_save": ["lm_head"]}),
   "t5, tables saved": ("t5", {"modules_to_save": ["embed_tokens"]}),
   "t5, head a target": ("t5", {"target_modules": ["lm_head"]}),
@@ -89,7 +94,7 @@ def test_pefts_logits_come_of_an_untied_base(case, tmp_path, caplog):
     loaded.hf_config,
     architecture=loaded.family.architecture,
     labels=None,
-    tokenizer_from=tmp_path,
+    base=tmp_path / "base",
     overwrite=False,
   )
   with warnings.catch_warnings():

@@ -26,7 +26,7 @@ class About:
   usage: Mapping[str, str] = field(default_factory=dict)
 
 
-def page(
+def render(
   about: About,
   lines: Sequence[Mapping[str, Any]],
   best_step: int,
@@ -98,7 +98,7 @@ def _evaluations(lines: Sequence[Mapping[str, Any]], best_step: int) -> str:
 
 
 def _classes(report: Mapping[str, Any]) -> list[str]:
-  """Tables of the scores of each class, and of the confusion between them."""
+  """Tables of a report as of `lorax_flax.train.report`."""
   classes: Mapping[str, Mapping[str, Any]] = report.get("classes", {})
   columns = list(dict.fromkeys(name for scores in classes.values() for name in scores))
   tables = []
@@ -106,11 +106,14 @@ def _classes(report: Mapping[str, Any]) -> list[str]:
     rows = [[n, *(show(s.get(c)) for c in columns)] for n, s in classes.items()]
     tables.append(html_page.table(["class", *columns], rows))
   if confusion := report.get("confusion"):
-    rows = [[n, *map(show, line)] for n, line in zip(classes, confusion, strict=True)]
+    names = confusion["labels"]
+    rows = [
+      [n, *map(show, row)] for n, row in zip(names, confusion["rows"], strict=True)
+    ]
     note = (
       "Number of examples: a line for each true class, a column for each predicted."
     )
-    tables.append(html_page.table(["true class", *classes], rows, caption=note))
+    tables.append(html_page.table(["true class", *names], rows, caption=note))
   return tables
 
 

@@ -1,0 +1,1 @@
+"""Rows of a user's files as token ids for next-token prediction."""

@@ -1,0 +1,77 @@
+"""The task: next-token prediction, scored by perplexity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+from lorax_flax.data import packing, sequences
+from lorax_flax.data.own.splits import TRAIN
+from lorax_flax.data.sequences import Sequences
+from lorax_flax.models.head import Head
+from lorax_flax.tasks.causal_lm.description import describe
+from lorax_flax.tasks.causal_lm.read import Found, read
+from lorax_flax.tasks.causal_lm.settings import TextSettings
+from lorax_flax.tasks.task import OwnTask, Splits, Task
+from lorax_flax.train import losses
+from lorax_flax.train.objective import Objective, Throughput
+from lorax_flax.train.token_scores import TokenScores, next_labels, token_scores
+
+if TYPE_CHECKING:
+  from lorax_flax.models.registry import Located
+
+_NAME = "next_token"
+
+
+def _objective(label_smoothing: float) -> Objective:
+  """Cross entropy of the next token; loss and perplexity are means over tokens."""
+  return Objective(
+    loss=losses.next_token(label_smoothing),
+    eval_loss=losses.next_token(),  # A perplexity is of the loss without smoothing.
+    metrics=("perplexity",),
+    primary="perplexity",
+    predictions=lambda scores: None,
+    throughput=Throughput("tokens", "attention_mask"),
+    readout=_scores,
+  )
+
+
+def _scores(head: Head, x_BxTxD: jax.Array, batch: losses.Batch) -> TokenScores:
+  return token_scores(head, x_BxTxD, next_labels(batch["labels"]))
+
+
+def _open(settings: TextSettings) -> Task:
+  """The task of the settings' files, read once the model's tokenizer is known."""
+  # They are read to be trained on, and again to be described.
+  read_once: dict[Path, tuple[Found, Sequences]] = {}
+
+  def data(model: Located) -> tuple[Found, Sequences]:
+    if model.folder not in read_once:
+      found = read(settings, model)
+      rows = found.rows[TRAIN].rows
+      # Packs are trained on alone: evaluations count examples.
+      trained = packing.pack(rows, settings.max_length) if settings.packing else rows
+      read_once[model.folder] = (found, trained)
+    return read_once[model.folder]
+
+  def splits(_: TextSettings, model: Located) -> Splits:
+    found, trained = data(model)
+    held_out = {name: each.rows for name, each in found.rows.items() if name != TRAIN}
+    return Splits(trained, held_out)
+
+  return Task(
+    name=_NAME,
+    model="causal-lm",
+    num_labels=None,
+    labels=None,
+    settings=TextSettings,
+    read=splits,
+    blank=lambda model, length: sequences.blank(length),
+    objective=_objective,
+    describe=lambda _, model: describe(settings, *data(model), model.folder),
+  )
+
+
+TASK = OwnTask(_NAME, TextSettings, _open)

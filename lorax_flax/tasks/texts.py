@@ -1,0 +1,235 @@
+"""Classification or regression of a user's own texts, or pairs of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lorax_flax.data.config import DataSettings
+from lorax_flax.data.examples import Example
+from lorax_flax.data.own import forms, summary
+from lorax_flax.data.own import labels as own_labels
+from lorax_flax.data.own.labels import CLASSES, KINDS, NUMBER, SEVERAL, Labels
+from lorax_flax.data.own.splits import TRAIN, read_splits
+from lorax_flax.data.own.table import Row, Table
+from lorax_flax.data.tokenize import load_tokenizer, tokenize
+from lorax_flax.data.tokens import Tokens
+from lorax_flax.errors import LoraxError, check_known, prefixed
+from lorax_flax.tasks.classification import blank
+from lorax_flax.tasks.regression import unsmoothed
+from lorax_flax.tasks.task import OwnTask, Splits, Task
+from lorax_flax.train import losses
+from lorax_flax.train.losses import Loss
+from lorax_flax.train.objective import Objective, Throughput
+from lorax_flax.train.report import of_classes
+
+if TYPE_CHECKING:
+  from lorax_flax.models.registry import Located
+
+_NAME, _FORM = "texts", "classes"
+_EXAMPLES, _MOST_CLASSES = 3, 30  # that are shown
+_NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class TextsSettings(DataSettings):
+  """Settings of a user's own texts with labels.
+
+  Attributes:
+    path: a file of JSON lines, CSV, TSV or Parquet, or a folder with train.* and
+      validation.* or test.*.
+    columns: names of the columns text, text_pair and label in the file, where it calls
+      them otherwise.
+    held_out: share of one file's rows that are held out to evaluate.
+    labels: "classes", "number" (a regression) or "several" (classes at once, in a list
+      or separated by commas); None finds it in the labels.
+  """
+
+  path: str | None = None
+  columns: Mapping[str, str] = field(default_factory=dict)
+  held_out: float = 0.1
+  labels: str | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not 0.0 < self.held_out < 1.0:
+      raise LoraxError(f"data.held_out is a share in (0, 1), not {self.held_out}")
+    if self.labels is not None:
+      check_known("data.labels", self.labels, KINDS)
+
+
+class _Found(NamedTuple):
+  """A user's data.
+
+  Attributes:
+    tables: by split, as in the files.
+    examples: by split.
+    labels: of all splits.
+  """
+
+  tables: Mapping[str, Table]
+  examples: Mapping[str, list[Example]]
+  labels: Labels
+
+
+def _open(settings: TextsSettings) -> Task:
+  """The task of the settings' files; raises LoraxError, which names file and line."""
+  if settings.path is None:
+    raise LoraxError(
+      "data.path: which file of texts and labels, or which folder with train and "
+      "validation files?"
+    )
+  tables = read_splits(settings.path, settings.held_out)
+  _, chosen = forms.find(tables, settings.columns, (_FORM,))
+  examples = {
+    split: [_example(table, row) for row in table.rows]
+    for split, table in chosen.items()
+  }
+  found = _Found(tables, examples, own_labels.find(chosen, settings.labels))
+  labels = found.labels
+  # They are read to be trained on, and again to be described.
+  rows = functools.lru_cache(maxsize=1)(functools.partial(_tokens, found))
+
+  def blank_row(model, length: int) -> Tokens:
+    zero = np.zeros_like(labels.values[TRAIN][:1])
+    return dataclasses.replace(blank(model, length), labels_N=zero)
+
+  return Task(
+    name=_NAME,
+    model="sequence-classification",
+    num_labels=len(labels.names),
+    labels=labels.names,
+    settings=TextsSettings,
+    read=functools.partial(_read, rows),
+    blank=blank_row,
+    objective=functools.partial(_objective, labels),
+    problem_type="multi_label_classification" if labels.kind == SEVERAL else None,
+    describe=functools.partial(_describe, found, rows),
+  )
+
+
+def _example(table: Table, row: Row) -> Example:
+  for name in ("text", "text_pair"):
+    value = row.values.get(name, "a")  # A row may have no second text.
+    if not isinstance(value, str) or not value.strip():
+      what = "is empty" if isinstance(value, str) else f"is no text: {value!r:.80}"
+      raise LoraxError(f"{table.file}: {row.place}: its {name} {what}")
+  return Example(text=row.values["text"], text_pair=row.values.get("text_pair"))
+
+
+# Loss, metrics, and which of these picks the best evaluation.
+_JUDGED: Mapping[str, tuple[Callable[[float], Loss], tuple[str, ...], str]] = {
+  CLASSES: (losses.cross_entropy, ("accuracy", "macro_f1"), "accuracy"),
+  NUMBER: (
+    unsmoothed(_NAME, losses.squared_error),
+    ("pearson", "spearman"),
+    "eval_loss",
+  ),
+  SEVERAL: (
+    unsmoothed(_NAME, losses.binary_cross_entropy),
+    ("micro_f1", "macro_f1", "exact_match"),
+    "micro_f1",
+  ),
+}
+
+
+def _objective(labels: Labels, label_smoothing: float) -> Objective:
+  loss, metrics, primary = _JUDGED[labels.kind]
+  return Objective(
+    loss(label_smoothing),
+    metrics,
+    primary,
+    throughput=Throughput("tokens", "attention_mask"),
+    report=None if labels.kind == NUMBER else of_classes(labels.names),
+  )
+
+
+# (folder of the model, whether it has token types, max_length) -> rows by split
+_Rows = Callable[[Path, bool, int], Mapping[str, Tokens]]
+
+
+def _tokens(
+  found: _Found, folder: Path, token_types: bool, max_length: int
+) -> Mapping[str, Tokens]:
+  tokenizer, rows = load_tokenizer(folder), {}
+  for split, examples in found.examples.items():
+    with prefixed(f"{found.tables[split].file}, {split}"):
+      tokens = tokenize(
+        examples, tokenizer, max_length=max_length, token_types=token_types
+      )
+    rows[split] = dataclasses.replace(tokens, labels_N=found.labels.values[split])
+  return rows
+
+
+def _read(rows: _Rows, settings: TextsSettings, model: Located) -> Splits:
+  by_split = dict(rows(model.folder, model.token_types, settings.max_length))
+  return Splits(by_split.pop(TRAIN), by_split)
+
+
+def _describe(
+  found: _Found, rows: _Rows, settings: TextsSettings, model: Located
+) -> list[str]:
+  """Lines about files, labels and lengths, and examples in tokens."""
+  most = settings.max_length
+  by_split = rows(model.folder, model.token_types, most)
+  tokenizer, lengths = load_tokenizer(model.folder), []
+  for split, tokens in by_split.items():
+    lengths_N = tokens.lengths_N.copy()
+    full = np.flatnonzero(lengths_N == most)  # Cut, or just as long.
+    long = [found.examples[split][i] for i in full]
+    if long:
+      uncut = tokenize(long, tokenizer, max_length=_NO_LIMIT, token_types=False)
+      lengths_N[full] = uncut.lengths_N
+    lengths.append(lengths_N)
+  train, examples = by_split[TRAIN], []
+  for number in range(min(_EXAMPLES, len(train))):
+    ids = train.part(number, number + 1).input_ids_S
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    examples.append(f"example: {text} -> {_label(found.labels, number)}")
+  return [
+    *summary.of_files(found.tables, _FORM, settings.columns),
+    *_of_labels(found.labels),
+    summary.of_lengths(np.concatenate(lengths), most),
+    *examples,
+  ]
+
+
+def _label(labels: Labels, number: int) -> str:
+  """The label of a row to train on."""
+  value = labels.values[TRAIN][number]
+  if labels.kind == NUMBER:
+    return f"{value:g}"
+  if labels.kind == CLASSES:
+    return labels.names[value]
+  names = [name for name, has in zip(labels.names, value, strict=True) if has]
+  return ", ".join(names) or "no class"
+
+
+def _of_labels(labels: Labels) -> list[str]:
+  if labels.kind == NUMBER:
+    values = labels.values[TRAIN]
+    return [
+      f"labels: numbers from {values.min():g} to {values.max():g}, mean "
+      f"{values.mean():g}, std {values.std():g} in {TRAIN}"
+    ]
+  several = ", of which a row may have several" if labels.kind == SEVERAL else ""
+  counts = {split: labels.counts(split) for split in labels.values}
+  names = sorted(labels.names, key=lambda name: -counts[TRAIN][name])[:_MOST_CLASSES]
+  more = len(labels.names) - len(names)
+  return [
+    f"labels: {len(labels.names)} classes{several}",
+    *(
+      f"  {name}: {', '.join(f'{n[name]:,} in {split}' for split, n in counts.items())}"
+      for name in names
+    ),
+    *([f"  … {more} smaller ones"] if more else ()),
+  ]
+
+
+TASK = OwnTask(_NAME, TextsSettings, _open)
