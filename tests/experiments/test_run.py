@@ -115,8 +115,8 @@ def _parse(*arguments):
 
 def test_the_quick_start_shrunk_writes_all_that_it_says(trained):
   assert {p.name for p in trained.iterdir()} == {
-    *("adapter", "checkpoints", "config.json", "curves.png", "metrics.jsonl"),
-    *("report.html", "result.json", "tensorboard"),
+    *("adapter", "checkpoints", "config.json", "confusion.png", "curves.png"),
+    *("metrics.jsonl", "report.html", "result.json", "tensorboard"),
   }
   result = json.loads((trained / "result.json").read_text())
   for name in ("accuracy", "train_seconds", "examples_evaluated", "trained_parameters"):
@@ -238,6 +238,7 @@ def test_the_report_says_what_was_trained_and_how_to_use_it(trained, base):
   for text in (str(base), "train.learning_rate", "sarcastic"):
     assert text in page
   assert f"lorax merge --base={base} --adapter={trained}/adapter" in page
+  assert '<th scope="col">true class</th><th scope="col">sincere</th>' in page
 
 
 def test_starting_from_an_adapter_takes_its_factors_and_a_fitting_head(
