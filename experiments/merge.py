@@ -3,7 +3,8 @@
   python -m experiments.merge --base=minilm --adapter=RUN/adapter --out=DIR
 
 DIR then holds config.json, model.safetensors and what lies beside the base's weights:
-its tokenizer (or the adapter's own), templates, settings. transformers loads it as it
+its tokenizer (or the adapter's own), templates, settings; and a model card of its own
+in the place of the base's. transformers loads it as it
 would any other, and so does --base here. It is written atomically.
 """
 
@@ -15,7 +16,9 @@ from experiments.cli import command as cli
 from experiments.cli import model_flags
 from experiments.inference import merged
 from lorax_flax.files import atomic
+from lorax_flax.hub import card
 from lorax_flax.hub.checkpoints import export
+from lorax_flax.jobs import usage
 
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
@@ -39,9 +42,24 @@ def merge(base: str, adapter: str, out: str, *, overwrite: bool = False) -> Path
     labels=None,
     base=model.folder,
     adapter=Path(adapter).expanduser(),
+    card=_card(base, adapter, model),
     overwrite=overwrite,
   )
   return folder
+
+
+def _card(base: str, adapter: str, model: merged.Merged) -> str:
+  task = model.loaded.family.task
+  data = {
+    "base_model": card.base_model(base),
+    "library_name": "transformers",
+    **card.license_of(base, model.folder),
+    "pipeline_tag": usage.PIPELINES[task],
+    "tags": ["lorax_flax", "lora", "merged"],
+  }
+  parts = {"Parts": {"base": base, "adapter": adapter}}
+  title = f"{base} with an adapter merged in"
+  return card.text(title, data, parts, usage.of_model(task, "."))
 
 
 def main() -> None:

@@ -5,8 +5,9 @@
   python -m experiments.run --config=glue_rte.py --config.data.glue_dir=FOLDER
   python -m experiments.run --config=llama3_8b_instruct.py --config.data.path=FOLDER
 
-DIR then holds adapter/ (PEFT's format; model/ where all weights were trained),
-result.json, metrics.jsonl, curves.png, tensorboard/, config.json and checkpoints/.
+DIR then holds report.html, adapter/ (PEFT's format, with a model card; model/ where
+all weights were trained), result.json, metrics.jsonl, curves.png, tensorboard/,
+config.json and checkpoints/.
 The same command resumes a run that was killed, or that SIGTERM told to save and
 stop (exit code 143), on the same or on other devices.
 
@@ -20,6 +21,7 @@ launch.local` starts them here, and launch.gcloud, .slurm, .xpk and .sky on clus
 workdir may lie in a bucket, gs://BUCKET/FOLDER (with the extra gcs).
 """
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,6 +89,7 @@ def train(runs: Mapping[Path, "Settings"], checkpoints: Path) -> list[Any]:
 def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   """Builds what is trained; arguments as in `train`."""
   from lorax_flax.distributed import processes
+  from lorax_flax.jobs import about as describe
   from lorax_flax.jobs import build, fingerprint
   from lorax_flax.jobs.export import export
   from lorax_flax.tasks import task as tasks
@@ -108,11 +111,12 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
     lora, _ = build.adapt(model, own.model, own.lora, objective)
     plan = build.plan(lora, mine, splits, lengths)
     adapter = build.adapter(plan, mine, own.train.seed, own.init_adapter)
-    write = export(own.lora, own.model.path, task, mine)
+    about = describe.about(own, task, mine, plan, adapter, splits, lengths, workdir)
+    card = functools.partial(describe.card, own, task, mine, adapter, about)
+    write = export(own.lora, own.model.path, task, mine, card)
     name = workdir.name if len(runs) > 1 else ""
-    title = f"{task.name}, {own.model.path}"
-    made.append(Run(own.train, adapter, workdir, write, title, name))
-  for line in build.describe(plan, made[0].adapter, model.params):
+    made.append(Run(own.train, adapter, workdir, write, about, name))
+  for line in build.describe(plan, made[0].adapter, model.params).values():
     log.info(line)
   return Job(
     made,

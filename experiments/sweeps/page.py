@@ -1,6 +1,5 @@
 """results.html of a sweep: the score against each field, and the table; one file."""
 
-import html
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -13,40 +12,26 @@ from experiments.sweeps import outcomes as ends
 from experiments.sweeps import table as sweep_table
 from experiments.sweeps.outcomes import Outcome
 from experiments.sweeps.trials import show
-
-_STYLE = """
-body { font: 15px/1.4 sans-serif; margin: 2em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; }
-th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-tr.best { background: #e6f2e6; font-weight: bold; }
-tr.failed { color: #a33; }
-svg { max-width: 100%; height: auto; }
-"""
+from lorax_flax import html_page
 
 
 def page(outcomes: Sequence[Outcome], title: str) -> str:
   """The whole page; it needs no other file."""
   best = ends.best(outcomes)
   primary = ends.primary(outcomes)
-  parts = [f"<h1>{html.escape(title)}</h1>"]
+  parts = []
   if best is not None:
     said = f"{best.score:.4f}, {best.trial.name} ({best.trial})"
-    parts.append(f"<p>Best {html.escape(primary)}: {html.escape(said)}</p>")
+    parts.append(html_page.paragraph(f"Best {primary}: {said}"))
     parts.append(_plots(outcomes, best, primary))
   if any(median.count > 1 for median in sweep_table.medians(outcomes)):
-    parts += ["<h2>Medians over seeds</h2>", _medians(outcomes)]
+    parts.append(html_page.section("Medians over seeds", _medians(outcomes)))
   header, lines = sweep_table.rows(outcomes)
   kinds = [
     "best" if o is best else "failed" if o.failed is not None else "" for o in outcomes
   ]
-  parts += ["<h2>Trials</h2>", _table(header, lines, kinds)]
-  body = "\n".join(parts)
-  return (
-    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
-    f"<body>\n{body}\n</body></html>\n"
-  )
+  parts.append(html_page.section("Trials", _table(header, lines, kinds)))
+  return html_page.page(title, "\n".join(parts))
 
 
 def _medians(outcomes: Sequence[Outcome]) -> str:
@@ -59,12 +44,7 @@ def _medians(outcomes: Sequence[Outcome]) -> str:
 def _table(
   header: Sequence[str], lines: Sequence[Sequence[Any]], kinds: Sequence[str]
 ) -> str:
-  cells = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-  out = [f"<table><tr>{cells}</tr>"]
-  for line, kind in zip(lines, kinds, strict=True):
-    cells = "".join(f"<td>{html.escape(show(value))}</td>" for value in line)
-    out.append(f'<tr class="{kind}">{cells}</tr>')
-  return "\n".join([*out, "</table>"])
+  return html_page.table(header, [[show(x) for x in line] for line in lines], kinds)
 
 
 def _plots(outcomes: Sequence[Outcome], best: Outcome, primary: str) -> str:

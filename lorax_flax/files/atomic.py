@@ -7,6 +7,7 @@ hold nothing but what was written here, as their manifest lists it.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -15,12 +16,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.files import bucket, streams, strict_json
 
 MANIFEST = ".lorax_flax.json"
+README = "README.md"
 _LONGEST = 40  # characters of a name that its scratch repeats: names have a limit
 
 
@@ -71,12 +73,13 @@ def naming(path: Path) -> Iterator[None]:
 def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
   """A scratch folder that becomes `folder` when the block ends without an error.
 
-  A manifest in it lists what was written.
+  A manifest in it lists what was written. A person's README.md is theirs: one that is
+  not as it was written here is kept in the place of a new one.
 
   Args:
     folder: the destination; parents are made, a link is followed.
     overwrite: whether to replace a folder that holds nothing but what its manifest
-      lists.
+      lists, and a README.md.
 
   Raises:
     LoraxError: the destination is taken, or can't be written.
@@ -86,8 +89,12 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
   in_the_way = _strangers if overwrite else _names
   with _replacing(folder, in_the_way) as fresh:
     yield fresh
-    written = {"written": sorted(_entries(fresh))}
-    (fresh / MANIFEST).write_text(json.dumps(written, indent=2) + "\n", "utf-8")
+    digest = _digest(fresh / README)
+    theirs = _digest(folder / README)
+    if theirs is not None and theirs != _manifest(folder).get("readme"):
+      shutil.copyfile(folder / README, fresh / README)
+    about = {"written": sorted(_entries(fresh)), "readme": digest}
+    (fresh / MANIFEST).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
 
 @contextlib.contextmanager
@@ -149,8 +156,17 @@ def _strangers(folder: Path) -> set[str]:
   """Entries that the manifest of a folder does not list: all, where there is none."""
   if not (folder / MANIFEST).is_file():
     return _names(folder)
-  written = strict_json.read_object(folder / MANIFEST).get("written")
-  return _entries(folder) - set(written if isinstance(written, list) else ())
+  written = _manifest(folder).get("written")
+  return _entries(folder) - {README} - set(written if isinstance(written, list) else ())
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+  file = folder / MANIFEST
+  return strict_json.read_object(file) if file.is_file() else {}
+
+
+def _digest(file: Path) -> str | None:
+  return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 @contextlib.contextmanager

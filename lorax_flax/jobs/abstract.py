@@ -105,6 +105,6 @@ def abstract(
   notes = (
     *([meshes.describe(mesh)] if mesh.size > 1 else ()),
     *meshes.not_sharded(mesh, axes, params),
-    *build.describe(plan, adapter, params),
+    *build.describe(plan, adapter, params).values(),
   )
   return Abstract(program.step, state, base, batch, plan, mesh, model, forward, notes)

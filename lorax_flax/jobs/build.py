@@ -31,6 +31,7 @@ from lorax_flax.sharding import mesh as meshes
 from lorax_flax.sharding.mesh import MeshConfig
 from lorax_flax.tasks.task import Splits, Task
 from lorax_flax.train.config import TrainConfig
+from lorax_flax.train.logs import memory
 from lorax_flax.train.loop import Data
 from lorax_flax.train.objective import Objective
 from lorax_flax.train.step import Forward
@@ -259,10 +260,10 @@ def _check_new(new_paths: Sequence[str], adapter: Adapter) -> None:
     )
 
 
-def describe(plan: Plan, adapter: Adapter, params: Any) -> list[str]:
-  """Lines with the number of trained parameters and the memory of the frozen base.
+def describe(plan: Plan, adapter: Adapter, params: Any) -> dict[str, str]:
+  """The number of trained parameters and the memory of the frozen base, in sentences.
 
-  A line with what the targets cover and was left out, where anything was.
+  One of what the targets cover and was left out, where anything was.
   """
   tuned = [delta for delta in adapter.values() if isinstance(delta, Tuned)]
   deltas = [delta for delta in adapter.values() if not isinstance(delta, Tuned)]
@@ -273,14 +274,11 @@ def describe(plan: Plan, adapter: Adapter, params: Any) -> list[str]:
   leaves = jax.tree.leaves(params)
   dtypes = sorted({leaf.dtype.name for leaf in leaves})
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-  return [
-    f"training {low + full:,} of {sum(leaf.size for leaf in leaves):,} parameters: "
-    f"{low:,} in {len(deltas)} low-rank deltas, {full:,} in {len(tuned)} weights in "
-    "full",
-    *([f"left out of the targets: {left_out}"] if (left_out := plan.summary()) else ()),
-    f"the base is in memory as {' and '.join(dtypes)}: {_bytes(size)}",
-  ]
-
-
-def _bytes(count: int) -> str:
-  return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+  left_out = plan.summary()
+  return {
+    "trained": f"training {low + full:,} of {sum(leaf.size for leaf in leaves):,} "
+    f"parameters: {low:,} in {len(deltas)} low-rank deltas, {full:,} in {len(tuned)} "
+    "weights in full",
+    **({"left out": f"left out of the targets: {left_out}"} if left_out else {}),
+    "base": f"the base is in memory as {' and '.join(dtypes)}: {memory.show(size)}",
+  }

@@ -1,7 +1,8 @@
 """Export of what a run has trained: adapter/, or the full model/."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import lorax_flax as lx
 from lorax_flax.adapt.config import LoraConfig
@@ -15,25 +16,41 @@ from lorax_flax.models import registry
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.tasks.task import Task
 
+Result = Mapping[str, Any]
+Form = Literal["peft", "orbax", "model"]
+
+
+def form(adapter: Adapter) -> Form:
+  """The form in which it is written."""
+  # Without deltas of kernels, an adapter would be the model all over.
+  if not any(isinstance(delta, KernelDelta) for delta in adapter.values()):
+    return "model"
+  return "orbax" if any(d.peft is None for d in adapter.values()) else "peft"
+
 
 def export(
-  config: LoraConfig, base_name: str, task: Task, loaded: registry.Loaded
-) -> Callable[[Adapter, Path], dict[str, str]]:
+  config: LoraConfig,
+  base_name: str,
+  task: Task,
+  loaded: registry.Loaded,
+  card: Callable[[Result], str],
+) -> Callable[[Adapter, Result, Path], dict[str, str]]:
   """The export of a run, as `lorax_flax.train.trials.Run` takes it.
 
   Args:
     base_name: name of the base in the adapter's config.
+    card: (content of result.json) -> text of README.md.
   """
 
   stored = registry.read_config(loaded.folder)
   resized = stored.get("vocab_size") != loaded.hf_config.get("vocab_size")
 
-  def write_adapter(target: Path, adapter: Adapter) -> None:
+  def write_adapter(target: Path, adapter: Adapter, result: Result) -> None:
     tables = meshes.gather(loaded.params) if resized else None
     if not processes.first():
       return
     task_type = peft_config.TASK_TYPES[loaded.family.task]
-    if any(delta.peft is None for delta in adapter.values()):
+    if form(adapter) == "orbax":
       saved = native.Saved(
         adapter,
         config,
@@ -43,7 +60,7 @@ def export(
         problem_type=task.problem_type,
         untied=not loaded.keymap.ties,
       )
-      native.write_adapter(target, saved)
+      native.write_adapter(target, saved, card(result))
       return
     peft.write_adapter(
       target,
@@ -56,9 +73,10 @@ def export(
       task_type=task_type,
       params=tables,
       resized=resized,
+      card=card(result),
     )
 
-  def write_model(target: Path, adapter: Adapter) -> None:
+  def write_model(target: Path, adapter: Adapter, result: Result) -> None:
     merged = meshes.gather(lx.merge(loaded.params, adapter))
     if not processes.first():
       return
@@ -71,14 +89,14 @@ def export(
       labels=task.labels,
       problem_type=task.problem_type,
       base=loaded.folder,
+      card=card(result),
       overwrite=True,
     )
 
-  def write(adapter: Adapter, workdir: Path) -> dict[str, str]:
-    # Without deltas of kernels, an adapter would be the model all over.
-    has_deltas = any(isinstance(delta, KernelDelta) for delta in adapter.values())
-    name, put = ("adapter", write_adapter) if has_deltas else ("model", write_model)
-    put(workdir / name, adapter)
+  def write(adapter: Adapter, result: Result, workdir: Path) -> dict[str, str]:
+    is_model = form(adapter) == "model"
+    name, put = ("model", write_model) if is_model else ("adapter", write_adapter)
+    put(workdir / name, adapter, result)
     return {name: str(workdir / name)}
 
   return write

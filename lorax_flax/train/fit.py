@@ -17,18 +17,28 @@ from lorax_flax.distributed import processes
 from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.files import lock
 from lorax_flax.files import workdir as files
+from lorax_flax.hub import card
 from lorax_flax.hub.adapters import native
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import loop
 from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.logs.history import Diverged
+from lorax_flax.train.logs.page import About
 from lorax_flax.train.objective import Objective
 from lorax_flax.train.step import Model
 from lorax_flax.train.stream import Layout, Stream
 from lorax_flax.train.trials import Run
 
 PyTree = Any
+
+_LOAD = """\
+import lorax_flax as lx
+from lorax_flax.hub.adapters import native
+
+saved = native.read_adapter(FOLDER, params)  # params: the base's
+params = lx.merge(params, saved.adapter)
+"""
 
 
 class Fitted(NamedTuple):
@@ -118,14 +128,23 @@ def fit(
       raise LoraxError(f"the loss has shape {value.shape}, and may have () or {shape}")
     return jnp.broadcast_to(value, shape)
 
+  settings: dict[str, Any] = {"train": config, "lora": lora.config}
+  about = About(
+    "Fit of an adapter",
+    settings={name: dataclasses.asdict(each) for name, each in settings.items()},
+    usage={"Load": _LOAD},
+  )
   kept: list[Adapter] = []
 
-  def export(adapter: Adapter, folder: Path) -> Mapping[str, str]:
+  def export(
+    adapter: Adapter, result: Mapping[str, Any], folder: Path
+  ) -> Mapping[str, str]:
     kept.append(adapter)
     if workdir is None:
       return {}
     if processes.first():
-      native.write_adapter(folder / "adapter", native.Saved(adapter, lora.config))
+      saved = native.Saved(adapter, lora.config)
+      native.write_adapter(folder / "adapter", saved, _card(about, result))
     return {"adapter": str(folder / "adapter")}
 
   with contextlib.ExitStack() as stack:
@@ -135,10 +154,9 @@ def fit(
       folder = Path(workdir)
       if processes.first():
         stack.enter_context(lock.held(folder))
-      settings = (dataclasses.asdict(config), dataclasses.asdict(lora.config))
-      files.claim(folder, dict(zip(("train", "lora"), settings, strict=True)))
+      files.claim(folder, about.settings)
     job = loop.Job(
-      [Run(config, adapter, folder, export, "fit")],
+      [Run(config, adapter, folder, export, about)],
       Model(forward, params, axes, made),
       Objective(per_example, (), "eval_loss", predictions=lambda outputs: None),
       loop.Data(
@@ -152,6 +170,15 @@ def fit(
       raise result
     lines = (folder / files.METRICS).read_text("utf-8").splitlines()
   return Fitted(kept[0], result, [json.loads(line) for line in lines])
+
+
+def _card(about: About, result: Mapping[str, Any]) -> str:
+  fields = ("method", "rank", "alpha", "targets", "tuned")
+  lora = {name: str(about.settings["lora"][name]) for name in fields}
+  tags = ["lorax_flax", lora["method"]]
+  scores = {name: result[name] for name in result["last"]}
+  data = {"library_name": "lorax_flax", "tags": tags}
+  return card.text(about.title, data, {"Adapter": lora}, about.usage, scores, "own")
 
 
 def _config(train: Mapping[str, Any], batch_size: int) -> TrainConfig:

@@ -21,7 +21,7 @@ from lorax_flax.train.checkpoint import Checkpoints, Progress
 from lorax_flax.train.compile_by_shape import Compiled
 from lorax_flax.train.config import Durations, durations
 from lorax_flax.train.evaluate import Batches, NotFinite, evaluate
-from lorax_flax.train.logs import confusion, curves
+from lorax_flax.train.logs import confusion, curves, memory, page
 from lorax_flax.train.logs.history import Diverged, History, running
 from lorax_flax.train.logs.progress_bar import Display
 from lorax_flax.train.logs.timer import Stopwatch
@@ -250,14 +250,16 @@ class _Loop:
     self._logged = (work, seconds)
     left = (self.plan.total - number) * seconds / number
     name = f"speed/{self.job.objective.throughput.unit}_per_second"
+    peak = memory.peak()
     for history in running(self.histories):
-      history.record.speed(number, {name: speed})
+      history.record.events(number, {name: speed, "memory/peak_bytes": peak})
     self.display.update(
       number,
       number / self.plan.epoch,
       [line["loss"] for line in values],
       [line["learning_rate"] for line in values],
       speed,
+      peak,
       left,
     )
 
@@ -289,6 +291,8 @@ class _Loop:
             history.fail(number, f"{error} at step {number}")
           else:
             improved[i] = history.evaluated(number, found)
+            status = f"Under way: {number:,} of {self.plan.total:,} steps are done."
+            _report(self.job.runs[i], history, status)
     return self.program.keep_best(state, improved)
 
   def _work(self) -> int:
@@ -329,20 +333,34 @@ def _finish(
   """
   if history.failed is not None:
     advice = f"The checkpoint of step {kept} is kept" if kept else _NOTHING
-    return Diverged(**history.failed, kept=f". {advice}")
+    diverged = Diverged(**history.failed, kept=f". {advice}")
+    _report(run, history, f"Ended at step {diverged.step:,}: {diverged}")
+    return diverged
   rest = partition(run.adapter, trainable_mask(run.adapter))[1]
   adapter = meshes.gather(combine(trained, rest))
-  with bucket.staging(run.folder) as here:
-    paths = run.export(adapter, here)
-  written = {n: str(run.folder / Path(p).relative_to(here)) for n, p in paths.items()}
   size = sum(x.size for x in jax.tree.leaves(trained))
-  result = history.result(size, seconds) | written
+  result = history.result(size, seconds)
+  with bucket.staging(run.folder) as here:
+    paths = run.export(adapter, result, here)
+  result |= {n: str(run.folder / Path(p).relative_to(here)) for n, p in paths.items()}
   if processes.first():
-    curves.draw(run.folder / workdir.CURVES, history.record.lines, run.title)
+    title = run.about.title
+    curves.draw(run.folder / workdir.CURVES, history.record.lines, title)
     if table := result.get("report", {}).get("confusion"):
-      confusion.draw(run.folder / workdir.CONFUSION, table, run.title)
+      confusion.draw(run.folder / workdir.CONFUSION, table, title)
+    _report(run, history, "Finished.", result)
     workdir.write_json(run.folder / workdir.RESULT, result)
   return result
+
+
+def _report(
+  run: Run, history: History, status: str, result: Mapping[str, Any] | None = None
+) -> None:
+  """Writes report.html anew; process 0 alone."""
+  if processes.first():
+    best = history.best_and_last()[0]["step"]
+    text = page.render(run.about, history.record.lines, best, status, result)
+    workdir.write_text(run.folder / workdir.REPORT, text)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import state as states
 from lorax_flax.train import step as steps
 from lorax_flax.train.config import Durations, TrainConfig
+from lorax_flax.train.logs.page import About
 from lorax_flax.train.objective import Objective
 from lorax_flax.train.optimizers import OPTIMIZERS
 from lorax_flax.train.state import Base, TrainState
@@ -54,18 +55,18 @@ class Run:
     adapter: the adapter before the first step. Leaves of the base that are not the
       same in all runs (a new head, drawn by the seed) are trained in full.
     folder: claimed by this run.
-    export: writes an adapter into a folder, and returns paths by the names under which
-      result.json has them. Every process calls it, with the adapter replicated on its
-      host; the first one writes.
-    title: heading of the curves.
+    export: (adapter, content of result.json so far, folder) -> paths of what it wrote
+      there, by the names under which result.json has them. Every process calls it, with
+      the adapter replicated on its host; the first one writes.
+    about: what its report says of it besides the metrics.
     name: prefix of its log lines; empty where it trains alone.
   """
 
   config: TrainConfig
   adapter: Adapter
   folder: Path
-  export: Callable[[Adapter, Path], Mapping[str, str]]
-  title: str = ""
+  export: Callable[[Adapter, Mapping[str, Any], Path], Mapping[str, str]]
+  about: About
   name: str = ""
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -114,8 +115,8 @@ def _parse(*arguments):
 
 def test_the_quick_start_shrunk_writes_all_that_it_says(trained):
   assert {p.name for p in trained.iterdir()} == {
-    *("adapter", "checkpoints", "config.json", "curves.png", "metrics.jsonl"),
-    *("result.json", "tensorboard"),
+    *("adapter", "checkpoints", "config.json", "confusion.png", "curves.png"),
+    *("metrics.jsonl", "report.html", "result.json", "tensorboard"),
   }
   result = json.loads((trained / "result.json").read_text())
   for name in ("accuracy", "train_seconds", "examples_evaluated", "trained_parameters"):
@@ -197,6 +198,47 @@ def test_an_adapter_that_peft_loads(trained, base):
   config = peft.PeftConfig.from_pretrained(trained / "adapter")
   assert (config.r, config.lora_alpha, config.task_type) == (8, 16, "SEQ_CLS")
   assert config.base_model_name_or_path == str(base)
+
+
+def test_the_adapters_card_is_one_that_the_hub_reads(trained, base):
+  card = huggingface_hub.ModelCard.load(trained / "adapter/README.md")
+  result = json.loads((trained / "result.json").read_text())
+  data = card.data
+  assert (data.library_name, data.pipeline_tag) == ("peft", "text-classification")
+  assert data.base_model == str(base)
+  assert {"lora", f"base_model:adapter:{base}"} <= {*data.tags}
+  scores = {each.metric_type: each.metric_value for each in data.eval_results}
+  assert scores == {name: result[name] for name in ("accuracy", "eval_loss")}
+  assert "| rank | 8 |" in card.text
+  assert "| train | 64 examples |" in card.text
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("heading", ["Load with PEFT", "Load with lorax_flax"])
+def test_the_code_in_the_card_loads_the_adapter(trained, heading, monkeypatch):
+  monkeypatch.chdir(trained / "adapter")
+  text = (trained / "adapter/README.md").read_text()
+  code = re.search(rf"## {heading}\n\n```python\n(.*?)```", text, re.S)[1]
+  found: dict = {}
+  exec(code, found)
+  if heading == "Load with PEFT":
+    [kernel] = [
+      x
+      for name, x in found["model"].state_dict().items()
+      if name.endswith("layer.0.attention.self.query.lora_B.default.weight")
+    ]
+    assert np.abs(kernel.numpy()).max() > 0
+  else:
+    name = "encoder/layer_0/attention/query/kernel"
+    assert np.abs(found["saved"].adapter[name].b).max() > 0
+
+
+def test_the_report_says_what_was_trained_and_how_to_use_it(trained, base):
+  page = (trained / "report.html").read_text()
+  for text in (str(base), "train.learning_rate", "sarcastic"):
+    assert text in page
+  assert f"lorax merge --base={base} --adapter={trained}/adapter" in page
+  assert '<th scope="col">true class</th><th scope="col">sincere</th>' in page
 
 
 def test_starting_from_an_adapter_takes_its_factors_and_a_fitting_head(

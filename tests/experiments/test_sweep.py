@@ -144,7 +144,7 @@ def test_the_table_has_each_trial_and_medians_over_seeds(swept):
   for what in ("src=", 'href="http', "<link", "<script"):  # It needs no other file.
     assert what not in page
   best = max(rows[:5], key=lambda row: float(row["accuracy"]))
-  assert f'<tr class="best"><td>{best["trial"]}' in page
+  assert f'<tr class="best"><th scope="row">{best["trial"]}' in page
 
 
 def test_a_finished_sweep_is_not_run_again(config, swept, capfd):

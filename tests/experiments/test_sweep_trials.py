@@ -178,7 +178,7 @@ def test_a_metric_that_is_better_when_it_is_small(tmp_path):
   assert sweep_table.best_median(ends).median == 3.0
   page = sweep_page.page(ends, "a < b")
   assert "a &lt; b" in page
-  assert '<tr class="best"><td>trial-001' in page
+  assert '<tr class="best"><th scope="row">trial-001' in page
 
 
 def test_an_unfinished_sweep_has_a_table_too(tmp_path):

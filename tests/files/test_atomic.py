@@ -127,6 +127,26 @@ def test_a_folder_that_holds_what_was_not_written_here_is_kept(tmp_path, strange
   assert names(tmp_path) == before
 
 
+@pytest.mark.parametrize("written", [["README.md", "0"], ["0"]])
+def test_a_readme_that_a_person_wrote_or_changed_is_kept(tmp_path, written):
+  readme = tmp_path / "out/README.md"
+  fill(tmp_path / "out", *written, overwrite=False)
+  readme.write_text("my own words")
+  for _ in range(2):
+    fill(tmp_path / "out", "README.md", "1", overwrite=True)
+    assert names(tmp_path / "out") == [atomic.MANIFEST, "1", "README.md"]
+    assert readme.read_text() == "my own words"
+
+
+def test_a_readme_that_was_written_here_is_replaced(tmp_path):
+  fill(tmp_path / "out", "README.md", overwrite=False)
+  with atomic.new_folder(tmp_path / "out", overwrite=True) as scratch:
+    (scratch / "README.md").write_text("the second")
+  assert (tmp_path / "out/README.md").read_text() == "the second"
+  fill(tmp_path / "out", "0", overwrite=True)
+  assert not (tmp_path / "out/README.md").exists()
+
+
 def test_a_folder_without_a_manifest_is_kept_whatever_its_names(tmp_path):
   (tmp_path / "app").mkdir()
   (tmp_path / "app/config.json").write_text("mine")

@@ -3,6 +3,7 @@
 import json
 
 import flax.linen as nn
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,6 +202,10 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path, stateful):
   jax.tree.map(np.testing.assert_array_equal, again.adapter, straight.adapter)
   result = json.loads((tmp_path / "killed/result.json").read_text())
   assert result["adapter"] == str(tmp_path / "killed/adapter")
+  card = huggingface_hub.ModelCard.load(tmp_path / "killed/adapter/README.md")
+  assert card.data.library_name == "lorax_flax"
+  assert card.data.eval_results[0].metric_value == result["eval_loss"]
+  assert (tmp_path / "killed/report.html").is_file()
 
 
 @pytest.mark.parametrize(

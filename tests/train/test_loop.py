@@ -53,8 +53,8 @@ def whole(tmp_path_factory) -> Path:
 def test_a_run_writes_all_that_it_promises(whole):
   names = {entry.name for entry in whole.iterdir()}
   assert names == {
-    *("adapter.json", "checkpoints", "curves.png", "metrics.jsonl", "result.json"),
-    "tensorboard",
+    *("adapter.json", "checkpoints", "curves.png", "metrics.jsonl", "report.html"),
+    *("result.json", "tensorboard"),
   }
   result = json.loads((whole / "result.json").read_text())
   assert result["examples_evaluated"] == 37
@@ -232,6 +232,8 @@ def test_without_a_terminal_each_update_is_a_line_that_reads_by_itself(
   updates = [line for line in lines if line.startswith("step ")]
   assert len(updates) == 4
   for line in updates:
-    assert all(word in line for word in ("epoch", "loss", "tokens/s", "left")), line
+    assert all(
+      word in line for word in ("epoch", "loss", "tokens/s", "peak", "left")
+    ), line
   assert any(line.startswith("compiled the training step for 8×24") for line in lines)
   assert not any("\x1b" in line for line in lines)

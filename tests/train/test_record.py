@@ -38,7 +38,7 @@ def test_tensorboard_shows_each_value_and_forgets_what_was_undone(tmp_path):
   record.close()
   again = Record(tmp_path, 1)
   again.write(2, 0.2, {"train/loss": 2.0})
-  again.speed(2, {"speed/tokens_per_second": 100.0})
+  again.events(2, {"speed/tokens_per_second": 100.0})
   again.close()
   events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
   events.Reload()

@@ -82,6 +82,8 @@ def model(folder: Path, config: dict, seed: int = 0) -> None:
     single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
   )
   tokenizer.save(str(folder / "tokenizer.json"))
+  said = {"tokenizer_class": "PreTrainedTokenizerFast"}  # A BERT's is a WordPiece.
+  (folder / "tokenizer_config.json").write_text(json.dumps(said))
 
 
 def glue(folder: Path, train: int = 32, held_out: int = 21) -> None:

@@ -20,6 +20,7 @@ from lorax_flax.sharding import mesh
 from lorax_flax.train import loop, losses
 from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.logs.history import Diverged
+from lorax_flax.train.logs.page import About
 from lorax_flax.train.loop import Data, Job
 from lorax_flax.train.objective import Objective, Throughput
 from lorax_flax.train.step import Model
@@ -95,7 +96,7 @@ def job(
   loss = losses.cross_entropy(config.label_smoothing)
   eval_shape = pipeline.Shape(config.eval_batch_size, (24,))
   return Job(
-    runs=[Run(config, adapter, folder, export, "toy", name)],
+    runs=[Run(config, adapter, folder, export, About("toy"), name)],
     model=Model(forward, base, AXES, mesh.make(mesh.MeshConfig(), jax.devices()[:1])),
     objective=Objective(
       loss,
@@ -125,7 +126,7 @@ def fit(job: Job, folder: Path):
   return result
 
 
-def export(adapter, folder: Path) -> dict[str, str]:
+def export(adapter, result, folder: Path) -> dict[str, str]:
   leaves = {"a": adapter["dense/kernel"].a, "head": adapter["head/kernel"].value}
   text = json.dumps({k: np.asarray(v).tolist() for k, v in leaves.items()})
   workdir.write_text(folder / "adapter.json", text)

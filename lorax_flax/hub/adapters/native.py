@@ -64,8 +64,11 @@ def is_ours(folder: Path) -> bool:
   return (folder / FILE).is_file() and (folder / ARRAYS).is_dir()
 
 
-def write_adapter(folder: str | Path, saved: Saved) -> None:
+def write_adapter(folder: str | Path, saved: Saved, card: str | None = None) -> None:
   """Writes a folder, whole or not at all; an older adapter of this form is replaced.
+
+  Args:
+    card: the text of README.md.
 
   Raises:
     LoraxError: a folder with other things, or one that can't be written.
@@ -83,6 +86,8 @@ def write_adapter(folder: str | Path, saved: Saved) -> None:
     about["files"] = _digests(scratch / ARRAYS)
     text = json.dumps(about, indent=2, sort_keys=True)
     (scratch / FILE).write_text(f"{text}\n", encoding="utf-8")
+    if card is not None:
+      (scratch / atomic.README).write_text(card, encoding="utf-8")
 
 
 def read_adapter(folder: str | Path, params: Any) -> Saved:

@@ -31,6 +31,7 @@ def write_checkpoint(
   problem_type: str | None = None,
   base: Path,
   adapter: Path | None = None,
+  card: str | None = None,
   overwrite: bool,
 ) -> None:
   """Writes config.json, model.safetensors and what lies beside these; all or nothing.
@@ -46,6 +47,7 @@ def write_checkpoint(
     base: a folder whose files beside the weights are copied; a GGUF file's tokenizer
       is converted.
     adapter: a folder whose tokenizer takes the place of the base's, if it has one.
+    card: the text of README.md, in the place of the base's.
     overwrite: whether to replace a folder that was written here.
 
   Raises:
@@ -62,6 +64,8 @@ def write_checkpoint(
     except safetensors.SafetensorError as error:
       raise LoraxError(f"cannot write {folder}: {error}") from error
     beside.copy(base, scratch, adapter)
+    if card is not None:
+      (scratch / atomic.README).write_text(card, encoding="utf-8")
     file = gguf_header.find(base)
     if file is not None and not (scratch / "tokenizer.json").is_file():
       gguf_tokenizer.write(file, scratch)

@@ -120,6 +120,7 @@ def write_adapter(
   name: str = DEFAULT,
   dtypes: Mapping[str, str] | str = "float32",
   resized: bool = False,
+  card: str | None = None,
 ) -> None:
   """Writes a PEFT folder, all of it or nothing; one that was written here is replaced.
 
@@ -139,6 +140,7 @@ def write_adapter(
     dtypes: of the stored tensors, one for all; or those of `stored_dtypes` of a folder
       that was read, and the same tensors are written.
     resized: the vocabulary of `params` is not the base's: all tables are written.
+    card: the text of README.md.
 
   Raises:
     LoraxError: something that PEFT can't represent, or a folder with other files.
@@ -169,6 +171,8 @@ def write_adapter(
       if problem_type is not None:
         head = {"labels": head, "problem_type": problem_type}
       (scratch / LABELS_FILE).write_text(json.dumps(head), encoding="utf-8")
+    if card is not None:
+      (scratch / atomic.README).write_text(card, encoding="utf-8")
 
 
 def from_peft(

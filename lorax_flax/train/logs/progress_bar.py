@@ -6,11 +6,11 @@ from typing import Self
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from lorax_flax.train.logs import console
+from lorax_flax.train.logs import console, memory
 
 
 class Display:
-  """Progress with loss, speed and time left.
+  """Progress with loss, speed, peak memory and time left.
 
   In a terminal a bar, redrawn in place; elsewhere (a file, a pipe) each update is a
   line that reads by itself.
@@ -47,6 +47,7 @@ class Display:
     losses: Sequence[float],
     rates: Sequence[float],
     speed: float,
+    peak: int,
     left: float,
   ) -> None:
     """New figures.
@@ -54,10 +55,12 @@ class Display:
     Args:
       losses, rates: mean loss and learning rate of each run.
       speed: units of throughput per second, of all runs together.
+      peak: bytes of memory, as `memory.peak` has them.
       left: estimated seconds to the end.
     """
     loss = _span(losses, ".4f")
-    status = f"loss {loss}  {speed:,.0f} {self._unit}/s  {duration(left)} left"
+    rest = f"peak {memory.show(peak)}  {duration(left)} left"
+    status = f"loss {loss}  {speed:,.0f} {self._unit}/s  {rest}"
     self._bar.update(self._task, completed=step, status=status)
     if not self._console.is_terminal:
       rate = _span(rates, ".2e")

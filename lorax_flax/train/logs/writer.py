@@ -19,7 +19,8 @@ class Record:
   """Lines of metrics.
 
   metrics.jsonl holds nothing that depends on the clock: a run that was killed and
-  resumed has the very file of one that was not. Speeds go to TensorBoard alone.
+  resumed has the very file of one that was not. Speed and memory go to TensorBoard
+  alone.
 
   In a bucket, where nothing can be appended to, both are complete after each `flush`.
   """
@@ -49,9 +50,9 @@ class Record:
     with atomic.naming(self._file):
       self._out.write(_dump(line))
       self._out.flush()
-    self.speed(step, values)
+    self.events(step, values)
 
-  def speed(self, step: int, values: Mapping[str, float]) -> None:
+  def events(self, step: int, values: Mapping[str, float]) -> None:
     """Writes values to TensorBoard alone."""
     with atomic.naming(self._folder):
       for name, value in values.items():
@@ -84,7 +85,7 @@ class SilentRecord:
   def _nothing(self, *values: Any) -> None:
     """Does nothing."""
 
-  write = speed = flush = close = _nothing
+  write = events = flush = close = _nothing
 
 
 def _dump(line: Mapping[str, Any]) -> str:

@@ -1,0 +1,66 @@
+"""Code that loads, merges and serves what a run has made."""
+
+import shlex
+
+from lorax_flax.models.family import Task
+
+# transformers' classes that load a model of each task, and the hub's name of it.
+CLASSES: dict[Task, str] = {
+  "sequence-classification": "AutoModelForSequenceClassification",
+  "causal-lm": "AutoModelForCausalLM",
+  "seq2seq-lm": "AutoModelForSeq2SeqLM",
+  "image-classification": "AutoModelForImageClassification",
+}
+PIPELINES: dict[Task, str] = {
+  "sequence-classification": "text-classification",
+  "causal-lm": "text-generation",
+  "seq2seq-lm": "text2text-generation",
+  "image-classification": "image-classification",
+}
+
+
+def of_adapter(
+  task: Task, base: str, hub_name: str, folder: str, outputs: int | None, peft: bool
+) -> dict[str, str]:
+  """Code by heading.
+
+  Args:
+    base: the base as our commands take it.
+    hub_name: the base as transformers takes it.
+    folder: of the adapter.
+    outputs: width of its head; None where that is the base's own.
+    peft: whether it is in PEFT's format, else it is in our own.
+  """
+  more = "" if outputs is None else f", num_labels={outputs}"
+  where = f"--base={shlex.quote(base)} --adapter={shlex.quote(folder)}"
+  found = {}
+  if peft:
+    found["Load with PEFT"] = f"""\
+from peft import PeftModel
+from transformers import {CLASSES[task]}
+
+base = {CLASSES[task]}.from_pretrained({hub_name!r}{more})
+model = PeftModel.from_pretrained(base, {folder!r})
+"""
+  found["Load with lorax_flax"] = f"""\
+import lorax_flax as lx
+from lorax_flax.models import with_adapter
+
+base, saved = with_adapter.load({base!r}, {folder!r})
+params = lx.merge(base.params, saved.adapter)
+# outputs = base.module.apply({{"params": params}}, **inputs)
+"""
+  found["Predict"] = f"lorax predict {where} --input=IN.jsonl --out=OUT.jsonl"
+  found["Merge"] = f"lorax merge {where} --out=merged"
+  return found | of_model(task, "merged", "Serve what was merged")
+
+
+def of_model(task: Task, folder: str, heading: str = "Serve") -> dict[str, str]:
+  """Code that serves a checkpoint in transformers' form."""
+  if task == "causal-lm":
+    return {heading: f"vllm serve {shlex.quote(folder)}"}
+  if task == "seq2seq-lm":
+    load = f"model = {CLASSES[task]}.from_pretrained({folder!r})"
+    return {heading: f"from transformers import {CLASSES[task]}\n\n{load}"}
+  load = f"answer = pipeline({PIPELINES[task]!r}, model={folder!r})"
+  return {heading: f"from transformers import pipeline\n\n{load}"}
