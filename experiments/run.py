@@ -6,7 +6,8 @@
   python -m experiments.run --config=llama3_8b_instruct.py --config.data.path=FOLDER
 
 DIR then holds adapter/ (PEFT's format; model/ where all weights were trained),
-result.json, metrics.jsonl, curves.png, tensorboard/, config.json and checkpoints/.
+result.json, metrics.jsonl, curves.png, a classifier's confusion.png, tensorboard/,
+config.json and checkpoints/.
 The same command resumes a run that was killed, or that SIGTERM told to save and
 stop (exit code 143), on the same or on other devices.
 

@@ -114,7 +114,14 @@ def _parse(*arguments):
 
 def test_the_quick_start_shrunk_writes_all_that_it_says(trained):
   assert {p.name for p in trained.iterdir()} == {
-    *("adapter", "checkpoints", "config.json", "curves.png", "metrics.jsonl"),
+    *(
+      "adapter",
+      "checkpoints",
+      "config.json",
+      "confusion.png",
+      "curves.png",
+      "metrics.jsonl",
+    ),
     *("result.json", "tensorboard"),
   }
   result = json.loads((trained / "result.json").read_text())
