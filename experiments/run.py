@@ -7,7 +7,7 @@
 
 DIR then holds report.html, adapter/ (PEFT's format, with a model card; model/ where
 all weights were trained), result.json, metrics.jsonl, curves.png, tensorboard/,
-config.json and checkpoints/.
+config.json, checkpoints/ and, of a classifier, confusion.png.
 The same command resumes a run that was killed, or that SIGTERM told to save and
 stop (exit code 143), on the same or on other devices.
 
