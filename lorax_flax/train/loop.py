@@ -201,6 +201,8 @@ class _Loop:
         stopping = not at_end and self.stop.reached(number)
         if evaluated or stopping or self._save_is_due(number):
           self._save(number, state)
+        if evaluated and self._data.evaluation:
+          self._report(number)
         if stopping:
           self.checkpoints.wait()
           raise processes.Preempted(number)
@@ -291,9 +293,16 @@ class _Loop:
             history.fail(number, f"{error} at step {number}")
           else:
             improved[i] = history.evaluated(number, found)
-            status = f"Under way: {number:,} of {self.plan.total:,} steps are done."
-            _report(self.job.runs[i], history, status)
     return self.program.keep_best(state, improved)
+
+  def _report(self, number: int) -> None:
+    status = f"Under way: {number:,} of {self.plan.total:,} steps are done."
+    for run, history in zip(self.job.runs, self.histories, strict=True):
+      if history.failed is None:
+        try:
+          _report(run, history, status)
+        except OSError as error:  # A page is no reason to stop a run.
+          log.warning("%s: %s", workdir.REPORT, error)
 
   def _work(self) -> int:
     return sum(history.tokens for history in self.histories)
