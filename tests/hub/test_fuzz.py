@@ -4,6 +4,7 @@ Every mutation follows from a fixed seed. A flipped bit in a tensor's numbers ca
 noticed, so that headers and JSON files are damaged here, and files cut and lengthened.
 """
 
+import gc
 import json
 import struct
 import time
@@ -21,6 +22,16 @@ from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.models import registry
 from tests.experiments import peers as tuned
 from tests.models import peers
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_garbage():
+  """Leaves other tests' objects out of the collections that are timed here."""
+  gc.collect()
+  gc.freeze()
+  yield
+  gc.unfreeze()
+
 
 SECONDS = 1.0  # of the processor: others may be at work on the machine
 BYTES = 32 << 20  # what Python and numpy allocate at most
