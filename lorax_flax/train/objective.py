@@ -1,16 +1,20 @@
 """The objective of a training: loss, metrics, and the unit of throughput."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_flax.models.head import Head
 from lorax_flax.train.losses import Loss
-from lorax_flax.train.report import Report
+
+if TYPE_CHECKING:  # --help and mistakes in flags need not wait for these.
+  from lorax_flax.models.head import Head
+  from lorax_flax.train.report import Report
 
 # outputs -> the array or None that evaluation keeps of them on the host, (B, …)
 Predictions = Callable[[Any], jax.Array | None]

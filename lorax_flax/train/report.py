@@ -5,9 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import sklearn.metrics
-
-from lorax_flax.train import metrics
 
 # (logits_NxC, labels_N) -> a JSON-able report of all predictions of an evaluation.
 Report = Callable[[np.ndarray, np.ndarray], dict[str, Any]]
@@ -30,6 +27,11 @@ def of_classes(names: Sequence[str]) -> Report:
 def _report(
   names: Sequence[str], logits_NxC: np.ndarray, labels_N: np.ndarray
 ) -> dict[str, Any]:
+  # Here, since --help and mistakes in flags need not wait for them.
+  import sklearn.metrics
+
+  from lorax_flax.train import metrics
+
   predicted_N = metrics.predictions(logits_NxC, labels_N)
   numbers = range(len(names))
   columns = sklearn.metrics.precision_recall_fscore_support(

@@ -3,14 +3,18 @@
 Shapes: B rows, T tokens of a row, c tokens of a chunk, D features, V vocabulary.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lorax_flax.data.sequences import IGNORED
-from lorax_flax.models.head import Head
 from lorax_flax.sharding import activations
+
+if TYPE_CHECKING:  # --help and mistakes in flags need not wait for it.
+  from lorax_flax.models.head import Head
 
 # Largest number of logits of a chunk on one device: 64 MiB in float32.
 ROOM = 2**24

@@ -10,9 +10,6 @@ import jax
 from lorax_flax.data import packing, sequences
 from lorax_flax.data.own.splits import TRAIN
 from lorax_flax.data.sequences import Sequences
-from lorax_flax.models.head import Head
-from lorax_flax.tasks.causal_lm.description import describe
-from lorax_flax.tasks.causal_lm.read import Found, read
 from lorax_flax.tasks.causal_lm.settings import TextSettings
 from lorax_flax.tasks.task import OwnTask, Splits, Task
 from lorax_flax.train import losses
@@ -20,7 +17,9 @@ from lorax_flax.train.objective import Objective, Throughput
 from lorax_flax.train.token_scores import TokenScores, next_labels, token_scores
 
 if TYPE_CHECKING:
+  from lorax_flax.models.head import Head
   from lorax_flax.models.registry import Located
+  from lorax_flax.tasks.causal_lm.read import Found
 
 _NAME = "next_token"
 
@@ -44,6 +43,10 @@ def _scores(head: Head, x_BxTxD: jax.Array, batch: losses.Batch) -> TokenScores:
 
 def _open(settings: TextSettings) -> Task:
   """The task of the settings' files, read once the model's tokenizer is known."""
+  # Here, since --help and mistakes in flags need not wait for them.
+  from lorax_flax.tasks.causal_lm.description import describe
+  from lorax_flax.tasks.causal_lm.read import read
+
   # They are read to be trained on, and again to be described.
   read_once: dict[Path, tuple[Found, Sequences]] = {}
 
