@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lorax_flax.errors import LoraxError, listing
+from lorax_flax.errors import LoraxError, listing, prefixed
 from lorax_flax.files import strict_json
 from lorax_flax.hub.peft.config import CONFIG_FILE, SEQ_CLS, PeftConfig, with_heads
 
@@ -34,10 +34,8 @@ def read(folder: Path, *, fresh: bool = False) -> PeftConfig:
       f"{listing(inside, most=12) or 'nothing'}"
     )
   raw = strict_json.read(file, most_bytes=_MOST_BYTES)
-  try:
+  with prefixed(f"{folder}"):
     return parse(raw, fresh=fresh)
-  except LoraxError as error:
-    raise LoraxError(f"{folder}: {error}") from error
 
 
 def parse(raw: Any, *, fresh: bool = False) -> PeftConfig:

@@ -4,10 +4,9 @@ A folder holds adapter_config.json (config_file.py) and adapter_model.safetensor
 keys layout.py knows. A named adapter is in a sub-folder of its name.
 """
 
-import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.numpy import save_file
 
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten, map_with_path
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, listing, prefixed, unknown
 from lorax_flax.files import atomic, strict_json
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
@@ -63,7 +62,7 @@ def read_adapter(
   """
   folder = adapter_folder(folder, name)
   config, keymap = _read_config(folder, keymap)
-  with _naming(folder):
+  with prefixed(f"{folder}"):
     slots = layout(config, keymap)
     adapter = peft_read.read(opened(folder), slots, config, flatten(params))
     return adapter, to_lora_config(config, keymap)
@@ -74,17 +73,8 @@ def _read_config(
 ) -> tuple[PeftConfig, KeyMap]:
   """The config of a folder, its defaults filled in, and the key map of its task."""
   config = config_file.read(folder, fresh=fresh)
-  with _naming(folder):
+  with prefixed(f"{folder}"):
     return config.with_defaults(keymap.family), of_task(keymap, config.task)
-
-
-@contextlib.contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-  """Puts the folder before an error's message."""
-  try:
-    yield
-  except LoraxError as error:
-    raise LoraxError(f"{folder}: {error}") from error
 
 
 def with_tables(
@@ -97,7 +87,7 @@ def with_tables(
   """
   folder = adapter_folder(folder, name)
   config, keymap = _read_config(folder, keymap)
-  with _naming(folder):
+  with prefixed(f"{folder}"):
     slots = layout(config, keymap)
     tables = peft_read.base_tables(opened(folder), slots, flatten(params))
   for path in tables:
@@ -254,7 +244,7 @@ def needs(folder: str | Path, keymap: KeyMap, *, name: str = DEFAULT) -> Needs:
   """Requirements of a folder for its base; arguments, errors as of `read_adapter`."""
   folder = adapter_folder(folder, name)
   config, keymap = _read_config(folder, keymap)
-  with _naming(folder):
+  with prefixed(f"{folder}"):
     return peft_needs.find(opened(folder), config, keymap)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_flax.errors import LoraxError, listing, nearest
+from lorax_flax.errors import LoraxError, listing, nearest, prefixed
 from lorax_flax.hub.adapters import stacking
 from lorax_flax.hub.checkpoints.entries import Site, kind
 from lorax_flax.hub.peft import config as peft_config
@@ -186,12 +186,10 @@ def _delta(sites: _Sites, leaf: Any, config: PeftConfig) -> Delta:
     return Rows.of(jnp.asarray(rows), *given)
   layers = {site.index: layer.leaves for site, layer in sites.items()}
   scales = [config.scale(layer.slot.module) for layer in sites.values()]
-  try:
+  with prefixed(slot.path):
     return stacking.stack(
       method_of(config), layers, scales, slot.roles, leaf.shape, config.lora_dropout
     )
-  except LoraxError as error:
-    raise LoraxError(f"{slot.path}: {error}") from error
 
 
 def _tuned(sites: _Sites, leaf: Any) -> Tuned:
