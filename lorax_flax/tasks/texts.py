@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lorax_flax.data.config import DataSettings
 from lorax_flax.data.examples import Example
 from lorax_flax.data.own import forms, summary
 from lorax_flax.data.own import labels as own_labels
 from lorax_flax.data.own.labels import CLASSES, KINDS, NUMBER, SEVERAL, Labels
+from lorax_flax.data.own.settings import OwnSettings
 from lorax_flax.data.own.splits import TRAIN, read_splits
 from lorax_flax.data.own.table import Row, Table
 from lorax_flax.data.tokenize import load_tokenizer, tokenize
@@ -38,28 +38,18 @@ _NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
-class TextsSettings(DataSettings):
+class TextsSettings(OwnSettings):
   """Settings of a user's own texts with labels.
 
   Attributes:
-    path: a file of JSON lines, CSV, TSV or Parquet, or a folder with train.* and
-      validation.* or test.*.
-    columns: names of the columns text, text_pair and label in the file, where it calls
-      them otherwise.
-    held_out: share of one file's rows that are held out to evaluate.
     labels: "classes", "number" (a regression) or "several" (classes at once, in a list
       or separated by commas); None finds it in the labels.
   """
 
-  path: str | None = None
-  columns: Mapping[str, str] = field(default_factory=dict)
-  held_out: float = 0.1
   labels: str | None = None
 
   def __post_init__(self):
     super().__post_init__()
-    if not 0.0 < self.held_out < 1.0:
-      raise LoraxError(f"data.held_out is a share in (0, 1), not {self.held_out}")
     if self.labels is not None:
       check_known("data.labels", self.labels, KINDS)
 

@@ -1,0 +1,29 @@
+"""Settings of a user's own files, which every task that reads them has."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lorax_flax.data.config import DataSettings
+from lorax_flax.errors import LoraxError
+
+
+@dataclass(frozen=True)
+class OwnSettings(DataSettings):
+  """Settings of a user's own files.
+
+  Attributes:
+    path: a file, or a folder with train.* and validation.* (or test.*): .jsonl, .json,
+      .csv, .tsv or .parquet.
+    columns: the file's own name of a column, where it has another, as in
+      data.columns.text=body.
+    held_out: share of a single file's rows that are held out to evaluate.
+  """
+
+  path: str | None = None
+  columns: Mapping[str, str] = field(default_factory=dict)
+  held_out: float = 0.1
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not 0 < self.held_out < 1:
+      raise LoraxError(f"data.held_out is a share above 0, below 1: {self.held_out}")
