@@ -40,7 +40,7 @@ def merge(base: str, adapter: str, out: str, *, overwrite: bool = False) -> Path
     model.loaded.hf_config,
     architecture=model.loaded.family.architecture,
     labels=None,
-    base=model.folder,
+    base=model.loaded.folder,
     adapter=Path(adapter).expanduser(),
     card=_card(base, adapter, model),
     overwrite=overwrite,
@@ -53,7 +53,7 @@ def _card(base: str, adapter: str, model: merged.Merged) -> str:
   data = {
     "base_model": card.base_model(base),
     "library_name": "transformers",
-    **card.license_of(base, model.folder),
+    **card.license_of(base, model.loaded.folder),
     "pipeline_tag": usage.PIPELINES[task],
     "tags": ["lorax_flax", "lora", "merged"],
   }

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lorax_flax as lx
@@ -22,12 +21,10 @@ class Merged:
 
   Attributes:
     loaded: the model; its params are the merged ones, its hf_config names the outputs.
-    folder: of the base, with its tokenizer.
     rest: deltas that can't be merged, which are applied beside the base.
   """
 
   loaded: registry.Loaded
-  folder: Path
   rest: Adapter = dataclasses.field(default_factory=dict)
 
   @property
@@ -79,7 +76,7 @@ def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
   if adapter and loaded.family.has_labels:
     hf_config = _with_labels(loaded, adapter, own, problem_type)
     loaded = dataclasses.replace(loaded, hf_config=hf_config)
-  return Merged(loaded, loaded.folder, rest)
+  return Merged(loaded, rest)
 
 
 def _with_labels(
