@@ -1,13 +1,12 @@
 """A tiny decoder with a tokenizer and a chat template, and text that can be learnt."""
 
-import json
-
 import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from experiments.cli import config_dict, config_flag
+from experiments.cli import config_flag
+from tests.experiments import token_ids
 
 # With transformers' own marks around what the assistant says.
 TEMPLATE = (
@@ -87,11 +86,7 @@ def documents(count, first=0):
 
 
 def write(folder, rows, count=18, held_out=5):
-  folder.mkdir(parents=True, exist_ok=True)
-  for name, lines in (("train", rows(count)), ("validation", rows(held_out, 30))):
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / f"{name}.jsonl").write_text(text)
-  return folder
+  return token_ids.write(folder, rows(count), rows(held_out, 30))
 
 
 def shrunk(spec, base, data, **changes):
@@ -111,8 +106,4 @@ def shrunk(spec, base, data, **changes):
     "train.warmup_fraction": 0.0,
     "train.log_steps": 1,
   }
-  with config.unlocked():
-    for name, value in (values | changes).items():
-      section, _, field = name.rpartition(".")
-      config[section][field] = value
-  return config_dict.convert(config)
+  return token_ids.changed(config, values | changes)

@@ -33,7 +33,10 @@ from tests.experiments.token_ids import (
 from tests.train import toy
 from tests.train.stopping import Stopped, Stopping
 
-pytestmark = pytest.mark.xdist_group("next_token")  # Runs that several tests look at.
+pytestmark = [
+  pytest.mark.xdist_group("next_token"),  # Runs that several tests look at.
+  pytest.mark.usefixtures("quick_to_compile"),
+]
 
 # Of each family: the config that is shrunk, and what PEFT adapts.
 FAMILIES = {
@@ -66,14 +69,6 @@ class Trained:
     text = (self.workdir / "metrics.jsonl").read_text()
     lines = map(json.loads, text.splitlines())
     return {line["step"]: line[name] for line in lines if name in line}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-  """What is compiled runs for less than a second."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

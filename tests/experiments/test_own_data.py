@@ -18,16 +18,10 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.jobs.abstract import abstract
 from tests.experiments import peers
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 WORDS = [word for word in peers.WORDS.split() if word.isalpha() and word != "cat"]
 STEPS = 60
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-  """What is compiled runs for less than a second."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import math
 import re
 import warnings
 
-import jax
 import peft
 import pytest
 import torch
@@ -19,15 +18,10 @@ from experiments import run
 from lorax_flax.errors import LoraxError
 from tests.experiments import own_text
 
-pytestmark = pytest.mark.xdist_group("own_text")  # Runs that several tests look at.
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-  """What is compiled runs for less than a second."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = [
+  pytest.mark.xdist_group("own_text"),  # Runs that several tests look at.
+  pytest.mark.usefixtures("quick_to_compile"),
+]
 
 
 @pytest.fixture(scope="module")

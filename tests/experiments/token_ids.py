@@ -54,8 +54,13 @@ def shrunk(spec, base, data, **changes):
     "mesh.fsdp": 1,
     "mesh.tensor": 1,
   }
+  return changed(config, values | changes)
+
+
+def changed(config, values):
+  """The settings of a config with these fields, by dotted name."""
   with config.unlocked():
-    for name, value in (values | changes).items():
+    for name, value in values.items():
       section, _, field = name.rpartition(".")
       (config[section] if section else config)[field] = value
   return config_dict.convert(config)
