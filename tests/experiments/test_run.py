@@ -96,7 +96,7 @@ def _prepare(settings):
 
 def _logits(whole, examples):
   rows = tokenize(
-    examples, load_tokenizer(whole.folder), max_length=12, token_types=True
+    examples, load_tokenizer(whole.loaded.folder), max_length=12, token_types=True
   )
   batch = rows.batch(np.arange(len(rows)), 16)
   inputs = {name: x for name, x in batch.items() if x.ndim == 2}
