@@ -114,9 +114,9 @@ class Adapted:
   def used(self, params: PyTree, adapter: Adapter, /, *args, **kwargs) -> Adapter:
     """The deltas without those of weights that a call with these arguments leaves out.
 
-    `apply` takes no delta that is never used. A function that computes a part of a model
-    at a time, as a decoder's step does whose encoder ran before, is given these alone.
-    Only shapes are traced.
+    `apply` takes no delta that is never used. A function that computes a part of a
+    model at a time, as a decoder's step does whose encoder ran before, is given these
+    alone. Only shapes are traced.
     """
     traced = _trace(self.apply_fn, _with_replaced(params, adapter), args, kwargs)
     found: set[str] = set()

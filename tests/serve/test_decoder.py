@@ -1,10 +1,12 @@
 """Prefill and steps of a decoder, against transformers' generation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+import lorax_flax as lx
 from lorax_flax.models import registry
 from lorax_flax.serve import decoder
 from tests.adapt import checks
