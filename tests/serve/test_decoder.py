@@ -70,8 +70,7 @@ def test_greedy_tokens_of_an_encoder_and_decoder_are_those_of_transformers(
   assert got.tolist() == [peers(model, prompt) for prompt in (LONG, SHORT)]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("name", ["mixtral", "t5"])
+@pytest.mark.parametrize(("name", "method"), [("mixtral", "dora"), ("t5", "lora")])
 def test_an_unmerged_adapter_says_what_the_merged_model_says(tmp_path, name, method):
   save = test_t5.save if name == "t5" else test_packing.FAMILIES[name]
   save(tmp_path)

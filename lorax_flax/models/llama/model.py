@@ -202,6 +202,8 @@ class CausalLM(Model[DecoderConfig]):
     tokens: Any = attention_mask
     if cache is not None:
       tokens = cache.chunk(attention_mask, deterministic, position_ids)
+      # Keys stay as they were written: a scaling that looks at the length does not
+      # reach back, as in transformers, which for Phi-3 alone computes all anew.
       position_ids, lengths_BxT = tokens.positions_BxT, tokens.ends_B[:, None]
     elif position_ids is None:
       position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
