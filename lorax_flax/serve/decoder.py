@@ -117,6 +117,6 @@ def prompts(rows: Sequence[Sequence[int]], most: int) -> dict[str, np.ndarray]:
 
 
 def _prefix(model: Outline) -> str:
-  """What the names of the decoder's inputs begin with."""
+  """The beginning of the names of the decoder's inputs."""
   has_encoder = "decoder_input_ids" in model.family.inputs(model.config)
   return "decoder_" if has_encoder else ""
