@@ -83,7 +83,7 @@ class Tokens:
     return np.diff(self.offsets)
 
   def decoder_buckets(self, rows: np.ndarray | slice) -> np.ndarray:
-    """For each of these rows, the number of the decoder length that holds it."""
+    """Numbers of the decoder lengths that hold these rows."""
     assert self.decoder is not None
     return np.searchsorted(self.decoder_lengths, self.decoder.lengths_N[rows])
 

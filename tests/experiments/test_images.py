@@ -212,6 +212,13 @@ def test_what_is_read_is_shown(base, tmp_path):
     assert line in shown
 
 
+def test_lorax_data_knows_the_task_by_the_model(base, tmp_path):
+  folder = _splits(tmp_path)
+  done = peers.run("cli.main", "data", str(folder), f"--config.model.path={base}")
+  assert done.returncode == 0, done.stderr
+  assert "images: 12 × 10 pixels; the model takes 8 × 8" in done.stdout
+
+
 def test_the_step_is_compiled_without_a_checkpoint(base, tmp_path):
   job = abstract(_settings(base, _splits(tmp_path)), jax.devices()[:1])
   assert job.batch["pixel_values"].shape == (8, 3, 8, 8)

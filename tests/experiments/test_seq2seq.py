@@ -179,6 +179,14 @@ def _peer_loss(model, batch):
   return model(**{name: batch[name] for name in names}).loss
 
 
+def test_tokens_are_counted_of_prompts_and_of_completions(trained):
+  counted = sum(
+    (batch["attention_mask"] == 1).sum() + (batch["labels"] != -100).sum()
+    for batch in _batches(trained.settings)
+  )
+  assert trained.result["tokens"] == counted
+
+
 def test_eight_steps_equal_transformers_and_peft(trained):
   options = {"task_type": "SEQ_2_SEQ_LM", "target_modules": "all-linear"}
   base = transformers.AutoModelForSeq2SeqLM.from_pretrained(trained.base)
@@ -362,6 +370,19 @@ def test_what_is_read_is_shown_with_the_learnt_tokens_marked(tmp_path):
   ):
     assert line in shown
   assert shown.count("example: ") == 3
+
+
+def test_lorax_data_knows_the_task_by_the_model(tmp_path):
+  _save("v1.0", tmp_path)
+  file = _write(tmp_path / "data") / "train.jsonl"
+  done = peers.run(
+    *("cli.main", "data", str(file), f"--config.model.path={tmp_path}"),
+    *("--config.data.columns.prompt=article", "--config.data.max_length=64"),
+    "--config.data.max_target_length=16",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "⟦<s> " in done.stdout
+  assert "completions are padded to " in done.stdout
 
 
 @pytest.mark.parametrize("ids", ["max_length", "max_target_length"])
