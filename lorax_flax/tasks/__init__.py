@@ -17,7 +17,7 @@ TASKS |= {
   for name, dataset in _DATASETS.items()
 }
 TASKS |= {task.name: task for task in (digits.task(0, 4), digits.task(5, 9))}
-TASKS["images"] = images.TASK
 TASKS["next_token"] = causal_lm.TASK
 TASKS["seq2seq"] = seq2seq.TASK
 TASKS["texts"] = texts.TASK
+TASKS["images"] = images.TASK

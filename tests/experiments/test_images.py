@@ -279,9 +279,9 @@ def test_a_processor_of_another_size_than_the_models_is_an_error(tmp_path):
 
 def test_the_digits_train_a_small_vit_that_is_adapted_to_others(tmp_path, monkeypatch):
   monkeypatch.setenv("LORAX_FLAX_CACHE", str(tmp_path / "cache"))
-  steps = {"train.steps": 60, "train.batch_size": 32, "train.log_steps": 20}
+  steps = {"train.steps": 120, "train.batch_size": 32, "train.log_steps": 40}
   changes = {"model.path": None, "data.path": None, "lora.rank": None}
-  changes |= {"train.learning_rate": None}
+  changes |= {"train.learning_rate": None, "model.scan": True}  # Compiles faster.
   settings = _settings(None, None, "images.py:digits_base", **(changes | steps))
   result = run.run(settings, tmp_path / "base")
   assert result["examples_evaluated"] == 181

@@ -172,7 +172,7 @@ def test_a_tasks_own_setting_is_in_the_help(registers):
   text = config_flag.help_text([registers, "--config.data.modulus=2"])
   assert "\n  data.modulus = None\n      the sum of a row's tokens is its" in text
   assert "\n  data.buckets = 1\n" in text
-  assert "\n  data.path (images, next_token, seq2seq, texts)" in text
+  assert "\n  data.path (next_token, seq2seq, texts, images)" in text
 
 
 @pytest.mark.parametrize(
