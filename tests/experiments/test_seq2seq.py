@@ -375,10 +375,11 @@ def test_what_is_read_is_shown_with_the_learnt_tokens_marked(tmp_path):
 def test_lorax_data_knows_the_task_by_the_model(tmp_path):
   _save("v1.0", tmp_path)
   file = _write(tmp_path / "data") / "train.jsonl"
+  config = json.loads((tmp_path / "config.json").read_text()) | {"n_positions": 128}
+  (tmp_path / "config.json").write_text(json.dumps(config))
   done = peers.run(
     *("cli.main", "data", str(file), f"--config.model.path={tmp_path}"),
-    *("--config.data.columns.prompt=article", "--config.data.max_length=64"),
-    "--config.data.max_target_length=16",
+    "--config.data.columns.prompt=article",
   )
   assert done.returncode == 0, done.stderr
   assert "⟦<s> " in done.stdout
