@@ -4,9 +4,10 @@
   lorax data FILE --config=classify.py --config.data.columns.label=sentiment
 
 FILE is one of JSON lines, CSV, TSV or Parquet, or a folder with train and validation
-files; MODEL a folder, a name on the Hugging Face hub, or an alias (minilm). Shown are
-the form of the rows, their number by split, classes, lengths in tokens, and examples as
-the model sees them. Without --config the task is the one that MODEL is made for.
+files, or of images by class; MODEL a folder, a name on the Hugging Face hub, or an
+alias (minilm). Shown are the form of the rows, their number by split, classes, lengths
+in tokens, and examples as the model sees them. Without --config the task is the one
+that MODEL is made for.
 """
 
 import sys
@@ -27,6 +28,8 @@ from lorax_flax.tasks import task as tasks
 TASKS: Mapping[str, str] = {
   "sequence-classification": "texts",
   "causal-lm": "next_token",
+  "seq2seq-lm": "seq2seq",
+  "image-classification": "images",
 }
 _CONFIG = "classify.py"
 

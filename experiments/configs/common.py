@@ -179,10 +179,15 @@ def or_full(
     LoraxError: there is no such variant.
   """
   if choose(name, variant, {"": False, "full": True}):
-    config.lora.targets = ()
-    config.lora.tuned = ".*"  # every weight is trained, and there are no deltas
-    config.train.learning_rate = full_learning_rate
+    train_in_full(config, full_learning_rate)
   return config
+
+
+def train_in_full(config: ConfigDict, learning_rate: float) -> None:
+  """Changes a config to full fine-tuning: every weight is trained, with no deltas."""
+  config.lora.targets = ()
+  config.lora.tuned = ".*"
+  config.train.learning_rate = learning_rate
 
 
 def choose(config: str, variant: str | None, variants: Mapping[str, Any]) -> Any:

@@ -97,7 +97,7 @@ def _sizes(
   if loaded.family.has_labels:
     return size, size * _WINDOW
   if isinstance(rows, Tokens) and rows.decoder is not None:
-    longest = rows.decoder_length
+    longest = rows.decoder_lengths[-1]
   position_bytes = 4 * loaded.config.vocab_size
   size = max(1, min(size, _MOST_BYTES // (position_bytes * longest)))
   kept = position_bytes * (longest if every else 1)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
+from lorax_flax.data.pairs import Pairs
 from lorax_flax.data.pixels import Pixels
 from lorax_flax.data.sequences import Sequences
 from lorax_flax.data.tokens import Batch, Tokens
 from lorax_flax.errors import LoraxError
 
 # The rows of a split: what batches are made of.
-Rows = Tokens | Sequences | Pixels
+Rows = Tokens | Sequences | Pairs | Pixels
 
 # Lengths are a multiple of this, for the sake of vector units.
 _MULTIPLE = 8
@@ -111,28 +112,56 @@ def padding_share(lengths_N: np.ndarray, buckets: Sequence[int]) -> float:
 
 
 def training_order(
-  lengths_N: np.ndarray, shape: Shape, seed: int, epoch: int
+  lengths_N: np.ndarray,
+  shape: Shape,
+  seed: int,
+  epoch: int,
+  within_N: np.ndarray | None = None,
 ) -> np.ndarray:
   """One epoch's rows by batch: int64 (batches, batch_size), -1 fills the last one up.
 
   A permutation of the rows is split into windows of 50 batches; in each, rows are
   sorted by bucket (and stay shuffled within a bucket); then the batches are shuffled.
+
+  Args:
+    within_N: number of another bucket, the decoder's, by which the rows of one bucket
+      are sorted.
   """
   rng = np.random.default_rng((seed, epoch))
   rows = rng.permutation(len(lengths_N))
-  bucket_N = shape.bucket_of(lengths_N)
+  keys_KxN = _sort_keys(lengths_N, shape, within_N)
   window = _WINDOW * shape.batch_size
   chunks = [rows[i : i + window] for i in range(0, len(rows), window)]
   order = _rows_by_batch(
-    np.concatenate([c[np.argsort(bucket_N[c], kind="stable")] for c in chunks]),
+    np.concatenate([c[np.lexsort(keys_KxN[:, c])] for c in chunks]),
     shape.batch_size,
   )
   return order[rng.permutation(len(order))]
 
 
-def evaluation_order(lengths_N: np.ndarray, shape: Shape) -> np.ndarray:
-  """Every row once, by length: int64 (batches, batch_size), -1 fills the last one."""
-  return _rows_by_batch(np.argsort(lengths_N, kind="stable"), shape.batch_size)
+def evaluation_order(
+  lengths_N: np.ndarray, shape: Shape, within_N: np.ndarray | None = None
+) -> np.ndarray:
+  """Every row once, by length: int64 (batches, batch_size), -1 fills the last one.
+
+  Args:
+    within_N: as of `training_order`.
+  """
+  keys_KxN = _sort_keys(lengths_N, shape, within_N)
+  return _rows_by_batch(np.lexsort((lengths_N, *keys_KxN)), shape.batch_size)
+
+
+def _sort_keys(
+  lengths_N: np.ndarray, shape: Shape, within_N: np.ndarray | None
+) -> np.ndarray:
+  """Keys as of np.lexsort, the first of which comes last."""
+  bucket_N = shape.bucket_of(lengths_N)
+  within_N = np.zeros_like(bucket_N) if within_N is None else within_N
+  return np.stack([within_N, bucket_N])
+
+
+def _within(rows: Rows) -> np.ndarray | None:
+  return rows.tokens.decoder_buckets(slice(None)) if isinstance(rows, Pairs) else None
 
 
 def _rows_by_batch(rows_N: np.ndarray, batch_size: int) -> np.ndarray:
@@ -142,15 +171,11 @@ def _rows_by_batch(rows_N: np.ndarray, batch_size: int) -> np.ndarray:
   return order.reshape(steps, batch_size)
 
 
-def _length(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> int:
-  """The padded length of a batch."""
-  lengths = tokens.lengths_N[rows_B[rows_B >= 0]]
-  return shape.buckets[int(shape.bucket_of(lengths).max())]
-
-
 def _assemble(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> Batch:
   """A batch of these rows, at its own padded length."""
-  return tokens.batch(rows_B, _length(tokens, shape, rows_B))
+  lengths = tokens.lengths_N[rows_B[rows_B >= 0]]
+  length = shape.buckets[int(shape.bucket_of(lengths).max())]
+  return tokens.batch(rows_B, length)
 
 
 @dataclass(frozen=True)
@@ -170,7 +195,9 @@ class _Batches(Sequence[Batch]):
 def _rows_of(tokens: Rows, shape: Shape, seed: int) -> Callable[[int], np.ndarray]:
   """The numbers of the rows of a run's batches, by the batch's number."""
   order = functools.lru_cache(maxsize=2)(
-    functools.partial(training_order, tokens.lengths_N, shape, seed)
+    functools.partial(
+      training_order, tokens.lengths_N, shape, seed, within_N=_within(tokens)
+    )
   )
 
   def rows(number: int) -> np.ndarray:
@@ -212,11 +239,13 @@ def together(
   runs = {seed: _rows_of(tokens, shape, seed) for seed in seeds}
 
   def make(number: int) -> Batch:
-    rows = {seed: run(number) for seed, run in runs.items()}
-    length = max(_length(tokens, shape, r) for r in rows.values())
-    each = {s: tokens.batch(r, length) for s, r in rows.items()}
-    names = each[seeds[0]]
-    return {name: np.stack([each[s][name] for s in seeds]) for name in names}
+    # In one batch, so that all of them have the same padded lengths.
+    rows = np.concatenate([run(number) for run in runs.values()])
+    batch = _assemble(tokens, shape, rows)
+    places = [list(runs).index(seed) for seed in seeds]
+    return {
+      name: x.reshape(len(runs), -1, *x.shape[1:])[places] for name, x in batch.items()
+    }
 
   return _read_ahead(tokens, shape, make)
 
@@ -237,7 +266,7 @@ def evaluation(tokens: Rows, shape: Shape) -> Sequence[Batch]:
   predictions back in order.
   """
   _check(tokens, shape)
-  order = evaluation_order(tokens.lengths_N, shape)
+  order = evaluation_order(tokens.lengths_N, shape, _within(tokens))
   return _Batches(len(order), lambda i: _assemble(tokens, shape, order[i]))
 
 

@@ -13,14 +13,42 @@ INPUT = "pixel_values"
 
 
 @dataclass(frozen=True)
+class Normalization:
+  """Numbers of pixels, in float32: (factor · pixel - mean) / std.
+
+  Attributes:
+    factor: None multiplies by none.
+    mean, std: of each channel.
+  """
+
+  factor: float | None
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+  def __call__(self, pixels_CxHxW: np.ndarray) -> np.ndarray:
+    """CxHxW float32 of uint8, rounded where transformers rounds."""
+    x_CxHxW = pixels_CxHxW
+    if self.factor is not None:
+      x_CxHxW = x_CxHxW.astype(np.float64) * self.factor
+    mean_Cx1x1, std_Cx1x1 = (
+      np.asarray(values, np.float32)[:, None, None] for values in (self.mean, self.std)
+    )
+    return (x_CxHxW.astype(np.float32) - mean_Cx1x1) / std_Cx1x1
+
+
+@dataclass(frozen=True)
 class Pixels:
   """N images.
 
   Attributes:
-    values_NxCxHxW: float32, a list of its images or an array.
+    values_NxCxHxW: float32, a list of its images or an array; or uint8, which
+      `normalization` makes float32 in a batch: a quarter of the memory.
+    labels_N: int32 classes; None where there are none.
   """
 
   values_NxCxHxW: Sequence[np.ndarray] | np.ndarray
+  labels_N: np.ndarray | None = None
+  normalization: Normalization | None = None
 
   def __len__(self) -> int:
     return len(self.values_NxCxHxW)
@@ -34,20 +62,25 @@ class Pixels:
     """A batch.
 
     Returns:
-      pixel_values: float32 (B, C, H, W), zeros in a padding row; weights, index: as of
-      `Tokens.batch`.
+      pixel_values: float32 (B, C, H, W), zeros in a padding row; labels (if any): int32
+      (B,); weights, index: as of `Tokens.batch`.
     """
     del length
     shape = self.values_NxCxHxW[0].shape
     out_BxCxHxW = np.zeros((len(index_B), *shape), np.float32)
     for row, index in enumerate(index_B):
       if index >= 0:
-        out_BxCxHxW[row] = self.values_NxCxHxW[index]
-    return {INPUT: out_BxCxHxW} | marks(index_B)
+        image = self.values_NxCxHxW[index]
+        out_BxCxHxW[row] = self.normalization(image) if self.normalization else image
+    batch = {INPUT: out_BxCxHxW}
+    if self.labels_N is not None:
+      batch["labels"] = np.where(index_B >= 0, self.labels_N[index_B], np.int32(0))
+    return batch | marks(index_B)
 
   def part(self, start: int, stop: int) -> "Pixels":
     """The images from `start` to `stop`."""
-    return Pixels(self.values_NxCxHxW[start:stop])
+    labels_N = None if self.labels_N is None else self.labels_N[start:stop]
+    return Pixels(self.values_NxCxHxW[start:stop], labels_N, self.normalization)
 
 
 def from_nested(values: Any) -> np.ndarray:

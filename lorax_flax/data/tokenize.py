@@ -13,12 +13,13 @@ from lorax_flax.data.tokenizers.tokenizer import load as load_tokenizer
 from lorax_flax.data.tokens import Tokens, ragged
 from lorax_flax.errors import LoraxError, prefixed
 
-__all__ = ["load_tokenizer", "tokenize"]
+__all__ = ["load_tokenizer", "tokenize", "uncut_lengths"]
 
 # Texts that go to the tokenizer's threads at once.
 _CHUNK = 2048
 # Fewer examples than this take about a second, and need no progress bar.
 _LONG = 20_000
+_NO_LIMIT = 1 << 30
 
 
 def tokenize(
@@ -74,6 +75,23 @@ def tokenize(
     token_type_ids_S=ragged(types)[0] if token_types else None,
     labels_N=_labels(examples, np.float32 if regression else np.int32),
   )
+
+
+def uncut_lengths(
+  tokens: Tokens, examples: Sequence[Example], tokenizer: Tokenizer, max_length: int
+) -> np.ndarray:
+  """Number of tokens of each example before `tokenize` cut it, (N,).
+
+  Args:
+    tokens: as it made them of the examples, cut to max_length.
+  """
+  lengths_N = tokens.lengths_N.copy()
+  full = np.flatnonzero(lengths_N == max_length)  # Cut, or just as long.
+  if len(full):
+    long = [examples[i] for i in full.tolist()]
+    uncut = tokenize(long, tokenizer, max_length=_NO_LIMIT, token_types=False)
+    lengths_N[full] = uncut.lengths_N
+  return lengths_N
 
 
 def _encoded(tokenizer: tokenizers.Tokenizer, texts: Sequence[Any]) -> Sequence[Any]:

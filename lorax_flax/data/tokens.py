@@ -62,7 +62,8 @@ class Tokens:
     labels_N: int32 classes or float32 numbers; float32 (N, C), 1 for each class that a
       row has, where these are several; None where there are none.
     decoder: the decoder's rows, where a model has one.
-    decoder_length: padded length of these.
+    decoder_lengths: padded lengths of these, ascending; a batch takes the smallest
+      that holds its rows.
   """
 
   input_ids_S: np.ndarray
@@ -72,7 +73,7 @@ class Tokens:
   attention_mask_S: np.ndarray | None = None
   labels_N: np.ndarray | None = None
   decoder: Column | None = None
-  decoder_length: int = 0
+  decoder_lengths: tuple[int, ...] = ()
 
   def __len__(self) -> int:
     return len(self.offsets) - 1
@@ -80,6 +81,11 @@ class Tokens:
   @property
   def lengths_N(self) -> np.ndarray:
     return np.diff(self.offsets)
+
+  def decoder_buckets(self, rows: np.ndarray | slice) -> np.ndarray:
+    """Numbers of the decoder lengths that hold these rows."""
+    assert self.decoder is not None
+    return np.searchsorted(self.decoder_lengths, self.decoder.lengths_N[rows])
 
   def batch(self, index_B: np.ndarray, length: int) -> Batch:
     """Rows padded on the right to one length.
@@ -90,7 +96,7 @@ class Tokens:
 
     Returns:
       input_ids, attention_mask, token_type_ids (if any): int32 (B, T);
-      decoder_input_ids (if any): int32 (B, decoder_length); labels (if any):
+      decoder_input_ids (if any): int32 (B, one of decoder_lengths); labels (if any):
       int32 or float32 (B,), or float32 (B, C); weights: float32 (B,), 1 for a real row
       and 0 for padding; index: int32 (B,), as given.
     """
@@ -110,8 +116,9 @@ class Tokens:
       batch["token_type_ids"] = padded(self.token_type_ids_S, 0)
     if self.decoder is not None:
       # The decoder is causal, so that padding behind a row needs no mask.
-      batch["decoder_input_ids"] = self.decoder.padded(
-        index_B, self.decoder_length, self.pad_id
+      number = self.decoder_buckets(index_B[index_B >= 0]).max(initial=0)
+      batch[DECODER_INPUT] = self.decoder.padded(
+        index_B, self.decoder_lengths[number], self.pad_id
       )
     real = index_B >= 0
     if self.labels_N is not None:
@@ -246,7 +253,7 @@ def with_decoder(tokens: Tokens, examples: Sequence[Mapping[str, Any]]) -> Token
   rows = [_integers(each, DECODER_INPUT, i) for i, each in enumerate(examples, 1)]
   column = Column(*ragged(rows))
   longest = -(-int(column.lengths_N.max()) // _MULTIPLE) * _MULTIPLE
-  return dataclasses.replace(tokens, decoder=column, decoder_length=longest)
+  return dataclasses.replace(tokens, decoder=column, decoder_lengths=(longest,))
 
 
 def integers(example: Mapping[str, Any], name: str) -> Sequence[int]:

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorax_flax.errors import LoraxError, listing, nearest
-from lorax_flax.hub import assets
+from lorax_flax.hub import assets, small_vit
 from lorax_flax.hub.files import gguf_header
 
-# Short names of assets in wheels, and of models on the hub.
+# Short names of assets in wheels, of a model made here, and of models on the hub.
 ALIASES: Mapping[str, str] = {
   "minilm": "asset:minilm",
   "smollm2": "asset:smollm2",
+  "small_vit": small_vit.NAME,
   "roberta_base": "FacebookAI/roberta-base",
   "roberta_large": "FacebookAI/roberta-large",
 }
@@ -47,6 +48,8 @@ def resolve(spec: str) -> Path:
     )
   if spec in ALIASES:
     target = ALIASES[spec]
+    if target == small_vit.NAME:
+      return _checked(small_vit.path())
     if target.startswith("asset:"):
       return _checked(assets.path(target.removeprefix("asset:")))
     return _from_hub(target)

@@ -58,7 +58,7 @@ def about(
     **({"path": ", ".join(found)} if (found := list(filter(None, places))) else {}),
     **{name: f"{len(split):,} examples" for name, split in rows.items()},
     **({"labels": ", ".join(task.labels)} if task.labels else {}),
-    "padded lengths": ", ".join(map(str, lengths)),
+    **({"padded lengths": ", ".join(map(str, lengths))} if model.max_length else {}),
   }
   versions = {n: importlib.metadata.version(n) for n in _LIBRARIES}
   devices = jax.devices()

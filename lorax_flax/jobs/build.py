@@ -17,6 +17,7 @@ from lorax_flax.adapt.plan import Plan, start
 from lorax_flax.adapt.transform import Adapted
 from lorax_flax.data import pipeline, tokens
 from lorax_flax.data.config import DataSettings
+from lorax_flax.data.pairs import Pairs
 from lorax_flax.data.pipeline import Rows
 from lorax_flax.data.tokens import Tokens
 from lorax_flax.errors import LoraxError, listing
@@ -121,8 +122,9 @@ def rows(
   lengths_padded = padded_lengths(np.concatenate(lengths), settings.buckets, model)
   log.info(
     f"{task.name}: {len(train):,} examples to train on, "
-    f"{', '.join(f'{len(s):,} in {name}' for name, s in evaluation.items())}; "
-    f"padded to {' or '.join(map(str, lengths_padded))} tokens"
+    f"{', '.join(f'{len(s):,} in {name}' for name, s in evaluation.items())}"
+    + f"; padded to {' or '.join(map(str, lengths_padded))} tokens"
+    * bool(model.max_length)
   )
   for line in () if task.describe is None else task.describe(settings, model):
     log.info(line)
@@ -131,6 +133,8 @@ def rows(
 
 def _check_ids(name: str, split: Rows, model: registry.Loaded) -> None:
   """Raises LoraxError for a token id that the embeddings have no row for."""
+  if isinstance(split, Pairs):
+    split = split.tokens
   if not isinstance(split, Tokens):
     return
   types = getattr(model.config, "type_vocab_size", 0)
@@ -146,7 +150,9 @@ def _check_ids(name: str, split: Rows, model: registry.Loaded) -> None:
 def padded_lengths(
   lengths_N: np.ndarray, count: int, model: registry.Outline
 ) -> tuple[int, ...]:
-  """Padded lengths, at most `count`, none longer than the model takes."""
+  """Padded lengths, at most `count`, none longer than the model takes; 1 of images."""
+  if not model.max_length:
+    return (1,)
   chosen = pipeline.choose_buckets(lengths_N, count)
   return tuple(sorted({min(length, model.max_length) for length in chosen}))
 

@@ -40,7 +40,7 @@ def check(
       f"{hf_config['model_type']} is a {family.task} model"
     )
   model = _outline(settings, task, hf_config)
-  if max_length > model.max_length:
+  if 0 < model.max_length < max_length:  # Images have no length.
     raise LoraxError(
       f"data.max_length is {max_length}, and this model takes at most "
       f"{model.max_length} tokens"

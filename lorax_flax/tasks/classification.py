@@ -18,7 +18,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.tasks.task import Splits, Task
 from lorax_flax.train import losses
 from lorax_flax.train.losses import Loss
-from lorax_flax.train.objective import Objective, Throughput
+from lorax_flax.train.objective import TOKENS, Objective
 from lorax_flax.train.report import of_classes
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def of_texts(
       loss(label_smoothing),
       dataset.metrics,
       dataset.primary,
-      throughput=Throughput("tokens", "attention_mask"),
+      throughput=TOKENS,
       report=of_classes(labels) if dataset.labels else None,
     )
 

@@ -17,8 +17,8 @@ from lorax_flax.data.own import labels as own_labels
 from lorax_flax.data.own.labels import CLASSES, KINDS, NUMBER, SEVERAL, Labels
 from lorax_flax.data.own.settings import OwnSettings
 from lorax_flax.data.own.splits import TRAIN, read_splits
-from lorax_flax.data.own.table import Row, Table
-from lorax_flax.data.tokenize import load_tokenizer, tokenize
+from lorax_flax.data.own.table import Row, Table, text
+from lorax_flax.data.tokenize import load_tokenizer, tokenize, uncut_lengths
 from lorax_flax.data.tokens import Tokens
 from lorax_flax.errors import LoraxError, check_known, prefixed
 from lorax_flax.tasks.classification import blank
@@ -26,15 +26,14 @@ from lorax_flax.tasks.regression import unsmoothed
 from lorax_flax.tasks.task import OwnTask, Splits, Task
 from lorax_flax.train import losses
 from lorax_flax.train.losses import Loss
-from lorax_flax.train.objective import Objective, Throughput
+from lorax_flax.train.objective import TOKENS, Objective
 from lorax_flax.train.report import of_classes
 
 if TYPE_CHECKING:
   from lorax_flax.models.registry import Located
 
 _NAME, _FORM = "texts", "classes"
-_EXAMPLES, _MOST_CLASSES = 3, 30  # that are shown
-_NO_LIMIT = 1 << 30
+_EXAMPLES = 3  # that are shown
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,8 @@ def _open(settings: TextsSettings) -> Task:
 
 
 def _example(table: Table, row: Row) -> Example:
-  for name in ("text", "text_pair"):
-    value = row.values.get(name, "a")  # A row may have no second text.
-    if not isinstance(value, str) or not value.strip():
-      what = "is empty" if isinstance(value, str) else f"is no text: {value!r:.80}"
-      raise LoraxError(f"{table.file}: {row.place}: its {name} {what}")
-  return Example(text=row.values["text"], text_pair=row.values.get("text_pair"))
+  pair = text(table, row, "text_pair") if "text_pair" in row.values else None
+  return Example(text=text(table, row, "text"), text_pair=pair)
 
 
 # Loss, metrics, and which of these picks the best evaluation.
@@ -135,7 +130,7 @@ def _objective(labels: Labels, label_smoothing: float) -> Objective:
     loss(label_smoothing),
     metrics,
     primary,
-    throughput=Throughput("tokens", "attention_mask"),
+    throughput=TOKENS,
     report=None if labels.kind == NUMBER else of_classes(labels.names),
   )
 
@@ -170,21 +165,15 @@ def _describe(
   by_split = rows(model.folder, model.token_types, most)
   tokenizer, lengths = load_tokenizer(model.folder), []
   for split, tokens in by_split.items():
-    lengths_N = tokens.lengths_N.copy()
-    full = np.flatnonzero(lengths_N == most)  # Cut, or just as long.
-    long = [found.examples[split][i] for i in full]
-    if long:
-      uncut = tokenize(long, tokenizer, max_length=_NO_LIMIT, token_types=False)
-      lengths_N[full] = uncut.lengths_N
-    lengths.append(lengths_N)
+    lengths.append(uncut_lengths(tokens, found.examples[split], tokenizer, most))
   train, examples = by_split[TRAIN], []
   for number in range(min(_EXAMPLES, len(train))):
     ids = train.part(number, number + 1).input_ids_S
-    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-    examples.append(f"example: {text} -> {_label(found.labels, number)}")
+    shown = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    examples.append(f"example: {shown} -> {_label(found.labels, number)}")
   return [
     *summary.of_files(found.tables, _FORM, settings.columns),
-    *_of_labels(found.labels),
+    *summary.of_labels(found.labels),
     summary.of_lengths(np.concatenate(lengths), most),
     *examples,
   ]
@@ -199,27 +188,6 @@ def _label(labels: Labels, number: int) -> str:
     return labels.names[value]
   names = [name for name, has in zip(labels.names, value, strict=True) if has]
   return ", ".join(names) or "no class"
-
-
-def _of_labels(labels: Labels) -> list[str]:
-  if labels.kind == NUMBER:
-    values = labels.values[TRAIN]
-    return [
-      f"labels: numbers from {values.min():g} to {values.max():g}, mean "
-      f"{values.mean():g}, std {values.std():g} in {TRAIN}"
-    ]
-  several = ", of which a row may have several" if labels.kind == SEVERAL else ""
-  counts = {split: labels.counts(split) for split in labels.values}
-  names = sorted(labels.names, key=lambda name: -counts[TRAIN][name])[:_MOST_CLASSES]
-  more = len(labels.names) - len(names)
-  return [
-    f"labels: {len(labels.names)} classes{several}",
-    *(
-      f"  {name}: {', '.join(f'{n[name]:,} in {split}' for split, n in counts.items())}"
-      for name in names
-    ),
-    *([f"  … {more} smaller ones"] if more else ()),
-  ]
 
 
 TASK = OwnTask(_NAME, TextsSettings, _open)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,19 +31,24 @@ class Throughput:
 
   Attributes:
     unit: its plural, "tokens".
-    column: column of a batch that is 0 for padding, and only there.
+    columns: the columns of a batch that have an entry for each, with the value that
+      padding has, and only padding.
   """
 
   unit: str = "examples"
-  column: str = "weights"
+  columns: Mapping[str, int] = field(default_factory=lambda: {"weights": 0})
 
   def count(self, batch: Mapping[str, np.ndarray]) -> int:
     """Number of units in a batch on the host."""
-    return int(np.count_nonzero(batch[self.column]))
+    return sum(int((batch[n] != padding).sum()) for n, padding in self.columns.items())
 
   def padded(self, batch: Mapping[str, Any]) -> int:
     """Number of units that the model computes for a batch, padding included."""
-    return int(np.prod(batch[self.column].shape))
+    return sum(int(np.prod(batch[name].shape)) for name in self.columns)
+
+
+# Tokens of a text model.
+TOKENS = Throughput("tokens", {"attention_mask": 0})
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,6 @@ class Objective:
   primary: str
   eval_loss: Loss | None = None
   predictions: Predictions = logits
-  throughput: Throughput = Throughput()
+  throughput: Throughput = field(default_factory=Throughput)
   readout: Callable[[Head, jax.Array, Mapping[str, jax.Array]], Any] | None = None
   report: Report | None = None

@@ -58,10 +58,11 @@ TOKENS = (
   "mixtral_8x7b_instruct",
   "gpt3_175b",
 )
-OWN = ("chat", "complete")  # on text of one's own
+OWN = ("chat", "complete", "seq2seq")  # on text of one's own
 SPECS = [
   *("quickstart.py", "quickstart.py:full"),
   *("classify.py", "classify.py:full"),
+  *(f"images.py{v}" for v in ("", ":full", ":digits", ":digits_base")),
   *(f"glue_{task}.py{v}" for task in BASE for v in VARIANTS),
   *(f"{name}.py{v}" for name in (*TOKENS, *OWN) for v in ("", ":full")),
 ]

@@ -22,7 +22,7 @@ from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.logs.history import Diverged
 from lorax_flax.train.logs.page import About
 from lorax_flax.train.loop import Data, Job
-from lorax_flax.train.objective import Objective, Throughput
+from lorax_flax.train.objective import TOKENS, Objective
 from lorax_flax.train.step import Model
 from lorax_flax.train.trials import Run
 
@@ -102,7 +102,7 @@ def job(
       loss,
       ("accuracy", "f1"),
       "accuracy",
-      throughput=Throughput("tokens", "attention_mask"),
+      throughput=TOKENS,
     ),
     data=Data(
       pipeline.training(train, shape, seed=config.seed),

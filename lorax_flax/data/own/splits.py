@@ -40,14 +40,18 @@ def read_splits(
   source = Path(path).expanduser()
   if source.is_dir():
     return _of_folder(source, skip)
-  table = read(source, skip=skip)
+  return hold_out(read(source, skip=skip), held_out)
+
+
+def hold_out(table: Table, held_out: float) -> Mapping[str, Table]:
+  """The two splits of one table; arguments and errors as of `read_splits`."""
   rows: dict[bool, list[Row]] = {True: [], False: []}
   for row in table.rows:
     rows[_place(row) < held_out].append(row)
   for is_held_out, name in ((False, TRAIN), (True, "validation")):
     if not rows[is_held_out]:
       raise LoraxError(
-        f"{source}: of its {len(table):,} rows none is left for {name}; give "
+        f"{table.file}: of its {len(table):,} rows none is left for {name}; give "
         "data.held_out another share, or a folder with train and validation files"
       )
   return {

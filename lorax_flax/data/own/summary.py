@@ -5,8 +5,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from lorax_flax.data.own.forms import FORMS
+from lorax_flax.data.own.labels import NUMBER, SEVERAL, Labels
+from lorax_flax.data.own.splits import TRAIN
 from lorax_flax.data.own.table import Table
 from lorax_flax.errors import listing
+
+_MOST_CLASSES = 30  # that are shown
 
 
 def of_files(
@@ -35,22 +39,51 @@ def of_files(
   ]
 
 
-def of_lengths(lengths_N: np.ndarray, max_length: int) -> str:
+def of_lengths(
+  lengths_N: np.ndarray,
+  max_length: int,
+  what: str = "row",
+  setting: str = "data.max_length",
+) -> str:
   """The lengths of rows in tokens, and what is cut.
 
   Args:
     lengths_N: before anything is cut.
     max_length: of the settings.
+    what: has these tokens: a row, or one text of it.
+    setting: name of max_length.
   """
   over_N = lengths_N[lengths_N > max_length]
-  cut = f"none is longer than data.max_length = {max_length}"
+  cut = f"none is longer than {setting} = {max_length}"
   if len(over_N):
     cut = (
-      f"{len(over_N):,} of {len(lengths_N):,} rows are cut to data.max_length = "
+      f"{len(over_N):,} of {len(lengths_N):,} {what}s are cut to {setting} = "
       f"{max_length}; {int((over_N - max_length).sum()):,} of "
       f"{int(lengths_N.sum()):,} tokens are left out"
     )
+  median, longest = np.median(lengths_N), lengths_N.max()
   return (
-    f"tokens of a row: {np.median(lengths_N):g} in the median, {lengths_N.max():,} in "
-    f"the longest; {cut}"
+    f"tokens of a {what}: {median:g} in the median, {longest:,} in the longest; {cut}"
   )
+
+
+def of_labels(labels: Labels) -> list[str]:
+  """The classes with their number of rows by split, or the range of numbers."""
+  if labels.kind == NUMBER:
+    values = labels.values[TRAIN]
+    return [
+      f"labels: numbers from {values.min():g} to {values.max():g}, mean "
+      f"{values.mean():g}, std {values.std():g} in {TRAIN}"
+    ]
+  several = ", of which a row may have several" if labels.kind == SEVERAL else ""
+  counts = {split: labels.counts(split) for split in labels.values}
+  names = sorted(labels.names, key=lambda name: -counts[TRAIN][name])[:_MOST_CLASSES]
+  more = len(labels.names) - len(names)
+  return [
+    f"labels: {len(labels.names)} classes{several}",
+    *(
+      f"  {name}: {', '.join(f'{n[name]:,} in {split}' for split, n in counts.items())}"
+      for name in names
+    ),
+    *([f"  … {more} smaller ones"] if more else ()),
+  ]

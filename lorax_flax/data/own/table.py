@@ -86,6 +86,15 @@ def read(file: Path, *, skip: bool = False) -> Table:
   return Table(file, tuple(names), rows, tuple(bad))
 
 
+def text(table: Table, row: Row, name: str) -> str:
+  """The text of a row's column; LoraxError where it is none, or is blank."""
+  value = row.values[name]
+  if not isinstance(value, str) or not value.strip():
+    what = "is empty" if isinstance(value, str) else f"is no text: {value!r:.80}"
+    raise LoraxError(f"{table.file}: {row.place}: its {name} {what}")
+  return value
+
+
 def _json_lines(file: Path) -> Iterator[Row | Bad]:
   for number, line in strict_json.lines_or_errors(file):
     place = f"line {number}"

@@ -5,40 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jax
-
 from lorax_flax.data import packing, sequences
 from lorax_flax.data.own.splits import TRAIN
 from lorax_flax.data.sequences import Sequences
+from lorax_flax.tasks import perplexity
 from lorax_flax.tasks.causal_lm.settings import TextSettings
 from lorax_flax.tasks.task import OwnTask, Splits, Task
-from lorax_flax.train import losses
-from lorax_flax.train.objective import Objective, Throughput
-from lorax_flax.train.token_scores import TokenScores, next_labels, token_scores
+from lorax_flax.train import objective
+from lorax_flax.train.token_scores import next_labels
 
 if TYPE_CHECKING:
-  from lorax_flax.models.head import Head
   from lorax_flax.models.registry import Located
   from lorax_flax.tasks.causal_lm.read import Found
 
 _NAME = "next_token"
-
-
-def _objective(label_smoothing: float) -> Objective:
-  """Cross entropy of the next token; loss and perplexity are means over tokens."""
-  return Objective(
-    loss=losses.next_token(label_smoothing),
-    eval_loss=losses.next_token(),  # A perplexity is of the loss without smoothing.
-    metrics=("perplexity",),
-    primary="perplexity",
-    predictions=lambda scores: None,
-    throughput=Throughput("tokens", "attention_mask"),
-    readout=_scores,
-  )
-
-
-def _scores(head: Head, x_BxTxD: jax.Array, batch: losses.Batch) -> TokenScores:
-  return token_scores(head, x_BxTxD, next_labels(batch["labels"]))
 
 
 def _open(settings: TextSettings) -> Task:
@@ -72,7 +52,9 @@ def _open(settings: TextSettings) -> Task:
     settings=TextSettings,
     read=splits,
     blank=lambda model, length: sequences.blank(length),
-    objective=_objective,
+    objective=perplexity.objective(
+      lambda batch: next_labels(batch["labels"]), objective.TOKENS
+    ),
     describe=lambda _, model: describe(settings, *data(model), model.folder),
   )
 
