@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,18 +28,20 @@ _NAME = "next_token"
 def _objective(label_smoothing: float) -> Objective:
   """Cross entropy of the next token; loss and perplexity are means over tokens."""
   return Objective(
-    loss=losses.next_token(label_smoothing),
-    eval_loss=losses.next_token(),  # A perplexity is of the loss without smoothing.
+    loss=losses.next_token,
+    eval_loss=losses.unsmoothed_next_token,
     metrics=("perplexity",),
     primary="perplexity",
     predictions=lambda scores: None,
     throughput=Throughput("tokens", "attention_mask"),
-    readout=_scores,
+    readout=functools.partial(_scores, label_smoothing),
   )
 
 
-def _scores(head: Head, x_BxTxD: jax.Array, batch: losses.Batch) -> TokenScores:
-  return token_scores(head, x_BxTxD, next_labels(batch["labels"]))
+def _scores(
+  label_smoothing: float, head: Head, x_BxTxD: jax.Array, batch: losses.Batch
+) -> TokenScores:
+  return token_scores(head, x_BxTxD, next_labels(batch["labels"]), label_smoothing)
 
 
 def _open(settings: TextSettings) -> Task:
