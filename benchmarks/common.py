@@ -140,7 +140,7 @@ MODELS = {
       "all_linear": {"targets": "all-linear"},
       "full": {"targets": (), "tuned": ".*"},
     },
-    losses.next_token(),
+    losses.next_token,
     lambda ids_BxT: ids_BxT,
     lambda head, x, batch: token_scores(head, x, next_labels(batch["labels"])),
   ),

@@ -23,8 +23,8 @@ def compiled(device, tokens: int, features: int, vocabulary: int, room: int):
 
   def loss(x_BxTxD, kernel_DxV, labels_BxT):
     head = heads.linear(kernel_DxV)
-    scores = token_scores.token_scores(head, x_BxTxD, labels_BxT, room)
-    return -scores.log_prob.sum()
+    scores = token_scores.token_scores(head, x_BxTxD, labels_BxT, room=room)
+    return -scores.smoothed.sum()
 
   placed = jax.sharding.SingleDeviceSharding(device)
 

@@ -24,13 +24,13 @@ def objective(
     labels: (batch) -> the token id that each position is to give, or IGNORED.
   """
 
-  def readout(head: Head, x_BxTxD: jax.Array, batch: losses.Batch) -> TokenScores:
-    return token_scores(head, x_BxTxD, labels(batch))
-
   def smoothed(label_smoothing: float) -> Objective:
+    def readout(head: Head, x_BxTxD: jax.Array, batch: losses.Batch) -> TokenScores:
+      return token_scores(head, x_BxTxD, labels(batch), label_smoothing)
+
     return Objective(
-      loss=losses.next_token(label_smoothing),
-      eval_loss=losses.next_token(),  # A perplexity is of the loss without smoothing.
+      loss=losses.next_token,
+      eval_loss=losses.unsmoothed_next_token,
       metrics=("perplexity",),
       primary="perplexity",
       predictions=lambda scores: None,

@@ -38,16 +38,17 @@ def binary_cross_entropy(logits_BxC: jax.Array, batch: Batch) -> jax.Array:
   return -(labels_BxC * has + (1.0 - labels_BxC) * has_not).mean(-1)
 
 
-def next_token(label_smoothing: float = 0.0) -> Loss:
+def next_token(scores: TokenScores, batch: Batch) -> jax.Array:
   """Cross entropy of a row's labelled tokens, averaged over them.
 
-  Outputs are `TokenScores`. transformers' loss of a language model is the mean over a
-  batch's tokens: a row's weight is then its number of labelled tokens.
+  transformers' loss of a language model is the mean over a batch's tokens: a row's
+  weight is then its number of labelled tokens.
   """
+  del batch  # Its labels are in the scores.
+  return -scores.smoothed
 
-  def loss(scores: TokenScores, batch: Batch) -> jax.Array:
-    del batch  # Its labels are in the scores.
-    right, spread = (1.0 - label_smoothing), label_smoothing
-    return -right * scores.log_prob - spread * scores.spread
 
-  return loss
+def unsmoothed_next_token(scores: TokenScores, batch: Batch) -> jax.Array:
+  """`next_token` without label smoothing, of which a perplexity is; not trained on."""
+  del batch
+  return -scores.log_prob

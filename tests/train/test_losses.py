@@ -69,8 +69,9 @@ def test_next_token_is_torchs_over_a_batchs_tokens(smoothing, room):
   labels_BxT[1, :4] = IGNORED
   labels_BxT[2, 1:] = IGNORED  # Nothing is left to predict.
   next_BxT = next_labels(jnp.asarray(labels_BxT))
-  scores = token_scores(lambda x: x, jnp.asarray(logits_BxTxV), next_BxT, room)
-  got_B = losses.next_token(smoothing)(scores, {})
+  logits = jnp.asarray(logits_BxTxV)
+  scores = token_scores(lambda x: x, logits, next_BxT, smoothing, room)
+  got_B = losses.next_token(scores, {})
   weights_B = count(next_BxT)
   np.testing.assert_array_equal(weights_B, [2, 3, 0, 6])
   assert got_B[2] == 0

@@ -48,10 +48,10 @@ def test_chunks_have_the_plain_losss_value_and_gradient(tmp_path, name, method):
         return _plain(model.module.apply({"params": params}, **batch), next_BxT)
 
       def readout(head, x_BxTxD):
-        return token_scores(head, x_BxTxD, next_BxT, room)
+        return token_scores(head, x_BxTxD, next_BxT, room=room)
 
       scores = model.module.apply({"params": params}, **batch, readout=readout)
-      return -scores.log_prob
+      return -scores.smoothed
 
     lora = lx.adapt(apply_fn, config)
     adapter = lora.init(jax.random.key(0), model.params, batch)
