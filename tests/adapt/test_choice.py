@@ -170,6 +170,26 @@ def labelled_loss(p, x, labels):
   return -jnp.where(known, picked, 0.0) / count, count
 
 
+def loss_with_slope(p, x, labels):
+  """Losses, whose gradient by the head's inputs is taken beside them."""
+  h = jnp.tanh(x @ p["up"])
+  losses, pull = jax.vjp(
+    lambda h: labelled_loss({**p, "up": jnp.eye(6)}, h, labels)[0], h
+  )
+  (slope,) = pull(jnp.ones_like(losses))
+
+  @jax.custom_jvp
+  def joined(losses, h, slope):
+    return losses
+
+  joined.defjvps(None, lambda along, _, losses, h, slope: (slope * along).sum(-1), None)
+  return joined(losses, h, slope)
+
+
+def tied_autoencoder(p, x):
+  return jnp.tanh(x @ p["code"]) @ p["code"].T
+
+
 LABELS = jnp.arange(len(X)) % 3 - 1
 STATS = {"mean": jnp.zeros(6), "var": jnp.ones(6)}
 
@@ -190,6 +210,8 @@ STATS = {"mean": jnp.zeros(6), "var": jnp.ones(6)}
     ),
     (sown_body, {"up": (6, 5), "down": (5, 6)}, (X,), ["down", "up"], ()),
     (labelled_loss, {"up": (6, 6), "head": (6, 2)}, (X, LABELS), ["up"], ("head",)),
+    (loss_with_slope, {"up": (6, 6), "head": (6, 2)}, (X, LABELS), ["up"], ("head",)),
+    (tied_autoencoder, {"code": (6, 6)}, (X,), ["code"], ()),
     (masked_after, {"up": (6, 6), "masked": (6, 6)}, (X,), ["up"], ()),
   ],
 )  # fmt: skip

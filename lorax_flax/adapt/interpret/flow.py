@@ -10,6 +10,8 @@ INPUT = "<input>"
 # A float that was made of integers of the data: a mask, a count, a label's place.
 INTEGERS = "<integers of the input>"
 ASIDE = frozenset({INPUT, INTEGERS})
+# What came through a product with a weight that was multiplied by the other way before.
+TURNED = "<a turned product>"
 
 
 class Product(NamedTuple):
@@ -29,8 +31,8 @@ class Flow:
   """A value that is no weight.
 
   Attributes:
-    through: paths of the weights whose products it last came through, and INPUT or
-      INTEGERS where it came from the data through none.
+    through: paths of the weights whose products it last came through, TURNED beside one
+      of that kind, and INPUT or INTEGERS where it came from the data through none.
     product: the product whose result it still is, cast or rearranged, biases added.
     made_of: paths of the weights that it is made of, where of nothing else.
   """

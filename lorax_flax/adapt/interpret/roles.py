@@ -42,6 +42,8 @@ PLAIN = {
   "transpose",
 }
 
+_TURNED = {"in": "out", "out": "in"}
+
 
 @dataclass
 class Usage:
@@ -218,8 +220,8 @@ def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
   if isinstance(call, jx.Loop) and has_weights:
     return _loop(found, name, call, operands)
   result, fed = flow.of_equation(eqn, seen)
-  found.fed |= fed
   if not views:
+    found.fed |= fed
     return [result] * len(eqn.outvars)
   # Rules look at the shapes of the operands that are not views.
   shown = [
@@ -242,12 +244,14 @@ def _equation(found: Discovery, eqn: Any, operands: list[Any]) -> list[Any]:
       return [v if is_view(v) else result for v in outs]
     if name in product_rules.RULES and len(views) > 1:
       found.met(views, name)
+      found.fed |= fed
       return [Flow(frozenset().union(*(v.paths() for v in views)))] * len(eqn.outvars)
     if name in product_rules.RULES:
       return [_product(found, eqn, operands, shown)] * len(eqn.outvars)
     why = "has no rule"
   except Unsupported as e:
     why = str(e)
+  found.fed |= fed
   tables = [v for v in views if look_ups.is_table(v)]
   found.problem([v for v in views if v not in tables], name, why)
   if name == "add" and len(views) == 1 and not tables:
@@ -280,12 +284,23 @@ def _product(found: Discovery, eqn: Any, operands: list, shown: list) -> Flow:
   axes = product_rules.axes_of(eqn, shown)
   (view,) = (x for x in operands if is_view(x))
   _record(found, view, product_rules.site(eqn), axes)
+  paths = frozenset(view.paths())
+  # A loss that takes its own gradient by a head's inputs multiplies so: a weight that
+  # feeds itself there may be a head, unless that product's result is an output.
+  own = {path for path in paths if _is_turned(found.usage[path].sites)}
   for x, atom in zip(operands, eqn.invars, strict=True):
     if not is_view(x) and jx.is_float(atom.aval):
-      found.fed |= x.through - flow.ASIDE
+      found.fed |= x.through - flow.ASIDE - own
   sizes = flow.product_sizes(view.shape, axes.kept, axes.shared)
-  paths = frozenset(view.paths())
-  return Flow(paths, flow.Product(paths, sizes))
+  through = paths | {flow.TURNED} if own else paths
+  return Flow(through, flow.Product(paths, sizes))
+
+
+def _is_turned(sites: Sequence[tuple[str, dict[int, str]]]) -> bool:
+  """True where the last product is the transpose of one before."""
+  *before, (_, last) = sites
+  turned = {axis: _TURNED.get(role, role) for axis, role in last.items()}
+  return any(roles == turned for _, roles in before)
 
 
 def _added(found: Discovery, bias: View, to: Flow, result: Flow) -> Flow:
