@@ -1,8 +1,8 @@
 """What ends a model's texts, by its generation_config.json or its config.json.
 
-Of generation_config.json only the ids that end, begin and pad a text are heeded:
-temperature, do_sample, … are the model's makers' taste, and are set by `Decoding` alone.
-What would force or forbid tokens is refused by name.
+Of generation_config.json only the ids that end and begin a text are heeded.
+do_sample, temperature and the like, which transformers applies, are set by `Decoding`
+alone. What would force or forbid tokens is refused by name.
 """
 
 from collections.abc import Mapping
@@ -35,12 +35,10 @@ class Ends:
 
   Attributes:
     eos: ids that end a text; none: a text has its full number of tokens.
-    pad: the id that is fed for rows that have ended.
     start: the id that a decoder starts with, where a model has an encoder too.
   """
 
   eos: tuple[int, ...] = ()
-  pad: int = 0
   start: int | None = None
 
 
@@ -73,7 +71,5 @@ def read(folder: Path, hf_config: Mapping[str, Any], vocab_size: int) -> Ends:
       )
     return tuple(each for each in found if 0 <= each < vocab_size)
 
-  eos = ids("eos_token_id")
-  pad = next(iter((*ids("pad_token_id"), *eos)), 0)
   starts = (*ids("decoder_start_token_id"), *ids("bos_token_id"))
-  return Ends(eos, pad, next(iter(starts), None))
+  return Ends(ids("eos_token_id"), next(iter(starts), None))

@@ -18,7 +18,7 @@ from lorax_flax.serve.steps import State, Step
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Carry:
-  """What a step hands to the next one; ids_B are the last tokens."""
+  """What a step hands to the next one; ids_B are the last tokens, as of `Tokens`."""
 
   state: State
   history: History
@@ -50,7 +50,6 @@ def tokens(
   rules: Rules,
   *,
   eos: tuple[int, ...],
-  pad: int,
   stopped: Callable[[], np.ndarray],
 ) -> Iterator[Tokens]:
   """Writes each row until it ends, has its number of tokens, or is stopped.
@@ -63,9 +62,8 @@ def tokens(
     history: of the prompts, with room for the new tokens.
     rules: settings of the rows.
     eos: ids that end a row; they are its last token.
-    pad: the id that rows are fed with after their end.
     stopped: tells before each step which rows are to end, bool (B,). It is asked while
-      a step runs that was started before, so that a row has one more token then.
+      the step before runs, so that a row gets one more token then.
 
   Yields:
     The tokens of each step, until all rows have ended.
@@ -73,27 +71,27 @@ def tokens(
   eos_E = jnp.asarray(eos, jnp.int32)
   zero_B = jnp.zeros(len(logits_BxV), jnp.int32)
   carry = _Carry(state, history, zero_B, zero_B, jnp.asarray(stopped()))
-  first = _first(logits_BxV, carry, rules, eos_E, pad)
-  advance = lambda carry: _next(step, params, carry, rules, eos_E, pad, stopped())
+  first = _first(logits_BxV, carry, rules, eos_E)
+  advance = lambda carry: _next(step, params, carry, rules, eos_E, stopped())
   most = int(rules.max_new_tokens_B.max())
   for _, found in steps.run(first, advance, lambda seen: seen.done_B.all(), most):
     yield found
 
 
 @jax.jit
-def _first(logits_BxV, carry, rules, eos_E, pad):
-  return _pick(logits_BxV, carry, rules, eos_E, pad)
+def _first(logits_BxV, carry, rules, eos_E):
+  return _pick(logits_BxV, carry, rules, eos_E)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="carry")
-def _next(step, params, carry, rules, eos_E, pad, stopped_B):
+def _next(step, params, carry, rules, eos_E, stopped_B):
   logits_BxV, state = step(params, carry.ids_B, carry.state)
   carry = replace(carry, state=state, done_B=carry.done_B | stopped_B)
-  return _pick(logits_BxV, carry, rules, eos_E, pad)
+  return _pick(logits_BxV, carry, rules, eos_E)
 
 
 def _pick(
-  logits_BxV: jax.Array, carry: _Carry, rules: Rules, eos_E: jax.Array, pad: jax.Array
+  logits_BxV: jax.Array, carry: _Carry, rules: Rules, eos_E: jax.Array
 ) -> tuple[_Carry, Tokens]:
   """The next token of each row."""
   scores_BxV = warping.processed(logits_BxV, carry.history, rules, carry.new_B, eos_E)
@@ -101,7 +99,7 @@ def _pick(
     (rules.temperature_B > 0).any(), _sampled, _greedy, scores_BxV, rules, carry.new_B
   )
   going_B = ~carry.done_B
-  ids_B = jnp.where(going_B, chosen_B, pad)
+  ids_B = jnp.where(going_B, chosen_B, -1)
   new_B = carry.new_B + going_B.astype(jnp.int32)
   is_last_B = jnp.isin(ids_B, eos_E) | (new_B >= rules.max_new_tokens_B)
   carry = _Carry(
@@ -112,7 +110,7 @@ def _pick(
     done_B=carry.done_B | is_last_B,
   )
   nan_B = jnp.isnan(logits_BxV.max(axis=1)) & going_B
-  return carry, Tokens(jnp.where(going_B, ids_B, -1), carry.done_B, nan_B)
+  return carry, Tokens(ids_B, carry.done_B, nan_B)
 
 
 def _greedy(scores_BxV: jax.Array, rules: Rules, new_B: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """Steps of a model that writes tokens, and the loop that runs them.
 
 A model is two functions. `step` (params, ids_B, state) -> (logits_BxV, state) reads a
-token of each row, and `take` (state, rows_R) -> state gives the rows with these
-numbers. The state is any pytree, a cache of keys and values for one; it is donated.
+token of each row, or of a row that has ended a negative id, whose logits are not used.
+`take` (state, rows_R) -> state gives the rows with these numbers. The state is any
+pytree, a cache of keys and values for one; it is donated.
 """
 
 from collections.abc import Callable, Iterator

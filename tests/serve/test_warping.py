@@ -1,4 +1,4 @@
-"""Logits after settings: transformers' logits processors, to the bit where they can be."""
+"""Logits after settings, compared with transformers' logits processors."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def _prompts(shape, seed=0):
 
 
 def _same(ours, peer):
-  """Equal but for the last bit: torch divides by a number as it multiplies with 1 / it."""
+  """Equal but for the last bit: torch multiplies with 1 / x to divide by x."""
   np.testing.assert_allclose(np.asarray(ours), peer.numpy(), rtol=2e-7, atol=0)
 
 
