@@ -68,8 +68,8 @@ class _Search:
 
 
 class _Seen(NamedTuple):
-  open_B: np.ndarray
-  nan_B: np.ndarray
+  open_B: Any
+  nan_B: Any
 
 
 def search(

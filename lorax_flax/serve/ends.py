@@ -5,11 +5,12 @@ do_sample, temperature and the like, which transformers applies, are set by `Dec
 alone. What would force or forbid tokens is refused by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorax_flax.data.tokenizers.tokenizer import Tokenizer
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.files import strict_json
 from lorax_flax.hub.files import gguf_header
@@ -73,3 +74,20 @@ def read(folder: Path, hf_config: Mapping[str, Any], vocab_size: int) -> Ends:
 
   starts = (*ids("decoder_start_token_id"), *ids("bos_token_id"))
   return Ends(ids("eos_token_id"), next(iter(starts), None))
+
+
+def special_stops(stop: Sequence[str], tokenizer: Tokenizer) -> tuple[int, ...]:
+  """Ids of the stop strings that are special tokens, which no text shows.
+
+  Raises:
+    LoraxError: a stop string that holds a special token beside other text.
+  """
+  added = tokenizer.backend.get_added_tokens_decoder()
+  special = {token.content: i for i, token in added.items() if token.special}
+  for text in stop:
+    if text not in special and (inside := [s for s in special if s in text]):
+      raise LoraxError(
+        f"stop: {text!r} holds the special token {inside[0]!r}, which no text shows; "
+        "give the token alone"
+      )
+  return tuple(special[text] for text in stop if text in special)

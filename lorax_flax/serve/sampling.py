@@ -28,7 +28,7 @@ class _Carry:
 
 
 class Tokens(NamedTuple):
-  """The tokens of one step.
+  """The tokens of one step, numpy's where a host has them.
 
   Attributes:
     ids_B: int32; -1 for rows that had ended before.
@@ -36,9 +36,9 @@ class Tokens(NamedTuple):
     nan_B: True for rows whose logits are not numbers.
   """
 
-  ids_B: np.ndarray
-  done_B: np.ndarray
-  nan_B: np.ndarray
+  ids_B: Any
+  done_B: Any
+  nan_B: Any
 
 
 def tokens(
@@ -85,8 +85,10 @@ def _first(logits_BxV, carry, rules, eos_E):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="carry")
 def _next(step, params, carry, rules, eos_E, stopped_B):
-  logits_BxV, state = step(params, carry.ids_B, carry.state)
-  carry = replace(carry, state=state, done_B=carry.done_B | stopped_B)
+  carry = replace(carry, done_B=carry.done_B | stopped_B)
+  ids_B = jnp.where(carry.done_B, -1, carry.ids_B)
+  logits_BxV, state = step(params, ids_B, carry.state)
+  carry = replace(carry, state=state)
   return _pick(logits_BxV, carry, rules, eos_E)
 
 

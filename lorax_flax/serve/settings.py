@@ -65,7 +65,7 @@ class Decoding:
       value = getattr(self, name)
       if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise LoraxError(f"{name} is {value!r}, and must be an integer from {least} up")
-    for name, least, most in (
+    for name, lowest, highest in (
       ("temperature", 0.0, math.inf),
       ("top_p", 0.0, 1.0),
       ("min_p", 0.0, 1.0),
@@ -74,8 +74,10 @@ class Decoding:
     ):
       value = getattr(self, name)
       number = isinstance(value, int | float) and not isinstance(value, bool)
-      if not number or not math.isfinite(value) or not least <= value <= most:
-        raise LoraxError(f"{name} is {value!r}, and must be from {least:g} to {most:g}")
+      if not number or not math.isfinite(value) or not lowest <= value <= highest:
+        raise LoraxError(
+          f"{name} is {value!r}, and must be from {lowest:g} to {highest:g}"
+        )
     if self.repetition_penalty == 0 or self.top_p == 0:
       name = "top_p" if self.top_p == 0 else "repetition_penalty"
       raise LoraxError(f"{name} is 0, and must be more")

@@ -1,7 +1,7 @@
 """Text of tokens as they come: no piece of it changes later.
 
-A token may be a part of a character, or decide what the bytes before it are. What is not
-certain yet is held back, and so is what may begin a stop string.
+A token may be a part of a character, or decide what the bytes before it are. What is
+not certain yet is held back, and so is what may begin a stop string.
 """
 
 import re

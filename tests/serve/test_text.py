@@ -1,5 +1,6 @@
 """Streams of text: `decode` of all tokens, and never a piece that changes later."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from lorax_flax.data.tokenize import load_tokenizer
 from lorax_flax.serve.text import StopStrings, TextStream
 from tests.data.test_tokenizers import FAMILIES, TEXTS
 
-# One of each way to write a text: bytes, "▁" with bytes to fall back on, "▁" alone, "##".
+# Each way to write a text: bytes, "▁" with bytes to fall back on, "▁" alone, and "##".
 KINDS = ("gpt2", "qwen2", "llama", "gemma", "t5", "bert", "deberta")
 
 
@@ -89,7 +90,7 @@ def test_stop_strings_are_found_wherever_the_pieces_are_cut():
     stops = ["".join(rng.choice(list("ab"), n)) for n in rng.integers(1, 6, 2)]
     cuts = [0, *sorted(rng.integers(0, 13, 4)), 12]
     finder, given = StopStrings(stops), ""
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
       given += finder.push(text[start:end])
       assert not any(s in given for s in stops)
     given += finder.finish()
