@@ -111,6 +111,26 @@ class Adapted:
     results = self._evaluated(traced, traced.values, adapter, lora_dropout_key)
     return jax.tree.unflatten(traced.out_tree, results)
 
+  def used(self, params: PyTree, adapter: Adapter, /, *args, **kwargs) -> Adapter:
+    """The deltas without those of weights that a call with these arguments leaves out.
+
+    `apply` takes no delta that is never used. A function that computes a part of a
+    model at a time, as a decoder's step does whose encoder ran before, is given these
+    alone. Only shapes are traced.
+    """
+    traced = _trace(self.apply_fn, _with_replaced(params, adapter), args, kwargs)
+    found: set[str] = set()
+
+    def run() -> list[Any]:
+      results, used = self._run(traced, traced.values, adapter, None)
+      found.update(used)
+      return results
+
+    jax.eval_shape(run)
+    return {
+      p: d for p, d in adapter.items() if p in found or not isinstance(d, Followed)
+    }
+
   def _evaluated(
     self,
     traced: "_Traced",
@@ -119,6 +139,23 @@ class Adapted:
     dropout_key: jax.Array | None,
   ) -> list[Any]:
     """The results of a traced function on these operands, with the deltas."""
+    results, used = self._run(traced, values, adapter, dropout_key)
+    lost = [p for p, d in adapter.items() if isinstance(d, Followed) and p not in used]
+    if lost:
+      raise LoraxError(
+        f"the adapter's delta of {', '.join(map(repr, lost))} is never used by the"
+        " function"
+      )
+    return results
+
+  def _run(
+    self,
+    traced: "_Traced",
+    values: Sequence[Any],
+    adapter: Adapter,
+    dropout_key: jax.Array | None,
+  ) -> tuple[list[Any], set[str]]:
+    """The results, and the paths whose deltas were used."""
     run = Run(dropout_key, self.config.on_unsupported == "materialize")
     operands = list(values)
     for i, path in enumerate(traced.leaves):
@@ -130,15 +167,7 @@ class Adapted:
       run.materialize("output", x) if is_view(x) else x
       for x in run.jaxpr(jaxpr, consts, operands)
     ]
-    lost = [
-      p for p, d in adapter.items() if isinstance(d, Followed) and p not in run.used
-    ]
-    if lost:
-      raise LoraxError(
-        f"the adapter's delta of {', '.join(map(repr, lost))} is never used by the"
-        " function"
-      )
-    return results
+    return results, run.used
 
 
 def adapt(apply_fn: Callable[..., Any], config: LoraConfig) -> Adapted:

@@ -85,16 +85,21 @@ class Cache:
   source_BxN: jax.Array | None
   length: int
 
-  def chunk(self, mask_BxT: jax.Array, position_ids: Any = None) -> Chunk:
+  def chunk(
+    self, mask_BxT: jax.Array, deterministic: bool, position_ids: Any = None
+  ) -> Chunk:
     """Places of further tokens.
 
     Args:
       mask_BxT: nonzero where a token is; the others are padding, which leaves no trace.
-      position_ids: None; they follow from the cache.
+      deterministic: of the call; a cache is of calls without dropout.
+      position_ids: of the call; None, since they follow from the cache.
 
     Raises:
-      LoraxError: position_ids; more tokens, or rows, than the cache has room for.
+      LoraxError: dropout; positions; more tokens, or rows, than the cache has room for.
     """
+    if not deterministic:
+      raise LoraxError("a call with a cache has no dropout: deterministic=True")
     if position_ids is not None:
       raise LoraxError("position_ids beside a cache, from which positions follow")
     (rows, tokens), room = mask_BxT.shape, len(self.lengths_B)
@@ -108,7 +113,14 @@ class Cache:
     return Chunk(places_BxT, self.lengths_B, self.length)
 
   def grown(self, layers: Any, chunk: Chunk, source_BxN: Any = None) -> "Cache":
-    """The cache after a call, with what its layers kept."""
+    """The cache after a call, with what its layers kept.
+
+    Raises:
+      LoraxError: an encoder's text of another shape than the cache has room for.
+    """
+    room, found = (x if x is None else x.shape for x in (self.source_BxN, source_BxN))
+    if room != found:
+      raise LoraxError(f"an encoder's text of shape {found} for a cache of {room}")
     return Cache(layers, chunk.ends_B, source_BxN, self.length)
 
   def take(self, rows_B: jax.Array) -> "Cache":

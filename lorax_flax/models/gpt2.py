@@ -163,7 +163,7 @@ class LanguageModel(Model[GPT2Config]):
     tokens: Any = attention_mask
     each: dict[str, Any] = {}
     if cache is not None:
-      tokens = cache.chunk(attention_mask, position_ids)
+      tokens = cache.chunk(attention_mask, deterministic, position_ids)
       position_ids, each["kept"] = tokens.positions_BxT, cache.layers
     elif position_ids is None:
       position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]

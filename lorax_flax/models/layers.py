@@ -316,8 +316,6 @@ def attend_before(
   """
   if isinstance(tokens, Chunk):
     assert kept is not None  # There is one where there is the other.
-    if not module.deterministic:
-      raise LoraxError("a call with a cache has no dropout: deterministic=True")
     return attend_cached(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, kept, tokens, **options)
   y_BxTxHxK = ops.attention(
     q_BxTxHxK,

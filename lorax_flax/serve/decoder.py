@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.transform import adapt
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import cache as caches
 from lorax_flax.models import head as heads
@@ -40,7 +42,7 @@ class Decoder(NamedTuple):
 
 
 def forward_of(model: Outline) -> Forward:
-  """The function that `decoder_of` calls, to be adapted where there is an adapter."""
+  """The function that `decoder_of` compiles, of the model's own params."""
   mask_name = f"{_prefix(model)}attention_mask"
 
   def forward(params: Any, *, cache: Cache, **inputs: Any) -> Any:
@@ -52,13 +54,24 @@ def forward_of(model: Outline) -> Forward:
   return forward
 
 
+def adapted(model: Outline) -> Forward:
+  """`forward_of(model)` of params = (base, adapter), the adapter applied unmerged."""
+  lora = adapt(forward_of(model), LoraConfig())
+
+  def forward(params: Any, **inputs: Any) -> Any:
+    base, adapter = params
+    # An encoder's deltas have no part in the calls after the first.
+    return lora.apply(base, lora.used(base, adapter, **inputs), **inputs)
+
+  return forward
+
+
 def decoder_of(model: Outline, forward: Forward | None = None) -> Decoder:
   """Compiles prefill and step of a model.
 
   Args:
-    forward: `forward_of(model)`, or for an unmerged adapter a function of params =
-      (base, adapter): `lambda both, **inputs: lora.apply(*both, **inputs)`, where lora
-      is `lx.adapt(forward_of(model), config)`.
+    forward: `forward_of(model)` by default; `adapted(model)`, or another function of
+      that form.
   """
   run, prefix = forward or forward_of(model), _prefix(model)
 

@@ -201,7 +201,7 @@ class CausalLM(Model[DecoderConfig]):
     # Each text's own: an answer must not depend on padding or on the texts beside it.
     tokens: Any = attention_mask
     if cache is not None:
-      tokens = cache.chunk(attention_mask, position_ids)
+      tokens = cache.chunk(attention_mask, deterministic, position_ids)
       position_ids, lengths_BxT = tokens.positions_BxT, tokens.ends_B[:, None]
     elif position_ids is None:
       position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]

@@ -46,12 +46,19 @@ def buckets(
 
 
 def relative_bias(
-  table: nn.Embed, length: int, *, bidirectional: bool, max_distance: int
+  table: nn.Embed,
+  places_BxT: jax.Array,
+  length: int,
+  *,
+  bidirectional: bool,
+  max_distance: int,
 ) -> jax.Array:
-  """The bias on attention's logits, HxTxS, for `length` queries and as many keys.
+  """The bias on attention's logits, BxHxTxS, for keys at the places from 0 on.
 
   Args:
     table: a row for each bucket, a column for each head.
+    places_BxT: int32, of the queries, each less than length.
+    length: S.
     bidirectional, max_distance: see `buckets`.
   """
   bucket_N = buckets(
@@ -61,6 +68,6 @@ def relative_bias(
     max_distance=max_distance,
   )
   bias_NxH = table(jnp.asarray(bucket_N))
-  places_T = jnp.arange(length)
-  n_TxS = places_T[None, :] - places_T[:, None] + (length - 1)
-  return bias_NxH[n_TxS].transpose(2, 0, 1)
+  places_S = jnp.arange(length, dtype=jnp.int32)
+  n_BxTxS = places_S[None, None, :] - places_BxT[:, :, None] + (length - 1)
+  return bias_NxH[n_BxTxS].transpose(0, 3, 1, 2)
