@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_flax.adapt.config import LoraConfig
-from lorax_flax.adapt.transform import adapt
 from lorax_flax.data.tokenizers.tokenizer import Tokenizer
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Adapter
@@ -65,7 +63,7 @@ def writer(
 
   Args:
     loaded: a model with a cache.
-    rest: deltas that are applied beside its weights, unmerged.
+    rest: an adapter that is applied beside its weights, unmerged.
     tokenizer: of its texts.
 
   Raises:
@@ -76,16 +74,10 @@ def writer(
   ends = ends_of.read(loaded.folder, loaded.hf_config, loaded.config.vocab_size)
   if _has_encoder(loaded) and ends.start is None:
     raise LoraxError(f"{loaded.folder} has no decoder_start_token_id")
-  forward = decoder.forward_of(loaded)
-  if not rest:
-    return Writer(
-      loaded, decoder.decoder_of(loaded, forward), loaded.params, ends, tokenizer
-    )
-  adapted: Any = adapt(forward, LoraConfig(targets=tuple(rest)))
-  both = lambda params, **inputs: adapted.apply(*params, **inputs)
-  return Writer(
-    loaded, decoder.decoder_of(loaded, both), (loaded.params, rest), ends, tokenizer
-  )
+  if rest:
+    both = decoder.decoder_of(loaded, decoder.adapted(loaded))
+    return Writer(loaded, both, (loaded.params, rest), ends, tokenizer)
+  return Writer(loaded, decoder.decoder_of(loaded), loaded.params, ends, tokenizer)
 
 
 def generate(

@@ -8,7 +8,7 @@ from lorax_flax.models import registry
 from tests.serve.models import Recomputed
 
 VOCAB = 40
-_CONFIGS = {
+CONFIGS = {
   "llama": (
     transformers.LlamaConfig,
     transformers.LlamaForCausalLM,
@@ -25,25 +25,30 @@ _CONFIGS = {
     transformers.GPT2LMHeadModel,
     {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
   ),
+  "t5": (
+    transformers.T5Config,
+    transformers.T5ForConditionalGeneration,
+    {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    | {"n_positions": 64, "decoder_start_token_id": 0, "initializer_factor": 8.0},
+  ),
 }
 
 
-@pytest.fixture(scope="module", params=_CONFIGS)
-def pair(request, tmp_path_factory):
-  """A model of transformers, and ours that recomputes its texts."""
-  config, kind, fields = _CONFIGS[request.param]
+def save(name, folder, **fields):
+  """Saves a random model of transformers; returns it."""
+  config, kind, own = CONFIGS[name]
+  ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+  usual = {"vocab_size": VOCAB, "initializer_range": 0.2, **ids}
   torch.manual_seed(1)
-  model = kind(
-    config(
-      vocab_size=VOCAB,
-      initializer_range=0.2,
-      pad_token_id=0,
-      bos_token_id=1,
-      eos_token_id=2,
-      **fields,
-    )
-  ).eval()
-  folder = tmp_path_factory.mktemp("model")
+  model = kind(config(**{**usual, **own, **fields})).eval()
   model.save_pretrained(folder)
+  return model
+
+
+@pytest.fixture(scope="module", params=("llama", "gpt2"))
+def pair(request, tmp_path_factory):
+  """A model of transformers without an end, and ours that recomputes its texts."""
+  folder = tmp_path_factory.mktemp("model")
+  model = save(request.param, folder)
   model.generation_config.eos_token_id = None  # The tests give it.
   return model, Recomputed(registry.load(folder))
