@@ -1,17 +1,21 @@
 """Batches of unequal prompts through the cache: transformers' texts, and streams."""
 
+import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import lorax_flax as lx
+from lorax_flax.adapt import paths
 from lorax_flax.data.tokenize import load_tokenizer
 from lorax_flax.errors import LoraxError
+from lorax_flax.methods import Tuned
 from lorax_flax.models import registry
+from lorax_flax.serve import ends
 from lorax_flax.serve import generate as generation
 from lorax_flax.serve.settings import Decoding
 from tests.data.test_tokenizers import FAMILIES
@@ -66,9 +70,7 @@ def _ours(writer, decoding, **options):
 @pytest.mark.parametrize(
   "fields",
   [
-    {},
     {"repetition_penalty": 1.4, "no_repeat_ngram": 2},
-    {"beams": 3},
     {"beams": 2, "length_penalty": 2.0, "no_repeat_ngram": 2},
   ],
   ids=str,
@@ -80,7 +82,7 @@ def test_texts_of_unequal_prompts_are_transformers(both, fields):
   # The second batch is filled up.
   ours = _ours(writer, decoding, batch_size=3)
   assert ours == _peer(model, decoding)
-  assert not fields or {len(ids) for ids in ours} != {NEW}
+  assert {len(ids) for ids in ours} != {NEW}
 
 
 def _tokenizer(folder):
@@ -111,7 +113,8 @@ def test_a_stream_is_the_text_and_a_stop_string_ends_both(talker):
   assert len(pieces) > 10
   assert "".join(pieces) == full.text
 
-  stop = full.text[9:12]
+  texts = (full.text[i : i + 3] for i in range(9, 40))
+  stop = next(text for text in texts if text.isascii())
   end = full.text.index(stop)
   stopping = Decoding(max_new_tokens=30, temperature=1.0, seed=3, stop=(stop,))
   ((_, short),) = generation.generate(talker, [prompt], stopping)
@@ -127,43 +130,26 @@ def test_a_stream_is_the_text_and_a_stop_string_ends_both(talker):
 
 
 def test_a_special_token_as_stop_string_ends_a_text(talker):
-  ((_, free),) = generation.generate(talker, [[5]], Decoding(max_new_tokens=3))
-  special = talker.tokenizer.backend.get_added_tokens_decoder()
-  assert not special.keys() & set(free.ids)
-  number, token = next(iter(special.items()))
-  prompt, table = [5], np.zeros((1, 600), np.float32)
-  del prompt, table
+  added = talker.tokenizer.backend.get_added_tokens_decoder()
+  ((number, token),) = added.items()
+  found = ends.special_stops((token.content, "a"), talker.tokenizer)
+  assert found == (number,)
   with pytest.raises(LoraxError, match=r"holds the special token .*give the token"):
-    stop = (f"{token.content}.",)
-    list(generation.generate(talker, [[5]], Decoding(stop=stop)))
-  from lorax_flax.serve import ends
-
-  assert ends.special_stops((token.content, "a"), talker.tokenizer) == (number,)
+    ends.special_stops((f"{token.content}.",), talker.tokenizer)
 
 
-def test_an_unmerged_adapter_writes_what_the_merged_one_does(both):
-  _, folder = both
-  loaded = registry.load(folder)
-  config = lx.LoraConfig(rank=2, targets="all-linear")
-  blank = {
-    n: jnp.ones(s.shape, s.dtype)
-    for n, s in loaded.family.inputs(loaded.config).items()
-  }
-  apply = lambda params, **inputs: loaded.module.apply({"params": params}, **inputs)
-  lora = lx.adapt(apply, config)
-  adapter = lora.init(jax.random.key(0), loaded.params, **blank)
-  leaves, tree = jax.tree.flatten(adapter)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noise = [
-    x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
-  ]
-  adapter = jax.tree.unflatten(tree, noise)
-  decoding = Decoding(max_new_tokens=NEW)
-  import dataclasses
-
+def test_an_unmerged_adapter_writes_what_the_merged_one_does(tmp_path):
+  save("llama", tmp_path)
+  loaded = registry.load(tmp_path)
+  kernels = paths.flatten(loaded.params)
+  path = next(name for name in kernels if name.endswith("down_proj/kernel"))
+  kernel = kernels[path]
+  value = kernel + 0.3 * jax.random.normal(jax.random.key(0), kernel.shape)
+  adapter = {path: Tuned(value, kernel)}
   params = lx.merge(loaded.params, adapter)
   merged = generation.writer(dataclasses.replace(loaded, params=params))
   beside = generation.writer(loaded, adapter)
+  decoding = Decoding(max_new_tokens=4)
   assert _ours(beside, decoding) == _ours(merged, decoding)
   assert _ours(merged, decoding) != _ours(generation.writer(loaded), decoding)
 
@@ -171,16 +157,15 @@ def test_an_unmerged_adapter_writes_what_the_merged_one_does(both):
 def test_what_has_no_room_is_named(both):
   _, folder = both
   writer = generation.writer(registry.load(folder))
+  few = Decoding(max_new_tokens=4)
   with pytest.raises(LoraxError, match="example 2 has no tokens"):
-    list(generation.generate(writer, [[5], []], Decoding()))
+    next(generation.generate(writer, [[5], []], few))
   long = [[5], [6] * 3000]
   with pytest.raises(LoraxError, match=r"example 2 has 3000 tokens.*the model takes"):
-    list(generation.generate(writer, long, Decoding()))
+    next(generation.generate(writer, long, few))
 
 
 def test_a_model_without_a_next_token_is_refused(tmp_path):
-  import transformers
-
   config = transformers.BertConfig(
     vocab_size=20,
     hidden_size=8,
