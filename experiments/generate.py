@@ -20,6 +20,7 @@ Either file may be a pipe, /dev/stdin or /dev/stdout, or "-" for these two.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -77,7 +78,7 @@ def generate(
   rows = prompts.read(file, folder, tokenizer, loaded.config.vocab_size)
   written: list[Generated | None] = [None] * len(rows)
   try:
-    found = generation.generate(writer, rows, decoding, batch_size=batch_size)
+    found: Any = generation.generate(writer, rows, decoding, batch_size=batch_size)
     if len(rows) > _LONG:
       bar = Console(file=sys.stderr)
       found = track(found, "Generating", total=len(rows), console=bar)

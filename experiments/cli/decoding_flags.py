@@ -1,6 +1,7 @@
 """Flags of decoding, made from the fields of `Decoding`."""
 
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
@@ -20,13 +21,13 @@ def define(values: flags.FlagValues) -> Callable[[], Decoding]:
       more = f"{about} May be given several times."
       flags.DEFINE_multi_string(field.name, [], more, flag_values=values)
     else:
-      make = {int: flags.DEFINE_integer, float: flags.DEFINE_float}[field.type]
+      is_float = field.type is float
+      make: Any = flags.DEFINE_float if is_float else flags.DEFINE_integer
       make(field.name, field.default, about, flag_values=values)
 
   def read() -> Decoding:
-    given = {
-      field.name: values[field.name].value for field in fields.declared(Decoding)
-    }
+    names = [field.name for field in fields.declared(Decoding)]
+    given: dict[str, Any] = {name: values[name].value for name in names}
     early, stop = _EARLY[given["early_stopping"]], tuple(given["stop"])
     return Decoding(**{**given, "early_stopping": early, "stop": stop})
 

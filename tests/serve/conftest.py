@@ -29,7 +29,7 @@ CONFIGS = {
     transformers.T5Config,
     transformers.T5ForConditionalGeneration,
     {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    | {"n_positions": 64, "decoder_start_token_id": 0, "initializer_factor": 8.0},
+    | {"n_positions": 64, "decoder_start_token_id": 0, "initializer_factor": 4.0},
   ),
 }
 
