@@ -237,7 +237,7 @@ def _pick(
 
 
 def _chosen(history: History, places_BxK: jax.Array, per_row: int) -> History:
-  """Of each row's histories, `per_row` of them, those at these places."""
+  """Histories at these places, of the `per_row` that each row has."""
   offsets_Bx1 = jnp.arange(len(places_BxK))[:, None] * per_row
   return history.take((offsets_Bx1 + places_BxK).reshape(-1))
 

@@ -1,4 +1,4 @@
-"""What ends a model's texts, by its generation_config.json or its config.json.
+"""Ends of a model's texts, by its generation_config.json or its config.json.
 
 Of generation_config.json only the ids that end and begin a text are heeded.
 do_sample, temperature and the like, which transformers applies, are set by `Decoding`
@@ -44,7 +44,7 @@ class Ends:
 
 
 def read(folder: Path, hf_config: Mapping[str, Any], vocab_size: int) -> Ends:
-  """What ends the texts of a checkpoint.
+  """Reads the ids that end a checkpoint's texts.
 
   Args:
     folder: of the checkpoint; its generation_config.json decides where it has one, as

@@ -43,7 +43,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Generated:
-  """What was written after one prompt.
+  """Tokens and text written after one prompt.
 
   Attributes:
     ids: the new tokens; the last is one that ends texts where the model ended it, and
@@ -143,7 +143,7 @@ def stream(
 
 
 class _Row:
-  """What is written after one prompt, token by token."""
+  """A row of a batch, written token by token."""
 
   def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
     if stop and tokenizer is None:
@@ -209,7 +209,7 @@ def _searched(
   size: int,
   decoding: Decoding,
 ) -> Iterator[None]:
-  """As `_sampled`, of the best beams: all at once."""
+  """Writes the best beams of a batch into its rows, all at once."""
   logits_BxV, cache, before = _prefilled(writer, prompts, size, decoding)
   starts_B = np.asarray(before.lengths_B)
   best, nan_B = beams.search(

@@ -90,7 +90,7 @@ class StopStrings:
     return text[:end]
 
   def finish(self) -> str:
-    """What was held back, once no text comes any more."""
+    """The text that was held back, once no more comes."""
     rest = "" if self.found else self._held
     self._held = ""
     return rest

@@ -1,4 +1,4 @@
-"""What settings make of logits, as transformers' logits processors do.
+"""Changes of logits by settings, as transformers' logits processors make them.
 
 Each function takes logits (or log probabilities) float32 (B, V) and the setting of each
 row, and leaves a row alone whose setting is off. Source: transformers,
