@@ -18,7 +18,7 @@ from lorax_flax.serve.steps import State, Step
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Carry:
-  """State that a step hands to the next one; ids_B are the last tokens, as of `Tokens`."""
+  """State between two steps; ids_B are the last tokens, as of `Tokens`."""
 
   state: State
   history: History
