@@ -29,6 +29,9 @@ def folders(request, tmp_path_factory):
   """A base with a chat template and an adapter of it, and PEFT's model of both."""
   root = tmp_path_factory.mktemp("generate")
   model = peers.tiny(request.param, root / "base")
+  if model.config.is_encoder_decoder:
+    model.generation_config.decoder_start_token_id = 1
+    model.generation_config.save_pretrained(root / "base")
   (root / "base/chat_template.jinja").write_text(TEMPLATE)
   adapted = peers.adapt(model, root / "adapter")
   return root, adapted
