@@ -20,9 +20,8 @@ Either file may be a pipe, /dev/stdin or /dev/stdout, or "-" for these two.
 The adapter is merged into the base first, so that it costs nothing per line.
 """
 
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,9 @@ from scipy import special
 
 from experiments.cli import command as cli
 from experiments.cli import model_flags
-from experiments.inference import lines, merged
+from experiments.inference import lines, merged, results
 from experiments.inference import logits as inference
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import atomic, streams
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry
 
@@ -86,11 +84,7 @@ def predict(
   all_positions: bool = False,
 ) -> int:
   """Predicts every line of a file into another; see the flags. Returns their number."""
-  target = Path(out).expanduser()
-  if target.is_dir():
-    raise LoraxError(f"--out={out} is a folder; it is to be a file")
-  if target.is_file() and Path(source).exists() and target.samefile(source):
-    raise LoraxError(f"--out={out} is --input: it would be replaced while it is read")
+  target = results.target(out, source)
   hf_config = registry.read_config(resolve(base))
   family = registry.of(hf_config)
   if all_positions and family.has_labels:
@@ -100,7 +94,7 @@ def predict(
   model = merged.load(base, adapter, apply=True)
   try:
     rows = lines.rows(read, model.loaded, known, max_length, adapter)
-    _write(target, _results(rows, model, batch_size, all_positions))
+    results.write(target, _results(rows, model, batch_size, all_positions))
   except LoraxError as error:
     # An example's number is its line's: a line is never skipped.
     message = str(error).replace("example ", "line ", 1)
@@ -144,14 +138,6 @@ def _named(
   return {"label": labels[best], "score": float(special.softmax(logits_C)[best])}
 
 
-def _write(target: Path, results: Iterator[Mapping[str, Any]]) -> None:
-  """Writes all of the file, or none of it; into a pipe line by line."""
-  target.parent.mkdir(parents=True, exist_ok=True)
-  with atomic.new_file(target) as stream:
-    for result in results:
-      stream.write((json.dumps(result, ensure_ascii=False) + "\n").encode())
-
-
 def main() -> None:
   count = predict(
     BASE.value,
@@ -162,10 +148,7 @@ def main() -> None:
     max_length=MAX_LENGTH.value,
     all_positions=ALL_POSITIONS.value,
   )
-  # Lines on standard output are not to be mixed with one of ours.
-  is_output = streams.descriptor(Path(OUT.value), dash=1) is not None
-  report = sys.stderr if is_output else sys.stdout
-  print(f"Predictions: {OUT.value} ({count:,} lines)", file=report)
+  results.report("Predictions", OUT.value, count)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,11 @@ def _known(rows: tuple[tuple[str, type], ...]) -> Mapping[str, Field]:
   return found
 
 
+def declared(kind: type) -> Sequence[Field]:
+  """The fields of a settings' dataclass."""
+  return tuple(_below(kind, ()))
+
+
 def of_task(name: str) -> Mapping[str, Field]:
   """The fields of a run of a task, by name; LoraxError where there is no such task."""
   rest = {n: field for n, field in known().items() if not field.of_task}

@@ -19,6 +19,7 @@ COMMANDS = {
   "data": "experiments.data",
   "sweep": "experiments.sweep",
   "predict": "experiments.predict",
+  "generate": "experiments.generate",
   "merge": "experiments.merge",
   "convert": "experiments.convert",
   "dryrun": "launch.dryrun",

@@ -1,0 +1,1 @@
+"""Generation of text: settings, search, sampling, and text from tokens."""

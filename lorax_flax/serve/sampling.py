@@ -1,0 +1,129 @@
+"""Greedy decoding and sampling: one token of each row at a time."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_flax.serve import steps, warping
+from lorax_flax.serve.history import History
+from lorax_flax.serve.rules import Rules
+from lorax_flax.serve.steps import State, Step
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Carry:
+  """State between two steps; ids_B are the last tokens, as of `Tokens`."""
+
+  state: State
+  history: History
+  ids_B: jax.Array
+  new_B: jax.Array
+  done_B: jax.Array
+
+
+class Tokens(NamedTuple):
+  """The tokens of one step, numpy's where a host has them.
+
+  Attributes:
+    ids_B: int32; -1 for rows that had ended before.
+    done_B: True for rows that have ended.
+    nan_B: True for rows whose logits are not numbers.
+  """
+
+  ids_B: Any
+  done_B: Any
+  nan_B: Any
+
+
+def tokens(
+  step: Step,
+  params: Any,
+  logits_BxV: jax.Array,
+  state: State,
+  history: History,
+  rules: Rules,
+  *,
+  eos: tuple[int, ...],
+  stopped: Callable[[], np.ndarray],
+) -> Iterator[Tokens]:
+  """Writes each row until it ends, has its number of tokens, or is stopped.
+
+  Args:
+    step: of the model, hashable: it is compiled once.
+    params: what it takes first.
+    logits_BxV: float32, of the tokens after the prompts.
+    state: the model's after the prompts; it is donated.
+    history: of the prompts, with room for the new tokens.
+    rules: settings of the rows.
+    eos: ids that end a row; they are its last token.
+    stopped: tells before each step which rows are to end, bool (B,). It is asked while
+      the step before runs, so that a row gets one more token then.
+
+  Yields:
+    The tokens of each step, until all rows have ended.
+  """
+  eos_E = jnp.asarray(eos, jnp.int32)
+  zero_B = jnp.zeros(len(logits_BxV), jnp.int32)
+  carry = _Carry(state, history, zero_B, zero_B, jnp.asarray(stopped()))
+  first = _first(logits_BxV, carry, rules, eos_E)
+  advance = lambda carry: _next(step, params, carry, rules, eos_E, stopped())
+  most = int(rules.max_new_tokens_B.max())
+  for _, found in steps.run(first, advance, lambda seen: seen.done_B.all(), most):
+    yield found
+
+
+@jax.jit
+def _first(logits_BxV, carry, rules, eos_E):
+  return _pick(logits_BxV, carry, rules, eos_E)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="carry")
+def _next(step, params, carry, rules, eos_E, stopped_B):
+  carry = replace(carry, done_B=carry.done_B | stopped_B)
+  ids_B = jnp.where(carry.done_B, -1, carry.ids_B)
+  logits_BxV, state = step(params, ids_B, carry.state)
+  carry = replace(carry, state=state)
+  return _pick(logits_BxV, carry, rules, eos_E)
+
+
+def _pick(
+  logits_BxV: jax.Array, carry: _Carry, rules: Rules, eos_E: jax.Array
+) -> tuple[_Carry, Tokens]:
+  """The next token of each row."""
+  scores_BxV = warping.processed(logits_BxV, carry.history, rules, carry.new_B, eos_E)
+  chosen_B = jax.lax.cond(
+    (rules.temperature_B > 0).any(), _sampled, _greedy, scores_BxV, rules, carry.new_B
+  )
+  going_B = ~carry.done_B
+  ids_B = jnp.where(going_B, chosen_B, -1)
+  new_B = carry.new_B + going_B.astype(jnp.int32)
+  is_last_B = jnp.isin(ids_B, eos_E) | (new_B >= rules.max_new_tokens_B)
+  carry = _Carry(
+    state=carry.state,
+    history=carry.history.append(ids_B, going_B),
+    ids_B=ids_B,
+    new_B=new_B,
+    done_B=carry.done_B | is_last_B,
+  )
+  nan_B = jnp.isnan(logits_BxV.max(axis=1)) & going_B
+  return carry, Tokens(ids_B, carry.done_B, nan_B)
+
+
+def _greedy(scores_BxV: jax.Array, rules: Rules, new_B: jax.Array) -> jax.Array:
+  del rules, new_B
+  return jnp.argmax(scores_BxV, axis=1).astype(jnp.int32)
+
+
+def _sampled(scores_BxV: jax.Array, rules: Rules, new_B: jax.Array) -> jax.Array:
+  """Samples, of rows of temperature 0 the largest scores."""
+  keys_B = jax.vmap(jax.random.fold_in)(rules.keys_B, new_B)
+  draw = jax.vmap(jax.random.categorical)
+  drawn_B = draw(keys_B, warping.warped(scores_BxV, rules)).astype(jnp.int32)
+  greedy_B = _greedy(scores_BxV, rules, new_B)
+  return jnp.where(rules.temperature_B > 0, drawn_B, greedy_B)
