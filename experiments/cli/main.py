@@ -20,6 +20,7 @@ COMMANDS = {
   "sweep": "experiments.sweep",
   "predict": "experiments.predict",
   "generate": "experiments.generate",
+  "chat": "experiments.chat",
   "merge": "experiments.merge",
   "convert": "experiments.convert",
   "dryrun": "launch.dryrun",

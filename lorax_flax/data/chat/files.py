@@ -52,6 +52,13 @@ def template(
   return ChatTemplate(texts, tokens or {}, origin, name)
 
 
+def of_model(folder: Path, own: str | None = None) -> ChatTemplate:
+  """The chat template of a model, or a .jinja file of one's own in its place."""
+  if own is None:
+    return template(folder)
+  return template(Path(own).expanduser(), special_tokens=special_tokens(folder))
+
+
 def special_tokens(source: str | Path | Mapping[str, Any]) -> dict[str, str]:
   """The special tokens that a model's templates may name: bos_token, eos_token, ….
 
