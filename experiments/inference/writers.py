@@ -24,4 +24,4 @@ def load(base: str, adapter: str | None) -> tuple[Writer, Path]:
   folder = Path(adapter).expanduser() if adapter is not None and own else loaded.folder
   has_tokenizer = own or beside.has_tokenizer(loaded.folder)
   tokenizer = load_tokenizer(loaded.folder, adapter) if has_tokenizer else None
-  return generation.writer(loaded, model.rest, tokenizer), folder
+  return generation.writer(loaded, model.rest or None, tokenizer), folder

@@ -67,7 +67,8 @@ def writer(
 
   Args:
     loaded: a model with a cache.
-    rest: an adapter that is applied beside its weights, unmerged.
+    rest: an adapter that is applied beside its weights, unmerged; None: there is none.
+      Another one of any keys may take its place in `Writer.params`.
     tokenizer: of its texts.
 
   Raises:
@@ -78,7 +79,7 @@ def writer(
   ends = ends_of.read(loaded.folder, loaded.hf_config, loaded.config.vocab_size)
   if has_encoder(loaded) and ends.start is None:
     raise LoraxError(f"{loaded.folder} has no decoder_start_token_id")
-  if rest:
+  if rest is not None:
     both = decoder.decoder_of(loaded, decoder.adapted(loaded))
     return Writer(loaded, both, (loaded.params, rest), ends, tokenizer)
   return Writer(loaded, decoder.decoder_of(loaded), loaded.params, ends, tokenizer)
