@@ -12,7 +12,7 @@ from experiments.generate import generate
 from lorax_flax.errors import LoraxError
 from lorax_flax.serve import sampling
 from lorax_flax.serve.settings import Decoding
-from tests.experiments import own_text, peers
+from tests.experiments import own_text, peers, test_seq2seq
 from tests.train import toy
 from tests.train.stopping import Stopped, Stopping
 
@@ -183,3 +183,23 @@ def test_runs_that_train_together_say_that_they_answer_nothing(
   runs = {tmp_path / name: settings for name in ("one", "two")}
   assert run.prepare(runs).samples is None
   assert "no prompts are answered while training: that is for one run" in caplog.text
+
+
+def test_t5_answers_its_encoders_prompts(tmp_path):
+  test_seq2seq._save("v1.1", tmp_path / "base")
+  data = test_seq2seq._write(tmp_path / "data")
+  changes = {"data.prompts": PROMPTS, "data.max_new_tokens": NEW}
+  settings = test_seq2seq._settings(tmp_path / "base", data, **changes)
+  job = run.prepare({tmp_path / "unused": settings})
+  rows = _lines(data / "validation.jsonl")[:PROMPTS]
+  source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+  source.write_text("".join(json.dumps({"prompt": x["article"]}) + "\n" for x in rows))
+  decoding = Decoding(max_new_tokens=NEW)
+  generate(str(tmp_path / "base"), None, str(source), str(out), decoding)
+  found = job.samples.answer(job.model.params, job.runs[0].adapter)
+  assert found == [line["text"] for line in _lines(out)]
+  for row, prompt, expected in zip(
+    rows, job.samples.prompts, job.samples.expected, strict=True
+  ):
+    assert row["article"] in prompt
+    assert row["completion"].startswith(expected)
