@@ -3,10 +3,10 @@
   python -m benchmarks.decode
   python -m benchmarks.decode --batch=16
 
-SmolLM2's shape with random weights and rank-16 LoRA on all linear layers: PEFT's folders,
-which both sides read. transformers' `generate` on PEFT's model runs beside ours with the
-adapter unmerged, and with it merged on both sides; all greedy, 128 tokens after 64. The
-sides take turns in one process, and ratios are taken round by round.
+SmolLM2's shape with random weights, and rank-16 LoRA on all linear layers: folders
+that PEFT writes and both sides read. transformers' `generate` on PEFT's model, with the
+adapter unmerged, runs beside ours, unmerged and merged; all greedy, 128 tokens after
+64. The sides take turns in one process, and ratios are taken round by round.
 """
 
 import argparse
