@@ -317,8 +317,8 @@ def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
   method = METHODS.of_targets(config.method, config.options)
   if style == "embedding" and not method.takes_tables:
     raise LoraxError(
-      f"{config.method}: target {path!r} is looked up, and the method is not defined for"
-      " tables: exclude it, or choose lora"
+      f"{config.method}: target {path!r} is looked up, and the method is not defined"
+      " for tables: exclude it, or choose lora"
     )
   target = Target(
     path,
@@ -330,6 +330,10 @@ def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
     config.method,
     {**method.options, **config.options},
   )
+  if target.ranks is not None and not method.pads_rank:
+    raise LoraxError(
+      f"{config.method} has one rank for all layers of {path!r}, not {target.ranks}"
+    )
   with prefixed(f"target {path!r}"):
     method.layer_shapes(target)  # which says what the kernel does not allow
   return target

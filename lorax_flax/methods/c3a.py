@@ -17,7 +17,7 @@ from lorax_flax.methods.peft_form import AS_IS, PeftForm
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class C3A(MethodDelta):
-  """W' = W + K / in, where K's block (q, p) has [t, s] = circulant[p, q, (t - s) mod n].
+  """W' = W + K / in, K's block (q, p) [t, s] = circulant[p, q, (t - s) mod n].
 
   Attributes:
     circulant: (*stack, out / n, in / n, n), float32, trained; starts at zero, n the
@@ -36,8 +36,9 @@ class C3A(MethodDelta):
     type="C3A",
     keys={"linear": {"c3a_kernel": ("circulant", AS_IS)}},
     fields={"bias": ("bias", "none")},
+    lacks=("exclude_modules",),
     options={"block_size": "block_size"},
-    off={"block_size_pattern": {}},
+    off={"block_size_pattern": ({},)},
     # PEFT's own default is "xavier_uniform", which does not start at the base.
     training={"init_weights": True},
     targets={"gpt2": ("mlp.c_proj",)},

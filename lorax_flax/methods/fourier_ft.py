@@ -46,7 +46,7 @@ class FourierFT(MethodDelta):
     },
     only="fourier_only",
     options={name: name for name in options},
-    off={"n_frequency_pattern": {}},
+    off={"n_frequency_pattern": ({},)},
     # PEFT's own default is False, which does not start at the base.
     training={"init_weights": True},
     targets={"gpt2": ("mlp.c_proj",)},

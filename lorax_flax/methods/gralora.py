@@ -39,6 +39,7 @@ class GraLoRA(MethodDelta):
     "scale": ("stack",),
   }
   trained = ("a", "b")
+  pads_rank = False
   takes_tables = False
   options: ClassVar = {"k": 2}
   peft = PeftForm(
@@ -51,8 +52,9 @@ class GraLoRA(MethodDelta):
       "bias": ("bias", "none"),
       "fan_in_fan_out": ("fan_in_fan_out", False),
     },
+    lacks=("exclude_modules",),
     options={"gralora_k": "k"},
-    off={"hybrid_r": 0},
+    off={"hybrid_r": (0,)},
     training={"init_weights": True},
   )
 
@@ -73,16 +75,8 @@ class GraLoRA(MethodDelta):
 
   @classmethod
   def start(cls, key, kernel, target, plan) -> Self:
-    """PEFT's start: a uniform, b zero.
-
-    Raises:
-      LoraxError: layers of ranks of their own, whose slices would not line up.
-    """
+    """PEFT's start: a uniform, b zero."""
     del kernel
-    if target.ranks is not None:
-      raise LoraxError(
-        f"gralora has one rank for all layers of {target.path!r}, not {target.ranks}"
-      )
     shapes = cls.layer_shapes(target)
     fan_in = shapes["a"][-2]
 

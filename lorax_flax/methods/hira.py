@@ -41,9 +41,9 @@ class HiRA(MethodDelta):
       "r": ("r", 32),
       "rank_pattern": ("rank_pattern", {}),
       "hira_dropout": ("lora_dropout", 0.0),
+      "init_weights": ("init_lora_weights", True),
       "fan_in_fan_out": ("fan_in_fan_out", False),
     },
-    training={"init_weights": True},
   )
 
   @classmethod

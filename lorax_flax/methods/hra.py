@@ -35,7 +35,7 @@ class HRA(MethodDelta):
     type="HRA",
     keys={"linear": {"hra_u": ("u", AS_IS)}},
     fields={"r": ("r", 8), "bias": ("bias", "none")},
-    off={"apply_GS": False},
+    off={"apply_GS": (False,)},
     training={"init_weights": True},
   )
 
@@ -82,7 +82,7 @@ class HRA(MethodDelta):
     square = jnp.sum(u * u, axis=-2, keepdims=True)
     u = jnp.where(square > 0, u * jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
     inner = jnp.triu(_product(jnp.swapaxes(u, -1, -2), u), 1)
-    return u, inner + jnp.eye(u.shape[-1]) / 2
+    return u, inner + jnp.broadcast_to(jnp.eye(u.shape[-1]) / 2, inner.shape)
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:

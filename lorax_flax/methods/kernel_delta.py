@@ -51,6 +51,8 @@ class Followed(Delta):
 
   def added_bias(self, w: jax.Array) -> jax.Array | None:
     """The addition to the base's own bias, (*stack, *out)."""
+    if not self.has_bias:
+      return None
     bias, axes = self.parts(w).bias, by_role(self.roles)
     if bias is None:
       return None
@@ -71,11 +73,14 @@ class KernelDelta(Followed):
 
   Attributes:
     has_rank: whether `LoraConfig.rank` means something to the method.
+    pads_rank: whether zeros beyond its rank change nothing, so that layers and trials
+      of other ranks can be stacked.
     takes_tables: whether it is defined for weights whose rows are looked up.
   """
 
   per_trial: ClassVar[tuple[str, ...]] = ("scale",)
   has_rank: ClassVar[bool] = True
+  pads_rank: ClassVar[bool] = True
   takes_tables: ClassVar[bool] = True
 
   @classmethod

@@ -53,8 +53,13 @@ class LoHa(MethodDelta):
       "rank_pattern": ("rank_pattern", {}),
       "alpha_pattern": ("alpha_pattern", {}),
     },
-    off={"use_effective_conv2d": False},
-    training={"rank_dropout": 0.0, "module_dropout": 0.0, "init_weights": True},
+    # Of convolutions alone, which have no form here.
+    training={
+      "use_effective_conv2d": False,
+      "rank_dropout": 0.0,
+      "module_dropout": 0.0,
+      "init_weights": True,
+    },
   )
 
   @classmethod

@@ -28,6 +28,7 @@ class MiSS(MethodDelta):
   axes: ClassVar = {"block": ("stack", "rank", "out")}
   trained = ("block",)
   per_trial = ()
+  pads_rank = False
   takes_tables = False
   peft = PeftForm(
     type="MISS",
@@ -38,7 +39,8 @@ class MiSS(MethodDelta):
       "bias": ("bias", "none"),
     },
     only="MiSS_only",
-    off={"init_weights": True, "mini_r": 1},
+    off={"init_weights": (True, False)},
+    training={"mini_r": 1},
   )
 
   @classmethod

@@ -78,7 +78,8 @@ class PeftForm:
     fields: of the type's config, less those that all types have: our name of what it
       means (of `hub.peft.config.PeftConfig`), and PEFT's default. LORA's are our own.
     options: PEFT's field to the method's option.
-    off: fields, each with the one value that is computed here.
+    lacks: fields that all other types have.
+    off: fields, each with the values that are computed here; the first is written.
     training: fields that change how an adapter starts or trains and not what it
       computes, each with the value that is honoured.
     only: PEFT's bias= for the biases of the targets; None: by the type's name.
@@ -91,7 +92,8 @@ class PeftForm:
   shared: Keys = field(default_factory=dict)
   fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
   options: Mapping[str, str] = field(default_factory=dict)
-  off: Mapping[str, Any] = field(default_factory=dict)
+  lacks: tuple[str, ...] = ()
+  off: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
   training: Mapping[str, Any] = field(default_factory=dict)
   only: str | None = None
   targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -40,6 +40,7 @@ class VeRA(MethodDelta):
   trained = ("lambda_d", "lambda_b")
   per_trial = ()
   options: ClassVar = {"d_initial": 0.1, "projection_prng_key": 0}
+  pads_rank = False
   takes_tables = False
   peft = PeftForm(
     type="VERA",
@@ -56,8 +57,9 @@ class VeRA(MethodDelta):
       "bias": ("bias", "none"),
       "fan_in_fan_out": ("fan_in_fan_out", False),
     },
+    lacks=("exclude_modules",),
     options={"d_initial": "d_initial", "projection_prng_key": "projection_prng_key"},
-    off={"save_projection": True},
+    off={"save_projection": (True,)},
     training={"init_weights": True},
   )
 

@@ -85,5 +85,6 @@ def ours(name: str, kind: str, values: dict[str, Any]) -> dict[str, np.ndarray]:
   """PEFT's tensors as our leaves."""
   forms = dict(lx.METHODS[name].peft.keys[kind].values())
   return {
-    leaf: np.array(forms[leaf].to_ours(x.detach().numpy())) for leaf, x in values.items()
+    leaf: np.array(forms[leaf].to_ours(x.detach().numpy()))
+    for leaf, x in values.items()
   }

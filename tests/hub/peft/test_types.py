@@ -1,0 +1,51 @@
+"""PEFT's folders of every method: read, merged, and written to the same bytes."""
+
+import json
+
+import pytest
+import torch
+
+import lorax_flax as lx
+from tests.hub.peft import peers
+from tests.methods.peft_methods import PEERS
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+TARGETS = ["query", "intermediate.dense"]
+
+
+@pytest.fixture(scope="module")
+def bert():
+  return peers.tiny_classifier("bert")
+
+
+def adapted(base, name, **fields):
+  """A PEFT model, everything that trains made random."""
+  peer = PEERS[name]
+  given = {"task_type": "SEQ_CLS", "target_modules": TARGETS, **peer.theirs, **fields}
+  return peers.moved(base, peer.config(**given))
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["looped", "scanned"])
+@pytest.mark.parametrize("name", PEERS)
+def test_a_folder_is_read_merged_and_written_as_peft_does(name, scan, bert, tmp_path):
+  keymap = peers.bert_keymap(bert, scan)
+  model = adapted(bert, name)
+  theirs = peers.save(model, tmp_path / "theirs")
+  tree = peers.params(bert, keymap)
+  adapter = peers.round_trip(theirs, tmp_path / "ours", tree, keymap)
+  with torch.no_grad():
+    want = peers.bert_logits(model)
+    again = peers.bert_logits(peers.load(bert, tmp_path / "ours"))
+    assert not torch.allclose(want, peers.bert_logits(bert), atol=1e-3)
+    torch.testing.assert_close(again, want)
+  merged = peers.params(model.merge_and_unload(), keymap)
+  peers.assert_same_leaves(lx.merge(tree, adapter), merged, atol=1e-5)
+  written, read = (
+    json.loads((folder / peers.CONFIG).read_text())
+    for folder in (tmp_path / "ours", theirs)
+  )
+  same = ("r", "alpha", *lx.METHODS[name].peft.options, "bias", "peft_type")
+  assert {n: written[n] for n in same if n in written} == {
+    n: read[n] for n in same if n in read
+  }
+  assert written.keys() == read.keys() - {"peft_version"}
