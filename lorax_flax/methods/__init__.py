@@ -5,6 +5,7 @@
 way: `METHODS["mine"] = Mine`.
 """
 
+from lorax_flax.methods.boft import BOFT
 from lorax_flax.methods.c3a import C3A
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.dora import DoRA
@@ -19,6 +20,7 @@ from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.lora_bias import BiasLoRA
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.miss import MiSS
+from lorax_flax.methods.oft import OFT
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.table import Methods
 from lorax_flax.methods.token_rows import Rows
@@ -33,6 +35,8 @@ METHODS = Methods(
   loha=LoHa,
   vera=VeRA,
   hra=HRA,
+  oft=OFT,
+  boft=BOFT,
   miss=MiSS,
   hira=HiRA,
   c3a=C3A,

@@ -253,8 +253,9 @@ class KernelDelta(Followed):
   def _placed(
     self, t: jax.Array, axes: LeafAxes, shape: Shape, fill: float = 0.0
   ) -> jax.Array:
-    if self.layers is not None and t.ndim:
-      length = shape[by_role(self.roles)["stack"][0]]
+    stack = by_role(self.roles)["stack"][:1]
+    if self.layers is not None and set(stack) <= set(axes):
+      length = shape[stack[0]]
       full = jnp.full((length, *t.shape[1:]), fill, t.dtype)
       t = full.at[jnp.asarray(self.layers)].set(t)
     # The kernel's axes in its order, then the method's own.

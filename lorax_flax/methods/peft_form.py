@@ -83,6 +83,7 @@ class PeftForm:
     training: fields that change how an adapter starts or trains and not what it
       computes, each with the value that is honoured.
     only: PEFT's bias= for the biases of the targets; None: by the type's name.
+    since: the oldest peft_version whose folders mean what they mean now.
     targets: the default target_modules by model type, where they are the type's own.
   """
 
@@ -96,6 +97,7 @@ class PeftForm:
   off: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
   training: Mapping[str, Any] = field(default_factory=dict)
   only: str | None = None
+  since: str = "0"
   targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
   @property

@@ -1,5 +1,6 @@
 """Methods as PEFT has them: its config, and ours that means the same."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,8 @@ PEERS = {
   "loha": Peer(peft.LoHaConfig, {"r": 2, "alpha": 6}, {"rank": 2, "alpha": 6}),
   "vera": Peer(peft.VeraConfig, {"r": 4}, {"rank": 4}),
   "hra": Peer(peft.HRAConfig, {"r": 4}, {"rank": 4}),
+  "oft": Peer(peft.OFTConfig, {"oft_block_size": 4}, {"options": {"block_size": 4}}),
+  "boft": Peer(peft.BOFTConfig, {"boft_block_size": 4}, {"options": {"block_size": 4}}),
   "miss": Peer(peft.MissConfig, {"r": 5}, {"rank": 5}),
   "hira": Peer(peft.HiraConfig, {"r": 2}, {"rank": 2}, formed=True),
   "c3a": Peer(
@@ -60,9 +63,11 @@ def config(name: str, **fields: Any) -> lx.LoraConfig:
 def model(name: str, module: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
   """A torch layer under PEFT, everything that trains moved off its start."""
   peer = PEERS[name]
-  adapted = peft.get_peft_model(
-    module, peer.config(target_modules=["target"], **peer.theirs)
-  )
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # BOFT's CUDA extension is not there
+    adapted = peft.get_peft_model(
+      module, peer.config(target_modules=["target"], **peer.theirs)
+    )
   torch.manual_seed(1)
   with torch.no_grad():
     for parameter in adapted.parameters():
@@ -76,7 +81,11 @@ def leaves(name: str, kind: str, adapted: torch.nn.Module) -> dict[str, Any]:
   method = lx.METHODS[name]
   found = {}
   for end, (leaf, _) in method.peft.keys[kind].items():
-    named = [p for n, p in adapted.named_parameters() if f".{end}." in f"{n}."]
+    named = [
+      p
+      for n, p in adapted.named_parameters()
+      if f"{n}.".replace(".default", "").endswith(f".{end}.")
+    ]
     (found[leaf],) = (p for p in named if p.requires_grad)
   return found
 

@@ -1,5 +1,6 @@
 """adapter_config.json, PEFT's file of an adapter: read and written."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from lorax_flax.hub.peft.config import (
   with_heads,
 )
 from lorax_flax.hub.peft.forms import fields_of, form_of
+from lorax_flax.methods.peft_form import PeftForm
 
 _MOST_BYTES = 16 << 20  # of a config: a list of every module's name is far smaller
 
@@ -54,6 +56,7 @@ def parse(raw: Any, *, fresh: bool = False) -> PeftConfig:
   if not isinstance(raw, dict):
     raise LoraxError(f"{CONFIG_FILE} must hold an object, not {type(raw).__name__}")
   form = form_of(raw.get("peft_type"))
+  _check_version(raw.get("peft_version"), form)
   known = fields_of(form)
   values: dict[str, Any] = dict(known.values())
   # A type has no rank, or no scale, where no field of it means one.
@@ -89,6 +92,15 @@ def parse(raw: Any, *, fresh: bool = False) -> PeftConfig:
   return PeftConfig(**values, peft_type=form.type, options=options)
 
 
+def _check_version(given: Any, form: PeftForm) -> None:
+  number = lambda text: tuple(map(int, re.findall(r"\d+", text.partition("+")[0])[:3]))
+  if form.since != "0" and number(str(given)) < number(form.since):
+    raise LoraxError(
+      f"{CONFIG_FILE}: peft_version={given!r}, and {form.type} meant something else "
+      f"before {form.since}"
+    )
+
+
 def _unhonoured(name: str, value: Any) -> LoraxError:
   return LoraxError(
     f"{CONFIG_FILE}: {name}={value!r} changes what the adapter computes, and we "
@@ -110,6 +122,7 @@ def dump(config: PeftConfig) -> dict[str, Any]:
   raw: dict[str, Any] = dict(_OFF) if form.type == LORA else {}
   raw |= {name: values[0] for name, values in form.off.items()} | dict(form.training)
   raw |= {"inference_mode": True, "peft_type": form.type}
+  raw |= {"peft_version": _VERSION} if form.since != "0" else {}
   raw |= {name: config.options[ours] for name, ours in form.options.items()}
   raw |= {name: _thawed(getattr(config, ours)) for name, (ours, _) in known.items()}
   if raw.get("bias") == _TARGETS_ONLY:
@@ -142,6 +155,9 @@ def _thawed(value: Any) -> Any:
     return {name: _thawed(each) for name, each in value.items()}
   return list(value) if isinstance(value, tuple) else value
 
+
+# Of PEFT, whose form a folder has that is written here.
+_VERSION = "0.21.2"
 
 # LORA's name of the biases of the targets alone, and ours.
 _TARGETS_ONLY = "lora_only"
