@@ -164,9 +164,9 @@ class PeftConfig:
     told = (t for end, t in _TASKS_OF_CLASSES.items() if name.endswith(end))
     return self.task_type or next(told, None)
 
-  def rank(self, module: str) -> int | None:
-    """The rank of one module's factors; None of a type that has none."""
-    return looked_up(self.rank_pattern, module, self.r)
+  def rank(self, module: str) -> int:
+    """The rank of one module's factors; 0 of a type that has none."""
+    return looked_up(self.rank_pattern, module, self.r or 0)
 
   def alpha(self, module: str) -> float | None:
     return looked_up(self.alpha_pattern, module, self.lora_alpha)
@@ -174,7 +174,7 @@ class PeftConfig:
   def scale(self, module: str) -> float:
     """The factor on the delta of one module."""
     rank, alpha = self.rank(module), self.alpha(module)
-    if rank is None or alpha is None:
+    if not rank or alpha is None:
       return 1.0
     return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -272,7 +272,7 @@ class PeftConfig:
 
     The two parts of gate_up_proj get a half of the rank each, so it is twice as large.
     """
-    if not self.is_all_linear:
+    if not self.is_all_linear or self.r is None or self.lora_alpha is None:
       raise LoraxError(
         f"{CONFIG_FILE}: target_modules={self.target_modules!r} may or may not mean "
         "the experts: PEFT turns it into names for a mixture; give target_modules and "

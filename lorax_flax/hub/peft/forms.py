@@ -72,7 +72,7 @@ def method_of(config: PeftConfig) -> type[KernelDelta]:
   return _types()[config.peft_type]
 
 
-def keys_of(method: type[KernelDelta], kind: str, rank: int | None) -> Keys | None:
+def keys_of(method: type[KernelDelta], kind: str, rank: int) -> Keys | None:
   """The ends of keys that a module of a kind has; None: PEFT has no such module.
 
   Args:
@@ -80,5 +80,5 @@ def keys_of(method: type[KernelDelta], kind: str, rank: int | None) -> Keys | No
   """
   keys = method.peft.keys.get(kind) if method.peft else None
   return keys and {
-    end: (leaf, form.of_rank(rank or 0)) for end, (leaf, form) in keys.items()
+    end: (leaf, form.of_rank(rank)) for end, (leaf, form) in keys.items()
   }

@@ -30,7 +30,7 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
     targets=tuple(dict.fromkeys(slot.path for slot in factors)),
     **{name: x for name, x in of_all.items() if x is not None},
     options=dict(config.options),
-    rank_pattern=_pattern(factors, keymap, config.rank, config.r, 0),
+    rank_pattern=_pattern(factors, keymap, config.rank, config.r or 0, 0),
     alpha_pattern=_pattern(
       factors, keymap, config.alpha, config.lora_alpha, config.lora_alpha
     ),

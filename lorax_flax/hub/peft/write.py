@@ -407,5 +407,5 @@ def _check(
   """Asserts that the config means the adapter: a slip here would be silent."""
   assert {*targets.modules, *targets.parameters} == factored.keys()
   for name, each in factored.items():
-    assert config.rank(name) in (None, each.rank), name
+    assert config.rank(name) == each.rank, name
     assert np.float32(config.scale(name)) == each.scale, name
