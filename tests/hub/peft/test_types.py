@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lorax_flax as lx
+from lorax_flax.hub.peft import config_file
 from tests.hub.peft import peers
 from tests.methods.peft_methods import PEERS
 
@@ -49,3 +50,37 @@ def test_a_folder_is_read_merged_and_written_as_peft_does(name, scan, bert, tmp_
     n: read[n] for n in same if n in read
   }
   assert written.keys() | {"peft_version"} == read.keys()
+
+
+@pytest.mark.parametrize(
+  ("raw", "message"),
+  [
+    ({"peft_type": "ADALROA"}, "unknown peft_type 'ADALROA'"),
+    ({"peft_type": "VERA", "save_projection": False}, "save_projection=False changes"),
+    ({"peft_type": "HRA", "apply_GS": True}, "apply_GS=True changes"),
+    ({"peft_type": "GRALORA", "hybrid_r": 4}, "hybrid_r=4 changes"),
+    ({"peft_type": "MISS", "init_weights": "bat"}, "init_weights='bat' changes"),
+    (
+      {"peft_type": "C3A", "block_size_pattern": {"q": 4}},
+      "block_size_pattern=.*chang",
+    ),
+    ({"peft_type": "OFT", "peft_version": "0.17.1"}, "something else before 0.18"),
+    ({"peft_type": "VERA", "bias": "lora_only"}, "bias='lora_only' is not what PEFT"),
+    ({"peft_type": "VERA", "rank_pattern": {"q": 4}}, "rank_pattern=.*cannot honour"),
+  ],
+)
+def test_what_is_not_computed_is_refused_by_name(raw, message):
+  with pytest.raises(lx.LoraxError, match=message):
+    config_file.parse(raw)
+
+
+def test_a_start_that_differs_from_ours_is_refused_for_training_alone():
+  raw = {"peft_type": "C3A", "init_weights": "xavier_uniform", "block_size": 4}
+  assert config_file.parse(raw).options == {"block_size": 4}
+  with pytest.raises(lx.LoraxError, match="init_weights='xavier_uniform'"):
+    config_file.parse(raw, fresh=True)
+
+
+def test_biases_of_the_targets_have_the_types_own_name():
+  read = config_file.parse({"peft_type": "FOURIERFT", "bias": "fourier_only"})
+  assert read.bias == "lora_only"
