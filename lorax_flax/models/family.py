@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.models.cache import Layout
 
 Task = Literal[
   "sequence-classification", "causal-lm", "seq2seq-lm", "image-classification"
@@ -32,6 +33,7 @@ class Family:
     keymap: (config, scan) -> names in a checkpoint, ours and PEFT's.
     inputs: (config) -> ShapeDtypeStructs of the smallest inputs, by name.
     max_length: (config) -> maximal number of tokens of a text; 0 if the input is none.
+    cache: (config) -> the size of its cache; None for models that don't generate.
     untied: fields of config.json that give tied tables weights of their own.
     dropout: fields of the config that are dropout rates inside the model.
     head_dropout: those before the classifier.
@@ -44,6 +46,7 @@ class Family:
   keymap: Callable[[Any, bool], KeyMap]
   inputs: Callable[[Any], Mapping[str, jax.ShapeDtypeStruct]]
   max_length: Callable[[Any], int]
+  cache: Callable[[Any], Layout] | None = None
   untied: Mapping[str, Any] = dataclasses.field(
     default_factory=lambda: {"tie_word_embeddings": False}
   )

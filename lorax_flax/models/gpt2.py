@@ -27,6 +27,7 @@ from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import head as heads
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import layers, stacking
+from lorax_flax.models.cache import Cache, Chunk, KeyValues, Layout
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layers import Model, Part, check_length
 
@@ -77,20 +78,30 @@ class Attention(Part[GPT2Config]):
 
   @nn.compact
   def __call__(
-    self, x_BxTxD: jax.Array, mask_BxT: jax.Array, number: jax.Array | None
-  ) -> jax.Array:
-    """BxTxD. number: divisor of attention's logits, or None."""
+    self,
+    x_BxTxD: jax.Array,
+    tokens: jax.Array | Chunk,
+    number: jax.Array | None,
+    kept: KeyValues | None,
+  ) -> tuple[jax.Array, KeyValues | None]:
+    """BxTxD, and what a cache keeps; see `layers.attend_before`.
+
+    Args:
+      number: divisor of attention's logits, or None.
+    """
     c = self.config
     fused = self.dense(3 * c.n_embd, ("embed", "heads"), "c_attn")
     qkv_BxTxD = jnp.split(fused(x_BxTxD), 3, axis=-1)
     if number is not None:
       qkv_BxTxD[0] /= number.astype(qkv_BxTxD[0].dtype)
     scale = None if c.scale_attn_weights else 1.0
-    y_BxTxD = layers.attend(
-      self, qkv_BxTxD, mask_BxT, c.n_head, c.attn_pdrop, causal=True, scale=scale
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (layers.in_heads(x, c.n_head) for x in qkv_BxTxD)
+    y_BxTxHxK, kept = layers.attend_before(
+      self, q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, tokens, kept, c.attn_pdrop, scale=scale
     )
+    y_BxTxD = y_BxTxHxK.reshape(x_BxTxD.shape)
     y_BxTxD = self.dense(c.n_embd, ("heads", "embed"), "c_proj")(y_BxTxD)
-    return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic)
+    return nn.Dropout(c.resid_pdrop)(y_BxTxD, self.deterministic), kept
 
 
 class Layer(Part[GPT2Config]):
@@ -98,17 +109,22 @@ class Layer(Part[GPT2Config]):
 
   @nn.compact
   def __call__(
-    self, x_BxTxD: jax.Array, mask_BxT: jax.Array, number: jax.Array | None = None
-  ):
+    self,
+    x_BxTxD: jax.Array,
+    tokens: jax.Array | Chunk,
+    number: jax.Array | None = None,
+    kept: KeyValues | None = None,
+  ) -> tuple[jax.Array, KeyValues | None]:
     c, args = self.config, (self.config, self.dtype, self.deterministic)
     y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_1")(x_BxTxD)
-    x_BxTxD += Attention(*args, name="attn")(y_BxTxD, mask_BxT, number)
+    y_BxTxD, kept = Attention(*args, name="attn")(y_BxTxD, tokens, number, kept)
+    x_BxTxD += y_BxTxD
     y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_2")(x_BxTxD)
     names, features = ("c_fc", "c_proj"), c.n_inner or 4 * c.n_embd
     feed = layers.MLP(
       *args, names, features, c.activation_function, c.resid_pdrop, name="mlp"
     )
-    return x_BxTxD + feed(y_BxTxD), None
+    return x_BxTxD + feed(y_BxTxD), kept
 
 
 class LanguageModel(Model[GPT2Config]):
@@ -121,42 +137,51 @@ class LanguageModel(Model[GPT2Config]):
     attention_mask: jax.Array,
     position_ids: jax.Array | None = None,
     *,
+    cache: Cache | None = None,
     deterministic: bool = True,
     readout: heads.Readout = heads.logits,
   ) -> Any:
-    """Logits, BxTxV float32, or another readout.
+    """Logits, BxTxV float32, or another readout; with a cache, these and the next one.
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to,
         or the number of its segment, 1, 2, 3, …, that attends to itself alone.
       position_ids: BxT int32; by default they count from the first column, whatever the
         mask.
+      cache: of the tokens before, to which these are added; the mask is then 1 where
+        there is a token, and position_ids follow from it.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
       readout: makes the outputs of the head and of what it takes.
 
     Raises:
-      LoraxError: a text with more tokens than positions.
+      LoraxError: a text with more tokens than positions, or than the cache has.
     """
     c, dtype, args = self.config, self.dtype, (self.config, self.dtype, deterministic)
     check_length(input_ids, c.n_positions)
     words = self.table(c.vocab_size, c.n_embd, "wte", "vocab")
     positions = self.table(c.n_positions, c.n_embd, "wpe", "positions")
-    if position_ids is None:
+    tokens: Any = attention_mask
+    each: dict[str, Any] = {}
+    if cache is not None:
+      tokens = cache.chunk(attention_mask, position_ids)
+      position_ids, each["kept"] = tokens.positions_BxT, cache.layers
+    elif position_ids is None:
       position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
     x_BxTxD = words(input_ids).astype(dtype) + positions(position_ids).astype(dtype)
     x_BxTxD = nn.Dropout(c.embd_pdrop)(x_BxTxD, deterministic)
-    each = {}
     if c.scale_attn_by_inverse_layer_idx:
       each["number"] = jnp.arange(1, c.n_layer + 1, dtype=jnp.float32)
-    x_BxTxD = stacking.stack(
-      self, Layer, args, c.n_layer, x_BxTxD, attention_mask, each=each
+    x_BxTxD, kept = stacking.stack(
+      self, Layer, args, c.n_layer, x_BxTxD, tokens, each=each
     )
     x_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_f")(x_BxTxD)
     if c.tie_word_embeddings:
-      return readout(heads.tied(words.embedding), x_BxTxD)
-    std = c.initializer_range
-    head = heads.Linear(c.vocab_size, std, name="lm_head")(c.n_embd)
-    return readout(head, x_BxTxD)
+      head = heads.tied(words.embedding)
+    else:
+      std = c.initializer_range
+      head = heads.Linear(c.vocab_size, std, name="lm_head")(c.n_embd)
+    outputs = readout(head, x_BxTxD)
+    return outputs if cache is None else (outputs, cache.grown(kept, tokens))
 
 
 # Names in a checkpoint
@@ -203,6 +228,12 @@ def keymap(c: GPT2Config, scan: bool) -> KeyMap:
   )
 
 
+def cache_layout(c: GPT2Config) -> Layout:
+  """See `Family.cache`."""
+  size = c.n_embd // c.n_head
+  return Layout(c.n_head, size, (None,) * c.n_layer, max_length=c.n_positions)
+
+
 FAMILIES = {
   "gpt2": Family(
     task="causal-lm",
@@ -215,6 +246,7 @@ FAMILIES = {
     keymap=keymap,
     inputs=text_inputs,
     max_length=lambda config: config.n_positions,
+    cache=cache_layout,
     dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
   )
 }

@@ -25,6 +25,21 @@ def logits(head: Head, x_BxTxD: jax.Array) -> jax.Array:
   return head(x_BxTxD)
 
 
+def last_logits(mask_BxT: jax.Array) -> Readout:
+  """The readout of each row's last token, BxV float32.
+
+  Args:
+    mask_BxT: nonzero where a token is; of a row without any, the first column is read.
+  """
+
+  def readout(head: Head, x_BxTxD: jax.Array) -> jax.Array:
+    columns_T = jnp.arange(mask_BxT.shape[1], dtype=jnp.int32)
+    last_B = jnp.max(jnp.where(mask_BxT != 0, columns_T[None, :], 0), axis=1)
+    return head(jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0])
+
+  return readout
+
+
 def tied(table_VxD: jax.Array) -> Head:
   """The head that is the table of token embeddings."""
 

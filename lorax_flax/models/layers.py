@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import ops
+from lorax_flax.models.cache import Chunk, KeyValues
+from lorax_flax.models.cache import attend as attend_cached
 from lorax_flax.sharding import activations as spread
 
 DType = Any
@@ -291,3 +293,40 @@ def attend(
     **options,
   )
   return y_BxTxHxK.reshape(qkv_BxTxD[0].shape)
+
+
+def attend_before(
+  module: Any,
+  q_BxTxHxK: jax.Array,
+  k_BxTxGxK: jax.Array,
+  v_BxTxGxK: jax.Array,
+  tokens: jax.Array | Chunk,
+  kept: KeyValues | None,
+  rate: float,
+  **options: Any,
+) -> tuple[jax.Array, KeyValues | None]:
+  """Causal self-attention, BxTxHxK, and what a cache keeps of it; of a compact method.
+
+  Args:
+    module: the caller; its `deterministic` decides dropout.
+    tokens: the mask BxT of `ops.attention`, or with a cache the places of the tokens.
+    kept: the layer's part of the cache, or None.
+    rate: of the dropout of attention's weights.
+    **options: window, scale and softcap of `ops.attention`.
+  """
+  if isinstance(tokens, Chunk):
+    assert kept is not None  # There is one where there is the other.
+    if not module.deterministic:
+      raise LoraxError("a call with a cache has no dropout: deterministic=True")
+    return attend_cached(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, kept, tokens, **options)
+  y_BxTxHxK = ops.attention(
+    q_BxTxHxK,
+    k_BxTxGxK,
+    v_BxTxGxK,
+    tokens,
+    causal=True,
+    dropout_rate=rate,
+    dropout_rng=dropout_rng(module, rate, module.deterministic),
+    **options,
+  )
+  return y_BxTxHxK, None

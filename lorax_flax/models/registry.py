@@ -20,7 +20,17 @@ from lorax_flax.hub.files import gguf, gguf_header, safetensors
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import Adapter
-from lorax_flax.models import bert, deberta, distilbert, gpt2, llama, stacking, t5, vit
+from lorax_flax.models import (
+  bert,
+  cache,
+  deberta,
+  distilbert,
+  gpt2,
+  llama,
+  stacking,
+  t5,
+  vit,
+)
 from lorax_flax.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -72,6 +82,20 @@ class Outline:
   def token_types(self) -> bool:
     """True where the model distinguishes token types."""
     return getattr(self.config, "type_vocab_size", 0) > 1
+
+  def blank_cache(self, batch: int, length: int, source_length: int = 0) -> cache.Cache:
+    """A cache without tokens, in the module's dtype; arguments as of `cache.blank`."""
+    if self.family.cache is None:
+      raise LoraxError(f"a {self.hf_config['model_type']} doesn't generate")
+    module: Any = self.module
+    return cache.blank(
+      self.family.cache(self.config),
+      batch,
+      length,
+      source_length,
+      dtype=module.dtype,
+      stacked=module.scan,
+    )
 
   def from_peft(self, source: str | Path | Mapping[str, Any]) -> LoraConfig:
     """A config in PEFT's names as one in ours; see `LoraConfig.from_peft`."""

@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import meta
 
 from lorax_flax.errors import check_known
@@ -32,8 +31,8 @@ def stack(
   count: int,
   x: Any,
   *shared: Any,
-  each: Mapping[str, jax.Array | np.ndarray] | None = None,
-) -> Any:
+  each: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
   """Runs x through `count` layers; to be called from a compact method.
 
   The parameters are "layer_{i}/…" of each layer, or with `scan` one stacked tree under
@@ -42,11 +41,15 @@ def stack(
   Args:
     module: the caller. Its `scan` decides whether to stack the layers' parameters and
       scan; its `remat` is "none", or a key of REMAT_POLICIES.
-    layer: a module class whose call takes (x, *shared, **each) and returns (x, None).
+    layer: a module class whose call takes (x, *shared, **each) and returns (x, y).
     args: of its constructor.
     x: the carry: an array or a tree of arrays.
     shared: passed to every layer.
-    each: arrays (count, …); each layer gets its own row.
+    each: arrays (count, …), or trees of them; each layer gets its own row. Of layers
+      that are not scanned, a tuple of one tree for each will do.
+
+  Returns:
+    x, and the layers' own y: a tuple, or stacked as their parameters are.
   """
   each = dict(each or {})
   x = spread.shard_rows(x)
@@ -54,15 +57,17 @@ def stack(
     policy = REMAT_POLICIES[module.remat]
     layer = nn.remat(layer, policy=policy, prevent_cse=not module.scan)
   if not module.scan:
+    made = []
     for i in range(count):
       own = {name: rows[i] for name, rows in each.items()}
-      x, _ = layer(*args, name=f"layer_{i}")(x, *shared, **own)
+      x, y = layer(*args, name=f"layer_{i}")(x, *shared, **own)
       x = spread.shard_rows(x)
-    return x
+      made.append(y)
+    return x, tuple(made)
 
   def body(module, x, own, *shared):
-    x, out = module(x, *shared, **own)
-    return spread.shard_rows(x), out
+    x, y = module(x, *shared, **own)
+    return spread.shard_rows(x), y
 
   run = nn.scan(
     body,
@@ -72,8 +77,8 @@ def stack(
     length=count,
     metadata_params={meta.PARTITION_NAME: "layers"},
   )
-  own = {name: jnp.asarray(rows) for name, rows in each.items()}
-  return run(layer(*args, name="layers"), x, own, *shared)[0]
+  own = jax.tree.map(jnp.asarray, each)
+  return run(layer(*args, name="layers"), x, own, *shared)
 
 
 class Stack(nn.Module):
@@ -91,4 +96,4 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x: Any, *shared: Any) -> Any:
-    return stack(self, self.layer, self.args, self.count, x, *shared)
+    return stack(self, self.layer, self.args, self.count, x, *shared)[0]

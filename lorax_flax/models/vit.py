@@ -177,7 +177,7 @@ class ImageClassifier(Model[ViTConfig]):
         f"images of shape {shape}: the model takes {expected}, channels first"
       )
     x_BxTxD = Embeddings(*args, name="embeddings")(pixel_values)
-    x_BxTxD = stacking.stack(self, Layer, args, c.num_hidden_layers, x_BxTxD)
+    x_BxTxD, _ = stacking.stack(self, Layer, args, c.num_hidden_layers, x_BxTxD)
     x_BxD = layers.Norm(c.layer_norm_eps, name="layernorm")(layers.first_token(x_BxTxD))
     head = self.dense(c.num_labels, ("embed", "labels"), "classifier")
     return head(x_BxD).astype(jnp.float32)

@@ -114,9 +114,10 @@ class Encoder(Part[DebertaConfig]):
       real_BxT[:, :, None] & real_BxT[:, None, :],
       c.num_hidden_layers,
     )
-    return stacking.stack(
+    x_BxTxD, _ = stacking.stack(
       self, Layer, args, count, x_BxTxD, pairs_BxTxT, rel_RxD, branch, each=each
     )
+    return x_BxTxD
 
 
 class Embeddings(Part[DebertaConfig]):

@@ -4,6 +4,7 @@ import dataclasses
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import hf_config as fields
+from lorax_flax.models.cache import Layout
 from lorax_flax.models.ops import Rope
 
 
@@ -108,6 +109,11 @@ class DecoderConfig:
   def kv_heads(self) -> int:
     """Heads of keys and values."""
     return self.num_key_value_heads or self.num_attention_heads
+
+  @property
+  def cache_layout(self) -> Layout:
+    """The size of its cache."""
+    return Layout(self.kv_heads, self.head_size, self.windows)
 
   @property
   def expert_size(self) -> int:

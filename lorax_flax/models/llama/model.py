@@ -17,6 +17,7 @@ import numpy as np
 
 from lorax_flax.models import head as heads
 from lorax_flax.models import layers, ops, stacking
+from lorax_flax.models.cache import Cache, Chunk, KeyValues
 from lorax_flax.models.layers import Model, Module, Part
 from lorax_flax.models.llama import moe
 from lorax_flax.models.llama.config import DecoderConfig
@@ -36,10 +37,11 @@ class Attention(Part[DecoderConfig]):
   def __call__(
     self,
     x_BxTxD: jax.Array,
-    mask_BxT: jax.Array,
+    tokens: jax.Array | Chunk,
     rotations: ops.Rotations,
     window: int | jax.Array | None,
-  ) -> jax.Array:
+    kept: KeyValues | None,
+  ) -> tuple[jax.Array, KeyValues | None]:
     c, size = self.config, self.config.head_size
     made = [
       self.dense(n * size, ("embed", "heads"), name, c.attention_bias)(x_BxTxD)
@@ -54,20 +56,21 @@ class Attention(Part[DecoderConfig]):
     if c.qk_norm:
       q_BxTxHxK = _norm(c, "q_norm", "head")(q_BxTxHxK)
       k_BxTxGxK = _norm(c, "k_norm", "head")(k_BxTxGxK)
-    y_BxTxHxK = ops.attention(
+    y_BxTxHxK, kept = layers.attend_before(
+      self,
       ops.rotate(q_BxTxHxK, rotations),
       ops.rotate(k_BxTxGxK, rotations),
       v_BxTxGxK,
-      mask_BxT,
-      causal=True,
+      tokens,
+      kept,
+      c.attention_dropout,
       window=window,
       scale=c.attention_scale,
       softcap=c.attn_logit_softcapping,
-      dropout_rate=c.attention_dropout,
-      dropout_rng=layers.dropout_rng(self, c.attention_dropout, self.deterministic),
     )
     y = y_BxTxHxK.reshape((*x_BxTxD.shape[:-1], -1))
-    return self.dense(c.hidden_size, ("heads", "embed"), "o_proj", c.has_output_bias)(y)
+    axes, bias = ("heads", "embed"), c.has_output_bias
+    return self.dense(c.hidden_size, axes, "o_proj", bias)(y), kept
 
 
 class FeedForward(Module[DecoderConfig]):
@@ -92,15 +95,17 @@ class Layer(Part[DecoderConfig]):
   def __call__(
     self,
     x_BxTxD: jax.Array,
-    mask_BxT: jax.Array,
+    tokens: jax.Array | Chunk,
     rotations: ops.Rotations,
     *,
     window: jax.Array | None = None,
     rope: jax.Array | None = None,
-  ) -> tuple[jax.Array, None]:
-    """The layer's output.
+    kept: KeyValues | None = None,
+  ) -> tuple[jax.Array, KeyValues | None]:
+    """The layer's output, and what a cache keeps of it.
 
     Args:
+      tokens, kept: see `layers.attend_before`.
       rotations: of the rotary positions; stacked, if there is more than one kind.
       window, rope: of this layer, where layers differ.
     """
@@ -117,11 +122,11 @@ class Layer(Part[DecoderConfig]):
 
     before, after, before_mlp, after_mlp = c.layer_norms
     attend = Attention(c, self.dtype, self.deterministic, name="self_attn")
-    y_BxTxD = attend(normed(before, x_BxTxD), mask_BxT, rotations, own)
+    y_BxTxD, kept = attend(normed(before, x_BxTxD), tokens, rotations, own, kept)
     x_BxTxD += dropped(normed(after, y_BxTxD))
     feed = FeedForward if c.num_experts is None else moe.Mixture
     y_BxTxD = feed(c, self.dtype, name="mlp")(normed(before_mlp, x_BxTxD))
-    return x_BxTxD + dropped(normed(after_mlp, y_BxTxD)), None
+    return x_BxTxD + dropped(normed(after_mlp, y_BxTxD)), kept
 
 
 def _stacked(*kinds: jax.Array) -> jax.Array:
@@ -136,9 +141,9 @@ class Decoder(Part[DecoderConfig]):
 
   @nn.compact
   def __call__(
-    self, input_ids_BxT, mask_BxT, positions_BxT, lengths_BxT
-  ) -> tuple[jax.Array, jax.Array]:
-    """x_BxTxD, and the table of token embeddings, VxD."""
+    self, input_ids_BxT, tokens, positions_BxT, lengths_BxT, kept
+  ) -> tuple[jax.Array, jax.Array, Any]:
+    """x_BxTxD, the table of token embeddings, VxD, and what the layers keep."""
     c, dtype = self.config, self.dtype
     words = self.table(c.vocab_size, c.hidden_size, "embed_tokens", "vocab")
     x_BxTxD = words(input_ids_BxT).astype(dtype)
@@ -148,7 +153,7 @@ class Decoder(Part[DecoderConfig]):
       ops.rotations(rope, c.head_size, positions_BxT, lengths_BxT, dtype)
       for rope in c.ropes
     ]
-    each: dict[str, np.ndarray] = {}
+    each: dict[str, Any] = {} if kept is None else {"kept": kept}
     turned = rotations[0]
     if c.ropes_differ:
       turned = jax.tree.map(_stacked, *rotations)
@@ -157,10 +162,10 @@ class Decoder(Part[DecoderConfig]):
       windows = [_ALL if window is None else window for window in c.windows]
       each["window"] = np.asarray(windows, np.int32)
     args = (c, dtype, self.deterministic)
-    x_BxTxD = stacking.stack(
-      self, Layer, args, c.num_hidden_layers, x_BxTxD, mask_BxT, turned, each=each
+    x_BxTxD, kept = stacking.stack(
+      self, Layer, args, c.num_hidden_layers, x_BxTxD, tokens, turned, each=each
     )
-    return _norm(c, "norm")(x_BxTxD), words.embedding
+    return _norm(c, "norm")(x_BxTxD), words.embedding, kept
 
 
 class CausalLM(Model[DecoderConfig]):
@@ -173,23 +178,32 @@ class CausalLM(Model[DecoderConfig]):
     attention_mask: jax.Array,
     position_ids: jax.Array | None = None,
     *,
+    cache: Cache | None = None,
     deterministic: bool = True,
     readout: heads.Readout = heads.logits,
   ) -> Any:
     """Logits of the next token at each position, BxTxV float32, or another readout.
+
+    Called with a cache, it returns these and the next cache.
 
     Args:
       input_ids, attention_mask: BxT int32; the mask is 1 where a token is attended to,
         or the number of its segment, 1, 2, 3, …, that attends to itself alone. Where it
         is 0 the logits are meaningless.
       position_ids: BxT int32; by default 0, 1, 2, …, padding included.
+      cache: of the tokens before, to which these are added; the mask is then 1 where
+        there is a token, and position_ids follow from it.
       deterministic: without dropout; otherwise a "dropout" rng is needed.
       readout: makes the outputs of the head and of what it takes.
     """
     c, dtype = self.config, self.dtype
     seen_BxT = attention_mask != 0
     # Each text's own: an answer must not depend on padding or on the texts beside it.
-    if position_ids is None:
+    tokens: Any = attention_mask
+    if cache is not None:
+      tokens = cache.chunk(attention_mask, position_ids)
+      position_ids, lengths_BxT = tokens.positions_BxT, tokens.ends_B[:, None]
+    elif position_ids is None:
       position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
       first_Bx1 = jnp.argmax(seen_BxT, axis=1, keepdims=True).astype(jnp.int32)
       ends_BxT = jnp.where(seen_BxT, position_ids + 1, 0)
@@ -199,10 +213,13 @@ class CausalLM(Model[DecoderConfig]):
       ends_BxTxT = jnp.where(same_BxTxT, position_ids[:, None, :] + 1, 0)
       lengths_BxT = jnp.max(ends_BxTxT, axis=2)
     decoder = Decoder(c, dtype, deterministic, self.scan, self.remat, name="model")
-    x_BxTxD, table_VxD = decoder(input_ids, attention_mask, position_ids, lengths_BxT)
+    x_BxTxD, table_VxD, kept = decoder(
+      input_ids, tokens, position_ids, lengths_BxT, cache and cache.layers
+    )
     if c.tie_word_embeddings:
       head = heads.tied(table_VxD)
     else:
       std = c.initializer_range
       head = heads.Linear(c.vocab_size, std, name="lm_head")(c.hidden_size)
-    return readout(heads.capped(head, c.final_logit_softcapping), x_BxTxD)
+    outputs = readout(heads.capped(head, c.final_logit_softcapping), x_BxTxD)
+    return outputs if cache is None else (outputs, cache.grown(kept, tokens))

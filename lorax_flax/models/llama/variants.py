@@ -269,6 +269,7 @@ def _family(variant: Variant) -> Family:
     keymap=keys.keymap,
     inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
+    cache=lambda config: config.cache_layout,
   )
 
 

@@ -12,7 +12,7 @@ from lorax_flax.models.ops.activations import (
   gelu,
   gelu_tanh,
 )
-from lorax_flax.models.ops.attention import attention
+from lorax_flax.models.ops.attention import attention, attention_by_place
 from lorax_flax.models.ops.biased import biased_attention
 from lorax_flax.models.ops.norm import layer_norm, rms_norm
 from lorax_flax.models.ops.rope import Rope, Rotations, rotate, rotations
@@ -23,6 +23,7 @@ __all__ = [
   "Rotations",
   "activation",
   "attention",
+  "attention_by_place",
   "biased_attention",
   "gated",
   "gelu",

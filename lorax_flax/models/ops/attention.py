@@ -82,17 +82,71 @@ def attention(
   return _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings)
 
 
+def attention_by_place(
+  q_BxTxHxK: jax.Array,
+  k_BxGxSxK: jax.Array,
+  v_BxGxSxK: jax.Array,
+  places_BxT: jax.Array,
+  places_BxS: jax.Array,
+  *,
+  window: int | jax.Array | None = None,
+  bias_BxHxTxS: jax.Array | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+) -> jax.Array:
+  """Causal attention to keys in any order, each with the place of its token.
+
+  Keys and values have their heads first: those of a cache are then read as they are.
+
+  Args:
+    places_BxT, places_BxS: int32, of the tokens in their row; that of a key that is not
+      to be attended to is negative. A query attends to keys up to its own place.
+    window: the maximal number of places that a query attends to, its own included.
+    bias_BxHxTxS: added to the logits, scaled and soft-capped.
+    scale, softcap: as of `attention`.
+
+  Returns:
+    BxTxHxK, in v's dtype. A row without any key attends uniformly.
+  """
+  (b, _, h, size), (g, s) = q_BxTxHxK.shape, k_BxGxSxK.shape[1:3]
+  wide = order.wide(q_BxTxHxK.dtype)
+  back_BxTxS = places_BxT[:, :, None] - places_BxS[:, None, :]
+  seen_BxTxS = (places_BxS[:, None, :] >= 0) & (back_BxTxS >= 0)
+  if window is not None:
+    seen_BxTxS &= back_BxTxS < window
+  bias = jnp.where(seen_BxTxS, 0.0, jnp.finfo(wide).min).astype(wide)[:, None]
+  if bias_BxHxTxS is not None:
+    bias = (bias + bias_BxHxTxS.astype(wide)).reshape(b, g, -1, s)
+  else:
+    bias = jnp.tile(bias, (1, 1, h // g, 1))
+  settings = (0.0, float(size**-0.5 if scale is None else scale), softcap)
+  q_BxGxRxK = _scaled_rows(q_BxTxHxK, g, settings, v_BxGxSxK.dtype, wide)
+  mixed, _, _ = _mixed(q_BxGxRxK, k_BxGxSxK, v_BxGxSxK, bias, None, settings)
+  return _unrows(mixed, h)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings):
   return _fwd(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings)[0]
 
 
 def _fwd(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings):
-  rate, scale, softcap = settings
-  dtype, wide = v_BxSxGxK.dtype, bias.dtype
   # Heads first, and contiguous: every product is then one of plain matrices.
-  q = _rows((q_BxTxHxK.astype(wide) * scale).astype(dtype), k_BxSxGxK.shape[2])
+  q = _scaled_rows(q_BxTxHxK, k_BxSxGxK.shape[2], settings, v_BxSxGxK.dtype, bias.dtype)
   k, v = _heads_first(k_BxSxGxK), _heads_first(v_BxSxGxK)
+  mixed, e_BxGxRxS, inverse = _mixed(q, k, v, bias, kept_BxGxRxS, settings)
+  y_BxTxHxK = _unrows(mixed, q_BxTxHxK.shape[2])
+  return y_BxTxHxK, (q, k, v, e_BxGxRxS, inverse, y_BxTxHxK)
+
+
+def _scaled_rows(q_BxTxHxK, groups, settings, dtype, wide):
+  return _rows((q_BxTxHxK.astype(wide) * settings[1]).astype(dtype), groups)
+
+
+def _mixed(q, k, v, bias, kept_BxGxRxS, settings):
+  """Values BxGxRxK mixed by the softmax; the weights less their sums; 1 / the sums."""
+  rate, _, softcap = settings
+  dtype, wide = v.dtype, bias.dtype
   logits_BxGxRxS = _product(q, k, 3, 3, wide)
   if softcap is not None:
     logits_BxGxRxS = softcap * jnp.tanh(logits_BxGxRxS / softcap)
@@ -106,8 +160,7 @@ def _fwd(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings):
     # The sign of a weight says whether it was dropped.
     e_BxGxRxS = jnp.where(kept_BxGxRxS, e_BxGxRxS, -e_BxGxRxS)
   mixed = _product(_undropped(e_BxGxRxS, rate), v, 3, 2, wide) * inverse
-  y_BxTxHxK = _unrows(mixed.astype(dtype), q_BxTxHxK.shape[2])
-  return y_BxTxHxK, (q, k, v, e_BxGxRxS, inverse, y_BxTxHxK)
+  return mixed.astype(dtype), e_BxGxRxS, inverse
 
 
 def _bwd(settings, kept, grad_BxTxHxK):

@@ -162,7 +162,9 @@ class Stack(Part[T5Config]):
       max_distance=c.relative_attention_max_distance,
     )
     args, shared = (c, self.dtype, self.deterministic), (bias_HxTxT, seen_BxTxT, *other)
-    x_BxTxD = stacking.stack(self, self.layer, args, self.count, drop(x_BxTxD), *shared)
+    x_BxTxD, _ = stacking.stack(
+      self, self.layer, args, self.count, drop(x_BxTxD), *shared
+    )
     return drop(layers.RmsNorm(c.layer_norm_epsilon, name="norm")(x_BxTxD))
 
 

@@ -1,0 +1,241 @@
+"""A cache of the keys and values of tokens that a decoder has seen.
+
+Rows have lengths of their own: a token's place is its number in its row, from 0. Each
+layer has columns, and the token of place p is in column p modulo their number. A layer
+with a sliding window has columns for its window alone, which is a ring; others have one
+for every place.
+
+Shapes: B rows, T tokens of a call, S columns, H heads of queries, G heads of keys and
+values, K head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_flax.errors import LoraxError
+from lorax_flax.models import ops
+
+# Keys and values of one layer, BxGxSxK each: heads first, as attention's products read
+# them, so that no step transposes a cache.
+KeyValues = tuple[jax.Array, jax.Array]
+
+
+@dataclass(frozen=True)
+class Layout:
+  """The size of a family's cache.
+
+  Attributes:
+    heads, head_size: of keys and values.
+    windows: for each layer, the number of places that a query attends to, its own
+      included; None: all.
+    max_length: number of places that the model has; None: without a bound.
+    attends_to_source: layers attend to an encoder's output too.
+  """
+
+  heads: int
+  head_size: int
+  windows: tuple[int | None, ...]
+  max_length: int | None = None
+  attends_to_source: bool = False
+
+
+@dataclass(frozen=True)
+class Chunk:
+  """The places of the tokens of one call.
+
+  Attributes:
+    places_BxT: int32; negative for padding.
+    starts_B: int32, number of tokens of each row before this call.
+    length: number of places of the cache.
+  """
+
+  places_BxT: jax.Array
+  starts_B: jax.Array
+  length: int
+
+  @property
+  def ends_B(self) -> jax.Array:
+    """Number of tokens of each row after this call."""
+    return self.starts_B + jnp.sum(self.places_BxT >= 0, axis=1, dtype=jnp.int32)
+
+  @property
+  def positions_BxT(self) -> jax.Array:
+    """The places, with zeros for padding."""
+    return jnp.maximum(self.places_BxT, 0)
+
+
+@dataclass(frozen=True)
+class Cache:
+  """Keys and values of the tokens so far; a call with it returns it with its own added.
+
+  Attributes:
+    layers: the layers' KeyValues, or where layers attend to an encoder's output, pairs
+      of those of the text and of the source: a tuple, or stacked as scanned layers are.
+    lengths_B: int32, number of tokens of each row.
+    source_BxN: of an encoder's N tokens, the mask; None without an encoder.
+    length: maximal number of tokens of a row.
+  """
+
+  layers: Any
+  lengths_B: jax.Array
+  source_BxN: jax.Array | None
+  length: int
+
+  def chunk(self, mask_BxT: jax.Array, position_ids: Any = None) -> Chunk:
+    """Places of further tokens.
+
+    Args:
+      mask_BxT: nonzero where a token is; the others are padding, which leaves no trace.
+      position_ids: None; they follow from the cache.
+
+    Raises:
+      LoraxError: position_ids; more tokens, or rows, than the cache has room for.
+    """
+    if position_ids is not None:
+      raise LoraxError("position_ids beside a cache, from which positions follow")
+    (rows, tokens), room = mask_BxT.shape, len(self.lengths_B)
+    if rows != room:
+      raise LoraxError(f"{rows} rows for a cache of {room}")
+    if tokens > self.length:
+      raise LoraxError(f"{tokens} tokens for a cache of {self.length}")
+    real_BxT = mask_BxT != 0
+    count_BxT = jnp.cumsum(real_BxT, axis=1, dtype=jnp.int32)
+    places_BxT = jnp.where(real_BxT, self.lengths_B[:, None] + count_BxT - 1, -1)
+    return Chunk(places_BxT, self.lengths_B, self.length)
+
+  def grown(self, layers: Any, chunk: Chunk, source_BxN: Any = None) -> "Cache":
+    """The cache after a call, with what its layers kept."""
+    return Cache(layers, chunk.ends_B, source_BxN, self.length)
+
+  def take(self, rows_B: jax.Array) -> "Cache":
+    """Rows in another order, some of them repeated or left out: of beams, of slots."""
+    # A layer's leaves have four axes, behind that of the layers where they are stacked.
+    layers = jax.tree.map(
+      lambda x: jnp.take(x, rows_B, axis=x.ndim - 4, mode="clip"), self.layers
+    )
+    lengths_B, source_BxN = jax.tree.map(
+      lambda x: jnp.take(x, rows_B, axis=0, mode="clip"),
+      (self.lengths_B, self.source_BxN),
+    )
+    return Cache(layers, lengths_B, source_BxN, self.length)
+
+
+jax.tree_util.register_dataclass(Chunk, ["places_BxT", "starts_B"], ["length"])
+jax.tree_util.register_dataclass(
+  Cache, ["layers", "lengths_B", "source_BxN"], ["length"]
+)
+
+
+def blank(
+  layout: Layout,
+  batch: int,
+  length: int,
+  source_length: int = 0,
+  *,
+  dtype: Any,
+  stacked: bool,
+) -> Cache:
+  """A cache without tokens.
+
+  Args:
+    batch: number of rows.
+    length: maximal number of tokens of a row, the prompt's and the new ones.
+    source_length: number of tokens of an encoder's text.
+    dtype: of keys and values.
+    stacked: the layers are scanned. They then have equally many columns: where windows
+      differ, one for every place.
+
+  Raises:
+    LoraxError: more tokens than the model has positions.
+  """
+  if layout.max_length is not None and length > layout.max_length:
+    raise LoraxError(
+      f"a cache of {length} tokens: the model takes at most {layout.max_length}"
+    )
+
+  def key_values(columns: int) -> KeyValues:
+    shape = (batch, layout.heads, columns, layout.head_size)
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+  def layer(window: int | None) -> Any:
+    own = key_values(length if window is None else min(window, length))
+    return (own, key_values(source_length)) if layout.attends_to_source else own
+
+  windows, source = layout.windows, None
+  if stacked:
+    only = windows[0] if len(set(windows)) == 1 else None
+    repeated = lambda x: jnp.repeat(x[None], len(windows), axis=0)
+    layers = jax.tree.map(repeated, layer(only))
+  else:
+    layers = tuple(map(layer, windows))
+  if layout.attends_to_source:
+    source = jnp.zeros((batch, source_length), jnp.int32)
+  return Cache(layers, jnp.zeros(batch, jnp.int32), source, length)
+
+
+def check_room(cache: Cache, tokens: Any) -> None:
+  """Raises LoraxError unless every row has room for more tokens; waits for the device.
+
+  Args:
+    tokens: number of tokens of each row, (B,), or of all.
+  """
+  ends_B = np.asarray(cache.lengths_B) + np.asarray(tokens)
+  if (most := int(ends_B.max())) > cache.length:
+    raise LoraxError(
+      f"row {int(ends_B.argmax())} of {most} tokens for a cache of {cache.length}"
+    )
+
+
+def attend(
+  q_BxTxHxK: jax.Array,
+  k_BxTxGxK: jax.Array,
+  v_BxTxGxK: jax.Array,
+  kept: KeyValues,
+  chunk: Chunk,
+  **options: Any,
+) -> tuple[jax.Array, KeyValues]:
+  """Attention of a call's tokens to those before and among them: BxTxHxK, kept.
+
+  Args:
+    kept: of one layer.
+    **options: of `ops.attention_by_place`.
+  """
+  new = _written(kept[0], k_BxTxGxK, chunk), _written(kept[1], v_BxTxGxK, chunk)
+  columns = kept[0].shape[2]
+  if q_BxTxHxK.shape[1] == 1 or columns == chunk.length:
+    # Nothing that a query attends to was overwritten; and nothing is copied.
+    (k, v), places_BxS = new, _places(chunk.ends_B, columns)
+  else:
+    k, v = map(_joined, kept, (k_BxTxGxK, v_BxTxGxK))
+    places_BxS = jnp.concatenate(
+      [_places(chunk.starts_B, columns), chunk.places_BxT], axis=1
+    )
+  y = ops.attention_by_place(q_BxTxHxK, k, v, chunk.places_BxT, places_BxS, **options)
+  return y, new
+
+
+def _places(lengths_B: jax.Array, columns: int) -> jax.Array:
+  """Places of the tokens in a layer's columns, BxS; negative where there is none."""
+  last_Bx1 = lengths_B[:, None] - 1
+  return last_Bx1 - (last_Bx1 - jnp.arange(columns, dtype=jnp.int32)[None]) % columns
+
+
+def _written(x_BxGxSxK: jax.Array, new_BxTxGxK: jax.Array, chunk: Chunk) -> jax.Array:
+  """The columns with those of the new tokens replaced."""
+  columns = x_BxGxSxK.shape[2]
+  # Of tokens that share a column, the last alone.
+  first_Bx1 = jnp.maximum(chunk.ends_B - columns, 0)[:, None]
+  written_BxT = chunk.places_BxT >= first_Bx1
+  column_BxT = jnp.where(written_BxT, chunk.places_BxT % columns, columns)
+  row_Bx1 = jnp.arange(len(x_BxGxSxK), dtype=jnp.int32)[:, None]
+  at = x_BxGxSxK.at[row_Bx1, :, column_BxT]
+  return at.set(new_BxTxGxK.astype(x_BxGxSxK.dtype), mode="drop")
+
+
+def _joined(x_BxGxSxK: jax.Array, new_BxTxGxK: jax.Array) -> jax.Array:
+  new_BxGxTxK = new_BxTxGxK.swapaxes(1, 2).astype(x_BxGxSxK.dtype)
+  return jnp.concatenate([x_BxGxSxK, new_BxGxTxK], axis=2)
