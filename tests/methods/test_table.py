@@ -71,8 +71,13 @@ def start(name, case, **changes):
   return lora, fn, params, lora.init(jax.random.key(2), params, X)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", NAMES)
+# A scan under remat for all; what else the following of factors has, for one of each
+# shape: factors, one that all layers share, and a dense delta.
+RUNS = [(name, case) for name in NAMES for case in ("single", "remat", "some layers")]
+RUNS += [(n, c) for n in ("loha", "vera", "hira") for c in ("looped", "joined")]
+
+
+@pytest.mark.parametrize(("name", "case"), RUNS)
 def test_applied_is_merged_and_nothing_at_the_start(name, case):
   lora, fn, params, adapter = start(name, case)
   np.testing.assert_allclose(lora.apply(params, adapter, X), fn(params, X), atol=2e-6)

@@ -1,13 +1,10 @@
 """Prefill and steps of a decoder, against transformers' generation."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-import lorax_flax as lx
-from lorax_flax.models import cache as caches
 from lorax_flax.models import registry
 from lorax_flax.serve import decoder
 from tests.models import test_packing
