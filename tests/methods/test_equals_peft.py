@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peft
 import pytest
 import torch
 
@@ -111,3 +112,20 @@ def test_value_merged_weight_and_three_steps_equal_pefts(name, kind):
   np.testing.assert_allclose(
     kernel.T if kind == "linear" else kernel, merged, rtol=1e-4, atol=1e-5
   )
+
+
+def test_the_projections_of_vera_are_pefts_for_kernels_of_unlike_shapes():
+  model = torch.nn.Sequential(torch.nn.Linear(12, 4), torch.nn.Linear(4, 9))
+  config = peft.VeraConfig(r=5, target_modules=["0", "1"], projection_prng_key=3)
+  theirs = peft.get_peft_model(model, config).base_model
+  params = {"up": jnp.ones((12, 4)), "down": jnp.ones((4, 9))}
+  ours = lx.LoraConfig(
+    targets=["up", "down"], method="vera", rank=5, options={"projection_prng_key": 3}
+  )
+  lora = lx.adapt(lambda p, x: x @ p["up"] @ p["down"], ours)
+  adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 12)))
+  first, second = (x["default"].numpy() for x in (theirs.vera_A, theirs.vera_B))
+  for path, (fan_in, fan_out) in {"up": (12, 4), "down": (4, 9)}.items():
+    delta = adapter[path]
+    np.testing.assert_allclose(delta.a, first[:, :fan_in].T, atol=1e-7)
+    np.testing.assert_allclose(delta.b, second[:fan_out].T, atol=1e-6)
