@@ -21,6 +21,7 @@ from experiments.cli import config_dict, config_flag
 from experiments.cli.config_dict import Values
 from lorax_flax.errors import LoraxError, prefixed
 from lorax_flax.jobs.settings import Settings
+from lorax_flax.methods import METHODS
 from lorax_flax.train import trials as together
 from lorax_flax.train.optimizers import OPTIMIZERS
 
@@ -187,7 +188,8 @@ def _shape(settings: Settings) -> dict[str, Any]:
     if name not in _DATA.get(section, ())
   }
   found["init_adapter"] = settings.init_adapter
-  if not OPTIMIZERS[settings.train.optimizer].by_element:
+  method = METHODS.of_targets(settings.lora.method, settings.lora.options)
+  if not OPTIMIZERS[settings.train.optimizer].by_element or not method.pads_rank:
     found["lora.rank"] = settings.lora.rank  # Padding would change the steps.
   if _drops_by_length(settings):
     # The order of the examples makes the lengths of the batches.

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.methods import METHODS
+from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.methods import METHODS, KernelDelta
 
 BIAS = ("none", "all", "lora_only")
 ON_UNSUPPORTED = ("error", "materialize")
@@ -39,7 +39,8 @@ class LoraConfig:
     exclude: the same rules; wins over `targets`.
     method: a key of `METHODS`, whose method all targets get: "lora"; "dora"
       trains a magnitude for each output beside the factors; "lora_bias" a bias on each
-      second factor (PEFT's lora_bias), and takes no embeddings.
+      second factor (PEFT's lora_bias), and takes no embeddings. The others are in
+      `lorax_flax.methods`, a file each.
     options: the method's own options by name.
     rank, alpha: of every target, unless a pattern says otherwise; the delta is scaled
       by alpha / rank.
@@ -96,7 +97,7 @@ class LoraConfig:
 
   def __post_init__(self):
     self._resolve_aliases()
-    METHODS.of_targets(self.method, self.options)
+    self._check_used(METHODS.of_targets(self.method, self.options))
     for name, options in (
       ("bias", BIAS),
       ("on_unsupported", ON_UNSUPPORTED),
@@ -135,6 +136,23 @@ class LoraConfig:
         ) from e
     if self.layers_pattern and re.compile(self.layers_pattern).groups != 1:
       raise LoraxError("LoraConfig.layers_pattern needs one group, the layer's number")
+
+  def _check_used(self, method: type[KernelDelta]) -> None:
+    """Refuses a rank or a scale that the method would not look at."""
+    default = LoraConfig.__dataclass_fields__
+    if not method.has_rank and (
+      self.rank_pattern or self.rank != default["rank"].default
+    ):
+      raise LoraxError(
+        f"LoraConfig.rank does nothing in {self.method}, which has no rank: leave it"
+        f" out. Its options: {listing(method.options) or 'none'}"
+      )
+    given = self.alpha not in (default["alpha"].default, self.rank)
+    if "scale" not in method.axes and (given or self.alpha_pattern or self.use_rslora):
+      raise LoraxError(
+        f"LoraConfig.alpha={self.alpha:g} does nothing in {self.method}, whose delta is"
+        " not scaled by alpha / rank: leave it, alpha_pattern and use_rslora out"
+      )
 
   def _resolve_aliases(self) -> None:
     """Sets `method` by `use_dora` or `lora_bias`, as PEFT makes them of LoRA."""

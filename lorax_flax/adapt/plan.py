@@ -16,7 +16,7 @@ from lorax_flax.adapt.interpret import roles as disc
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.paths import path_key
 from lorax_flax.adapt.ranks import settle
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, listing, prefixed, unknown
 from lorax_flax.methods import METHODS, Adapter, Rows, Tuned
 
 
@@ -315,7 +315,12 @@ def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
   roles = tuple("stack" if i in stack_axes else r for i, r in enumerate(roles))
   style = "embedding" if "gather" in usage.primitives else config.init
   method = METHODS.of_targets(config.method, config.options)
-  return Target(
+  if style == "embedding" and not method.takes_tables:
+    raise LoraxError(
+      f"{config.method}: target {path!r} is looked up, and the method is not defined"
+      " for tables: exclude it, or choose lora"
+    )
+  target = Target(
     path,
     shape,
     roles,
@@ -325,6 +330,13 @@ def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
     config.method,
     {**method.options, **config.options},
   )
+  if target.ranks is not None and not method.pads_rank:
+    raise LoraxError(
+      f"{config.method} has one rank for all layers of {path!r}, not {target.ranks}"
+    )
+  with prefixed(f"target {path!r}"):
+    method.layer_shapes(target)  # which says what the kernel does not allow
+  return target
 
 
 def _guessed(shape, path) -> tuple[str, ...]:

@@ -5,20 +5,46 @@
 way: `METHODS["mine"] = Mine`.
 """
 
+from lorax_flax.methods.boft import BOFT
+from lorax_flax.methods.c3a import C3A
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.dora import DoRA
+from lorax_flax.methods.fourier_ft import FourierFT
 from lorax_flax.methods.full import Tuned
+from lorax_flax.methods.gralora import GraLoRA
+from lorax_flax.methods.hira import HiRA
+from lorax_flax.methods.hra import HRA
 from lorax_flax.methods.kernel_delta import Followed, KernelDelta
+from lorax_flax.methods.loha import LoHa
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.lora_bias import BiasLoRA
 from lorax_flax.methods.low_rank import LowRank
+from lorax_flax.methods.miss import MiSS
+from lorax_flax.methods.oft import OFT
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.table import Methods
 from lorax_flax.methods.token_rows import Rows
+from lorax_flax.methods.vera import VeRA
 
 Adapter = dict[str, Delta]
 
-METHODS = Methods(lora=LoRA, dora=DoRA, lora_bias=BiasLoRA, token_rows=Rows, full=Tuned)
+METHODS = Methods(
+  lora=LoRA,
+  dora=DoRA,
+  lora_bias=BiasLoRA,
+  loha=LoHa,
+  vera=VeRA,
+  hra=HRA,
+  oft=OFT,
+  boft=BOFT,
+  miss=MiSS,
+  hira=HiRA,
+  c3a=C3A,
+  fourierft=FourierFT,
+  gralora=GraLoRA,
+  token_rows=Rows,
+  full=Tuned,
+)
 
 __all__ = [
   "METHODS",

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from lorax_flax.methods.axes import LeafAxes, Shape, by_role, resolved, shape_of
 from lorax_flax.methods.delta import Delta
-from lorax_flax.methods.parts import Parts, dense
+from lorax_flax.methods.parts import Parts, dense, full
 
 # Those of `adapt.plan`, a room above this one.
 Target: TypeAlias = Any
@@ -50,6 +51,8 @@ class Followed(Delta):
 
   def added_bias(self, w: jax.Array) -> jax.Array | None:
     """The addition to the base's own bias, (*stack, *out)."""
+    if not self.has_bias:
+      return None
     bias, axes = self.parts(w).bias, by_role(self.roles)
     if bias is None:
       return None
@@ -64,11 +67,21 @@ class Followed(Delta):
 class KernelDelta(Followed):
   """A delta of a target, by a method that `LoraConfig.method` may name.
 
-  Its dataclass has the static fields `roles`, `dropout` and `layers`. A leaf `scale` is
+  Its dataclass has the static fields `roles`, `dropout` and `layers`, and those of its
+  options that it needs after the start. A leaf `scale`, where the method has one, is
   alpha / r, () or (*stack,), data of each trial.
+
+  Attributes:
+    has_rank: whether `LoraConfig.rank` means something to the method.
+    pads_rank: whether zeros beyond its rank change nothing, so that layers and trials
+      of other ranks can be stacked.
+    takes_tables: whether it is defined for weights whose rows are looked up.
   """
 
-  per_trial = ("scale",)
+  per_trial: ClassVar[tuple[str, ...]] = ("scale",)
+  has_rank: ClassVar[bool] = True
+  pads_rank: ClassVar[bool] = True
+  takes_tables: ClassVar[bool] = True
 
   @classmethod
   def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Plan) -> Self:
@@ -120,10 +133,35 @@ class KernelDelta(Followed):
     roles: tuple[str, ...],
     dropout: float = 0.0,
     layers: tuple[int, ...] | None = None,
+    options: Mapping[str, Any] | None = None,
   ) -> Self:
-    """A delta of these trained leaves."""
-    scale = jnp.asarray(scale, jnp.float32)
-    return cls(**leaves, scale=scale, roles=roles, dropout=dropout, layers=layers)
+    """A delta of these leaves; the scale of those that have one."""
+    own = {f.name for f in fields(cls)}
+    kept = {n: x for n, x in (options or {}).items() if n in own}
+    if "scale" in own:
+      kept["scale"] = jnp.asarray(scale, jnp.float32)
+    return cls(**leaves, **kept, roles=roles, dropout=dropout, layers=layers)
+
+  @classmethod
+  def of_target(
+    cls, leaves: Mapping[str, jax.Array], target: Target, plan: Plan
+  ) -> Self:
+    """The delta of a target that starts with these leaves."""
+    return cls.of(
+      leaves, target.scale, target.roles, plan.dropout, target.layers, target.options
+    )
+
+  @classmethod
+  def axis_sizes(
+    cls, shape: Shape, roles: Sequence[str], sizes: Mapping[str, Any]
+  ) -> Mapping[str, Any]:
+    """The sizes of the method's own axes: `sizes`, and what follows from the kernel.
+
+    Raises:
+      LoraxError: a size that the kernel does not allow.
+    """
+    del shape, roles
+    return sizes
 
   @classmethod
   def leaf_shapes(
@@ -134,11 +172,19 @@ class KernelDelta(Followed):
     Args:
       shape, roles: the kernel's.
       sizes: of the method's own axes: the rank, and options.
+
+    Raises:
+      LoraxError: a size that the kernel does not allow.
     """
-    kernel = by_role(roles)
-    return {
-      n: shape_of(resolved(cls.axes[n], kernel), shape, sizes) for n in cls.trained
-    }
+    return {n: cls.leaf_shape(n, shape, roles, sizes) for n in cls.trained}
+
+  @classmethod
+  def leaf_shape(
+    cls, name: str, shape: Shape, roles: Sequence[str], sizes: Mapping[str, Any]
+  ) -> Shape:
+    """The shape of one leaf; arguments and errors as of `leaf_shapes`."""
+    sizes = cls.axis_sizes(shape, roles, sizes)
+    return shape_of(resolved(cls.axes[name], by_role(roles)), shape, sizes)
 
   @classmethod
   def layer_shapes(cls, target: Target) -> dict[str, Shape]:
@@ -149,7 +195,8 @@ class KernelDelta(Followed):
 
   def scales(self) -> jax.Array:
     """The scale at each place of the stack that has a delta, (*stack,)."""
-    scale, depth = self.leaves()["scale"], self.roles.count("stack")
+    depth = self.roles.count("stack")
+    scale = self.leaves().get("scale", jnp.float32(1))
     stack = self.leaves()[self.trained[0]].shape[:depth]
     ones = (1,) * (depth - scale.ndim)
     return jnp.broadcast_to(scale.reshape(scale.shape + ones), stack)
@@ -167,10 +214,48 @@ class KernelDelta(Followed):
       The kernel's axes, of size 1 where the leaf does not carry them, then the leaf's
       own axes, or one of size 1.
     """
-    axes = self.leaf_axes(name)
     t = self.leaves()[name] if value is None else value
-    if self.layers is not None and t.ndim:
-      length = shape[by_role(self.roles)["stack"][0]]
+    return self._placed(t, self.leaf_axes(name), shape, fill)
+
+  def placed(self, value: jax.Array, names: Sequence[str], shape: Shape) -> jax.Array:
+    """An array that a method makes of its leaves, in the layout of `Parts`.
+
+    Args:
+      value: axes as `names` say; all "in" axes as one, all "out" axes as one. Layers
+        that have no delta are not in it, and are zero in the result.
+      names: as in `axes`.
+      shape: the kernel's.
+    """
+    kernel, given, sizes = self.kernel_axes(), list(value.shape), []
+    for name in names:
+      if name in ("in", "out"):
+        del given[0]
+        sizes += [shape[axis] for axis in kernel[name]]
+      else:
+        n = len(kernel.get(name, "1"))
+        sizes, given = sizes + given[:n], given[n:]
+    return self._placed(value.reshape(sizes), resolved(names, kernel), shape)
+
+  def full_parts(self, delta: jax.Array, shape: Shape) -> Parts:
+    """The parts of a dense delta, (*stack, in, out), of a kernel of this shape."""
+    return full(self.placed(delta, ("stack", "in", "out"), shape))
+
+  def matrices(self, w: jax.Array) -> jax.Array:
+    """A kernel as (*stack, in, out), float32, the layers that have a delta."""
+    axes = by_role(self.roles)
+    w = w.transpose((*axes["stack"], *axes["in"], *axes["out"])).astype(jnp.float32)
+    if self.layers is not None:
+      w = w[jnp.asarray(self.layers)]
+    depth, fan_in = len(axes["stack"]), len(axes["in"])
+    sizes = math.prod(w.shape[depth : depth + fan_in]), -1
+    return w.reshape((*w.shape[:depth], *sizes))
+
+  def _placed(
+    self, t: jax.Array, axes: LeafAxes, shape: Shape, fill: float = 0.0
+  ) -> jax.Array:
+    stack = by_role(self.roles)["stack"][:1]
+    if self.layers is not None and set(stack) <= set(axes):
+      length = shape[stack[0]]
       full = jnp.full((length, *t.shape[1:]), fill, t.dtype)
       t = full.at[jnp.asarray(self.layers)].set(t)
     # The kernel's axes in its order, then the method's own.
@@ -178,6 +263,21 @@ class KernelDelta(Followed):
     t = t.transpose(sorted(range(t.ndim), key=places.__getitem__))
     t = jnp.expand_dims(t, [i for i in range(len(shape)) if i not in axes])
     return t if t.ndim > len(shape) else t[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodDelta(KernelDelta):
+  """A method's delta with the static fields that each has; its own are the leaves.
+
+  Attributes:
+    roles: the role of each kernel axis, in the kernel's order.
+    dropout: rate on the input of the delta's part of a product.
+    layers: the indices on the leading stack axis that have a delta; None for all.
+  """
+
+  roles: tuple[str, ...] = field(metadata={"static": True})
+  dropout: float = field(default=0.0, metadata={"static": True})
+  layers: tuple[int, ...] | None = field(default=None, metadata={"static": True})
 
 
 def _within(leaf: jax.Array, axes: LeafAxes, ranks: jax.Array) -> jax.Array:

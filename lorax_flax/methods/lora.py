@@ -79,4 +79,4 @@ class LoRA(LowRank):
       # The std is that of the layer's own rank.
       own = jnp.asarray(target.ranks).reshape(-1, *[1] * (leaves["a"].ndim - 1))
       leaves["a"] = leaves["a"] * (target.rank / own)
-    return cls.of(leaves, target.scale, target.roles, plan.dropout, target.layers)
+    return cls.of_target(leaves, target, plan)

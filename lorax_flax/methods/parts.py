@@ -10,7 +10,8 @@ class Parts(NamedTuple):
   """x W' + bias for W' = out_scale * (W + sum_r a b), unevaluated.
 
   Every part has the kernel's axes and one more at the end, and size 1 on the axes that
-  it does not carry.
+  it does not carry. A delta that is not of low rank is `full(delta)`: one factor alone
+  carries all axes, and every rule that follows factors follows it.
 
   Attributes:
     a: carries the in and the stack axes; its last axis is r.
@@ -24,6 +25,11 @@ class Parts(NamedTuple):
   b: jax.Array
   out_scale: jax.Array | None = None
   bias: jax.Array | None = None
+
+
+def full(delta: jax.Array) -> Parts:
+  """The parts of a dense delta, (*kernel, 1)."""
+  return Parts(delta, jnp.ones((1,) * delta.ndim, delta.dtype))
 
 
 def dense(a: jax.Array, b: jax.Array, dtype) -> jax.Array:

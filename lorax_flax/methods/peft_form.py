@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -64,14 +65,42 @@ Keys = Mapping[str, tuple[str, Form]]
 
 @dataclass(frozen=True)
 class PeftForm:
-  """The tensors that PEFT has for a method.
+  """The config and the tensors that PEFT has for a method.
 
   Attributes:
     flag: the field of PEFT's LoraConfig that turns the method on; None: plain LoRA, or
-      no method of targets.
+      no method of targets, or another type than LORA.
     keys: by kind of module. "turned" is a linear layer whose weight is an embedding's;
       "experts" is a stacked parameter.
+    type: PEFT's peft_type.
+    shared: the tensors that all modules share, by key after "base_model."; a delta's
+      leaf is the first part of each axis.
+    fields: of the type's config, less those that all types have: our name of what it
+      means (of `hub.peft.config.PeftConfig`), and PEFT's default. LORA's are our own.
+    options: PEFT's field to the method's option.
+    lacks: fields that all other types have.
+    off: fields, each with the values that are computed here; the first is written.
+    training: fields that change how an adapter starts or trains and not what it
+      computes, each with the value that is honoured.
+    only: PEFT's bias= for the biases of the targets; None: by the type's name.
+    since: the oldest peft_version whose folders mean what they mean now.
+    targets: the default target_modules by model type, where they are the type's own.
   """
 
   flag: str | None = None
   keys: Mapping[str, Keys] = field(default_factory=dict)
+  type: str = "LORA"
+  shared: Keys = field(default_factory=dict)
+  fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+  options: Mapping[str, str] = field(default_factory=dict)
+  lacks: tuple[str, ...] = ()
+  off: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+  training: Mapping[str, Any] = field(default_factory=dict)
+  only: str | None = None
+  since: str = "0"
+  targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+  @property
+  def targets_only(self) -> str:
+    """PEFT's bias= for the biases of the targets alone."""
+    return self.only or f"{self.type.lower()}_only"

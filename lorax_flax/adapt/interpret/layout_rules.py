@@ -402,7 +402,9 @@ def _side_by_side(factors, operands, axis, dims, total, stacked, carrier):
   """
   remaining, offset, parts = iter(factors), 0, []
   common = [max(f.shape[i] for f in factors) for i in range(factors[0].ndim - 1)]
-  along = stacked or dims[axis].role == carrier
+  along = (
+    stacked or dims[axis].role == carrier or any(f.shape[axis] != 1 for f in factors)
+  )
   for operand in operands:
     size = operand.shape[axis] if along else 1
     shape = [size if i == axis else n for i, n in enumerate(common)]

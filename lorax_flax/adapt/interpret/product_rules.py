@@ -67,18 +67,34 @@ def site(eqn: Any) -> str:
   return "depthwise convolution" if eqn.invars[1].aval.shape[inputs] == 1 else name
 
 
-def _contracted_and_other(view: View, axes: Axes) -> tuple[jax.Array, jax.Array]:
-  """The factor that the primitive contracts, and the other one."""
+class _Factors(NamedTuple):
+  """The factors of a delta as a product meets them.
+
+  Attributes:
+    contracted: carries the axes that the primitive contracts.
+    turned: whether these are the outputs: a tied weight, used the other way round.
+  """
+
+  contracted: jax.Array
+  other: jax.Array
+  turned: bool
+
+
+def _factors(view: View, axes: Axes) -> _Factors:
   met = view.roles_of(axes.contracted)
-  if met <= {"in"}:
-    contracted, other = view.a, view.b
-  elif met == {"out"}:
-    contracted, other = view.b, view.a  # a tied weight, used the other way round
-  else:
+  turned = met == {"out"}
+  if not turned and not met <= {"in"}:
     raise Unsupported(f"a product that contracts axes with the roles {sorted(met)}")
-  if any(other.shape[i] != 1 for i in axes.contracted):
+  contracted, other = (view.b, view.a) if turned else (view.a, view.b)
+
+  def carries(t):
+    return any(t.shape[i] != 1 for i in axes.contracted)
+
+  if carries(other) and not carries(contracted):  # one factor is the dense delta
+    contracted, other = other, contracted
+  if carries(other):
     raise Unsupported("a product that contracts a stack axis")
-  return contracted, other
+  return _Factors(contracted, other, turned)
 
 
 def _named(t: jax.Array, letters: list[str]) -> tuple[jax.Array, str]:
@@ -139,7 +155,7 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   axes = axes_of(eqn, operands)
   side = 0 if is_view(operands[0]) else 1
   view, x = operands[side], operands[1 - side]
-  contracted, other = _contracted_and_other(view, axes)
+  contracted, other, turned = _factors(view, axes)
   contract, batch = jx.param(eqn, "dimension_numbers")
   names = iter(string.ascii_letters.replace("z", ""))
   w = [next(names) for _ in view.dims]
@@ -152,8 +168,7 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   batched = [w[i] for i in batch[side]]
   names_out = batched + (w_free + x_free if side == 0 else x_free + w_free)
 
-  turned = contracted is view.b  # a tied weight: the out_scale is on x's side
-  if turned:
+  if turned:  # the out_scale is on x's side
     _no_bias(view)
     if view.out_scale is not None:
       x = x * _placed(view.out_scale, w, xs).astype(x.dtype)
@@ -228,10 +243,10 @@ def conv(eqn, operands, product, drop) -> jax.Array:
   d, groups = jx.param(eqn, "dimension_numbers"), jx.param(eqn, "feature_group_count")
   out_axis, in_axis, *window = d.rhs_spec
   sides = Axes((in_axis,), (), (out_axis,))
-  contracted, other = _contracted_and_other(view, sides)
+  contracted, other, turned = _factors(view, sides)
   if view.roles_of((out_axis,)) & view.roles_of((in_axis,)):
     raise Unsupported("a convolution over both factors' axes")
-  if contracted is view.b:
+  if turned:
     _no_bias(view)
     if view.out_scale is not None:
       raise Unsupported("a convolution over its outputs")
@@ -248,9 +263,9 @@ def conv(eqn, operands, product, drop) -> jax.Array:
     y = _finished(_sum(base, y), view, place)
     return y if kept is None else kept + y
 
-  if groups * rank > view.shape[out_axis]:
+  if groups * rank > view.shape[out_axis] or contracted.shape[out_axis] != 1:
     # The factor would give more channels than the kernel does: the kernel's change is
-    # smaller than these activations, and is formed.
+    # smaller than these activations, and is formed. Or one factor is that change.
     change = jnp.broadcast_to(dense(contracted, other, jnp.float32), view.shape)
     return finished(windowed(x, change))
   if any(other.shape[i] != 1 for i in window):

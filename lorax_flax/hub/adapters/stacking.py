@@ -38,6 +38,8 @@ def stack(
   roles: tuple[str, ...],
   shape: Sequence[int],
   dropout: float = 0.0,
+  options: Mapping[str, Any] | None = None,
+  shared: Mapping[str, np.ndarray] | None = None,
 ) -> KernelDelta:
   """The delta of a leaf of the base, by those of its layers.
 
@@ -47,14 +49,17 @@ def stack(
     scales: of each.
     roles: of the axes of one layer.
     shape: of the base's leaf.
+    options: of the method.
+    shared: leaves that all layers have in common.
 
   Raises:
     LoraxError: of one layer, some of the weights stacked there have no leaves.
   """
   first = next(iter(layers))
+  common = {name: jnp.asarray(x, jnp.float32) for name, x in (shared or {}).items()}
   if not first:
     whole = {name: jnp.asarray(x, jnp.float32) for name, x in layers[()].items()}
-    return method.of(whole, scales[0], roles, dropout)
+    return method.of({**whole, **common}, scales[0], roles, dropout, options=options)
   depth = len(first)
   chosen = sorted({index[0] for index in layers})
   indices = [*itertools.product(chosen, *map(range, shape[1:depth]))]
@@ -71,7 +76,10 @@ def stack(
   same = (every == every.flat[0]).all()
   scale = every.flat[0] if same else every
   some = None if len(chosen) == shape[0] else tuple(chosen)
-  return method.of(found, scale, ("stack",) * depth + roles, dropout, some)
+  given_roles = ("stack",) * depth + roles
+  return method.of(
+    {**found, **common}, scale, given_roles, dropout, some, options=options
+  )
 
 
 def unstack(delta: KernelDelta, index: Index) -> Layer:
@@ -79,7 +87,8 @@ def unstack(delta: KernelDelta, index: Index) -> Layer:
   place, depth = place_of(delta, index), len(index)
   leaves = {n: np.asarray(delta.leaves()[n], np.float32)[place] for n in delta.trained}
   axes = {name: delta.leaf_axes(name)[depth:] for name in leaves}
-  rank = _own_rank(leaves, axes) if index and delta.rank else delta.rank
+  is_padded = index and delta.rank and delta.pads_rank
+  rank = _own_rank(leaves, axes) if is_padded else delta.rank
   leaves = {name: trimmed(x, axes[name], rank) for name, x in leaves.items()}
   return Layer(leaves, np.asarray(delta.scales(), np.float32)[place], rank)
 

@@ -16,6 +16,7 @@ from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub.peft.names import ends_with, looked_up, several
 
 CONFIG_FILE = "adapter_config.json"
+LORA = "LORA"
 SEQ_CLS = "SEQ_CLS"
 # The base alone, without a head: its modules' names have no prefix.
 FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
@@ -63,11 +64,15 @@ EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class PeftConfig:
-  """The fields of PEFT's LoraConfig that we honour, under PEFT's names.
+  """The fields of PEFT's configs that we honour, under the names of its LoraConfig.
+
+  Other types' names for them are in each method's `PeftForm`.
 
   Module names are those of the PyTorch model ("bert.encoder.layer.0.output.dense").
 
   Attributes:
+    r: None of a type that has no rank.
+    lora_alpha: None of a type whose delta is not scaled.
     target_modules: a regular expression for full names, or "all-linear"; or names, each
       a full one or its end after a dot.
     exclude_modules: the same rules; wins.
@@ -85,10 +90,12 @@ class PeftConfig:
       module's name.
     ensure_weight_tying: weights that are tied to a trained one are trained too.
     auto_mapping: the class of the wrapped model, where there is no task_type.
+    peft_type: PEFT's name of the type.
+    options: of the method, those that the type has fields for, by our names.
   """
 
-  r: int = 8
-  lora_alpha: float = 8
+  r: int | None = 8
+  lora_alpha: float | None = 8
   lora_dropout: float = 0.0
   target_modules: str | tuple[str, ...] | None = None
   exclude_modules: str | tuple[str, ...] | None = None
@@ -110,6 +117,8 @@ class PeftConfig:
   auto_mapping: Mapping[str, Any] | None = None
   base_model_name_or_path: str | None = None
   revision: str | None = None
+  peft_type: str = LORA
+  options: Mapping[str, Any] = field(default_factory=dict)
 
   def __post_init__(self):
     init = self.init_lora_weights
@@ -156,16 +165,18 @@ class PeftConfig:
     return self.task_type or next(told, None)
 
   def rank(self, module: str) -> int:
-    """The rank of one module's factors."""
-    return looked_up(self.rank_pattern, module, self.r)
+    """The rank of one module's factors; 0 of a type that has none."""
+    return looked_up(self.rank_pattern, module, self.r or 0)
 
-  def alpha(self, module: str) -> float:
+  def alpha(self, module: str) -> float | None:
     return looked_up(self.alpha_pattern, module, self.lora_alpha)
 
   def scale(self, module: str) -> float:
-    """The factor on B A of one module."""
-    rank = self.rank(module)
-    return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
+    """The factor on the delta of one module."""
+    rank, alpha = self.rank(module), self.alpha(module)
+    if not rank or alpha is None:
+      return 1.0
+    return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
   def saved(self, names: Iterable[str]) -> list[str]:
     """The modules saved in full: those whose name ends so.
@@ -222,11 +233,16 @@ class PeftConfig:
     every = isinstance(self.target_modules, str)
     return every and str(self.target_modules).lower() == ALL_LINEAR
 
-  def with_defaults(self, family: str) -> "PeftConfig":
+  def with_defaults(
+    self, family: str, own: Mapping[str, tuple[str, ...]] | None = None
+  ) -> "PeftConfig":
     """Fills in target_modules as PEFT does for a model_type.
 
     PEFT has defaults where none are given, and names instead of an expression
     where experts are not modules that it could match.
+
+    Args:
+      own: the defaults of the type, where they differ from LORA's.
 
     Raises:
       LoraxError: PEFT has no default for it either.
@@ -242,8 +258,9 @@ class PeftConfig:
       return self._with_experts()
     if self.target_modules is not None:
       return self
-    if family in DEFAULT_TARGETS:
-      return replace(self, target_modules=DEFAULT_TARGETS[family])
+    defaults = {**DEFAULT_TARGETS, **(own or {})}
+    if family in defaults:
+      return replace(self, target_modules=defaults[family])
     if self.target_parameters:
       return self
     raise LoraxError(
@@ -255,7 +272,7 @@ class PeftConfig:
 
     The two parts of gate_up_proj get a half of the rank each, so it is twice as large.
     """
-    if not self.is_all_linear:
+    if not self.is_all_linear or self.r is None or self.lora_alpha is None:
       raise LoraxError(
         f"{CONFIG_FILE}: target_modules={self.target_modules!r} may or may not mean "
         "the experts: PEFT turns it into names for a mixture; give target_modules and "

@@ -25,6 +25,7 @@ from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import needs as peft_needs
 from lorax_flax.hub.peft import read as peft_read
 from lorax_flax.hub.peft.config import PeftConfig
+from lorax_flax.hub.peft.forms import form_of
 from lorax_flax.hub.peft.layout import Slot, layout
 from lorax_flax.hub.peft.modules import of_task
 from lorax_flax.hub.peft.needs import Needs
@@ -74,7 +75,8 @@ def _read_config(
   """The config of a folder, its defaults filled in, and the key map of its task."""
   config = config_file.read(folder, fresh=fresh)
   with prefixed(f"{folder}"):
-    return config.with_defaults(keymap.family), of_task(keymap, config.task)
+    defaults = form_of(config.peft_type).targets
+    return config.with_defaults(keymap.family, defaults), of_task(keymap, config.task)
 
 
 def with_tables(
@@ -182,7 +184,8 @@ def from_peft(
     LoraxError: an unsupported field, a name that the model doesn't have.
   """
   if isinstance(source, Mapping):
-    config = config_file.parse(dict(source), fresh=True).with_defaults(keymap.family)
+    config = config_file.parse(dict(source), fresh=True)
+    config = config.with_defaults(keymap.family, form_of(config.peft_type).targets)
     return to_lora_config(config, of_task(keymap, config.task))
   folder = adapter_folder(source, name)
   return to_lora_config(*_read_config(folder, keymap, fresh=True))

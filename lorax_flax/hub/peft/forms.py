@@ -1,10 +1,26 @@
-"""PEFT's forms of our methods: which tensors each kind of module has, and roles."""
+"""PEFT's forms of our methods: their configs' fields, tensors by kind, and roles."""
 
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
-from lorax_flax.hub.peft.config import PeftConfig
+from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.hub.peft.config import CONFIG_FILE, LORA, PeftConfig
 from lorax_flax.methods import METHODS, KernelDelta, LoRA
-from lorax_flax.methods.peft_form import Keys
+from lorax_flax.methods.peft_form import Keys, PeftForm
+
+# The fields that every type's config has.
+_COMMON = (
+  "target_modules",
+  "exclude_modules",
+  "modules_to_save",
+  "layers_to_transform",
+  "layers_pattern",
+  "task_type",
+  "auto_mapping",
+  "base_model_name_or_path",
+  "revision",
+)
 
 # The roles of our kernel's axes, of one layer.
 ROLES: Mapping[str, tuple[str, ...]] = {
@@ -16,13 +32,44 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def _types() -> dict[str, type[KernelDelta]]:
+  """The method of each peft_type; of LORA, plain LoRA."""
+  found: dict[str, type[KernelDelta]] = {LORA: LoRA}
+  for method in METHODS.values():
+    if issubclass(method, KernelDelta) and method.peft:
+      found.setdefault(method.peft.type, method)
+  return found
+
+
+def form_of(peft_type: Any) -> PeftForm:
+  """The form of a peft_type.
+
+  Raises:
+    LoraxError: one that no method here has.
+  """
+  types = _types()
+  if peft_type not in types:
+    raise LoraxError(f"{CONFIG_FILE}: {unknown('peft_type', str(peft_type), types)}")
+  return types[peft_type].peft or PeftForm()
+
+
+def fields_of(form: PeftForm) -> dict[str, tuple[str, Any]]:
+  """The fields of a type's config: PEFT's name to `PeftConfig`'s, and the default."""
+  ours = {each.name for each in fields(PeftConfig)} - {"peft_type", "options"}
+  default = PeftConfig()
+  if form.type == LORA:
+    return {name: (name, getattr(default, name)) for name in ours}
+  common = {n: (n, None) for n in _COMMON if n not in form.lacks}
+  return common | dict(form.fields)
+
+
 def method_of(config: PeftConfig) -> type[KernelDelta]:
-  """The method of a config: the one whose flag is on, else LoRA."""
+  """The method of a config: that of its type; of LORA, the one whose flag is on."""
   for method in METHODS.values():
     flag = method.peft.flag if method.peft else None
     if flag is not None and getattr(config, flag) and issubclass(method, KernelDelta):
       return method
-  return LoRA
+  return _types()[config.peft_type]
 
 
 def keys_of(method: type[KernelDelta], kind: str, rank: int) -> Keys | None:

@@ -12,7 +12,7 @@ from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import ROLES, keys_of, method_of
+from lorax_flax.hub.peft.forms import ROLES, form_of, keys_of, method_of
 from lorax_flax.hub.peft.modules import (
   ADAPTABLE,
   HEAD,
@@ -28,12 +28,13 @@ from lorax_flax.hub.peft.modules import (
 from lorax_flax.methods import Delta, Rows, Tuned
 from lorax_flax.methods.peft_form import AS_IS, Form
 
-PREFIX = "base_model.model."
+_SHARED_PREFIX = "base_model."
+PREFIX = f"{_SHARED_PREFIX}model."
 # PEFT's modules around a table that has factors, trained rows, or is saved in full.
 _FACTORED, _WITH_ROWS = "base_layer.", "token_adapter.base_layer."
 _ORIGINAL, _SAVED = "original_module.", "modules_to_save."
 WRAPPERS = ("", _FACTORED, _WITH_ROWS, _ORIGINAL, _SAVED)
-Status = Literal["own", "copy", "spare", "echo"]
+Status = Literal["own", "shared", "copy", "spare", "echo"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Slot:
     form: how the tensor's axes are ours. Of a leaf trained in full, its row says it.
     roles: of the axes of one layer of the base's leaf.
     rows: of trained rows, their numbers.
-    status: "own" says what no other tensor says; "copy" must be equal to another or to
-      the base; "spare" is a copy that PEFT saves only where it is asked to; "echo" is
-      one that nothing depends on, and is passed over.
+    status: "own" says what no other tensor says; "shared" says it for all targets,
+      whose leaves are its first parts, and the slot is of the first of them; "copy"
+      must be equal to another or to the base; "spare" is a copy that PEFT saves only
+      where it is asked to; "echo" is one that nothing depends on, and is passed over.
   """
 
   site: Site
@@ -164,7 +166,17 @@ def layout(
   slots |= _biases(config, keymap, targets, slots)
   slots = dict(_embeddings(config, keymap, targets, found, slots)) | slots
   _check_once(slots)
-  return {PREFIX + key: slot for key, slot in slots.items()}
+  return _shared(config, slots) | {PREFIX + key: slot for key, slot in slots.items()}
+
+
+def _shared(config: PeftConfig, slots: Mapping[str, Slot]) -> dict[str, Slot]:
+  """The slots of the tensors that all targets share."""
+  method = method_of(config)
+  first = next(slot for slot in slots.values() if slot.method is method)
+  return {
+    _SHARED_PREFIX + end: replace(first, leaf=leaf, form=form, status="shared")
+    for end, (leaf, form) in form_of(config.peft_type).shared.items()
+  }
 
 
 def _adaptable(module: str, found: Mapping[str, Place]) -> Place:
@@ -192,8 +204,8 @@ def _factors(
   method = method_of(config)
   keys = keys_of(method, place.kind, config.rank(module))
   if keys is None:
-    flag = method.peft and method.peft.flag
-    raise LoraxError(f"PEFT has no {flag} for {place.kind}s, and {module} is one")
+    name = (method.peft and method.peft.flag) or config.peft_type
+    raise LoraxError(f"PEFT has no {name} for {place.kind}s, and {module} is one")
   return {
     f"{key}.{end}": Slot(
       place.site, method, leaf, module, form, ROLES[place.kind], status=status

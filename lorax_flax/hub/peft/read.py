@@ -55,7 +55,14 @@ def read(
       value = slot.form.to_ours(tensors.get(key).astype(np.float32))
       sites = found.setdefault(slot.path, {})
       sites.setdefault(slot.site, _Layer(slot, {})).leaves[slot.leaf] = value
-  adapter = {path: _delta(sites, leaves[path], config) for path, sites in found.items()}
+  shared = {
+    slot.leaf: slot.form.to_ours(tensors.get(key).astype(np.float32))
+    for key, slot in slots.items()
+    if slot.status == "shared"
+  }
+  adapter = {
+    path: _delta(sites, leaves[path], config, shared) for path, sites in found.items()
+  }
   for key, slot in slots.items():
     if slot.status in ("copy", "spare") and key in tensors.shapes:
       _check_copy(key, tensors.get(key), slot, config, adapter, leaves)
@@ -84,8 +91,18 @@ def _shapes(
 ) -> dict[str, tuple[int, ...]]:
   """The shape of each key's tensor, by the base's leaves and the config's ranks."""
   shapes = {}
+  factored = [
+    slot
+    for slot in slots.values()
+    if slot.status == "own" and slot.method is method_of(config)
+  ]
   for key, slot in slots.items():
     if slot.status == "echo":
+      continue
+    if slot.status == "shared":
+      each = [_leaf_shape(s, config, leaves, slot.leaf) for s in factored]
+      widest = tuple(max(sizes) for sizes in zip(*each, strict=True))
+      shapes[key] = slot.form.stored_shape(widest)
       continue
     if slot.path not in leaves:
       raise LoraxError(f"the base has no {slot.path}, which {key} changes")
@@ -103,10 +120,22 @@ def _shapes(
         )
       ours = (len(slot.rows), inner[1 - axis])
     else:
-      sizes = {"rank": config.rank(slot.module)}
-      ours = method_of(config).leaf_shapes(inner, slot.roles, sizes)[slot.leaf]
+      ours = _leaf_shape(slot, config, leaves, slot.leaf)
     shapes[key] = slot.form.stored_shape(ours)
   return shapes
+
+
+def _leaf_shape(
+  slot: Slot, config: PeftConfig, leaves: Mapping[str, Any], name: str
+) -> tuple[int, ...]:
+  """The shape of a leaf of the delta at one site."""
+  if slot.path not in leaves:
+    raise LoraxError(f"the base has no {slot.path}, which {slot.module} is")
+  method = method_of(config)
+  inner = tuple(leaves[slot.path].shape)[len(slot.site.index) :]
+  sizes = {"rank": config.rank(slot.module), **method.options, **config.options}
+  with prefixed(slot.module):
+    return method.leaf_shape(name, inner, slot.roles, sizes)
 
 
 def _axis(slot: Slot) -> int:
@@ -118,7 +147,7 @@ def _check(
   tensors: Tensors, slots: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
   found = tensors.shapes
-  own = [key for key, slot in slots.items() if slot.status == "own"]
+  own = [key for key, slot in slots.items() if slot.status in ("own", "shared")]
   if missing := sorted(set(own) - found.keys()):
     near = nearest(missing[0], found)
     raise LoraxError(
@@ -174,8 +203,14 @@ def _check_copy(
     )
 
 
-def _delta(sites: _Sites, leaf: Any, config: PeftConfig) -> Delta:
-  """One leaf's delta, layers stacked where the leaf's are."""
+def _delta(
+  sites: _Sites, leaf: Any, config: PeftConfig, shared: Mapping[str, np.ndarray]
+) -> Delta:
+  """One leaf's delta, layers stacked where the leaf's are.
+
+  Args:
+    shared: what all targets share, of which the delta has the first parts.
+  """
   first = next(iter(sites.values()))
   slot = first.slot
   if slot.method is Tuned:
@@ -186,9 +221,22 @@ def _delta(sites: _Sites, leaf: Any, config: PeftConfig) -> Delta:
     return Rows.of(jnp.asarray(rows), *given)
   layers = {site.index: layer.leaves for site, layer in sites.items()}
   scales = [config.scale(layer.slot.module) for layer in sites.values()]
+  at = {slot.path: leaf}
+  own = {
+    name: x[tuple(map(slice, _leaf_shape(slot, config, at, name)))]
+    for name, x in shared.items()
+  }
+  method = method_of(config)
   with prefixed(slot.path):
     return stacking.stack(
-      method_of(config), layers, scales, slot.roles, leaf.shape, config.lora_dropout
+      method,
+      layers,
+      scales,
+      slot.roles,
+      leaf.shape,
+      config.lora_dropout,
+      {**method.options, **config.options},
+      own,
     )
 
 

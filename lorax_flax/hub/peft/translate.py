@@ -24,12 +24,13 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
   # Of the several tensors of a module, one.
   first = method.trained[0]
   factors = [s for s in slots if s.method is method and s.leaf == first]
+  of_all: dict[str, Any] = {"rank": config.r, "alpha": config.lora_alpha}
   whole = resolve(config, keymap, places(keymap)).saved
   return LoraConfig(
     targets=tuple(dict.fromkeys(slot.path for slot in factors)),
-    rank=config.r,
-    alpha=config.lora_alpha,
-    rank_pattern=_pattern(factors, keymap, config.rank, config.r, 0),
+    **{name: x for name, x in of_all.items() if x is not None},
+    options=dict(config.options),
+    rank_pattern=_pattern(factors, keymap, config.rank, config.r or 0, 0),
     alpha_pattern=_pattern(
       factors, keymap, config.alpha, config.lora_alpha, config.lora_alpha
     ),

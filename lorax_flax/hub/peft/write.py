@@ -14,7 +14,7 @@ from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import ROLES
+from lorax_flax.hub.peft.forms import ROLES, fields_of
 from lorax_flax.hub.peft.layout import Slot, Targets, resolve
 from lorax_flax.hub.peft.modules import (
   ADAPTABLE,
@@ -69,11 +69,19 @@ def to_peft_config(
   whole = _saved_modules(adapter, keymap, config)
   ties_saved = [name for name in whole if tied_to(found, name)]
   saved = [_known_to_tie(name, found) if name in ties_saved else name for name in whole]
-  flag = _form(adapter).flag
-  alphas = {n: _alpha(f.scale, f.rank, config) for n, f in factored.items()}
+  form = _form(adapter)
+  flag, known = form.flag, {ours for ours, _ in fields_of(form).values()}
+  patterns: dict[str, Any] = {"r": None, "lora_alpha": None}
+  if "r" in known:
+    ranks = {n: f.rank for n, f in factored.items()}
+    patterns |= _patterns("r", "rank_pattern", ranks)
+  if "lora_alpha" in known:
+    alphas = {n: _alpha(f.scale, f.rank, config) for n, f in factored.items()}
+    patterns |= _patterns("lora_alpha", "alpha_pattern", alphas)
   result = PeftConfig(
-    **_patterns("r", "rank_pattern", {n: f.rank for n, f in factored.items()}),
-    **_patterns("lora_alpha", "alpha_pattern", alphas),
+    peft_type=form.type,
+    options=_options(adapter, config, form),
+    **patterns,
     lora_dropout=_dropout(adapter),
     modules_to_save=tuple(saved) or None,
     trainable_token_indices=_tokens(adapter, found),
@@ -140,6 +148,8 @@ def part_of(
   """The tensor of a slot, as it is stored; float32."""
   if slot.method is None:
     return slot.form.to_stored(_at(leaves[slot.path], slot.site))
+  if slot.status == "shared":
+    return slot.form.to_stored(_shared(slot.leaf, adapter))
   delta = adapter[slot.path]
   leaf, site = delta.leaves()[slot.leaf], slot.site
   if slot.leaf not in delta.from_base:
@@ -149,6 +159,21 @@ def part_of(
   axes = delta.leaf_axes(slot.leaf)[len(site.index) :]
   value = np.asarray(leaf, np.float32)[site.index]
   return slot.form.to_stored(stacking.trimmed(value, axes, config.rank(slot.module)))
+
+
+def _shared(leaf: str, adapter: Adapter) -> np.ndarray:
+  """The tensor of which each delta's leaf is the first part."""
+  deltas = {p: d for p, d in adapter.items() if isinstance(d, KernelDelta)}
+  parts = {path: np.asarray(d.leaves()[leaf], np.float32) for path, d in deltas.items()}
+  full = np.zeros(np.max([x.shape for x in parts.values()], axis=0), np.float32)
+  for x in parts.values():
+    full[tuple(map(slice, x.shape))] = x
+  for path, x in parts.items():
+    if not np.array_equal(full[tuple(map(slice, x.shape))], x):
+      raise LoraxError(
+        f"PEFT has one {leaf} for all targets, and that of {path} differs"
+      )
+  return full
 
 
 def _at(leaf: Any, site: Site) -> np.ndarray:
@@ -215,6 +240,19 @@ def _form(adapter: Adapter) -> PeftForm:
     names = listing(kind.__name__ for kind in kinds)
     raise LoraxError(f"PEFT has one method for all targets, and here are {names}")
   return kinds.pop().peft or PeftForm()
+
+
+def _options(adapter: Adapter, config: LoraConfig, form: PeftForm) -> dict[str, Any]:
+  """The method's options that PEFT has fields for: the deltas' own, or the config's."""
+  deltas = [delta for delta in adapter.values() if isinstance(delta, KernelDelta)]
+  given = {**deltas[0].options, **config.options}
+  found = {}
+  for name in form.options.values():
+    values = {getattr(delta, name, given[name]) for delta in deltas}
+    if len(values) > 1:
+      raise LoraxError(f"PEFT has one {name} for all targets, not {sorted(values)}")
+    (found[name],) = values
+  return found
 
 
 def _tokens(

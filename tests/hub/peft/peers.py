@@ -35,9 +35,13 @@ def randomised(model, seed=0):
 
 
 def adapted(base, *, name="default", **kwargs):
-  """A PEFT model on a copy of the base, everything that trains made random."""
+  """A PEFT LoRA on a copy of the base, everything that trains made random."""
+  return moved(base, peft.LoraConfig(**{"r": 4, **kwargs}), name)
+
+
+def moved(base, config, name="default"):
+  """A PEFT model of any type on a copy of the base, what trains made random."""
   torch.manual_seed(1)
-  config = peft.LoraConfig(**{"r": 4, **kwargs})
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     model = peft.get_peft_model(copy.deepcopy(base), config, adapter_name=name)
@@ -63,6 +67,9 @@ def load(base, folder):
     # a pattern's parameter.
     warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
     warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+    # BOFT has an extension of its own, and one factor without it.
+    warnings.filterwarnings("ignore", "Failed to load the CUDA extension")
+    warnings.filterwarnings("ignore", "Setting boft_n_butterfly_factor to 1")
     warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
     return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
 
@@ -147,7 +154,7 @@ def meaning(config):
     for path in config.targets
   }
   rest = dataclasses.replace(
-    config, targets=(), rank=1, alpha=1.0, rank_pattern={}, alpha_pattern={}
+    config, targets=(), rank=8, alpha=8.0, rank_pattern={}, alpha_pattern={}
   )
   return each, rest
 
@@ -172,7 +179,15 @@ def round_trip(theirs, ours, params, keymap, **kwargs):
   same_tensors(ours, theirs)
   after = config_file.read(ours)
   assert meaning(hub_peft.from_peft(ours, keymap)) == meaning(config)
-  for field in ("bias", "use_rslora", "lora_dropout", "task_type", "init_lora_weights"):
+  for field in (
+    "bias",
+    "use_rslora",
+    "lora_dropout",
+    "task_type",
+    "init_lora_weights",
+    "options",
+    "peft_type",
+  ):
     assert getattr(after, field) == getattr(before, field)
   return adapter
 

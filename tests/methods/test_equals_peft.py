@@ -1,0 +1,131 @@
+"""Every method against PEFT in torch: value, merged weight, and three steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import torch
+
+import lorax_flax as lx
+from tests.adapt.checks import check_no_dense_gradient
+from tests.methods import peft_methods as peers
+from tests.methods.layers import FUNCTIONS
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+IN, OUT, LEARNING_RATE = 12, 8, 1e-2
+
+
+class Layer(torch.nn.Module):
+  def __init__(self, kind):
+    super().__init__()
+    torch.manual_seed(0)
+    shape = {"linear": (IN, OUT), "embedding": (11, OUT)}[kind]
+    self.target = {"linear": torch.nn.Linear, "embedding": torch.nn.Embedding}[kind](
+      *shape
+    )
+
+  def forward(self, x):
+    return self.target(x)
+
+
+def inputs(kind):
+  if kind == "embedding":
+    return np.array([[1, 3, 3], [10, 0, 4]])
+  return np.random.default_rng(0).normal(size=(5, IN)).astype("f4")
+
+
+CASES = [
+  (name, kind)
+  for name in peers.PEERS
+  for kind in ("linear", "embedding")
+  if kind in lx.METHODS[name].peft.keys
+]
+
+
+def both(name, kind):
+  """PEFT's model, and ours with its leaves."""
+  model, x = peers.model(name, Layer(kind)), inputs(kind)
+  base = next(m for n, m in model.named_modules() if n.endswith("target.base_layer"))
+  weight = base.weight.detach().numpy().copy()
+  params = {"kernel": jnp.asarray(weight.T if kind == "linear" else weight)}
+  if kind == "linear":
+    params["bias"] = jnp.asarray(base.bias.detach().numpy())
+  lora = lx.adapt(FUNCTIONS[kind], peers.config(name))
+  adapter = lora.init(jax.random.key(0), params, x)
+  np.testing.assert_allclose(
+    lora.apply(params, adapter, x), FUNCTIONS[kind](params, x), atol=1e-6
+  )
+  values = peers.ours(name, kind, peers.leaves(name, kind, model))
+  moved = dataclasses.replace(
+    adapter["kernel"], **{n: jnp.asarray(v) for n, v in values.items()}
+  )
+  assert {n: v.shape for n, v in values.items()} == {
+    n: getattr(adapter["kernel"], n).shape for n in moved.trained
+  }
+  return model, params, lora, {"kernel": moved}, x
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_value_merged_weight_and_three_steps_equal_pefts(name, kind):
+  model, params, lora, adapter, x = both(name, kind)
+  if not peers.PEERS[name].formed:
+    check_no_dense_gradient(lora, params, adapter, x)
+  trained, rest = lx.partition(adapter, lx.trainable_mask(adapter))
+  optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.1)
+  state = optimizer.init(trained)
+  theirs = torch.optim.AdamW(
+    [p for p in model.parameters() if p.requires_grad], LEARNING_RATE, weight_decay=0.1
+  )
+
+  @jax.jit
+  def step(trained, state):
+    def loss(trained):
+      return jnp.square(lora.apply(params, lx.combine(trained, rest), x)).sum()
+
+    value, grad = jax.value_and_grad(loss)(trained)
+    with jax.numpy_dtype_promotion("standard"):  # of optax's counts
+      updates, state = optimizer.update(grad, state, trained)
+    return optax.apply_updates(trained, updates), state, value
+
+  for _ in range(3):
+    trained, state, value = step(trained, state)
+    theirs.zero_grad()
+    want = torch.square(model(torch.tensor(x))).sum()
+    want.backward()
+    theirs.step()
+    np.testing.assert_allclose(value, want.item(), rtol=1e-5)
+  end = lx.combine(trained, rest)
+  wanted = peers.ours(name, kind, peers.leaves(name, kind, model))
+  for leaf, value in wanted.items():
+    np.testing.assert_allclose(
+      getattr(end["kernel"], leaf), value, rtol=1e-4, atol=1e-5, err_msg=leaf
+    )
+  with torch.no_grad():
+    out = model(torch.tensor(x)).numpy()
+    merged = model.merge_and_unload().target.weight.numpy()
+  np.testing.assert_allclose(lora.apply(params, end, x), out, rtol=1e-4, atol=1e-5)
+  kernel = lx.merge(params, end)["kernel"]
+  np.testing.assert_allclose(
+    kernel.T if kind == "linear" else kernel, merged, rtol=1e-4, atol=1e-5
+  )
+
+
+def test_the_projections_of_vera_are_pefts_for_kernels_of_unlike_shapes():
+  model = torch.nn.Sequential(torch.nn.Linear(12, 4), torch.nn.Linear(4, 9))
+  config = peft.VeraConfig(r=5, target_modules=["0", "1"], projection_prng_key=3)
+  theirs = peft.get_peft_model(model, config).base_model
+  params = {"up": jnp.ones((12, 4)), "down": jnp.ones((4, 9))}
+  ours = lx.LoraConfig(
+    targets=["up", "down"], method="vera", rank=5, options={"projection_prng_key": 3}
+  )
+  lora = lx.adapt(lambda p, x: x @ p["up"] @ p["down"], ours)
+  adapter = lora.init(jax.random.key(0), params, jnp.ones((1, 12)))
+  first, second = (x["default"].numpy() for x in (theirs.vera_A, theirs.vera_B))
+  for path, (fan_in, fan_out) in {"up": (12, 4), "down": (4, 9)}.items():
+    delta = adapter[path]
+    np.testing.assert_allclose(delta.a, first[:, :fan_in].T, atol=1e-7)
+    np.testing.assert_allclose(delta.b, second[:fan_out].T, atol=1e-6)

@@ -1,0 +1,201 @@
+"""What must hold of every method of targets, however its kernel is used."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax_flax as lx
+from lorax_flax.hub.adapters import native
+from tests.adapt.checks import check_equals_merged, check_no_dense_gradient, perturbed
+from tests.methods import peft_methods as peers
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+LAYERS, WIDTH = 3, 12
+OLD = {"lora": {"rank": 2, "alpha": 3.0}, "dora": {"rank": 2, "alpha": 3.0}}
+NAMES = [*OLD, *peers.PEERS]
+# A rotation's gradient has the inputs' size twice, which a square kernel has as well.
+FORMED = {n for n, peer in peers.PEERS.items() if peer.formed} | {"oft", "boft"}
+X = jax.random.normal(jax.random.key(1), (5, WIDTH))
+KERNELS = jax.random.normal(jax.random.key(0), (LAYERS, WIDTH, WIDTH)) / 3
+
+
+def single(params, x):
+  return x @ params["kernel"]
+
+
+def looped(params, x):
+  for i in range(LAYERS):
+    x = jnp.tanh(x @ params["kernel"][i])
+  return x
+
+
+def scanned(params, x):
+  return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["kernel"])[0]
+
+
+def remat(params, x):
+  body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+  return jax.lax.scan(body, x, params["kernel"])[0]
+
+
+def joined(params, x):
+  """A fused projection: the kernels of two, side by side."""
+  return x @ jnp.concatenate([params["kernel"], params["other"]], axis=1)
+
+
+def tied(params, x):
+  return x @ params["kernel"] @ params["kernel"].T
+
+
+CASES = {
+  "single": (single, {"kernel": KERNELS[0]}, {}),
+  "looped": (looped, {"kernel": KERNELS}, {"stack_axes": {"kernel": (0,)}}),
+  "scanned": (scanned, {"kernel": KERNELS}, {}),
+  "remat": (remat, {"kernel": KERNELS}, {}),
+  "some layers": (scanned, {"kernel": KERNELS}, {"layers": (0, 2)}),
+  "joined": (joined, {"kernel": KERNELS[0], "other": KERNELS[1]}, {}),
+}
+
+
+def start(name, case, **changes):
+  fn, params, fields = CASES[case]
+  own = OLD.get(name) or peers.PEERS[name].ours
+  config = lx.LoraConfig(targets="kernel", method=name, **own, **fields, **changes)
+  lora = lx.adapt(fn, config)
+  return lora, fn, params, lora.init(jax.random.key(2), params, X)
+
+
+# A scan under remat for all; what else the following of factors has, for one of each
+# shape: factors, one that all layers share, and a dense delta.
+RUNS = [(name, case) for name in NAMES for case in ("single", "remat", "some layers")]
+RUNS += [(n, c) for n in ("loha", "vera", "hira") for c in ("looped", "joined")]
+
+
+@pytest.mark.parametrize(("name", "case"), RUNS)
+def test_applied_is_merged_and_nothing_at_the_start(name, case):
+  lora, fn, params, adapter = start(name, case)
+  np.testing.assert_allclose(lora.apply(params, adapter, X), fn(params, X), atol=2e-6)
+  trained, _ = lx.partition(adapter, lx.trainable_mask(adapter))
+  sizes = sum(x.size for x in jax.tree.leaves(trained))
+  assert lora.plan(params, X).targets[0].size == sizes
+  moved = perturbed(adapter)
+  check_equals_merged(lora, fn, params, moved, X)
+  if name not in FORMED:
+    check_no_dense_gradient(lora, params, moved, X)
+  merged = lx.merge(params, moved)
+  assert np.abs(merged["kernel"] - params["kernel"]).max() > 1e-3
+  if "layers" in CASES[case][2]:
+    np.testing.assert_allclose(merged["kernel"][1], params["kernel"][1], rtol=1e-6)
+  if not lx.METHODS[name].irreversible:
+    back = lx.unmerge(merged, moved)
+    np.testing.assert_allclose(back["kernel"], params["kernel"], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_adapters_and_half_precision(name, tmp_path):
+  lora, _, params, adapter = start(name, "scanned")
+  several = [perturbed(adapter, seed) for seed in range(2)]
+  stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *several)
+  got = jax.jit(jax.vmap(lambda a: lora.apply(params, a, X)))(stacked)
+  for one, each in zip(got, several, strict=True):
+    np.testing.assert_allclose(one, lora.apply(params, each, X), atol=1e-5)
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  low = lora.apply(half, several[0], X.astype(jnp.bfloat16))
+  assert low.dtype == jnp.bfloat16
+  assert np.abs(low.astype(jnp.float32) - got[0]).max() < 0.1
+  native.write_adapter(tmp_path / "ours", native.Saved(several[0], lora.config))
+  found = native.read_adapter(tmp_path / "ours", params)
+  assert found.config == lora.config
+  jax.tree.map(np.testing.assert_array_equal, found.adapter, several[0])
+
+
+def test_a_dense_delta_of_a_tied_weight_is_used_both_ways():
+  config = peers.config("hira")
+  params = {"kernel": KERNELS[0]}
+  lora = lx.adapt(tied, config)
+  moved = perturbed(lora.init(jax.random.key(2), params, X))
+  check_equals_merged(lora, tied, params, moved, X)
+
+
+_ON_A_MESH = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from tests.methods import test_table as table
+
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+place = lambda *spec: NamedSharding(mesh, P(*spec))
+x = np.random.default_rng(0).normal(size=(4, table.WIDTH)).astype("f4")
+for name in table.NAMES:
+  lora, _, params, adapter = table.start(name, "scanned")
+  adapter = table.perturbed(adapter)
+  want = lora.apply(params, adapter, x)
+  sharded = {"kernel": jax.device_put(params["kernel"], place(None, "fsdp", "tensor"))}
+  got = jax.jit(lora.apply)(sharded, adapter, jax.device_put(x, place("data")))
+  np.testing.assert_allclose(got, want, atol=1e-5, err_msg=name)
+"""
+
+
+def test_a_mesh_of_eight_devices_makes_no_difference():
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  root = Path(__file__).parents[2]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  done = subprocess.run(
+    [sys.executable, "-c", _ON_A_MESH], cwd=root, env=environment, check=False
+  )
+  assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "message"),
+  [
+    (
+      "c3a",
+      {"options": {"block_size": 5}},
+      "block_size=5 does not divide the 12 in.*4",
+    ),
+    ("c3a", {"rank": 4}, "rank does nothing in c3a.*block_size"),
+    (
+      "oft",
+      {"options": {"block_size": 5}},
+      "block_size=5 does not divide.*; [46] does",
+    ),
+    ("hra", {"rank": 3}, "even rank, not 3 at 'kernel': choose 4"),
+    ("miss", {"rank": 13}, "rank 13 is above the 12 inputs"),
+    ("vera", {"alpha": 3.0}, "alpha=3 does nothing in vera"),
+    (
+      "vera",
+      {"options": {"d_initail": 1.0}},
+      "option of vera.*did you mean 'd_initial'",
+    ),
+    ("fourierft", {"options": {"n_frequency": 145}}, "from 1 to the 144"),
+    ("gralora", {"rank": 3, "options": {"k": 2}}, "k=2 does not divide rank=3"),
+  ],
+)
+def test_what_a_method_does_not_allow_is_refused_with_the_reason(name, fields, message):
+  params = {"kernel": KERNELS[0]}
+
+  def make():
+    config = lx.LoraConfig(targets="kernel", method=name, **fields)
+    lx.adapt(single, config).init(jax.random.key(0), params, X)
+
+  with pytest.raises(lx.LoraxError, match=message):
+    make()
+
+
+def test_a_method_that_is_not_defined_for_tables_says_so():
+  config = peers.config("loha")
+  with pytest.raises(lx.LoraxError, match=r"looked up.*not defined for tables"):
+    lx.adapt(lambda p, i: p["kernel"][i], config).init(
+      jax.random.key(0), {"kernel": KERNELS[0]}, np.array([1, 2])
+    )
+
+
+def test_every_method_is_in_the_table():
+  methods = {n for n, m in lx.METHODS.items() if issubclass(m, lx.KernelDelta)}
+  assert methods - {"lora_bias", "hadamard"} == set(NAMES)
