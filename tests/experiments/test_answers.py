@@ -202,4 +202,5 @@ def test_t5_answers_its_encoders_prompts(tmp_path):
     rows, job.samples.prompts, job.samples.expected, strict=True
   ):
     assert row["article"] in prompt
-    assert row["completion"].startswith(expected)
+    # The tokenizer begins each text with a special token.
+    assert expected == " ".join(row["completion"].split()[: NEW - 1])
