@@ -43,10 +43,9 @@ def describe(model: Outline) -> Description:
     found = getattr(config, field, value)
     if found != value and field != "model_type":
       raise _other(architecture, field, found, value)
-  if isinstance(config, GPT2Config):
-    values, more, tensors = {**vars(config), "n_inner": _inner(config)}, {}, {}
-  else:
-    values, more, tensors = _decoder(architecture, config)
+  values, more, tensors = (
+    _gpt2(config) if isinstance(config, GPT2Config) else _decoder(architecture, config)
+  )
   for key, field in architecture.metadata.items():
     if values[field] is not None:
       more[key] = values[field]
@@ -57,17 +56,28 @@ def describe(model: Outline) -> Description:
   return Description(architecture, values, metadata, tensors)
 
 
-def _inner(config: GPT2Config) -> int:
-  return config.n_inner or 4 * config.n_embd
+def heads(config: Any) -> dict[str, int]:
+  """Fields of config.json that the order of a file's rows depends on."""
+  if not isinstance(config, DecoderConfig):
+    return {}
+  return {
+    "num_attention_heads": config.num_attention_heads,
+    "num_key_value_heads": config.kv_heads,
+  }
 
 
-def _decoder(
-  architecture: Architecture, config: DecoderConfig
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
-  """Values of fields, further metadata, and tensors."""
-  head, heads = config.head_size, config.num_attention_heads
+# Values of fields, further metadata, and tensors.
+_Parts = tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]
+
+
+def _gpt2(config: GPT2Config) -> _Parts:
+  return {**vars(config), "n_inner": config.n_inner or 4 * config.n_embd}, {}, {}
+
+
+def _decoder(architecture: Architecture, config: DecoderConfig) -> _Parts:
+  head = config.head_size
   scalar = architecture.attention_scalar(
-    config.num_hidden_layers, heads, config.hidden_size, head
+    config.num_hidden_layers, config.num_attention_heads, config.hidden_size, head
   )
   if (found := config.query_pre_attn_scalar or head) != scalar:
     raise _other(architecture, "query_pre_attn_scalar", found, scalar)
@@ -75,7 +85,7 @@ def _decoder(
   rotated = int(head * rope.partial_rotary_factor)
   values = {
     **vars(config),
-    "num_key_value_heads": config.kv_heads,
+    **heads(config),
     "head_dim": head,
     "rope_theta": rope.rope_theta,
     "original_max_position_embeddings": rope.original,
@@ -85,8 +95,8 @@ def _decoder(
   metadata = {"attention.value_length": head, "rope.dimension_count": rotated}
   scaling, tensors = _scaling(architecture, rope, head)
   if any(each.rope_type != "default" for each in config.ropes[1:]):
-    found = [each.rope_type for each in config.ropes]
-    raise _other(architecture, "rope_type of layers with a window", found, "default")
+    kinds = [each.rope_type for each in config.ropes[1:]]
+    raise _other(architecture, "rope_type of layers with a window", kinds, "default")
   return values, metadata | scaling, tensors
 
 

@@ -19,16 +19,13 @@ FLOATS: Mapping[Kind, Any] = {
   Kind.F64: np.float64,
 }
 # What the gguf package dequantises.
-_QUANTISED = tuple(
-  Kind[name]
-  for name in (
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
-    *("IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4"),
-  )
+QUANTISED = (
+  *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+  *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+  *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+  *("IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4"),
 )
-_NAMES = {kind.name for kind in (*FLOATS, *_QUANTISED)}
+_NAMES = {*(kind.name for kind in FLOATS), *QUANTISED}
 
 
 def check_readable(header: Header) -> None:
@@ -39,28 +36,28 @@ def check_readable(header: Header) -> None:
       raise LoraxError(f"{header.path}: {name!r} is not read: {message}")
 
 
-def dtype(tensor: Tensor) -> np.dtype:
+def dtype(stored: Tensor) -> np.dtype:
   """The dtype of a tensor's numbers as they are read."""
-  return np.dtype(FLOATS.get(tensor.kind, np.float32))
+  return np.dtype(FLOATS.get(stored.kind, np.float32))
 
 
-def rows(descriptor: int, tensor: Tensor, low: int, high: int) -> np.ndarray:
+def rows(descriptor: int, stored: Tensor, low: int, high: int) -> np.ndarray:
   """Rows of an open file's tensor as floats; a vector is one row."""
-  start = tensor.start + low * tensor.row_bytes
-  data = np.empty((high - low, tensor.row_bytes), np.uint8)
+  start = stored.start + low * stored.row_bytes
+  data = np.empty((high - low, stored.row_bytes), np.uint8)
   safetensors.read_bytes(descriptor, start, data)
-  if tensor.kind in FLOATS:
-    return data.view(FLOATS[tensor.kind])
+  if stored.kind in FLOATS:
+    return data.view(FLOATS[stored.kind])
   # A damaged block can hold infinities, and their products with zero.
   with np.errstate(all="ignore"):
-    return gguf.quants.dequantize(data, tensor.kind)
+    return gguf.quants.dequantize(data, stored.kind)
 
 
-def vector(header: Header, name: str) -> np.ndarray | None:
-  """A small tensor of one axis, read at once; None where the file has none."""
-  if (tensor := header.tensors.get(name)) is None:
-    return None
-  if len(tensor.shape) != 1:
-    raise LoraxError(f"{header.path}: {name!r} has shape {tensor.shape}")
+def tensor(header: Header, name: str) -> np.ndarray:
+  """A small tensor of one axis or two, read at once."""
+  found = header.tensors[name]
+  if len(found.shape) > 2:
+    raise LoraxError(f"{header.path}: {name!r} has shape {found.shape}")
+  count = found.shape[0] if len(found.shape) == 2 else 1
   with header.path.open("rb", buffering=0) as file:
-    return rows(file.fileno(), tensor, 0, 1)[0]
+    return rows(file.fileno(), found, 0, count).reshape(found.shape)

@@ -108,12 +108,15 @@ def _rope(
     header.metadata.get(f"{name}.scaling.{key}")
     for key in ("type", "factor", "attn_factor")
   )
-  found = [gguf_blocks.vector(header, name) for name in architecture.rope_tensors]
-  factors = [each.tolist() for each in found if each is not None]
+  factors = [
+    gguf_blocks.tensor(header, each).tolist()
+    for each in architecture.rope_tensors
+    if each in header.tensors
+  ]
   if len(factors) == 1:
-    config["rope_scaling"] = _long_rope(*factors, *factors, 1.0)
+    config["rope_scaling"] = _long_rope(factors * 2, 1.0)
   elif factors:
-    config["rope_scaling"] = _long_rope(*factors, spread)
+    config["rope_scaling"] = _long_rope(factors, spread)
     only |= {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": spread}
   # A file with a factor and no type means this one.
   elif factor is not None and kind in (None, "linear"):
@@ -122,11 +125,9 @@ def _rope(
   return {"rope.scaling.type": "none", **only}
 
 
-def _long_rope(
-  short: list[float], long: list[float], spread: float | None
-) -> dict[str, Any]:
+def _long_rope(factors: list[list[float]], spread: float | None) -> dict[str, Any]:
   """Rotary positions of a factor for each pair, for short texts and for long ones."""
-  numbers = {"short_factor": short, "long_factor": long}
+  numbers = dict(zip(("short_factor", "long_factor"), factors, strict=True))
   scale = {} if spread is None else {"attention_factor": spread}
   return {"rope_type": "longrope", **numbers, **scale}
 

@@ -76,7 +76,7 @@ def _kinds(
   for added in described["added_tokens"]:
     control = TokenKind.CONTROL if added["special"] else TokenKind.USER_DEFINED
     kinds[added["id"]] = control
-  if is_byte and unk in ids:
+  if is_byte and unk is not None and unk in ids:
     kinds[ids[unk]] = TokenKind.UNKNOWN
   return [int(kind) for kind in kinds]
 
