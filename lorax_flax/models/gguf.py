@@ -15,7 +15,7 @@ from lorax_flax.models.registry import Outline
 
 @dataclass(frozen=True)
 class Description:
-  """What a file has beside a model's weights.
+  """Metadata and tensors of a file beside a model's weights.
 
   Attributes:
     architecture: llama.cpp's.

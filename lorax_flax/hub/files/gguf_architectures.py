@@ -37,7 +37,7 @@ class TensorForm(NamedTuple):
   transposed: bool = False
 
   def row_order(self, count: int) -> np.ndarray:
-    """For each of a file's rows, the row of Hugging Face's."""
+    """The row of Hugging Face's for each of a file's rows."""
     order = np.arange(count)
     if self.heads is None:
       return order

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from lorax_flax.errors import LoraxError, check_known, listing, prefixed
 from lorax_flax.hub.files import gguf_header
@@ -164,7 +164,7 @@ def _byte_level(
 def _sentencepiece(
   metadata: Mapping[str, Any], vocab: Mapping[str, int]
 ) -> tuple[tokenizers.Tokenizer, bool]:
-  """As `_byte_level`; a pair is merged the sooner the higher its token's score is."""
+  """The same of SentencePiece's BPE: a pair is merged the sooner the higher its token's score is."""
   scores = metadata.get(f"{PREFIX}scores")
   if not isinstance(scores, list) or len(scores) != len(vocab):
     raise LoraxError(f"{len(vocab)} tokens, and their scores are {scores!r:.80}")
@@ -184,8 +184,9 @@ def _sentencepiece(
   )
   tokenizer = tokenizers.Tokenizer(model)
   spaced = metadata.get(f"{PREFIX}add_space_prefix", True)
-  scheme = "first" if spaced else "never"
-  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+  # llama.cpp puts a space before each text, and behind each special token.
+  prepend = [normalizers.Prepend("▁")] if spaced else []
+  tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
   steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
   strip = [decoders.Strip(content=" ", left=1)] if spaced else []
   tokenizer.decoder = decoders.Sequence([*steps, *strip])
