@@ -420,6 +420,28 @@ def test_a_lora_adapter_goes_to_gguf_and_back(base, tmp_path, rslora):
     np.testing.assert_allclose(*deltas, atol=1e-5, err_msg=path)
 
 
+def test_a_lora_on_token_embeddings_is_looked_up_by_token(base, tmp_path):
+  model = adapted(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+  convert(str(base), str(tmp_path / "adapter"), str(tmp_path / "out"), "gguf")
+  reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+  tensors = {each.name: each.data for each in reader.tensors}
+  a, b = (tensors[f"token_embd.weight.lora_{x}"] for x in "ab")
+  scale = reader.fields["adapter.lora.alpha"].contents() / b.shape[1]
+  module = model.base_model.model.model.embed_tokens
+  want = module.get_delta_weight("default").detach().numpy()
+  np.testing.assert_allclose(scale * a @ b.T, want, atol=1e-5)
+  both = [with_adapter.load(str(base), tmp_path / x)[1] for x in ("adapter", "out")]
+  jax.tree.map(np.testing.assert_array_equal, *(each.adapter for each in both))
+  # A tied table is multiplied with too, for which its LoRA has the wrong order.
+  fields = {**test_gguf.SIZES, "tie_word_embeddings": True}
+  tied = decoders.Peer("Llama", fields).save(tmp_path / "tied")
+  options = {"modules_to_save": None, "target_modules": ["embed_tokens"]}
+  peers.adapt(tied, tmp_path / "tied_adapter", **options)
+  args = [str(tmp_path / x) for x in ("tied", "tied_adapter", "none")]
+  with pytest.raises(LoraxError, match=r"applies no LoRA to model\.embed_tokens"):
+    convert(*args, "gguf")
+
+
 def test_gpt2s_conv1d_goes_to_gguf_and_back(tmp_path):
   peers.tiny("gpt2", tmp_path / "base")
   model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
