@@ -31,7 +31,7 @@ from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap, path_to_modules
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import Delta, KernelDelta, Tuned
-from lorax_flax.models import gguf, with_adapter
+from lorax_flax.models import gguf, registry, with_adapter
 
 FORMATS = ("orbax", "peft", "loralib", "vllm", "gguf")
 
@@ -98,8 +98,14 @@ def convert(
   if form == "orbax":
     orbax_adapter.write_adapter(folder, saved)
   elif form == "gguf":
+    # As it is stored: reading the adapter may have given each use a weight of its own.
+    stored = registry.outline(registry.read_config(loaded.folder))
     gguf_adapter.write_adapter(
-      folder, saved.adapter, loaded.keymap, gguf.heads(loaded.config)
+      folder,
+      saved.adapter,
+      loaded.keymap,
+      gguf.heads(loaded.config),
+      tied=bool(stored.keymap.ties),
     )
   elif form == "vllm":
     vllm.write_adapter(

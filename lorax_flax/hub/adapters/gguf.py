@@ -111,11 +111,11 @@ def _renamed(
 
 
 def _check_module(
-  architecture: gguf_architectures.Architecture, key: str, keymap: KeyMap
+  architecture: gguf_architectures.Architecture, key: str, tied: bool
 ) -> None:
   """Refuses tables that llama.cpp looks up, or multiplies with, without their LoRA."""
   module, _ = architecture.file_name(key.rpartition(".")[0] + ".weight")
-  if module == "position_embd" or (module == _EMBEDDING and keymap.ties):
+  if module == "position_embd" or (tied and module in (_EMBEDDING, "output")):
     raise LoraxError(
       f"llama.cpp applies no LoRA to {key.rpartition('.')[0]}: it takes one on linear"
       " layers, and on token embeddings that are not the head too"
@@ -123,7 +123,12 @@ def _check_module(
 
 
 def write_adapter(
-  folder: str | Path, adapter: Adapter, keymap: KeyMap, config: Mapping[str, Any]
+  folder: str | Path,
+  adapter: Adapter,
+  keymap: KeyMap,
+  config: Mapping[str, Any],
+  *,
+  tied: bool,
 ) -> None:
   """Writes a folder with adapter.gguf, float32, whole or not at all.
 
@@ -131,6 +136,7 @@ def write_adapter(
     adapter: of LoRA alone.
     keymap: of the base.
     config: its config.json's fields with the numbers of heads.
+    tied: in the base's own file one table is the token embeddings and the head.
 
   Raises:
     LoraxError: a delta or a module that llama.cpp has no form for, by name.
@@ -145,7 +151,7 @@ def write_adapter(
       )
   tensors, alpha = loralib.to_state_dict(adapter, keymap)
   for key in tensors:
-    _check_module(architecture, key, keymap)
+    _check_module(architecture, key, tied)
   outputs = {}
   for key, value in tensors.items():
     stem, _, factor = key.rpartition(".")
