@@ -164,7 +164,7 @@ def _byte_level(
 def _sentencepiece(
   metadata: Mapping[str, Any], vocab: Mapping[str, int]
 ) -> tuple[tokenizers.Tokenizer, bool]:
-  """The same of SentencePiece: pairs of higher scores are merged first."""
+  """The tokenizer and its flag: pairs of higher scores are merged first."""
   scores = metadata.get(f"{PREFIX}scores")
   if not isinstance(scores, list) or len(scores) != len(vocab):
     raise LoraxError(f"{len(vocab)} tokens, and their scores are {scores!r:.80}")
