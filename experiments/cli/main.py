@@ -20,6 +20,8 @@ COMMANDS = {
   "sweep": "experiments.sweep",
   "predict": "experiments.predict",
   "generate": "experiments.generate",
+  "score": "experiments.score",
+  "e2e": "experiments.e2e",
   "merge": "experiments.merge",
   "convert": "experiments.convert",
   "dryrun": "launch.dryrun",
