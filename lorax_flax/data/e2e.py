@@ -98,7 +98,7 @@ def grouped(pairs: Sequence[Pair]) -> list[Group]:
 
 
 def spread(rows: Sequence[Any], most: int | None) -> list[Any]:
-  """At most so many of the rows, evenly spread over all; None takes all."""
+  """Rows, at most so many and evenly spread over all; None takes all."""
   count = len(rows) if most is None else min(most, len(rows))
   return [rows[i * len(rows) // count] for i in range(count)]
 

@@ -109,7 +109,7 @@ class FusedLoRA(MethodDelta):
     )
 
   def as_lora(self) -> LoRA:
-    """The same delta of a matrix as a LoRA of rank n r, whose b has zeros.
+    """Plain LoRA of rank n r with the same delta; its b has zeros.
 
     Trained further, it changes every column.
     """

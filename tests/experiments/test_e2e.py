@@ -102,4 +102,4 @@ def test_score_reads_groups_by_their_mr_and_one_reference_a_line(tmp_path):
     scored.outputs(tmp_path / "out.jsonl")
   with pytest.raises(LoraxError, match=r"ending '\.json'"):
     scored.outputs(tmp_path / "out.json")
-  assert captions.NAMES == texts.NAMES[2:]
+  assert texts.NAMES[2:] == captions.NAMES
