@@ -100,7 +100,9 @@ def main() -> int:
   large_pages.restart()
   from experiments.cli import training
 
-  workdir = Path(WORKDIR.value or config_flag.default_workdir(chosen.spec))
+  workdir = Path(WORKDIR.value or config_flag.default_workdir(chosen.spec)).expanduser()
+  if str(WORKDIR.value).startswith("gs://"):
+    raise LoraxError(f"--workdir={WORKDIR.value}: texts are written to a folder here")
 
   def both() -> None:
     training.show(run.run(settings, workdir), workdir)

@@ -72,10 +72,9 @@ def _tokenized(groups: Sequence[Sequence[str]]) -> Tokenized:
     encoding="utf-8",
     check=False,
   )
-  found = iter(done.stdout.splitlines())
   words = [
     " ".join(word for word in line.split() if word not in module.PUNCTUATIONS)
-    for line in found
+    for line in done.stdout.split("\n")[:-1]
   ]
   if done.returncode or len(words) != len(lines):
     raise LoraxError(f"the PTB tokenizer's Java program failed: {done.stderr[-300:]}")
