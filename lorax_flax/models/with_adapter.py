@@ -9,7 +9,7 @@ from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
-from lorax_flax.models import registry
+from lorax_flax.models import gguf, registry
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,12 @@ def load(
     tables = peft.with_tables(adapter, loaded.params, loaded.keymap)
     loaded = replace(loaded, params=tables)
   saved = adapters.read(
-    adapter, loaded.params, loaded.keymap, alpha=alpha, enable_lora=enable_lora
+    adapter,
+    loaded.params,
+    loaded.keymap,
+    heads=gguf.heads(loaded.config),
+    alpha=alpha,
+    enable_lora=enable_lora,
   )
   if saved.base_name is not None and not _is_same(saved.base_name, base, loaded):
     log.warning(
