@@ -24,8 +24,8 @@ from lorax_flax import text_table
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import any as adapters
+from lorax_flax.hub.adapters import fused, loralib, vllm
 from lorax_flax.hub.adapters import gguf as gguf_adapter
-from lorax_flax.hub.adapters import loralib, vllm
 from lorax_flax.hub.adapters import native as orbax_adapter
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap, path_to_modules
@@ -95,6 +95,12 @@ def convert(
   if is_loralib:
     saved = dataclasses.replace(saved, base_name=base)
   notes = []
+  parts, theirs = fused.parts_of(saved.adapter), fused.widened(saved)
+  if parts is not None and form in ("peft", "vllm", "gguf"):
+    notes.append(
+      "the parts of each fused kernel are one LoRA there, with zeros outside of their "
+      "blocks; trained further, it changes the whole kernel"
+    )
   if form == "orbax":
     orbax_adapter.write_adapter(folder, saved)
   elif form == "gguf":
@@ -102,21 +108,21 @@ def convert(
     stored = registry.outline(registry.read_config(loaded.folder))
     gguf_adapter.write_adapter(
       folder,
-      saved.adapter,
+      theirs.adapter,
       loaded.keymap,
       gguf.heads(loaded.config),
       tied=bool(stored.keymap.ties),
     )
   elif form == "vllm":
     vllm.write_adapter(
-      folder, saved, loaded.keymap, max_rank=max_rank or vllm.DEFAULT_MAX_RANK
+      folder, theirs, loaded.keymap, max_rank=max_rank or vllm.DEFAULT_MAX_RANK
     )
   elif form == "peft":
     peft.write_adapter(
       folder,
-      saved.adapter,
+      theirs.adapter,
       loaded.keymap,
-      saved.config,
+      theirs.config,
       base_name=saved.base_name,
       revision=saved.revision,
       task_type=saved.task_type,
@@ -127,7 +133,7 @@ def convert(
     )
   else:
     used = loralib.write_adapter(
-      folder, saved.adapter, loaded.keymap, enable_lora=enable_lora
+      folder, theirs.adapter, loaded.keymap, enable_lora=enable_lora or parts
     )
     notes.append(
       f"{folder / loralib.FILE} is for lora_alpha={used:g}, not stored there"

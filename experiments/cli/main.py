@@ -21,6 +21,8 @@ COMMANDS = {
   "predict": "experiments.predict",
   "generate": "experiments.generate",
   "chat": "experiments.chat",
+  "score": "experiments.score",
+  "e2e": "experiments.e2e",
   "merge": "experiments.merge",
   "convert": "experiments.convert",
   "dryrun": "launch.dryrun",

@@ -11,6 +11,7 @@ from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.dora import DoRA
 from lorax_flax.methods.fourier_ft import FourierFT
 from lorax_flax.methods.full import Tuned
+from lorax_flax.methods.fused_lora import FusedLoRA
 from lorax_flax.methods.gralora import GraLoRA
 from lorax_flax.methods.hira import HiRA
 from lorax_flax.methods.hra import HRA
@@ -32,6 +33,7 @@ METHODS = Methods(
   lora=LoRA,
   dora=DoRA,
   lora_bias=BiasLoRA,
+  fused_lora=FusedLoRA,
   loha=LoHa,
   vera=VeRA,
   hra=HRA,
@@ -53,6 +55,7 @@ __all__ = [
   "Delta",
   "DoRA",
   "Followed",
+  "FusedLoRA",
   "KernelDelta",
   "LoRA",
   "LowRank",

@@ -46,6 +46,7 @@ def load(
     )
   loaded = registry.load(
     folder,
+    scan=needs.scan,
     num_labels=needs.num_labels,
     new_head=needs.num_labels is not None,
     untie=needs.untie,

@@ -17,7 +17,7 @@ from tests.methods import peft_methods as peers
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 LAYERS, WIDTH = 3, 12
-OLD = {"lora": {"rank": 2, "alpha": 3.0}, "dora": {"rank": 2, "alpha": 3.0}}
+OLD = {name: {"rank": 2, "alpha": 3.0} for name in ("lora", "dora", "fused_lora")}
 NAMES = [*OLD, *peers.PEERS]
 # A rotation's gradient has the inputs' size twice, which a square kernel has as well.
 FORMED = {n for n, peer in peers.PEERS.items() if peer.formed} | {"oft", "boft"}
