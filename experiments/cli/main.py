@@ -22,6 +22,7 @@ COMMANDS = {
   "generate": "experiments.generate",
   "merge": "experiments.merge",
   "convert": "experiments.convert",
+  "combine": "experiments.combine",
   "dryrun": "launch.dryrun",
   "launch local": "launch.local",
   "launch sweep": "launch.sweep",
