@@ -16,6 +16,7 @@ from lorax_flax.methods.hira import HiRA
 from lorax_flax.methods.hra import HRA
 from lorax_flax.methods.kernel_delta import Followed, KernelDelta
 from lorax_flax.methods.loha import LoHa
+from lorax_flax.methods.lokr import LoKr
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.lora_bias import BiasLoRA
 from lorax_flax.methods.low_rank import LowRank
@@ -33,6 +34,7 @@ METHODS = Methods(
   dora=DoRA,
   lora_bias=BiasLoRA,
   loha=LoHa,
+  lokr=LoKr,
   vera=VeRA,
   hra=HRA,
   oft=OFT,
