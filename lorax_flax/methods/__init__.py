@@ -22,7 +22,9 @@ from lorax_flax.methods.lora_bias import BiasLoRA
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.miss import MiSS
 from lorax_flax.methods.oft import OFT
+from lorax_flax.methods.olora import OLoRA
 from lorax_flax.methods.parts import Parts
+from lorax_flax.methods.pissa import PiSSA
 from lorax_flax.methods.table import Methods
 from lorax_flax.methods.token_rows import Rows
 from lorax_flax.methods.vera import VeRA
@@ -33,6 +35,8 @@ METHODS = Methods(
   lora=LoRA,
   dora=DoRA,
   lora_bias=BiasLoRA,
+  pissa=PiSSA,
+  olora=OLoRA,
   loha=LoHa,
   lokr=LoKr,
   vera=VeRA,

@@ -18,7 +18,7 @@ from tests.methods import peft_methods as peers
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 LAYERS, WIDTH = 3, 12
-OLD = {"lora": {"rank": 2, "alpha": 3.0}, "dora": {"rank": 2, "alpha": 3.0}}
+OLD = {n: {"rank": 2, "alpha": 3.0} for n in ("lora", "dora", "pissa", "olora")}
 NAMES = [*OLD, *peers.PEERS]
 # A rotation's gradient has the inputs' size twice, which a square kernel has as well.
 FORMED = {n for n, peer in peers.PEERS.items() if peer.formed} | {"oft", "boft"}
@@ -187,6 +187,10 @@ def test_a_mesh_of_eight_devices_makes_no_difference():
     ),
     ("fourierft", {"options": {"n_frequency": 145}}, "from 1 to the 144"),
     ("gralora", {"rank": 3, "options": {"k": 2}}, "k=2 does not divide rank=3"),
+    ("pissa", {"rank": 13}, "rank 13 is above the smaller side.*choose 12 or less"),
+    ("pissa", {"dropout": 0.1}, "pissa has no dropout, not 0.1"),
+    ("olora", {"init": "gaussian"}, "init='gaussian' does nothing in olora"),
+    ("lora", {"init": "orthogonal", "rank": 3}, "needs an even rank.*not 3 at 'kern"),
     ("lokr", {"rank": 2}, r"rank 2 of the factor of shape \(4, 4\).*choose 1 or less"),
   ],
 )
