@@ -375,7 +375,7 @@ def _at(
 
 
 def _without_factors(adapters: Sequence[Adapter]) -> Adapter:
-  """What is trained in full or by rows, which all adapters must have the same."""
+  """Deltas in full or of rows, which must be the same in all adapters."""
   found: Adapter = {}
   for adapter in adapters:
     found |= {p: d for p, d in adapter.items() if not isinstance(d, KernelDelta)}
