@@ -11,7 +11,7 @@ from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
-from lorax_flax.models import registry
+from lorax_flax.models import gguf, registry
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,13 @@ def _read(
   base: str, loaded: registry.Loaded, adapter: str | Path, **of_loralib: Any
 ) -> Saved:
   """One adapter of a base that fits it."""
-  saved = adapters.read(adapter, loaded.params, loaded.keymap, **of_loralib)
+  saved = adapters.read(
+    adapter,
+    loaded.params,
+    loaded.keymap,
+    heads=gguf.heads(loaded.config),
+    **of_loralib,
+  )
   if saved.base_name is not None and not _is_same(saved.base_name, base, loaded):
     log.warning(
       f"{adapter} says that its base is {saved.base_name}, and the base given is "
