@@ -25,6 +25,7 @@ COMMANDS = {
   "e2e": "experiments.e2e",
   "merge": "experiments.merge",
   "convert": "experiments.convert",
+  "combine": "experiments.combine",
   "dryrun": "launch.dryrun",
   "launch local": "launch.local",
   "launch sweep": "launch.sweep",

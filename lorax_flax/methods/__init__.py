@@ -17,12 +17,15 @@ from lorax_flax.methods.hira import HiRA
 from lorax_flax.methods.hra import HRA
 from lorax_flax.methods.kernel_delta import Followed, KernelDelta
 from lorax_flax.methods.loha import LoHa
+from lorax_flax.methods.lokr import LoKr
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.lora_bias import BiasLoRA
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.miss import MiSS
 from lorax_flax.methods.oft import OFT
+from lorax_flax.methods.olora import OLoRA
 from lorax_flax.methods.parts import Parts
+from lorax_flax.methods.pissa import PiSSA
 from lorax_flax.methods.table import Methods
 from lorax_flax.methods.token_rows import Rows
 from lorax_flax.methods.vera import VeRA
@@ -34,7 +37,10 @@ METHODS = Methods(
   dora=DoRA,
   lora_bias=BiasLoRA,
   fused_lora=FusedLoRA,
+  pissa=PiSSA,
+  olora=OLoRA,
   loha=LoHa,
+  lokr=LoKr,
   vera=VeRA,
   hra=HRA,
   oft=OFT,

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.adapt import stacking
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
+from lorax_flax.adapt.stacking import Index
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.files import atomic
-from lorax_flax.hub.adapters import stacking
-from lorax_flax.hub.adapters.stacking import Index
 from lorax_flax.hub.checkpoints import entries as rows
 from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints.entries import Site
