@@ -71,7 +71,7 @@ BOUNDS = {"int8": 0.501 / 127, "int4": 0.501 / 7, "nf4": 0.2, "nf4_single": 0.16
 def test_errors_are_within_half_a_step(name):
   w = weight().T
   leaf = quant.quantize(w, name)
-  assert leaf.shape == w.shape and leaf.size == w.size and leaf.ndim == 2
+  assert (leaf.shape, leaf.size, leaf.ndim) == (w.shape, w.size, w.ndim)
   assert leaf.nbytes < w.nbytes / (3.9 if name == "int8" else 6.9)
   blocks = np.abs(w).reshape(-1, IN if name == "int8" else 64, OUT).max(1)
   error = np.abs(leaf.dense() - w).reshape(-1, IN if name == "int8" else 64, OUT)
