@@ -124,7 +124,7 @@ def product(eqn: Any, operands: Sequence[Any]) -> Any:
 
   @jax.custom_vjp
   def multiplied(weight, x):
-    return times(weight.dense(), x)
+    return times(_after(weight, x).dense(), x)
 
   def forward(weight, x):
     return multiplied(weight, x), weight
@@ -138,31 +138,36 @@ def product(eqn: Any, operands: Sequence[Any]) -> Any:
   return multiplied(weight, x)
 
 
-def _after(weight: Stored, gradient: jax.Array) -> Stored:
-  """The weight, available only once the gradient is.
+def _after(weight: Stored, x: jax.Array) -> Stored:
+  """The weight, available only once x, which it multiplies, is.
 
-  Otherwise all kernels could be formed before the backward pass and kept. Compilers but
-  XLA's for CPUs heed the barrier; for that one the floats of the leaf, its scales,
-  depend on the gradient.
+  Otherwise the kernels of all layers could be formed first, and kept. Compilers but
+  XLA's for CPUs heed the barrier; for that one the leaf's floats, its scales, depend on
+  a number of x.
   """
-  weight, gradient = lax.optimization_barrier((weight, gradient))
-  waiting = lambda x: _waiting(x, gradient) if jx.is_float(x) else x
+  weight, x = lax.optimization_barrier((weight, x))
+
+  def waiting(part):
+    if not jx.is_float(part):
+      return part
+    return lax.platform_dependent(part, x, cpu=_waiting, default=lambda part, _: part)
+
   return replace(weight, leaf=jax.tree.map(waiting, weight.leaf))
 
 
 @jax.custom_batching.custom_vmap
-def _waiting(x: jax.Array, gradient: jax.Array) -> jax.Array:
-  """x itself, computed from the gradient."""
-  # The compiler can't fold it to x: 0 · y isn't 0 where y is not finite.
-  first = lax.slice(gradient, (0,) * gradient.ndim, (1,) * gradient.ndim)
-  return x + 0.0 * first.reshape(()).astype(x.dtype)
+def _waiting(part: jax.Array, x: jax.Array) -> jax.Array:
+  """The part itself, computed from a number of x."""
+  first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+  # The compiler can't fold the product: it does not know that the factor is finite.
+  zero = 0.0 * jnp.where(jnp.isfinite(first), first, jnp.zeros_like(first))
+  return part + zero.astype(part.dtype)
 
 
 @_waiting.def_vmap
-def _(size: int, in_batched: Sequence[bool], x: jax.Array, gradient: jax.Array):
-  """One trial's gradient is enough: a weight that trials share is formed once."""
+def _(size: int, in_batched: Sequence[bool], part: jax.Array, x: jax.Array):
+  """One trial's x is enough: a weight that trials share is formed once."""
   del size
-  batched, has_gradients = in_batched
-  gradient = gradient[0] if has_gradients else gradient
-  wait = partial(_waiting, gradient=gradient)
-  return (jax.vmap(wait)(x) if batched else wait(x)), batched
+  is_stacked, has_trials = in_batched
+  wait = partial(_waiting, x=x[0] if has_trials else x)
+  return (jax.vmap(wait)(part) if is_stacked else wait(part)), is_stacked
