@@ -13,7 +13,8 @@ from lorax_flax.quant import dense
 def merge(params: PyTree, adapter: Adapter) -> PyTree:
   """params with every delta added: the same tree, and no added latency.
 
-  A quantised leaf with a delta becomes dense, in its dtype. Leaves without a delta are returned as they are, arrays or not; params is not changed.
+  Leaves without a delta are returned as they are, arrays or not; params is not changed.
+  A quantised leaf with a delta becomes dense, in its dtype.
 
   Args:
     params: the base, any pytree.

@@ -114,7 +114,7 @@ def test_logits_and_gradients_are_the_dense_kernels(case, name):
 @pytest.mark.parametrize("case", CASES)
 def test_no_dense_kernel_is_kept(case):
   lora, q, dense, adapter = start(case, "nf4")
-  sizes = {n for n in (D * HIDDEN, LAYERS * D * HIDDEN)}
+  sizes = {D * HIDDEN, LAYERS * D * HIDDEN}
 
   def kept(params):
     """Sizes of the floats that the backward pass takes."""

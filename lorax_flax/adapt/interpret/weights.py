@@ -75,7 +75,7 @@ class Stored:
     return all(step.is_elementwise for step in self.steps)
 
   def then(self, eqn: Any, operands: Sequence[Any]) -> list["Stored"]:
-    """The results of an equation, in whose operands this weight is the first of them."""
+    """The results of an equation of whose weights this is the first."""
     place = next(i for i, x in enumerate(operands) if x is self)
     others = (*self.others, (*operands[:place], *operands[place + 1 :]))
     return [
