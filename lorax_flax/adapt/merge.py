@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from lorax_flax.adapt.paths import PyTree, arrays, map_with_path
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.methods import Adapter
+from lorax_flax.quant import dense
 
 
 def merge(params: PyTree, adapter: Adapter) -> PyTree:
   """params with every delta added: the same tree, and no added latency.
 
   Leaves without a delta are returned as they are, arrays or not; params is not changed.
+  A quantised leaf with a delta becomes dense, in its dtype.
 
   Args:
     params: the base, any pytree.
@@ -65,9 +67,10 @@ def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
   biases = _biases(leaves, adapter)
 
   def shift(path, leaf):
-    delta, new = adapter.get(path), leaf
+    delta = adapter.get(path)
     if delta is None and path not in biases:
       return leaf
+    new = dense(leaf)
     if path in biases and sign < 0:
       new = new.astype(jnp.float32) - biases[path]
     if delta is not None:

@@ -7,6 +7,7 @@ import jax
 from jax.tree_util import GetAttrKey, keystr
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.quant import is_quantized
 
 PyTree = Any
 
@@ -15,12 +16,13 @@ def flatten(tree: PyTree) -> dict[str, Any]:
   """Leaves by slash path ("encoder/layer_0/query/kernel"), in the tree's order.
 
   The `.value` by which a box holds an array (nnx.Variable, nn.Partitioned) is not part
-  of the name; the field `value` of a node that has other leaves too is.
+  of the name; the field `value` of a node that has other leaves too is. A quantised
+  weight is one leaf.
 
   Raises:
     LoraxError: two leaves have the same path, as where a key has a slash in it.
   """
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
   places = [place for place, _ in leaves]
   first: dict[str, Any] = {}
   for i, place in enumerate(places):
@@ -54,7 +56,7 @@ def arrays(tree: PyTree) -> dict[str, Any]:
 
 def map_with_path(fn, tree: PyTree, *rest: PyTree) -> PyTree:
   """`fn(path, leaf, …)` over the leaves of trees alike, `path` being a slash path."""
-  structure: Any = jax.tree.structure(tree)
+  structure: Any = jax.tree.structure(tree, is_leaf=is_quantized)
   columns = (structure.flatten_up_to(other) for other in rest)
   named = flatten(tree)
   results = map(fn, named.keys(), named.values(), *columns)

@@ -18,6 +18,7 @@ from lorax_flax.adapt.paths import path_key
 from lorax_flax.adapt.ranks import settle
 from lorax_flax.errors import LoraxError, listing, prefixed, unknown
 from lorax_flax.methods import METHODS, Adapter, Rows, Tuned
+from lorax_flax.quant import dense
 
 
 @dataclass(frozen=True)
@@ -381,7 +382,7 @@ def start(plan: Plan, key: jax.Array, leaves: Mapping[str, Any]) -> Adapter:
     method = METHODS.of_targets(t.method, t.options)
     adapter[t.path] = method.start(key, leaves[t.path], t, plan)
   for r in plan.rows:
-    adapter[r.path] = Rows.start(leaves[r.path], r.indices, r.roles, r.axis)
+    adapter[r.path] = Rows.start(dense(leaves[r.path]), r.indices, r.roles, r.axis)
   for path in plan.tuned:
-    adapter[path] = Tuned.start(leaves[path], plan.tuned_layers.get(path))
+    adapter[path] = Tuned.start(dense(leaves[path]), plan.tuned_layers.get(path))
   return adapter

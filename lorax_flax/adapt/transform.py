@@ -14,11 +14,13 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.interpreter import Run
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
+from lorax_flax.adapt.interpret.weights import Stored
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.adapt.paths import PyTree, arrays, flatten, is_array
 from lorax_flax.adapt.plan import Plan, make_plan, start
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, Followed
+from lorax_flax.quant import dense, is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +164,8 @@ class Adapted:
       delta = adapter.get(path)
       if isinstance(delta, Followed):
         operands[i] = _view(path, operands[i], delta)
+      elif is_quantized(operands[i]):
+        operands[i] = View.frozen(Stored(operands[i]), path)
     jaxpr, consts = jx.open_jaxpr(traced.jaxpr)
     results = [
       run.materialize("output", x) if is_view(x) else x
@@ -237,7 +241,7 @@ def _opened(tree: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], PyTree]]
 
   Other leaves (flags, names, numbers, functions) stay Python values.
   """
-  leaves, structure = jax.tree.flatten(tree)
+  leaves, structure = jax.tree.flatten(tree, is_leaf=is_quantized)
 
   def rebuilt(values: Sequence[Any]) -> PyTree:
     given = iter(values)
@@ -248,7 +252,10 @@ def _opened(tree: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], PyTree]]
 
 
 def _trace(fn, params, args, kwargs) -> _Traced:
-  """Traces fn; only the arrays among params and arguments are traced."""
+  """Traces fn; only the arrays among params and arguments are traced.
+
+  A quantised weight is an array to the function.
+  """
   weights, with_weights = _opened(params)
   data, with_data = _opened((args, kwargs))
 
@@ -256,7 +263,8 @@ def _trace(fn, params, args, kwargs) -> _Traced:
     inner_args, inner_kwargs = with_data(data)
     return fn(with_weights(weights), *inner_args, **inner_kwargs)
 
-  jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(weights, data)
+  shown = [jx.struct(w) if is_quantized(w) else w for w in weights]
+  jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(shown, data)
   return _Traced(
     jaxpr, arrays(params), [*weights, *data], len(data), jax.tree.structure(shapes)
   )
@@ -264,16 +272,23 @@ def _trace(fn, params, args, kwargs) -> _Traced:
 
 def _with_replaced(params: PyTree, adapter: Adapter) -> PyTree:
   """params with the leaves that are trained in full."""
-  leaves, tree = jax.tree.flatten(params)
+  leaves, tree = jax.tree.flatten(params, is_leaf=is_quantized)
   for i, (path, leaf) in enumerate(flatten(params).items()):
     delta = adapter.get(path)
     if delta is not None and not isinstance(delta, Followed):
-      leaves[i] = delta.merged(leaf)
+      leaves[i] = delta.merged(dense(leaf))
   return jax.tree.unflatten(tree, leaves)
 
 
 def _view(path: str, value: Any, delta: Followed) -> View:
-  parts = delta.parts(value)
+  def parts_of(delta: Followed, value: Any) -> Any:
+    return delta.parts(dense(value))
+
+  if is_quantized(value):
+    # A method that reads W's values reads them again in the backward pass.
+    parts, value = jax.checkpoint(parts_of)(delta, value), Stored(value)
+  else:
+    parts = parts_of(delta, value)
   for name, t in parts._asdict().items():
     if t is not None and any(
       n not in (1, size) for n, size in zip(t.shape, value.shape, strict=False)

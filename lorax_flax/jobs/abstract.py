@@ -86,7 +86,9 @@ def abstract(
   example = task.blank(model, length).batch(rows_B, length)
 
   axes = build.axes(model)
-  params = registry.abstract_params(model, settings.model.param_dtype)
+  params = registry.abstract_params(
+    model, settings.model.param_dtype, settings.model.quant
+  )
   objective = task.objective(settings.train.label_smoothing)
   lora, forward = build.adapt(model, settings.model, settings.lora, objective)
   plan = lora.plan(params, {name: x[:1] for name, x in example.items()})

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import lorax_flax as lx
+from lorax_flax import quant
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.adapt.plan import Plan, start
@@ -89,6 +90,7 @@ def model(
     shardings=functools.partial(_shardings, mesh),
     untie=settings.untie,
     vocab_size=settings.vocab_size,
+    quant=settings.quant,
   )
   if init_from is not None:
     tables = peft.with_tables(init_from, loaded.params, loaded.keymap)
@@ -302,14 +304,16 @@ def describe(plan: Plan, adapter: Adapter, params: Any) -> dict[str, str]:
     sum(delta.leaves()[name].size for delta in group for name in delta.trained)
     for group in (deltas, tuned)
   )
-  leaves = jax.tree.leaves(params)
-  dtypes = sorted({leaf.dtype.name for leaf in leaves})
-  size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+  leaves = flatten(params).values()
+  stored_as = sorted(
+    {quant.name_of(x) if quant.is_quantized(x) else x.dtype.name for x in leaves}
+  )
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
   left_out = plan.summary()
   return {
     "trained": f"training {low + full:,} of {sum(leaf.size for leaf in leaves):,} "
     f"parameters: {low:,} in {len(deltas)} low-rank deltas, {full:,} in {len(tuned)} "
     "weights in full",
     **({"left out": f"left out of the targets: {left_out}"} if left_out else {}),
-    "base": f"the base is in memory as {' and '.join(dtypes)}: {memory.show(size)}",
+    "base": f"the base is in memory as {' and '.join(stored_as)}: {memory.show(size)}",
   }

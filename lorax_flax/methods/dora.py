@@ -17,6 +17,7 @@ from lorax_flax.methods.lora import KEYS, LoRA
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, Form, PeftForm
+from lorax_flax.quant import dense
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +50,7 @@ class DoRA(LowRank):
   def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Plan) -> Self:
     """LoRA's factors, and the magnitudes that change nothing."""
     lora = LoRA.start(key, kernel, target, plan)
-    return cls(**vars(lora), magnitude=norms(lora, kernel))
+    return cls(**vars(lora), magnitude=norms(lora, dense(kernel)))
 
   def parts(self, w: jax.Array) -> Parts:
     """The changed kernel, unevaluated."""

@@ -15,6 +15,7 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.files import strict_json
 from lorax_flax.hub.checkpoints import load as hub_load
+from lorax_flax.hub.checkpoints import quantized
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.files import gguf, gguf_header, safetensors
 from lorax_flax.hub.peft import config as peft_config
@@ -153,6 +154,7 @@ def load(
   shardings: Callable[[Any, Any], Any] | None = None,
   untie: bool = False,
   vocab_size: int | None = None,
+  quant: str | None = None,
 ) -> Loaded:
   """Loads a model from a Hugging Face folder, or from a GGUF file.
 
@@ -171,6 +173,8 @@ def load(
       that change the uses apart need that.
     vocab_size: number of tokens, where it is not the checkpoint's. New rows are the
       mean of the others, as transformers starts them but for its noise of 1e-5.
+    quant: a format of `lorax_flax.quant.FORMATS` for the kernels of the layers, which
+      are quantised as they are read. `lx.adapt` runs such a model.
 
   Raises:
     LoraxError: an unknown family, an unsupported config, or keys that do not match.
@@ -186,7 +190,7 @@ def load(
     model = outline_of(hf_config, untie=untie, vocab_size=vocab_size)
   # The keys first: a config that claims a thousand layers takes long to trace.
   found = hub_load.find(_open(folder), model.keymap, ties)
-  shapes = _shapes(stored)
+  shapes = quantized.shapes(_shapes(stored), stored.keymap, quant)
   axes = model.family.logical_axes
   weights = hub_load.load(
     found,
@@ -199,7 +203,7 @@ def load(
   )
   params = weights.params
   if model is not stored:
-    shapes = _shapes(model)
+    shapes = quantized.shapes(_shapes(model), model.keymap, quant)
     resharded = shardings and shardings(axes(model.module), shapes)
     params = hub_load.resized(params, shapes, resharded)
   return Loaded(
@@ -244,17 +248,21 @@ def outline(
   return Outline(family, module, config, hf_config, family.keymap(config, scan))
 
 
-def abstract_params(model: Outline, param_dtype: str | None = None) -> Any:
+def abstract_params(
+  model: Outline, param_dtype: str | None = None, quant: str | None = None
+) -> Any:
   """The tree of a checkpoint's weights, of ShapeDtypeStructs.
 
   Args:
     param_dtype: as of `load`; None takes the dtype in config.json.
+    quant: as of `load`.
   """
   stored = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
   dtype = _float("dtype", param_dtype or stored or "float32")
-  return jax.tree.map(
+  tree = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(model)
   )
+  return quantized.shapes(tree, model.keymap, quant)
 
 
 def _shapes(model: Outline) -> Any:

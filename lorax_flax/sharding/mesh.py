@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lorax_flax.adapt.paths import PyTree, flatten, map_with_path
 from lorax_flax.errors import LoraxError, check_known, listing, unknown
 from lorax_flax.methods import Adapter, Delta
+from lorax_flax.quant import Quantized, is_quantized
 from lorax_flax.sharding import activations as spread
 
 # Logical names of each leaf's axes, by the leaf's slash path. Every axis has a name, so
@@ -181,9 +182,31 @@ def of_params(mesh: Mesh, axes: Axes, params: PyTree) -> PyTree:
     )
 
   def sharding(path, leaf):
-    return _sharding(mesh, path, _names(axes, path), leaf.shape)
+    of = _of_quantized if is_quantized(leaf) else _of_array
+    return of(mesh, path, _names(axes, path), leaf)
 
   return map_with_path(sharding, params)
+
+
+def _of_array(mesh: Mesh, path: str, names, leaf: Any) -> NamedSharding:
+  return _sharding(mesh, path, names, leaf.shape)
+
+
+def _of_quantized(mesh: Mesh, path: str, names, leaf: Quantized) -> Quantized:
+  """Shardings of a leaf's arrays, along the axes along which the kernel's would be."""
+  *stack, fan_in, fan_out = (a for a, _, _ in _shards(mesh, path, names, leaf.shape))
+  along = {"in": fan_in, "out": fan_out, None: None}
+  found = {}
+  for name, array in leaf.arrays().items():
+    spec = [*stack, *(along[axis] for axis in leaf.axes[name])]
+    for axis, size in zip(spec, array.shape, strict=True):
+      if axis is not None and size % mesh.shape[axis]:
+        raise LoraxError(
+          f"{path!r} of shape {leaf.shape} is quantised, and the {size} of its {name}"
+          f" can't be split into the {mesh.shape[axis]} of mesh.{axis}"
+        )
+    found[name] = NamedSharding(mesh, PartitionSpec(*spec))
+  return replace(leaf, **found)
 
 
 def of_adapter(mesh: Mesh, axes: Axes, adapter: Adapter) -> Adapter:

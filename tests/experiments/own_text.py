@@ -21,7 +21,7 @@ NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 ANSWER = ({"role": "assistant", "content": "yes"},)
 
 
-def decoder(folder, template=TEMPLATE):
+def decoder(folder, template=TEMPLATE, width=16):
   """Saves a random Llama and its tokenizer."""
   backend = tokenizers.Tokenizer(models.BPE())
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,8 +45,8 @@ def decoder(folder, template=TEMPLATE):
   torch.manual_seed(0)
   config = transformers.LlamaConfig(
     vocab_size=len(tokenizer),
-    hidden_size=16,
-    intermediate_size=24,
+    hidden_size=width,
+    intermediate_size=width * 3 // 2,
     num_hidden_layers=2,
     num_attention_heads=2,
     num_key_value_heads=1,

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec, Sharding
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import Dim, is_view
+from lorax_flax.adapt.interpret.weights import is_stored
 
 
 def programs(run: Any, eqn: Any, call: jx.Call) -> list[Callable[..., list[Any]]]:
@@ -42,7 +43,8 @@ def _constrained(values: list[Any], shardings: Sequence[Any] | None) -> list[Any
   """Values under the shardings that a jit requests; it may leave one unspecified."""
 
   def constrain(x, sharding):
-    if not isinstance(sharding, Sharding):
+    # Stored arrays have shardings of their own.
+    if not isinstance(sharding, Sharding) or (is_view(x) and is_stored(x.value)):
       return x
     if is_view(x):
       return replace(x, value=lax.with_sharding_constraint(x.value, sharding))
@@ -63,6 +65,7 @@ def _remat(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[Any]:
 
 def _shard_map(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[Any]:
   """Factors are sharded as the weight is, on the axes that they carry."""
+  operands = [x.settled() if is_view(x) else x for x in operands]
 
   def spec_of(x, spec):
     if not is_view(x):
@@ -127,9 +130,7 @@ def _back(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
   """Carried weights as they came in; a weight that changed cannot be carried."""
   out = []
   for before, after in zip(outer, inner, strict=True):
-    if is_view(before) != is_view(after) or (
-      is_view(before) and (before.dims, before.path) != (after.dims, after.path)
-    ):
+    if jax.tree.structure(before) != jax.tree.structure(after):
       raise Unsupported("it changes the weight from one iteration to the next")
     out.append(replace(after, index=before.index) if is_view(before) else after)
   return out
@@ -138,7 +139,7 @@ def _back(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
 def _scan(run: Any, eqn: Any, loop: jx.Loop, operands: list[Any]) -> list[Any]:
   _, consts, carry, scanned = loop.split(operands)
   length = loop.length
-  scanned = [_stacked(x, length) for x in scanned]
+  scanned = [_stacked(_sliceable(x), length) for x in scanned]
   arrays = [x.parts if is_view(x) else x for x in scanned]
 
   def body(state, step):
@@ -153,7 +154,7 @@ def _scan(run: Any, eqn: Any, loop: jx.Loop, operands: list[Any]) -> list[Any]:
     results = run.closed(loop.body, [*outer, *here])
     new = _back(state, results[: len(carry)])
     # A weight may be handed out as it came (NNX hands out its state), stacked then.
-    handed[:] = results[len(carry) :]
+    handed[:] = map(_sliceable, results[len(carry) :])
     return new, [y.parts if is_view(y) else y for y in handed]
 
   handed: list[Any] = []
@@ -170,6 +171,12 @@ def _scan(run: Any, eqn: Any, loop: jx.Loop, operands: list[Any]) -> list[Any]:
     for y, parts in zip(handed, ys, strict=True)
   ]
   return [*new, *ys]
+
+
+def _sliceable(x: Any) -> Any:
+  """A weight of whose arrays each has the axes of W before its last two."""
+  has_steps = is_view(x) and is_stored(x.value) and not x.value.is_sliceable
+  return x.settled() if has_steps else x
 
 
 def _stacked(x: Any, length: int) -> Any:

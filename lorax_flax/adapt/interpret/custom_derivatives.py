@@ -41,6 +41,8 @@ def _tangents(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[An
   program that was rewritten.
   """
   inside = _entered(run, jx.rule_name(eqn), operands)
+  # The product of a stored weight has no rule for tangents.
+  operands = [x.settled() if is_view(x) else x for x in operands]
 
   @jax.custom_jvp
   def ruled(*operands):

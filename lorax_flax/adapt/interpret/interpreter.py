@@ -14,6 +14,7 @@ from lorax_flax.adapt.interpret import (
   layout_rules,
   look_ups,
   product_rules,
+  weights,
 )
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
@@ -30,7 +31,7 @@ def _on_values(eqn: Any, operands: Sequence[Any]) -> list[Any]:
   """The equation's results on the weights as they are; shapes where they are shapes."""
   if any(is_view(x) and x.is_abstract for x in operands):
     return [jx.struct(v.aval) for v in eqn.outvars]
-  return jx.bind(eqn, [x.value if is_view(x) else x for x in operands])
+  return weights.evaluated(eqn, [x.value if is_view(x) else x for x in operands])
 
 
 @dataclass
@@ -87,6 +88,9 @@ class Run:
         return self.equation(eqn, plain)
       views = [x for x in operands if is_view(x)]
       call = jx.call(eqn)
+      if call is None and len({v.is_frozen for v in views}) > 1:
+        settled = [x.dense() if is_view(x) and x.is_frozen else x for x in operands]
+        return self.equation(eqn, settled)
       if call is not None:
         in_place = isinstance(call, jx.Call) and call.is_inline
         if not in_place and any(v.is_abstract for v in views):
@@ -102,7 +106,9 @@ class Run:
         product_rules.axes_of(eqn, operands)
 
         def product(x):
-          return _on_values(eqn, [w if is_view(w) else x for w in operands])[0]
+          if views[0].is_abstract:
+            return jx.struct(eqn.outvars[0].aval)
+          return weights.product(eqn, [w.value if is_view(w) else x for w in operands])
 
         with jx.scope(eqn):
           result = product_rules.RULES[name](eqn, operands, product, self.drop)
@@ -123,7 +129,7 @@ class Run:
 
   def materialize(self, primitive: str, view: View, why: str = "it has no rule") -> Any:
     """W + delta, where that was allowed; otherwise an error that names both."""
-    if view.looked_up is not None:
+    if view.looked_up is not None or view.is_frozen:
       return self.rows(view)
     if self.strict:
       raise Unsupported(f"at {primitive!r}, {why}")

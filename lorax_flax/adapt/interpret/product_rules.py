@@ -155,6 +155,8 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   axes = axes_of(eqn, operands)
   side = 0 if is_view(operands[0]) else 1
   view, x = operands[side], operands[1 - side]
+  if view.is_frozen:
+    return product(x)
   contracted, other, turned = _factors(view, axes)
   contract, batch = jx.param(eqn, "dimension_numbers")
   names = iter(string.ascii_letters.replace("z", ""))
@@ -240,6 +242,8 @@ def conv(eqn, operands, product, drop) -> jax.Array:
   input of such a convolution, 1 x 1 first.
   """
   x, view = operands
+  if view.is_frozen:
+    return product(x)
   d, groups = jx.param(eqn, "dimension_numbers"), jx.param(eqn, "feature_group_count")
   out_axis, in_axis, *window = d.rhs_spec
   sides = Axes((in_axis,), (), (out_axis,))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.adapt.interpret.weights import formed
 from lorax_flax.methods.parts import dense
 
 
@@ -34,11 +35,12 @@ class View:
   """out_scale * (W + sum_r a * b), unevaluated, and a bias for each product with it.
 
   Attributes:
-    value: W as the program sees it here, cast, transposed or reshaped. It is a
-      ShapeDtypeStruct while the roles are being found, and of a change of W alone.
+    value: W as the program sees it here, cast, transposed or reshaped; `Stored` where
+      the base holds it quantised. It is a ShapeDtypeStruct while the roles are being
+      found, and of a change of W alone.
     a, b: the delta's factors with W's axes and a last axis r; of size 1 on the axes
       that a factor does not carry: "in" axes are a's, "out" axes b's, "stack" axes
-      both's. None while the roles are being found.
+      both's. None while the roles are being found, and of a frozen weight.
     out_scale: as b, with a last axis of size 1; None for 1.
     bias: as out_scale; None for 0.
     index: () int32, the place in the program's repeated structure (which layer, which
@@ -66,6 +68,16 @@ class View:
     """A weight without factors, for while the roles are being found."""
     value = jax.ShapeDtypeStruct(shape, dtype)
     return cls(value, None, None, None, None, None, path, tuple(dims), 0.0)
+
+  @classmethod
+  def frozen(cls, value: Any, path: str) -> "View":
+    """A weight without a delta, which is followed since it is not an array."""
+    dims = (Dim(frozenset(), None),) * len(value.shape)
+    return cls(value, None, None, None, None, jnp.int32(0), path, dims, 0.0)
+
+  @property
+  def is_frozen(self) -> bool:
+    return self.a is None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -104,12 +116,18 @@ class View:
     rest = (None if t is None else fn(t) for t in self.parts[1:])
     return replace(self.with_parts((value, *rest)), dims=tuple(dims))
 
+  def settled(self) -> Any:
+    """The weight with its value formed; of a frozen one, that value."""
+    return self.dense() if self.is_frozen else replace(self, value=formed(self.value))
+
   def dense(self) -> jax.Array:
     """out_scale * (W + delta), formed; of a change of W alone, without W."""
+    if self.is_frozen:
+      return formed(self.value)
     delta = dense(self.a, self.b, jnp.float32)
     full = jnp.broadcast_to(delta, self.shape)
     if not self.is_abstract:
-      full = self.value.astype(jnp.float32) + full
+      full = formed(self.value).astype(jnp.float32) + full
     if self.out_scale is not None:
       full = full * self.out_scale[..., 0]
     return full.astype(self.dtype)

@@ -16,6 +16,7 @@ from lorax_flax.files import atomic
 from lorax_flax.hub.checkpoints import beside
 from lorax_flax.hub.checkpoints.keymap import KeyMap, file_key
 from lorax_flax.hub.files import gguf_header, gguf_tokenizer
+from lorax_flax.quant import dense
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -38,7 +39,8 @@ def write_checkpoint(
 
   Args:
     folder: the destination.
-    params: the model's tree; each leaf is stored in its own dtype.
+    params: the model's tree; each leaf is stored in its own dtype, quantised ones
+      dense.
     keymap: of the model.
     hf_config: of the base.
     architecture: transformers' class of the model.
@@ -121,7 +123,7 @@ def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
 
 def views(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
   """The tensors of a checkpoint, by key, as views of the leaves of a params tree."""
-  leaves = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+  leaves = {path: np.asarray(dense(leaf)) for path, leaf in flatten(params).items()}
   return {
     file_key(keymap, bare): site.entry.form.to_stored(
       leaves[site.path][site.place(leaves[site.path].shape)]

@@ -14,10 +14,11 @@ from flax import traverse_util
 from lorax_flax.adapt.paths import flatten, map_with_path, path_key
 from lorax_flax.errors import LoraxError, listing, nearest, unknown
 from lorax_flax.hub.checkpoints import keymap as km
-from lorax_flax.hub.checkpoints import shards
+from lorax_flax.hub.checkpoints import quantized, shards
 from lorax_flax.hub.checkpoints.entries import kind
 from lorax_flax.hub.files import safetensors
 from lorax_flax.hub.files.safetensors import Reader
+from lorax_flax.quant import is_quantized
 
 _GROUP = 64 << 20  # bytes that are transferred to a device at once
 _THREADS = 2  # more readers wait for one another's new pages
@@ -92,7 +93,8 @@ def load(
 
   Args:
     found: of `find`.
-    shapes: the tree, of ShapeDtypeStructs.
+    shapes: the tree, of ShapeDtypeStructs. A kernel that is quantised there is
+      quantised as it is read; each process then reads all of it.
     dtype: of the leaves; None keeps the stored dtype of each.
     std: standard deviation of a new head's kernels; biases are zero.
     seed: a new leaf is a function of (seed, path).
@@ -113,7 +115,10 @@ def load(
       _check(found, site, key, leaves[site.path].shape)
 
   def read(path, leaf):
-    return lambda: _leaf(found, path, leaf.shape, dtype, shards.full(leaf.shape))
+    block = lambda block: _leaf(found, path, leaf.shape, dtype, block)
+    if is_quantized(leaf):
+      return lambda: quantized.fill(leaf, block)
+    return lambda: block(shards.full(leaf.shape))
 
   def fill(path, leaf, sharding=None):
     if path in absent:
@@ -123,6 +128,8 @@ def load(
       return _sharded(new, sharding)
     if sharding is None:
       return next(full)
+    if is_quantized(leaf):
+      return jax.tree.map(_sharded, read(path, leaf)(), sharding)
     shard = lambda block: _leaf(found, path, leaf.shape, dtype, block)
     return shards.make_array(leaf.shape, sharding, shard)
 
@@ -157,9 +164,9 @@ def unstacked(shapes: Any, stacked: km.KeyMap, keymap: km.KeyMap) -> Any:
   return traverse_util.unflatten_dict(found)
 
 
-def _ahead(jobs: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+def _ahead(jobs: Iterable[Callable[[], Any]]) -> Iterator[Any]:
   """Results in order, a few jobs at once: reading and transposing wait for memory."""
-  waiting: collections.deque[futures.Future[np.ndarray]] = collections.deque()
+  waiting: collections.deque[futures.Future[Any]] = collections.deque()
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     for job in jobs:
       waiting.append(pool.submit(job))
@@ -169,9 +176,9 @@ def _ahead(jobs: Iterable[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
       yield waiting.popleft().result()
 
 
-def _on_device(arrays: Iterable[np.ndarray]) -> Iterator[jax.Array]:
+def _on_device(arrays: Iterable[Any]) -> Iterator[Any]:
   """The arrays on a device, many a call: a call costs as much as a small leaf."""
-  group: list[np.ndarray] = []
+  group: list[Any] = []
   for array in arrays:
     group.append(array)
     if sum(each.nbytes for each in group) > _GROUP:
@@ -316,7 +323,7 @@ def redrawn(params: Any, paths: Iterable[str], *, std: float, seed: int) -> Any:
   return map_with_path(draw, params)
 
 
-def _sharded(leaf: jax.Array, sharding: Any) -> jax.Array:
+def _sharded(leaf: Any, sharding: Any) -> jax.Array:
   cut = lambda block: np.asarray(leaf)[tuple(slice(*ends) for ends in block)]
   return shards.make_array(leaf.shape, sharding, cut)
 

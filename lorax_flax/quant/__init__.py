@@ -1,0 +1,67 @@
+"""Quantised weights: a format a file, one protocol, and the table `FORMATS`.
+
+A leaf of the base may be a `Quantized`; the transform of `lx.adapt` keeps it as it is
+and forms the dense kernel at each product alone.
+
+>>> import jax.numpy as jnp
+>>> from lorax_flax import quant
+>>> leaf = quant.quantize(jnp.eye(64), "nf4")
+>>> leaf.shape, leaf.codes.shape, bool((leaf.dense() == jnp.eye(64)).all())
+((64, 64), (64, 32), True)
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_flax.errors import check_known
+from lorax_flax.quant.int4 import Int4
+from lorax_flax.quant.int8 import Int8
+from lorax_flax.quant.nf4 import NF4, DoubleNF4
+from lorax_flax.quant.quantized import Quantized, dense, is_quantized
+
+FORMATS: dict[str, type[Quantized]] = {
+  "int8": Int8,
+  "int4": Int4,
+  "nf4": DoubleNF4,
+  "nf4_single": NF4,
+}
+
+__all__ = [
+  "FORMATS",
+  "Quantized",
+  "dense",
+  "is_quantized",
+  "name_of",
+  "quantize",
+]
+
+
+def quantize(kernel: Any, name: str) -> Quantized:
+  """A kernel in a format of `FORMATS`; it keeps its dtype.
+
+  Args:
+    kernel: (*stack, in, out), floating-point; or its ShapeDtypeStruct, for that of the
+      leaf. Each place of the stack is quantised by itself.
+
+  Raises:
+    LoraxError: an unknown format; a shape that it does not take.
+  """
+  check_known("quant", name, FORMATS)
+  FORMATS[name].check(tuple(kernel.shape))
+  made = functools.partial(_quantize, name=name)
+  is_shape = isinstance(kernel, jax.ShapeDtypeStruct)
+  return jax.eval_shape(made, kernel) if is_shape else made(kernel)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def _quantize(kernel: jax.Array, name: str) -> Quantized:
+  m = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32)
+  return FORMATS[name].of_matrices(m, kernel.dtype)
+
+
+def name_of(leaf: Quantized) -> str:
+  """The format's name."""
+  return next(name for name, kind in FORMATS.items() if type(leaf) is kind)

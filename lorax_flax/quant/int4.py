@@ -1,0 +1,39 @@
+"""int4: symmetric, a scale for each block of 64 weights along the contracted axis."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from lorax_flax.quant import blocks
+from lorax_flax.quant.quantized import Quantized
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int4(Quantized):
+  """W = (codes - 8) * absmax / 7, two codes in a byte.
+
+  Attributes:
+    absmax: (*stack, out, in / block) float32.
+  """
+
+  absmax: jax.Array
+
+  axes: ClassVar = {"codes": ("out", "in"), "absmax": ("out", "in")}
+  per_code: ClassVar[int] = 2
+  block: ClassVar[int] = 64
+
+  @classmethod
+  def of_matrices(cls, m: jax.Array, dtype: Any) -> Self:
+    """Codes 1 to 15 that are rounded to the nearest, ties to even."""
+    m = blocks.split(m, cls.block)
+    absmax = blocks.absmax(m)
+    codes = jnp.round(m * (7.0 * blocks.inverse(absmax))[..., None]) + 8
+    return cls(blocks.pack(blocks.join(codes.astype(jnp.uint8))), absmax, dtype=dtype)
+
+  def matrices(self) -> jax.Array:
+    """The weights, (*stack, out, in) float32."""
+    codes = blocks.split(blocks.unpack(self.codes), self.block).astype(jnp.float32)
+    return blocks.join((codes - 8) * (self.absmax * (1 / 7))[..., None])

@@ -1,0 +1,136 @@
+"""NormalFloat of 4 bits, with and without double quantisation (arXiv 2305.14314).
+
+Code book, layout, codes and values are those of bitsandbytes 0.50.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_flax.quant import blocks
+from lorax_flax.quant.quantized import Quantized
+
+# Quantiles of a normal, scaled to [-1, 1]: bitsandbytes' table.
+CODE = np.array(
+  [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+   -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+   0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+   0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+  np.float32,
+)  # fmt: skip
+
+
+def _linspace(first: float, last: float, n: int) -> np.ndarray:
+  """float32 numbers at equal distances, rounded as torch rounds them.
+
+  From both ends, by multiples of a float32 step that are added with one rounding.
+  """
+  start, stop = np.float32(first), np.float32(last)
+  step, i = np.float64((stop - start) / np.float32(n - 1)), np.arange(n)
+  up, down = np.float64(start) + step * i, np.float64(stop) - step * (n - 1 - i)
+  return np.where(i < n // 2, up, down).astype(np.float32)
+
+
+def _dynamic() -> np.ndarray:
+  """bitsandbytes' signed 8-bit code of scales: 7 decades, finer for larger values."""
+  values = [0.0, 1.0]
+  for decade in range(7):
+    edges = _linspace(0.1, 1, 2**decade + 1)
+    means = np.float32(10.0 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / 2)
+    values += [*means, *-means]
+  return np.sort(np.array(values, np.float32))
+
+
+DYNAMIC = _dynamic()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NF4(Quantized):
+  """W = CODE[codes] * absmax, two codes in a byte.
+
+  Attributes:
+    absmax: (*stack, out, in / block) float32.
+  """
+
+  absmax: jax.Array
+
+  axes: ClassVar = {"codes": ("out", "in"), "absmax": ("out", "in")}
+  per_code: ClassVar[int] = 2
+  block: ClassVar[int] = 64
+
+  @classmethod
+  def of_matrices(cls, m: jax.Array, dtype: Any) -> Self:
+    """The nearest codes of each block."""
+    codes, absmax = _quantized(m, CODE, cls.block)
+    return cls(blocks.pack(codes), absmax, dtype=dtype)
+
+  def matrices(self) -> jax.Array:
+    """The weights, (*stack, out, in) float32."""
+    return _weights(self.codes, self.absmax, self.block)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DoubleNF4(Quantized):
+  """NF4 whose scales are quantised: absmax = DYNAMIC[scales] * scales_absmax + mean.
+
+  Attributes:
+    scales: (*stack, out, in / block) uint8.
+    scales_absmax: (*stack, n) float32, of groups of 256 of one kernel's scales.
+    mean: (*stack, 1) float32, of one kernel's scales.
+  """
+
+  scales: jax.Array
+  scales_absmax: jax.Array
+  mean: jax.Array
+
+  axes: ClassVar = {
+    "codes": ("out", "in"),
+    "scales": ("out", "in"),
+    "scales_absmax": (None,),
+    "mean": (None,),
+  }
+  per_code: ClassVar[int] = 2
+  block: ClassVar[int] = 64
+  group: ClassVar[int] = 256
+
+  @classmethod
+  def of_matrices(cls, m: jax.Array, dtype: Any) -> Self:
+    """The codes of `NF4`, their scales quantised."""
+    codes, absmax = _quantized(m, CODE, cls.block)
+    flat = blocks.join(absmax)
+    mean = flat.mean(-1, keepdims=True)
+    more = -flat.shape[-1] % cls.group
+    padded = jnp.pad(flat - mean, [(0, 0)] * (flat.ndim - 1) + [(0, more)])
+    scales, scales_absmax = _quantized(padded, DYNAMIC, cls.group)
+    scales = scales[..., : flat.shape[-1]].reshape(absmax.shape)
+    return cls(blocks.pack(codes), scales, scales_absmax, mean, dtype=dtype)
+
+  def matrices(self) -> jax.Array:
+    """The weights, (*stack, out, in) float32."""
+    flat = jnp.asarray(DYNAMIC)[blocks.join(self.scales)]
+    spread = jnp.repeat(self.scales_absmax, self.group, -1)[..., : flat.shape[-1]]
+    # The maximum is the product itself; without one, compilers would make a fused
+    # multiply-add, and round where bitsandbytes does not.
+    absmax = jnp.maximum(flat * spread, -spread) + self.mean
+    absmax = absmax.reshape(self.scales.shape)
+    return _weights(self.codes, absmax, self.block)
+
+
+def _quantized(
+  x: jax.Array, code: np.ndarray, size: int
+) -> tuple[jax.Array, jax.Array]:
+  """Indices of the code book for blocks along the last axis, and the blocks' scales."""
+  parts = blocks.split(x, size)
+  absmax = blocks.absmax(parts)
+  scaled = jnp.clip(parts * blocks.inverse(absmax)[..., None], -1, 1)
+  return blocks.join(blocks.nearest(scaled, code)), absmax
+
+
+def _weights(codes: jax.Array, absmax: jax.Array, size: int) -> jax.Array:
+  values = blocks.looked_up(blocks.unpack(codes), CODE.tolist())
+  return blocks.join(blocks.split(values, size) * absmax[..., None])
