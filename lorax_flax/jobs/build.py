@@ -123,11 +123,11 @@ def rows(
     _check_ids(f"{task.name}, {name}", split, model)
   lengths = [split.lengths_N for split in (train, *evaluation.values())]
   lengths_padded = padded_lengths(np.concatenate(lengths), settings.buckets, model)
+  sizes = [f"{len(s):,} in {name}" for name, s in evaluation.items()]
+  padded = f"; padded to {' or '.join(map(str, lengths_padded))} tokens"
   log.info(
-    f"{task.name}: {len(train):,} examples to train on, "
-    f"{', '.join(f'{len(s):,} in {name}' for name, s in evaluation.items())}"
-    + f"; padded to {' or '.join(map(str, lengths_padded))} tokens"
-    * bool(model.max_length)
+    f"{task.name}: {len(train):,} examples to train on, {', '.join(sizes)}"
+    f"{padded if model.max_length else ''}"
   )
   for line in () if task.describe is None else task.describe(settings, model):
     log.info(line)

@@ -133,7 +133,7 @@ class Cache:
     return min(x.shape[-2] for x in jax.tree.leaves(self.layers))
 
   def moved(self, room: "Cache") -> "Cache":
-    """The same tokens in a blank cache that is at least as long."""
+    """A blank cache that is at least as long, with the same tokens."""
     layers = jax.tree.map(
       lambda new, x: jax.lax.dynamic_update_slice(new, x, (0,) * x.ndim),
       room.layers,

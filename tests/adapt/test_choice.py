@@ -186,6 +186,14 @@ def loss_with_slope(p, x, labels):
   return joined(losses, h, slope)
 
 
+def loss_with_slope_in_chunks(p, x, labels):
+  def add(total, chunk):
+    return total + loss_with_slope(p, *chunk), None
+
+  chunks = x[None], labels[None]
+  return jax.lax.scan(add, jnp.zeros(len(x)), chunks)[0]
+
+
 def tied_autoencoder(p, x):
   return jnp.tanh(x @ p["code"]) @ p["code"].T
 
@@ -211,6 +219,10 @@ STATS = {"mean": jnp.zeros(6), "var": jnp.ones(6)}
     (sown_body, {"up": (6, 5), "down": (5, 6)}, (X,), ["down", "up"], ()),
     (labelled_loss, {"up": (6, 6), "head": (6, 2)}, (X, LABELS), ["up"], ("head",)),
     (loss_with_slope, {"up": (6, 6), "head": (6, 2)}, (X, LABELS), ["up"], ("head",)),
+    (
+      loss_with_slope_in_chunks,
+      {"up": (6, 6), "head": (6, 2)}, (X, LABELS), ["up"], ("head",),
+    ),
     (tied_autoencoder, {"code": (6, 6)}, (X,), ["code"], ()),
     (masked_after, {"up": (6, 6), "masked": (6, 6)}, (X,), ["up"], ()),
   ],

@@ -297,10 +297,10 @@ def _product(found: Discovery, eqn: Any, operands: list, shown: list) -> Flow:
 
 
 def _is_turned(sites: Sequence[tuple[str, dict[int, str]]]) -> bool:
-  """True where the last product is the transpose of one before."""
-  *before, (_, last) = sites
+  """True where the last product is the transpose of the first; a loop's come again."""
+  first, last = sites[0][1], sites[-1][1]
   turned = {axis: _TURNED.get(role, role) for axis, role in last.items()}
-  return any(roles == turned for _, roles in before)
+  return first == turned != last
 
 
 def _added(found: Discovery, bias: View, to: Flow, result: Flow) -> Flow:
