@@ -1,10 +1,11 @@
 """Reads an adapter of any form and writes it in another.
 
   python -m experiments.convert --base=B --from=A --to=DIR \
-    [--format=peft|loralib|vllm|orbax]
+    [--format=peft|loralib|vllm|orbax|gguf]
 
-A is a PEFT folder, a folder that this command wrote, or a state dict of loralib (.bin,
-.pt, .safetensors; it does not hold --alpha, nor --enable_lora where layers are merged).
+A is a PEFT folder, a folder that this command wrote, a GGUF file, or a state dict of
+loralib (.bin, .pt, .safetensors; it does not hold --alpha, nor --enable_lora where
+layers are merged).
 The adapter read is printed, and written to DIR atomically. Our own form, orbax, keeps
 all that PEFT's says: the way back gives the same tensors.
 """
@@ -23,15 +24,16 @@ from lorax_flax import text_table
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import any as adapters
-from lorax_flax.hub.adapters import loralib, vllm
+from lorax_flax.hub.adapters import fused, loralib, vllm
+from lorax_flax.hub.adapters import gguf as gguf_adapter
 from lorax_flax.hub.adapters import native as orbax_adapter
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap, path_to_modules
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import Delta, KernelDelta, Tuned
-from lorax_flax.models import with_adapter
+from lorax_flax.models import gguf, registry, with_adapter
 
-FORMATS = ("orbax", "peft", "loralib", "vllm")
+FORMATS = ("orbax", "peft", "loralib", "vllm", "gguf")
 
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
@@ -93,18 +95,34 @@ def convert(
   if is_loralib:
     saved = dataclasses.replace(saved, base_name=base)
   notes = []
+  parts, theirs = fused.parts_of(saved.adapter), fused.widened(saved)
+  if parts is not None and form in ("peft", "vllm", "gguf"):
+    notes.append(
+      "the parts of each fused kernel are one LoRA there, with zeros outside of their "
+      "blocks; trained further, it changes the whole kernel"
+    )
   if form == "orbax":
     orbax_adapter.write_adapter(folder, saved)
+  elif form == "gguf":
+    # As it is stored: reading the adapter may have given each use a weight of its own.
+    stored = registry.outline(registry.read_config(loaded.folder))
+    gguf_adapter.write_adapter(
+      folder,
+      theirs.adapter,
+      loaded.keymap,
+      gguf.heads(loaded.config),
+      tied=bool(stored.keymap.ties),
+    )
   elif form == "vllm":
     vllm.write_adapter(
-      folder, saved, loaded.keymap, max_rank=max_rank or vllm.DEFAULT_MAX_RANK
+      folder, theirs, loaded.keymap, max_rank=max_rank or vllm.DEFAULT_MAX_RANK
     )
   elif form == "peft":
     peft.write_adapter(
       folder,
-      saved.adapter,
+      theirs.adapter,
       loaded.keymap,
-      saved.config,
+      theirs.config,
       base_name=saved.base_name,
       revision=saved.revision,
       task_type=saved.task_type,
@@ -115,7 +133,7 @@ def convert(
     )
   else:
     used = loralib.write_adapter(
-      folder, saved.adapter, loaded.keymap, enable_lora=enable_lora
+      folder, theirs.adapter, loaded.keymap, enable_lora=enable_lora or parts
     )
     notes.append(
       f"{folder / loralib.FILE} is for lora_alpha={used:g}, not stored there"

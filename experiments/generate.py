@@ -4,8 +4,8 @@
     --input=IN.jsonl --out=OUT.jsonl --max_new_tokens=64
 
 A line of IN.jsonl is {"prompt": …}, a text to go on from; {"messages": […]}, a chat to
-answer, written by the model's own template; or {"input_ids": […]}. A model with an
-encoder reads them there, and writes from its start token on.
+answer, written by the model's own template or --chat_template's; or {"input_ids": […]}.
+A model with an encoder reads them there, and writes from its start token on.
 
 A line of OUT.jsonl is {"text": …, "output_ids": […]}, the new tokens alone. The ids end
 with the one that ended the text; the text has no special tokens, and ends before a stop
@@ -28,10 +28,8 @@ from rich.progress import track
 
 from experiments.cli import command as cli
 from experiments.cli import decoding_flags, model_flags
-from experiments.inference import merged, prompts, results
-from lorax_flax.data.tokenize import load_tokenizer
+from experiments.inference import prompts, results, writers
 from lorax_flax.errors import LoraxError
-from lorax_flax.hub.checkpoints import beside
 from lorax_flax.serve import generate as generation
 from lorax_flax.serve.generate import Generated
 from lorax_flax.serve.settings import Decoding
@@ -50,6 +48,7 @@ BATCH_SIZE = flags.DEFINE_integer(
   lower_bound=1,
   flag_values=FLAGS,
 )
+CHAT_TEMPLATE = model_flags.chat_template(FLAGS)
 DECODING = decoding_flags.define(FLAGS)
 
 # Fewer lines than this need no progress bar.
@@ -64,18 +63,14 @@ def generate(
   decoding: Decoding,
   *,
   batch_size: int = 16,
+  chat_template: str | None = None,
 ) -> int:
   """Continues a file's lines into another; see the flags. Returns their number."""
   target = results.target(out, source)
-  model = merged.load(base, adapter, apply=True)
-  loaded = model.loaded
-  own = adapter is not None and beside.has_tokenizer(Path(adapter).expanduser())
-  folder = Path(adapter).expanduser() if adapter is not None and own else loaded.folder
-  has_tokenizer = own or beside.has_tokenizer(loaded.folder)
-  tokenizer = load_tokenizer(loaded.folder, adapter) if has_tokenizer else None
-  writer = generation.writer(loaded, model.rest, tokenizer)
+  writer, folder = writers.load(base, adapter)
+  vocab_size = writer.model.config.vocab_size
   file = Path(source).expanduser()
-  rows = prompts.read(file, folder, tokenizer, loaded.config.vocab_size)
+  rows = prompts.read(file, folder, writer.tokenizer, vocab_size, chat_template)
   written: list[Generated | None] = [None] * len(rows)
   try:
     found: Any = generation.generate(writer, rows, decoding, batch_size=batch_size)
@@ -105,6 +100,7 @@ def main() -> None:
     OUT.value,
     DECODING(),
     batch_size=BATCH_SIZE.value,
+    chat_template=CHAT_TEMPLATE.value,
   )
   results.report("Texts", OUT.value, count)
 

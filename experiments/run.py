@@ -7,7 +7,8 @@
 
 DIR then holds report.html, adapter/ (PEFT's format, with a model card; model/ where
 all weights were trained), result.json, metrics.jsonl, curves.png, tensorboard/,
-config.json, checkpoints/ and, of a classifier, confusion.png.
+config.json, checkpoints/ and, of a classifier, confusion.png; of a language model
+samples.jsonl, its answers to a few prompts (--config.data.prompts=N) by step.
 The same command resumes a run that was killed, or that SIGTERM told to save and
 stop (exit code 143), on the same or on other devices.
 
@@ -124,6 +125,7 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
     objective,
     build.batches(splits, lengths, [own.train for own in runs.values()]),
     fingerprint.of(model, splits, first.init_adapter) if processes.first() else {},
+    build.samples(first.data, task, model, splits, len(runs)),
   )
 
 

@@ -16,7 +16,8 @@ th, td { padding: .25em .8em; text-align: right; vertical-align: top;
   border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, .text td { text-align: left; }
 tbody th, .text th { font-weight: normal; }
-.text th { min-width: 7em; color: #555; }
+.text th { min-width: 7em; color: #555; text-align: left; }
+.text th, .text td { white-space: pre-wrap; }
 tr.best { background: #e6f2e6; }
 tr.best > * { font-weight: bold; }
 tr.failed > * { color: #a33; }
@@ -77,25 +78,38 @@ def table(
     kinds: "best", "failed" or "" for each line; none by default.
     caption: a line above it.
   """
-  cells = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
-  top = f"<thead><tr>{cells}</tr></thead>"
   label = html.escape(caption or header[0])
   return "\n".join(
     [
       f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>',
       *([f"<caption>{html.escape(caption)}</caption>"] if caption else ()),
-      top,
+      _head(header),
       *_body(lines, kinds or [""] * len(lines)),
       "</table></div>",
     ]
   )
 
 
-def facts(values: Sequence[tuple[str, str]]) -> str:
-  """A table of names and texts, as wide as the page at most."""
+def facts(values: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
+  """A table of names and texts, as wide as the page at most.
+
+  Args:
+    values: cells; the first of each names its line.
+    header: names of the columns; none by default.
+  """
   return "\n".join(
-    ['<table class="text">', *_body(values, [""] * len(values)), "</table>"]
+    [
+      '<table class="text">',
+      *([_head(header)] if header else ()),
+      *_body(values, [""] * len(values)),
+      "</table>",
+    ]
   )
+
+
+def _head(header: Sequence[str]) -> str:
+  cells = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
+  return f"<thead><tr>{cells}</tr></thead>"
 
 
 def _body(lines: Sequence[Sequence[str]], kinds: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ ROOMS = (
   "lorax_flax.errors",
   "lorax_flax.text_table",
   "lorax_flax.html_page",
+  "lorax_flax.metrics",
   "lorax_flax.files",
   "lorax_flax.distributed",
   "lorax_flax.quant",

@@ -31,6 +31,16 @@ def adapter(
   )
 
 
+def chat_template(values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines --chat_template."""
+  return flags.DEFINE_string(
+    "chat_template",
+    None,
+    "A .jinja file in place of the model's own chat template.",
+    flag_values=values,
+  )
+
+
 def out(
   values: flags.FlagValues, name: str = "out", kind: str = "folder"
 ) -> flags.FlagHolder:

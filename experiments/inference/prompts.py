@@ -17,7 +17,11 @@ _OF_CHATS = ("tools", "documents")
 
 
 def read(
-  file: Path, folder: Path, tokenizer: Tokenizer | None, vocab_size: int
+  file: Path,
+  folder: Path,
+  tokenizer: Tokenizer | None,
+  vocab_size: int,
+  chat_template: str | None = None,
 ) -> list[list[int]]:
   """The prompts of a file.
 
@@ -28,6 +32,7 @@ def read(
     folder: of the model, or of the adapter whose tokenizer it is; has the template.
     tokenizer: None where there is none.
     vocab_size: number of tokens of the model.
+    chat_template: a .jinja file in place of the folder's template.
 
   Raises:
     LoraxError: no such file, an empty one, or a line that can't be used; it names the
@@ -45,16 +50,22 @@ def read(
       elif kind == PROMPT:
         ids = _encoded(line[PROMPT], tokenizer, special=True)
       else:
-        template = template or chat.template(folder)
-        made = chat.check(line)
-        text = chat.render(template, made, add_generation_prompt=True)
-        ids = _encoded(text, tokenizer, special=False)
+        template = template or chat.of_model(folder, chat_template)
+        ids = of_chat(chat.check(line), tokenizer, template)
       if not ids:
         raise LoraxError("has no tokens")
       if wrong := [i for i in ids if not 0 <= i < vocab_size]:
         raise LoraxError(f"has the id {wrong[0]}: ids go from 0 to {vocab_size - 1}")
       found.append(ids)
   return found
+
+
+def of_chat(
+  made: chat.Chat, tokenizer: Tokenizer, template: chat.ChatTemplate
+) -> list[int]:
+  """Token ids of a chat, up to the assistant's answer that comes next."""
+  text = chat.render(template, made, add_generation_prompt=True)
+  return _encoded(text, tokenizer, special=False)
 
 
 def _kind(line: Mapping[str, Any]) -> str:

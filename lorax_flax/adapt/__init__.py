@@ -1,5 +1,6 @@
 """The transform: knows paths, shapes and axes, never a model."""
 
+from lorax_flax.adapt.algebra import as_lora, combine_adapters
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.merge import merge, unmerge
 from lorax_flax.adapt.partition import (
@@ -18,7 +19,9 @@ __all__ = [
   "Plan",
   "Target",
   "adapt",
+  "as_lora",
   "combine",
+  "combine_adapters",
   "freeze",
   "merge",
   "params_mask",

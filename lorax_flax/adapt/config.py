@@ -65,7 +65,7 @@ class LoraConfig:
       columns.
     bias: "none", "all" biases trained, or "lora_only", those beside a target.
     dropout: rate on the input of each delta; acts only where a key is given to `apply`.
-    init: "uniform" (PEFT's default) or "gaussian". "eva", "orthogonal" and "mica" say
+    init: "uniform" (PEFT's default), "gaussian" or "orthogonal". "eva" and "mica" say
       how PEFT started an adapter that was read.
     stack_axes: regular expression (whole path) to axes that hold separate weights, for
       experts that no scan or batch axis gives away.

@@ -19,13 +19,13 @@ from typing import Any
 from absl import logging
 
 from lorax_flax.data import glue_tsv
+from lorax_flax.data import tfds as tfds_data
 from lorax_flax.data.examples import Example, Examples, Splits
 from lorax_flax.data.tasks import Task
 from lorax_flax.errors import LoraxError
 from lorax_flax.files import atomic
 from lorax_flax.hub import assets
 
-_FORMAT = "array_record"
 _HINT = f"; {assets.CACHE_VARIABLE}=FOLDER names another place"
 # Seconds for the archive's server to answer, name resolution included.
 _PATIENCE = 4.0
@@ -52,7 +52,7 @@ def load(
   if glue_dir is not None:
     return _read(task, _from_tsv(task, glue_tsv.files(task, glue_dir)))
   builder = _builder(task, tfds_dir)
-  if not _prepared(builder):
+  if not tfds_data.is_prepared(builder):
     _download(task, builder)
     # A builder reads the prepared data when it is constructed.
     builder = _builder(task, tfds_dir)
@@ -60,37 +60,22 @@ def load(
 
 
 def _builder(task: Task, data_dir: str | Path | None) -> Any:
-  # Slow to import, and unused in a run without GLUE.
-  import tensorflow_datasets as tfds
-  import tensorflow_datasets.text.glue as tfds_glue
+  def find(tfds: Any) -> Any:
+    import tensorflow_datasets.text.glue as tfds_glue
 
-  # The default in newer releases: access to Google's bucket hangs without a network.
-  tfds.core.utils.gcs_utils._is_gcs_disabled = True
-  root = None if data_dir is None else Path(data_dir).expanduser()
-  # The class itself: look-up by name would search TFDS's full list.
-  return tfds_glue.Glue(config=task.name, data_dir=root)
+    # The class itself: look-up by name would search TFDS's full list.
+    return tfds_glue.Glue(config=task.name, data_dir=tfds_data.root(data_dir))
 
-
-def _prepared(builder: Any) -> bool:
-  return (builder.data_path / "dataset_info.json").exists()
+  return tfds_data.builder(find)
 
 
 def _read(task: Task, builder: Any) -> Examples:
-  try:
-    source = builder.as_data_source()
-  except NotImplementedError as error:
-    raise LoraxError(
-      f"glue/{task.name} is prepared in {builder.data_path}, but not as {_FORMAT}, "
-      f"which is what can be read without TensorFlow. {_advice(task)}"
-    ) from error
+  rows = tfds_data.rows(builder, f"glue/{task.name}", _advice(task))
 
   def examples(split: str) -> list[Example]:
-    if split not in source:
-      raise LoraxError(f"glue/{task.name} in {builder.data_path} has no split {split}")
     # TFDS stores rows in the order of a hash; idx is the row in the file.
-    # All at once: one by one, each would be a read of its own.
-    rows = source[split].__getitems__(range(len(source[split])))
-    return [_example(task, row) for row in sorted(rows, key=lambda row: row["idx"])]
+    found = sorted(rows(split), key=lambda row: row["idx"])
+    return [_example(task, row) for row in found]
 
   return Splits(
     train=examples(task.train),
@@ -116,7 +101,7 @@ def _from_tsv(task: Task, files: dict[str, Path]) -> Any:
   try:
     home.mkdir(parents=True, exist_ok=True)
     with _locked(home / f"{task.name}.lock"):
-      if not _prepared(_builder(task, root)):
+      if not tfds_data.is_prepared(_builder(task, root)):
         logging.info("Preparing glue/%s in %s, once", task.name, root)
         _prepare(task, files, root)
   except OSError as error:
@@ -137,7 +122,7 @@ def _digest(files: dict[str, Path]) -> str:
 
 
 def _prepare(task: Task, files: dict[str, Path], root: Path) -> None:
-  complete = lambda folder: _prepared(_builder(task, folder))
+  complete = lambda folder: tfds_data.is_prepared(_builder(task, folder))
   read = lambda _: {
     split: glue_tsv.read(task, split, file) for split, file in files.items()
   }
@@ -154,7 +139,7 @@ def _generate(builder: Any, generators: Callable[[Any], Any]) -> None:
   # TFDS's prints and progress bars would mix with our commands' output.
   tfds.disable_progress_bar()
   with contextlib.redirect_stdout(io.StringIO()):
-    builder.download_and_prepare(download_config=config, file_format=_FORMAT)
+    builder.download_and_prepare(download_config=config, file_format=tfds_data.FORMAT)
 
 
 @contextlib.contextmanager
@@ -184,7 +169,7 @@ def _download(task: Task, builder: Any) -> None:
   try:
     home.mkdir(parents=True, exist_ok=True)
     with _locked(home / ".lock"):
-      if not _prepared(builder):
+      if not tfds_data.is_prepared(builder):
         generators = builder._split_generators
         _generate(builder, lambda manager: generators(_Unpacking(manager)))
   # Any error on the way, of requests, zipfile or TFDS, has the same advice.
@@ -204,10 +189,11 @@ def _url(builder: Any) -> str:
 def _advice(task: Task) -> str:
   folder = glue_tsv.LAYOUTS[task.name].folder
   return (
-    f"Either run `tfds build glue/{task.name} --file_format={_FORMAT}` on a machine "
-    f"with network and TensorFlow, and copy its ~/tensorflow_datasets/glue/{task.name} "
-    "to the same place here ($TFDS_DATA_DIR names another); or give the GLUE archive's "
-    f"TSV files: --config.data.glue_dir=FOLDER, with {folder}/train.tsv in it"
+    f"Either run `tfds build glue/{task.name} --file_format={tfds_data.FORMAT}` on a "
+    "machine with network and TensorFlow, and copy its "
+    f"~/tensorflow_datasets/glue/{task.name} to the same place here ($TFDS_DATA_DIR "
+    "names another); or give the GLUE archive's TSV files: "
+    f"--config.data.glue_dir=FOLDER, with {folder}/train.tsv in it"
   )
 
 

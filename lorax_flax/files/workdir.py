@@ -11,6 +11,7 @@ from lorax_flax.files import atomic, bucket, strict_json
 CONFIG = "config.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 CURVES = "curves.png"
 CONFUSION = "confusion.png"
 REPORT = "report.html"

@@ -36,6 +36,7 @@ from lorax_flax.train.config import TrainConfig
 from lorax_flax.train.logs import memory
 from lorax_flax.train.loop import Data
 from lorax_flax.train.objective import Objective
+from lorax_flax.train.samples import Samples
 from lorax_flax.train.step import Forward
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,30 @@ def rows(
   for line in () if task.describe is None else task.describe(settings, model):
     log.info(line)
   return splits, lengths_padded
+
+
+def samples(
+  settings: DataSettings,
+  task: Task,
+  model: registry.Loaded,
+  splits: Splits[Rows],
+  runs: int,
+) -> Samples | None:
+  """Prompts that are answered at each evaluation; None, logged, where they can't be.
+
+  Args:
+    runs: number of runs that train together.
+  """
+  if task.samples is None:
+    return None
+  try:
+    made = task.samples(settings, model, splits)
+    if made is not None and runs * jax.process_count() > 1:
+      raise LoraxError("that is for one run in one process")
+  except LoraxError as error:
+    log.info(f"no prompts are answered while training: {error}")
+    return None
+  return made
 
 
 def _check_ids(name: str, split: Rows, model: registry.Loaded) -> None:

@@ -11,17 +11,21 @@ from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.dora import DoRA
 from lorax_flax.methods.fourier_ft import FourierFT
 from lorax_flax.methods.full import Tuned
+from lorax_flax.methods.fused_lora import FusedLoRA
 from lorax_flax.methods.gralora import GraLoRA
 from lorax_flax.methods.hira import HiRA
 from lorax_flax.methods.hra import HRA
 from lorax_flax.methods.kernel_delta import Followed, KernelDelta
 from lorax_flax.methods.loha import LoHa
+from lorax_flax.methods.lokr import LoKr
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.lora_bias import BiasLoRA
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.miss import MiSS
 from lorax_flax.methods.oft import OFT
+from lorax_flax.methods.olora import OLoRA
 from lorax_flax.methods.parts import Parts
+from lorax_flax.methods.pissa import PiSSA
 from lorax_flax.methods.table import Methods
 from lorax_flax.methods.token_rows import Rows
 from lorax_flax.methods.vera import VeRA
@@ -32,7 +36,11 @@ METHODS = Methods(
   lora=LoRA,
   dora=DoRA,
   lora_bias=BiasLoRA,
+  fused_lora=FusedLoRA,
+  pissa=PiSSA,
+  olora=OLoRA,
   loha=LoHa,
+  lokr=LoKr,
   vera=VeRA,
   hra=HRA,
   oft=OFT,
@@ -53,6 +61,7 @@ __all__ = [
   "Delta",
   "DoRA",
   "Followed",
+  "FusedLoRA",
   "KernelDelta",
   "LoRA",
   "LowRank",

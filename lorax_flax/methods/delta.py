@@ -74,6 +74,10 @@ class Delta:
     del w
     return None
 
+  def in_peft(self) -> "Delta":
+    """The delta of the method that PEFT's folder has for it."""
+    return self
+
   def kernel_axes(self) -> Mapping[str, tuple[int, ...]]:
     """The axes of the base's leaf, by the names that `axes` has for them."""
     raise NotImplementedError

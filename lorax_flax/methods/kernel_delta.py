@@ -117,8 +117,15 @@ class KernelDelta(Followed):
       indices = indices[jnp.asarray(target.layers)]
     leaves = jax.vmap(lambda i: draw(jax.random.fold_in(key, i)))(indices.reshape(-1))
     leaves = {n: x.reshape(indices.shape + x.shape[1:]) for n, x in leaves.items()}
+    return cls.within_ranks(leaves, target)
+
+  @classmethod
+  def within_ranks(
+    cls, leaves: Mapping[str, jax.Array], target: Target
+  ) -> dict[str, jax.Array]:
+    """Leaves that are zero beyond the rank of each stacked layer."""
     if target.ranks is None:
-      return leaves
+      return dict(leaves)
     ranks = jnp.asarray(target.ranks)
     return {
       name: _within(x, resolved(cls.axes[name], by_role(target.roles)), ranks)
@@ -242,13 +249,7 @@ class KernelDelta(Followed):
 
   def matrices(self, w: jax.Array) -> jax.Array:
     """A kernel as (*stack, in, out), float32, the layers that have a delta."""
-    axes = by_role(self.roles)
-    w = w.transpose((*axes["stack"], *axes["in"], *axes["out"])).astype(jnp.float32)
-    if self.layers is not None:
-      w = w[jnp.asarray(self.layers)]
-    depth, fan_in = len(axes["stack"]), len(axes["in"])
-    sizes = math.prod(w.shape[depth : depth + fan_in]), -1
-    return w.reshape((*w.shape[:depth], *sizes))
+    return matrices(w, self.roles, self.layers)
 
   def _placed(
     self, t: jax.Array, axes: LeafAxes, shape: Shape, fill: float = 0.0
@@ -278,6 +279,19 @@ class MethodDelta(KernelDelta):
   roles: tuple[str, ...] = field(metadata={"static": True})
   dropout: float = field(default=0.0, metadata={"static": True})
   layers: tuple[int, ...] | None = field(default=None, metadata={"static": True})
+
+
+def matrices(
+  w: jax.Array, roles: Sequence[str], layers: Sequence[int] | None
+) -> jax.Array:
+  """A kernel as (*stack, in, out), float32, these layers of it or all."""
+  axes = by_role(roles)
+  w = w.transpose((*axes["stack"], *axes["in"], *axes["out"])).astype(jnp.float32)
+  if layers is not None:
+    w = w[jnp.asarray(layers)]
+  depth, fan_in = len(axes["stack"]), len(axes["in"])
+  sizes = math.prod(w.shape[depth : depth + fan_in]), -1
+  return w.reshape((*w.shape[:depth], *sizes))
 
 
 def _within(leaf: jax.Array, axes: LeafAxes, ranks: jax.Array) -> jax.Array:

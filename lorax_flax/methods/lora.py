@@ -48,16 +48,24 @@ class LoRA(LowRank):
 
     "uniform": a uniform within 1 / sqrt(fan in), b zero (PEFT's default, torch
     kaiming_uniform with a = sqrt 5). "gaussian": a normal with std 1 / r, b zero.
+    "orthogonal": normal rows of a and columns of b, in ranks orthogonal to each other.
     "embedding": a zero, b normal with std 1 (PEFT's Embedding).
 
     Raises:
-      LoraxError: a start of PEFT's that isn't built here.
+      LoraxError: a start of PEFT's that isn't built here; an orthogonal one of an odd
+        rank, or of stacked layers of unlike ranks.
     """
     del kernel
-    if target.style not in ("uniform", "gaussian", "embedding"):
+    if target.style == "orthogonal" and (target.rank % 2 or target.ranks is not None):
+      raise LoraxError(
+        f"init='orthogonal' needs an even rank, the same in all layers, not"
+        f" {target.ranks or target.rank} at {target.path!r}"
+      )
+    if target.style not in ("uniform", "gaussian", "orthogonal", "embedding"):
       raise LoraxError(
         f"init={target.style!r} is how PEFT starts an adapter, and not built here: "
-        "choose init='uniform' or 'gaussian', or read PEFT's adapter with its start"
+        "choose init='uniform', 'gaussian' or 'orthogonal', or read PEFT's adapter "
+        "with its start"
       )
     shapes = cls.layer_shapes(target)
     a_shape, b_shape = shapes["a"], shapes["b"]
@@ -65,6 +73,8 @@ class LoRA(LowRank):
     def draw(key):
       if target.style == "embedding":
         a, b = jnp.zeros(a_shape), jax.random.normal(key, b_shape, jnp.float32)
+      elif target.style == "orthogonal":
+        a, b = _orthogonal(key, a_shape, b_shape)
       elif target.style == "gaussian":
         a = jax.random.normal(key, a_shape, jnp.float32) / target.rank
         b = jnp.zeros(b_shape)
@@ -80,3 +90,15 @@ class LoRA(LowRank):
       own = jnp.asarray(target.ranks).reshape(-1, *[1] * (leaves["a"].ndim - 1))
       leaves["a"] = leaves["a"] * (target.rank / own)
     return cls.of_target(leaves, target, plan)
+
+
+def _orthogonal(
+  key: jax.Array, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+  """Normal factors within two halves of an orthonormal basis: their product is zero."""
+  rank = a_shape[-1]
+  of_basis, of_a, of_b = jax.random.split(key, 3)
+  basis = jnp.linalg.qr(jax.random.normal(of_basis, (rank, rank)))[0]
+  a = jax.random.normal(of_a, (*a_shape[:-1], rank // 2)) @ basis[0::2]
+  b = jax.random.normal(of_b, (rank // 2, *b_shape[1:]))
+  return a / 10, jnp.tensordot(basis[1::2].T, b, 1) / 10

@@ -123,6 +123,24 @@ class Cache:
       raise LoraxError(f"an encoder's text of shape {found} for a cache of {room}")
     return Cache(layers, chunk.ends_B, source_BxN, self.length)
 
+  @property
+  def columns(self) -> int:
+    """Number of columns of the layer with the fewest.
+
+    Where a row has more tokens, it can't go back to an earlier one: a ring has
+    overwritten what that one attends to.
+    """
+    return min(x.shape[-2] for x in jax.tree.leaves(self.layers))
+
+  def moved(self, room: "Cache") -> "Cache":
+    """The same tokens in a blank cache that is at least as long."""
+    layers = jax.tree.map(
+      lambda new, x: jax.lax.dynamic_update_slice(new, x, (0,) * x.ndim),
+      room.layers,
+      self.layers,
+    )
+    return Cache(layers, self.lengths_B, self.source_BxN, room.length)
+
   def take(self, rows_B: jax.Array) -> "Cache":
     """Rows in another order, some of them repeated or left out: of beams, of slots."""
     # A layer's leaves have four axes, behind that of the layers where they are stacked.

@@ -1,15 +1,17 @@
-"""A base and an adapter of any form, read together: the base is made to fit."""
+"""A base and adapters of any form, read together: the base is made to fit."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from lorax_flax.errors import LoraxError
 from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
-from lorax_flax.models import registry
+from lorax_flax.models import gguf, registry
 
 log = logging.getLogger(__name__)
 
@@ -31,38 +33,79 @@ def load(
   Raises:
     LoraxError: what the readers raise.
   """
+  loaded, (saved,) = load_all(base, [adapter], alpha=alpha, enable_lora=enable_lora)
+  return loaded, saved
+
+
+def load_all(
+  base: str,
+  sources: Sequence[str | Path],
+  *,
+  alpha: float | None = None,
+  enable_lora: Sequence[bool] | None = None,
+) -> tuple[registry.Loaded, list[Saved]]:
+  """Loads a base and several adapters, which must fit the same base; as `load`."""
   folder = resolve(base)
   model = registry.outline(registry.read_config(folder))
-  needs = adapters.needs(adapter, model.keymap)
+  needs = {source: adapters.needs(source, model.keymap) for source in sources}
+  num_labels = _agreed(base, "labels", {s: n.num_labels for s, n in needs.items()})
+  vocab_size = _agreed(base, "tokens", {s: n.vocab_size for s, n in needs.items()})
   rows = getattr(model.config, "vocab_size", None)
-  if needs.vocab_size not in (None, rows):
+  if vocab_size not in (None, rows):
     log.warning(
-      f"{base}: its vocabulary of {rows} tokens is made {needs.vocab_size}, as in "
-      f"{adapter}"
+      f"{base}: its vocabulary of {rows} tokens is made {vocab_size}, as in "
+      f"{' and '.join(str(s) for s, n in needs.items() if n.vocab_size)}"
     )
-  if needs.untie:
+  untie = [str(source) for source, each in needs.items() if each.untie]
+  if untie:
     log.warning(
-      f"{base}: its tied tables get a weight each, since {adapter} changes them apart"
+      f"{base}: its tied tables get a weight each, since {' and '.join(untie)} changes "
+      "them apart"
     )
   loaded = registry.load(
     folder,
-    num_labels=needs.num_labels,
-    new_head=needs.num_labels is not None,
-    untie=needs.untie,
-    vocab_size=needs.vocab_size,
+    scan=any(each.scan for each in needs.values()),
+    num_labels=num_labels,
+    new_head=num_labels is not None,
+    untie=bool(untie),
+    vocab_size=vocab_size,
   )
-  if needs.vocab_size is not None:
-    tables = peft.with_tables(adapter, loaded.params, loaded.keymap)
-    loaded = replace(loaded, params=tables)
+  for source, each in needs.items():
+    if each.vocab_size is not None:
+      tables = peft.with_tables(source, loaded.params, loaded.keymap)
+      loaded = replace(loaded, params=tables)
+  return loaded, [
+    _read(base, loaded, source, alpha=alpha, enable_lora=enable_lora)
+    for source in sources
+  ]
+
+
+def _agreed(base: str, what: str, sizes: Mapping[str | Path, int | None]) -> int | None:
+  """The size that the adapters which need one have in common."""
+  given = {source: size for source, size in sizes.items() if size is not None}
+  if len({*given.values()}) > 1:
+    each = ", ".join(f"{source} has {size}" for source, size in given.items())
+    raise LoraxError(f"{base} cannot be the base of all: of {what} {each}")
+  return next(iter(given.values()), None)
+
+
+def _read(
+  base: str, loaded: registry.Loaded, adapter: str | Path, **of_loralib: Any
+) -> Saved:
+  """One adapter of a base that fits it."""
   saved = adapters.read(
-    adapter, loaded.params, loaded.keymap, alpha=alpha, enable_lora=enable_lora
+    adapter,
+    loaded.params,
+    loaded.keymap,
+    heads=gguf.heads(loaded.config),
+    **of_loralib,
   )
   if saved.base_name is not None and not _is_same(saved.base_name, base, loaded):
     log.warning(
       f"{adapter} says that its base is {saved.base_name}, and the base given is "
       f"{base}: on other weights than its own an adapter means nothing"
     )
-  return loaded, replace(saved, untied=not loaded.keymap.ties)
+  return replace(saved, untied=not loaded.keymap.ties)
 
 
 def _is_same(name: str, base: str, loaded: registry.Loaded) -> bool:

@@ -18,8 +18,12 @@ from lorax_flax.serve.decoder import Decoder
 from lorax_flax.serve.ends import Ends
 from lorax_flax.serve.history import History
 from lorax_flax.serve.rules import Rules
+from lorax_flax.serve.sampling import Carry
 from lorax_flax.serve.settings import Decoding
 from lorax_flax.serve.text import TextStream
+
+# After prompts: the logits of the next tokens BxV, the cache and the history.
+Start = tuple[jax.Array, Cache, History]
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ def writer(
 
   Args:
     loaded: a model with a cache.
-    rest: an adapter that is applied beside its weights, unmerged.
+    rest: an adapter that is applied beside its weights, unmerged; None: there is none.
+      Another one of any keys may take its place in `Writer.params`.
     tokenizer: of its texts.
 
   Raises:
@@ -72,9 +77,9 @@ def writer(
   """
   loaded.blank_cache(1, 1, 1)
   ends = ends_of.read(loaded.folder, loaded.hf_config, loaded.config.vocab_size)
-  if _has_encoder(loaded) and ends.start is None:
+  if has_encoder(loaded) and ends.start is None:
     raise LoraxError(f"{loaded.folder} has no decoder_start_token_id")
-  if rest:
+  if rest is not None:
     both = decoder.decoder_of(loaded, decoder.adapted(loaded))
     return Writer(loaded, both, (loaded.params, rest), ends, tokenizer)
   return Writer(loaded, decoder.decoder_of(loaded), loaded.params, ends, tokenizer)
@@ -104,52 +109,34 @@ def generate(
       the new ones; logits that are no numbers. It counts prompts as examples, from 1.
   """
   for number, prompt in enumerate(prompts):
-    _check_room(writer.model, len(prompt), decoding, number)
+    check_room(writer.model, len(prompt), decoding, number)
   size = min(batch_size, len(prompts))
   order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-  write = _searched if decoding.beams > 1 else _sampled
-  for start in range(0, len(order), max(size, 1)):
-    numbers = order[start : start + size].tolist()
-    rows = [_Row(writer.tokenizer, decoding.stop) for _ in numbers]
+  write: Any = _searched if decoding.beams > 1 else sampled
+  for first in range(0, len(order), max(size, 1)):
+    numbers = order[first : first + size].tolist()
+    rows = [Row(writer.tokenizer, decoding.stop) for _ in numbers]
     prompts_B = [prompts[number] for number in numbers]
-    for _ in write(writer, rows, prompts_B, numbers, size, decoding):
+    start = prefilled(writer, prompts_B, size, decoding)
+    for _ in write(writer, rows, start, numbers, size, decoding):
       pass
     yield from zip(numbers, (row.generated() for row in rows), strict=True)
 
 
-def stream(
-  writer: Writer, prompt: Sequence[int], decoding: Decoding, *, number: int = 0
-) -> Iterator[str]:
-  """Pieces of the text after one prompt, each as soon as it is certain.
+class Row:
+  """A row of a batch, written token by token.
 
-  Args:
-    number: of the prompt, that its samples follow from as in `generate`.
-
-  Raises:
-    LoraxError: as of `generate`; beams, or a writer without a tokenizer.
+  Attributes:
+    ids: the new tokens.
+    text: theirs, as far as it is certain.
   """
-  if decoding.beams > 1:
-    raise LoraxError(f"beams={decoding.beams}: a search has no text before its end")
-  if writer.tokenizer is None:
-    raise LoraxError("a stream of text needs a tokenizer")
-  _check_room(writer.model, len(prompt), decoding, number)
-  row, given = _Row(writer.tokenizer, decoding.stop), 0
-  for _ in _sampled(writer, [row], [prompt], [number], 1, decoding):
-    if len(row.text) > given:
-      yield row.text[given:]
-      given = len(row.text)
-  if rest := (row.generated().text or "")[given:]:
-    yield rest
-
-
-class _Row:
-  """A row of a batch, written token by token."""
 
   def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]):
     if stop and tokenizer is None:
       raise LoraxError("stop: strings can't be found without a tokenizer")
     self.ids: list[int] = []
     self.text = ""
+    self._taken = 0  # number of characters of the text
     self._stream = None if tokenizer is None else TextStream(tokenizer, stop)
 
   @property
@@ -164,53 +151,73 @@ class _Row:
       if self._stream is not None:
         self.text += self._stream.push(token)
 
+  def take(self) -> str:
+    """The text that was not taken before."""
+    piece = self.text[self._taken :]
+    self._taken += len(piece)
+    return piece
+
+  def finish(self) -> str:
+    """The rest of the text, once no token comes any more."""
+    return (self.generated().text or "")[self._taken :]
+
   def generated(self) -> Generated:
     """All of it, once no token comes any more."""
     text = None if self._stream is None else self.text + self._stream.finish()
     return Generated(tuple(self.ids), text)
 
 
-def _sampled(
+def sampled(
   writer: Writer,
-  rows: Sequence[_Row],
-  prompts: Sequence[Sequence[int]],
+  rows: Sequence[Row],
+  start: Start,
   numbers: Sequence[int],
   size: int,
   decoding: Decoding,
-) -> Iterator[None]:
-  """Writes a batch into its rows, and yields after each token of them."""
+) -> Iterator[Carry]:
+  """Writes a batch into its rows, greedily or by sampling.
+
+  Args:
+    rows: of the prompts, in order.
+    start: after the prompts; its cache is donated.
+    numbers: of the prompts among all, that samples follow from.
+    size: number of rows of the batch; those after `rows` are not written.
+
+  Yields:
+    After each token, the carry of `sampling.tokens`.
+  """
   eos = writer.ends.eos
   if writer.tokenizer is not None:
     eos += ends_of.special_stops(decoding.stop, writer.tokenizer)
   found = sampling.tokens(
     writer.decoder.step,
     writer.params,
-    *_prefilled(writer, prompts, size, decoding),
+    *start,
     _rules(decoding, numbers, size),
     eos=eos,
     stopped=lambda: np.array(
       [*(r.stopped for r in rows), *[True] * (size - len(rows))]
     ),
   )
-  for tokens in found:
+  for carry, tokens in found:
     _check_numbers(tokens.nan_B, numbers)
     for row, token in zip(rows, tokens.ids_B.tolist(), strict=False):
       row.push(token)
-    yield
+    yield carry
     if all(row.stopped for row in rows):
       return
 
 
 def _searched(
   writer: Writer,
-  rows: Sequence[_Row],
-  prompts: Sequence[Sequence[int]],
+  rows: Sequence[Row],
+  start: Start,
   numbers: Sequence[int],
   size: int,
   decoding: Decoding,
 ) -> Iterator[None]:
   """Writes the best beams of a batch into its rows, all at once."""
-  logits_BxV, cache, before = _prefilled(writer, prompts, size, decoding)
+  logits_BxV, cache, before = start
   starts_B = np.asarray(before.lengths_B)
   best, nan_B = beams.search(
     writer.decoder.step,
@@ -232,16 +239,16 @@ def _searched(
   yield
 
 
-def _prefilled(
+def prefilled(
   writer: Writer, prompts: Sequence[Sequence[int]], size: int, decoding: Decoding
-) -> tuple[jax.Array, Cache, History]:
-  """Logits after the prompts, the cache and the history; rows are filled up to size."""
+) -> Start:
+  """The start after prompts; rows are filled up to size."""
   model, new = writer.model, decoding.max_new_tokens
   filled = [*prompts, *[[0]] * (size - len(prompts))]
   inputs = decoder.prompts(filled, most=model.max_length)
   width = inputs["input_ids"].shape[1]
   length = min(width + new, model.max_length)
-  if writer.ends.start is not None and _has_encoder(model):
+  if writer.ends.start is not None and has_encoder(model):
     filled, length = [[writer.ends.start]] * size, 1 + new
     start_Bx1 = np.array(filled, np.int32)
     inputs["decoder_input_ids"] = start_Bx1
@@ -263,10 +270,11 @@ def _check_numbers(nan_B: np.ndarray, numbers: Sequence[int]) -> None:
     raise LoraxError(f"example {number} gives logits that are not finite")
 
 
-def _check_room(model: Outline, tokens: int, decoding: Decoding, number: int) -> None:
+def check_room(model: Outline, tokens: int, decoding: Decoding, number: int) -> None:
+  """Raises LoraxError unless there is room for a prompt and what comes after it."""
   if not tokens:
     raise LoraxError(f"example {number + 1} has no tokens")
-  new = 0 if _has_encoder(model) else decoding.max_new_tokens
+  new = 0 if has_encoder(model) else decoding.max_new_tokens
   if tokens + new > model.max_length:
     beside = f", and max_new_tokens is {new}" if new else ""
     raise LoraxError(
@@ -275,5 +283,6 @@ def _check_room(model: Outline, tokens: int, decoding: Decoding, number: int) ->
     )
 
 
-def _has_encoder(model: Outline) -> bool:
+def has_encoder(model: Outline) -> bool:
+  """True where the prompt is an encoder's."""
   return model.family.task == "seq2seq-lm"

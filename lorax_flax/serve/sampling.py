@@ -17,8 +17,16 @@ from lorax_flax.serve.steps import State, Step
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Carry:
-  """State between two steps; ids_B are the last tokens, as of `Tokens`."""
+class Carry:
+  """State between two steps.
+
+  Attributes:
+    state: the model's, of all tokens but the last of each row.
+    history: all tokens.
+    ids_B: the last tokens, as of `Tokens`.
+    new_B: number of new tokens.
+    done_B: True for rows that have ended.
+  """
 
   state: State
   history: History
@@ -51,7 +59,7 @@ def tokens(
   *,
   eos: tuple[int, ...],
   stopped: Callable[[], np.ndarray],
-) -> Iterator[Tokens]:
+) -> Iterator[tuple[Carry, Tokens]]:
   """Writes each row until it ends, has its number of tokens, or is stopped.
 
   Args:
@@ -66,16 +74,16 @@ def tokens(
       the step before runs, so that a row gets one more token then.
 
   Yields:
-    The tokens of each step, until all rows have ended.
+    The newest carry, which is donated as the iteration goes on, and the tokens of each
+    step, until all rows have ended.
   """
   eos_E = jnp.asarray(eos, jnp.int32)
   zero_B = jnp.zeros(len(logits_BxV), jnp.int32)
-  carry = _Carry(state, history, zero_B, zero_B, jnp.asarray(stopped()))
+  carry = Carry(state, history, zero_B, zero_B, jnp.asarray(stopped()))
   first = _first(logits_BxV, carry, rules, eos_E)
   advance = lambda carry: _next(step, params, carry, rules, eos_E, stopped())
   most = int(rules.max_new_tokens_B.max())
-  for _, found in steps.run(first, advance, lambda seen: seen.done_B.all(), most):
-    yield found
+  yield from steps.run(first, advance, lambda seen: seen.done_B.all(), most)
 
 
 @jax.jit
@@ -93,8 +101,8 @@ def _next(step, params, carry, rules, eos_E, stopped_B):
 
 
 def _pick(
-  logits_BxV: jax.Array, carry: _Carry, rules: Rules, eos_E: jax.Array
-) -> tuple[_Carry, Tokens]:
+  logits_BxV: jax.Array, carry: Carry, rules: Rules, eos_E: jax.Array
+) -> tuple[Carry, Tokens]:
   """The next token of each row."""
   scores_BxV = warping.processed(logits_BxV, carry.history, rules, carry.new_B, eos_E)
   chosen_B = jax.lax.cond(
@@ -104,7 +112,7 @@ def _pick(
   ids_B = jnp.where(going_B, chosen_B, -1)
   new_B = carry.new_B + going_B.astype(jnp.int32)
   is_last_B = jnp.isin(ids_B, eos_E) | (new_B >= rules.max_new_tokens_B)
-  carry = _Carry(
+  carry = Carry(
     state=carry.state,
     history=carry.history.append(ids_B, going_B),
     ids_B=ids_B,

@@ -5,6 +5,7 @@ from lorax_flax.tasks import (
   causal_lm,
   classification,
   digits,
+  e2e,
   images,
   regression,
   seq2seq,
@@ -18,6 +19,7 @@ TASKS |= {
 }
 TASKS |= {task.name: task for task in (digits.task(0, 4), digits.task(5, 9))}
 TASKS["next_token"] = causal_lm.TASK
+TASKS["e2e"] = e2e.TASK
 TASKS["seq2seq"] = seq2seq.TASK
 TASKS["texts"] = texts.TASK
 TASKS["images"] = images.TASK

@@ -13,7 +13,6 @@ import numpy as np
 from lorax_flax.data import pipeline
 from lorax_flax.data.examples import Example
 from lorax_flax.data.own import forms, summary
-from lorax_flax.data.own.settings import OwnSettings
 from lorax_flax.data.own.splits import TRAIN, read_splits
 from lorax_flax.data.own.table import Table, text
 from lorax_flax.data.pairs import Pairs, pairs
@@ -21,7 +20,8 @@ from lorax_flax.data.sequences import IGNORED
 from lorax_flax.data.tokenize import load_tokenizer, tokenize, uncut_lengths
 from lorax_flax.data.tokens import Column, Tokens, ragged
 from lorax_flax.errors import LoraxError, prefixed
-from lorax_flax.tasks import perplexity
+from lorax_flax.tasks import answers, perplexity
+from lorax_flax.tasks.answers import AnswerSettings
 from lorax_flax.tasks.task import OwnTask, Splits, Task
 from lorax_flax.train.objective import Throughput
 
@@ -34,7 +34,7 @@ _START = "decoder_start_token_id"
 
 
 @dataclass(frozen=True)
-class Seq2SeqSettings(OwnSettings):
+class Seq2SeqSettings(AnswerSettings):
   """Settings of a user's own prompts and completions.
 
   Attributes:
@@ -98,6 +98,7 @@ def _open(settings: Seq2SeqSettings) -> Task:
       lambda batch: batch["labels"],
       Throughput("tokens", {"attention_mask": 0, "labels": IGNORED}),
     ),
+    samples=answers.samples,
     describe=lambda _, model: _describe(settings, splits, tokens(model.folder), model),
   )
 

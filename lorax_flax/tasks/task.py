@@ -18,7 +18,8 @@ from lorax_flax.train.objective import Objective
 if TYPE_CHECKING:  # --help and mistakes in flags need not wait for these.
   from lorax_flax.data.pipeline import Rows
   from lorax_flax.models.family import Task as ModelTask
-  from lorax_flax.models.registry import Located, Outline
+  from lorax_flax.models.registry import Loaded, Located, Outline
+  from lorax_flax.train.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Task:
       say it.
     describe: (settings, model) -> lines that show what was found in the user's data,
       with examples as the model sees them; None where the rows are always the same.
+    samples: (settings, model, rows) -> prompts that are answered at each evaluation, or
+      None; None where a model of this task writes nothing.
   """
 
   name: str
@@ -52,6 +55,7 @@ class Task:
   objective: Callable[[float], Objective]
   problem_type: str | None = None
   describe: Callable[[Any, Located], list[str]] | None = None
+  samples: Callable[[Any, Loaded, Splits[Rows]], Samples | None] | None = None
 
   def __post_init__(self):
     _check_settings(self.name, self.settings)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.distributed import processes
+from lorax_flax.errors import LoraxError
 from lorax_flax.files import bucket, workdir
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import mesh as meshes
@@ -27,6 +28,7 @@ from lorax_flax.train.logs.progress_bar import Display
 from lorax_flax.train.logs.timer import Stopwatch
 from lorax_flax.train.logs.writer import Record, SilentRecord
 from lorax_flax.train.objective import Objective
+from lorax_flax.train.samples import Samples
 from lorax_flax.train.trials import Run
 
 PyTree = Any
@@ -58,6 +60,7 @@ class Job:
 
   Attributes:
     fingerprints: digests of what the runs are made from, by name.
+    samples: prompts that a run which trains alone, in one process, answers.
   """
 
   runs: Sequence[Run]
@@ -65,6 +68,7 @@ class Job:
   objective: Objective
   data: Data
   fingerprints: Mapping[str, str] = field(default_factory=dict)
+  samples: Samples | None = None
 
 
 def fit(
@@ -179,6 +183,8 @@ class _Loop:
     """
     with contextlib.suppress(_AllDiverged):
       self._check_running()
+      if not done:
+        self._answer(0, state, base)
       train_step = Compiled(self.program.step, self._compiling("training step"))
       for number in range(done + 1, self.plan.total + 1):
         batch = next(self._data.batches)
@@ -198,6 +204,7 @@ class _Loop:
         evaluated = at_end or number % self.plan.epoch == 0
         if evaluated:
           state = self._evaluate(number, state, base)
+          self._answer(number, state, base)
         stopping = not at_end and self.stop.reached(number)
         if evaluated or stopping or self._save_is_due(number):
           self._save(number, state)
@@ -295,6 +302,21 @@ class _Loop:
             improved[i] = history.evaluated(number, found)
     return self.program.keep_best(state, improved)
 
+  def _answer(self, number: int, state: PyTree, base: PyTree) -> None:
+    """Answers the prompts, before the step's checkpoint: it is never without them."""
+    samples, [*alive] = self.job.samples, running(self.histories)
+    if samples is None or not alive:
+      return
+    self._drain()
+    with self.clock.on("answer"), jax.set_mesh(self.job.model.mesh):
+      try:
+        found = samples.answer(base.params, base.adapter(state.trained))
+      except LoraxError as error:  # An answer is no reason to stop a run.
+        log.warning("the prompts are not answered at step %d: %s", number, error)
+        return
+    for history in alive:
+      history.answered(samples.lines(number, found))
+
   def _report(self, number: int) -> None:
     status = f"Under way: {number:,} of {self.plan.total:,} steps are done."
     for run, history in zip(self.job.runs, self.histories, strict=True):
@@ -368,7 +390,8 @@ def _report(
   """Writes report.html anew; process 0 alone."""
   if processes.first():
     best = history.best_and_last()[0]["step"]
-    text = page.render(run.about, history.record.lines, best, status, result)
+    record = history.record
+    text = page.render(run.about, record.lines, best, status, result, record.samples)
     workdir.write_text(run.folder / workdir.REPORT, text)
 
 

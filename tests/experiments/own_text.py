@@ -97,6 +97,7 @@ def shrunk(spec, base, data, **changes):
     "data.path": str(data),
     "data.max_length": 64,
     "data.buckets": 1,
+    "data.prompts": 0,
     "lora.rank": 3,
     "train.epochs": None,
     "train.steps": 12,

@@ -58,10 +58,13 @@ TOKENS = (
   "mixtral_8x7b_instruct",
   "gpt3_175b",
 )
+E2E = ("e2e_gpt2_medium", "e2e_gpt2_large")
 OWN = ("chat", "complete", "seq2seq")  # on text of one's own
 SPECS = [
   *("quickstart.py", "quickstart.py:full"),
   *("classify.py", "classify.py:full"),
+  *(f"{name}.py" for name in E2E),
+  *("smollm2_e2e.py", "smollm2_e2e.py:full"),
   *(f"images.py{v}" for v in ("", ":full", ":digits", ":digits_base")),
   *(f"glue_{task}.py{v}" for task in BASE for v in VARIANTS),
   *(f"{name}.py{v}" for name in (*TOKENS, *OWN) for v in ("", ":full")),
@@ -153,6 +156,34 @@ def test_the_papers_recipe_of_deberta_with_the_rank_of_its_4_7m(task):
   assert query
   assert value
   assert not key
+
+
+# Table 3 and table 11: BLEU, NIST, METEOR, ROUGE-L, CIDEr of LoRA; of full fine-tuning.
+NLG = {
+  "e2e_gpt2_medium": ("70.4 8.85 46.8 71.8 2.53", "68.2 8.62 46.2 71.0 2.47"),
+  "e2e_gpt2_large": ("70.4 8.89 46.8 72.0 2.47", "68.5 8.78 46.0 69.9 2.45"),
+}
+
+
+@pytest.mark.parametrize("name", E2E)
+def test_the_papers_recipe_and_scores_of_e2e(name):
+  text = _docstring(name)
+  for scores in NLG[name]:
+    assert set(scores.split()) <= set(re.findall(r"[\d.]*\d", text))
+  found = _settings(f"{name}.py")
+  lora, train = found.lora, found.train
+  assert (lora.method, lora.options) == (
+    "fused_lora",
+    {"enable_lora": (True, False, True)},
+  )
+  assert (lora.rank, lora.alpha, lora.dropout, lora.tuned) == (4, 32, 0.1, ())
+  assert (train.batch_size, train.epochs, train.warmup_steps) == (8, 5, 500)
+  assert (train.learning_rate, train.weight_decay) == (2e-4, 0.01)
+  assert (train.label_smoothing, train.grad_clip) == (0.1, float("inf"))
+  assert (train.schedule, train.optimizer) == ("linear", "adamw")
+  assert (found.data.max_length, found.model.dropout) == (512, 0.0)
+  assert re.fullmatch(lora.targets, "layer_3/attn/c_attn/kernel")
+  assert not re.fullmatch(lora.targets, "layer_3/attn/c_proj/kernel")
 
 
 def test_full_fine_tuning_is_the_quick_start_without_deltas():

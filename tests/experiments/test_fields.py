@@ -33,7 +33,7 @@ def test_every_field_of_every_dataclass_is_a_config_field_with_help():
   for name in fields.known():
     assert f"\n  {name} {'=' if name in headlines else '('}" in text
   assert (
-    "\n  data.path (next_token, seq2seq, texts, images)\n"
+    "\n  data.path (next_token, e2e, seq2seq, texts, images)\n"
     "      a file, or a folder with train." in text
   )
   assert "\n  data.path = None\n" in config_flag.help_text(["--config=gpt3_175b.py"])

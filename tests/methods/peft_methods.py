@@ -30,6 +30,7 @@ class Peer:
 
 PEERS = {
   "loha": Peer(peft.LoHaConfig, {"r": 2, "alpha": 6}, {"rank": 2, "alpha": 6}),
+  "lokr": Peer(peft.LoKrConfig, {"r": 1, "alpha": 6}, {"rank": 1, "alpha": 6}),
   "vera": Peer(peft.VeraConfig, {"r": 4}, {"rank": 4}),
   "hra": Peer(peft.HRAConfig, {"r": 4}, {"rank": 4}),
   "oft": Peer(peft.OFTConfig, {"oft_block_size": 4}, {"options": {"block_size": 4}}),

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 import lorax_flax as lx
+from lorax_flax.adapt.algebra import as_lora
 from lorax_flax.hub.adapters import native
 from tests.adapt.checks import check_equals_merged, check_no_dense_gradient, perturbed
 from tests.methods import peft_methods as peers
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 LAYERS, WIDTH = 3, 12
-OLD = {"lora": {"rank": 2, "alpha": 3.0}, "dora": {"rank": 2, "alpha": 3.0}}
+LORAS = ("lora", "dora", "fused_lora", "pissa", "olora")
+OLD = {name: {"rank": 2, "alpha": 3.0} for name in LORAS}
 NAMES = [*OLD, *peers.PEERS]
 # A rotation's gradient has the inputs' size twice, which a square kernel has as well.
 FORMED = {n for n, peer in peers.PEERS.items() if peer.formed} | {"oft", "boft"}
@@ -115,6 +117,17 @@ def test_many_adapters_and_half_precision(name, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, found.adapter, several[0])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_any_method_is_a_lora_of_full_rank(name):
+  lora, _, params, adapter = start(name, "some layers")
+  moved = perturbed(adapter)
+  found, errors = as_lora(params, moved, WIDTH)
+  assert errors["kernel"] < 1e-5
+  assert isinstance(found["kernel"], lx.LoRA)
+  got, want = (lora.apply(params, each, X) for each in (found, moved))
+  np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
 def test_a_dense_delta_of_a_tied_weight_is_used_both_ways():
   config = peers.config("hira")
   params = {"kernel": KERNELS[0]}
@@ -175,6 +188,11 @@ def test_a_mesh_of_eight_devices_makes_no_difference():
     ),
     ("fourierft", {"options": {"n_frequency": 145}}, "from 1 to the 144"),
     ("gralora", {"rank": 3, "options": {"k": 2}}, "k=2 does not divide rank=3"),
+    ("pissa", {"rank": 13}, "rank 13 is above the smaller side.*choose 12 or less"),
+    ("pissa", {"dropout": 0.1}, "pissa has no dropout, not 0.1"),
+    ("olora", {"init": "gaussian"}, "init='gaussian' does nothing in olora"),
+    ("lora", {"init": "orthogonal", "rank": 3}, "needs an even rank.*not 3 at 'kern"),
+    ("lokr", {"rank": 2}, r"rank 2 of the factor of shape \(4, 4\).*choose 1 or less"),
   ],
 )
 def test_what_a_method_does_not_allow_is_refused_with_the_reason(name, fields, message):

@@ -15,7 +15,7 @@ from lorax_flax.data.tokenize import load_tokenizer
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Tuned
 from lorax_flax.models import registry
-from lorax_flax.serve import ends
+from lorax_flax.serve import conversation, ends
 from lorax_flax.serve import generate as generation
 from lorax_flax.serve.settings import Decoding
 from tests.data.test_tokenizers import FAMILIES
@@ -109,7 +109,7 @@ def test_a_stream_is_the_text_and_a_stop_string_ends_both(talker):
   ((_, full),) = generation.generate(talker, [prompt], decoding)
   assert len(full.ids) == 30
   assert full.text == talker.tokenizer.decode(full.ids)
-  pieces = list(generation.stream(talker, prompt, decoding))
+  pieces = list(conversation.stream(talker, prompt, decoding))
   assert len(pieces) > 10
   assert "".join(pieces) == full.text
 
@@ -121,7 +121,7 @@ def test_a_stream_is_the_text_and_a_stop_string_ends_both(talker):
   assert (
     short.text
     == full.text[:end]
-    == "".join(generation.stream(talker, prompt, stopping))
+    == "".join(conversation.stream(talker, prompt, stopping))
   )
   assert short.ids == full.ids[: len(short.ids)]
   # The ids reach over the string's end, and no further.

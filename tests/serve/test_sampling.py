@@ -31,7 +31,7 @@ def _texts(step, params, logits, state, prompts, settings, eos=(), numbers=None)
     eos=eos,
     stopped=lambda: np.zeros(count, bool),
   )
-  ids_BxT = np.stack([tokens.ids_B for tokens in found], axis=1)
+  ids_BxT = np.stack([tokens.ids_B for _, tokens in found], axis=1)
   rows = [row[row >= 0].tolist() for row in ids_BxT]
   # A row that has ended has no further tokens.
   assert all((row >= 0).sum() == len(r) for row, r in zip(ids_BxT, rows, strict=True))
@@ -161,4 +161,4 @@ def test_logits_that_are_no_numbers_are_reported_of_rows_that_go_on():
     eos=(1,),
     stopped=lambda: np.zeros(2, bool),
   )
-  assert [tokens.nan_B.tolist() for tokens in found][:1] == [[True, False]]
+  assert [tokens.nan_B.tolist() for _, tokens in found][:1] == [[True, False]]

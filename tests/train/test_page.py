@@ -146,6 +146,31 @@ def test_the_page_says_what_the_run_was_and_how_to_use_it(page):
   assert f"read({NASTY!r})" in page.text
 
 
+def test_answers_are_side_by_side_and_by_step():
+  def line(step, answer):
+    return {"step": step, "prompt": NASTY, "expected": "e", "answer": answer}
+
+  samples = [line(0, "a\n b"), line(0, "x"), line(4, "c"), line(4, "y")]
+  page = Page(render(ABOUT, LINES, 8, "Finished.", RESULT, samples))
+  [sides] = [t for t in page.tables if t[0][0] == "prompt"]
+  assert sides == [
+    ["prompt", "expected", "before training", "after step 4"],
+    [NASTY, "e", "a\n b", "c"],
+    [NASTY, "e", "x", "y"],
+  ]
+  samples += [line(8, NASTY), line(8, "z")]
+  page = Page(render(ABOUT, LINES, 8, "Finished.", RESULT, samples))
+  assert [
+    ["step", "answer 1", "answer 2"],
+    ["0", "a\n b", "x"],
+    ["4", "c", "y"],
+    ["8", NASTY, "z"],
+  ] in page.tables
+  assert all("scope" in attrs for tag, attrs in page.tags if tag == "th")
+  names = {tag for tag, _ in page.tags}
+  assert "script" not in names
+
+
 def test_a_run_under_way_has_a_page_without_a_result():
   page = Page(render(ABOUT, LINES[:2], 8, "Under way: 4 of 8 steps are done."))
   assert "Under way: 4 of 8 steps are done." in page.text

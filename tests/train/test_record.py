@@ -31,6 +31,25 @@ def test_lines_after_the_restored_step_are_dropped(tmp_path):
   assert _lines(tmp_path)[-1] == {"step": 30, "epoch": 1.5, "train/loss": 0.5}
 
 
+def test_answers_are_dropped_as_lines_are_and_all_of_them_before_a_checkpoint(tmp_path):
+  def answer(step, text="a"):
+    return [{"step": step, "prompt": "p", "expected": "e", "answer": text}]
+
+  record = Record(tmp_path, 0)
+  assert not (tmp_path / "samples.jsonl").exists()
+  for step in (0, 10, 20):
+    record.answered(answer(step))
+  record.close()
+  again = Record(tmp_path, 10)
+  again.answered(answer(20, "b"))
+  again.close()
+  found = [json.loads(x) for x in (tmp_path / "samples.jsonl").read_text().splitlines()]
+  assert found == [*answer(0), *answer(10), *answer(20, "b")] == again.samples
+  anew = Record(tmp_path, 0)
+  assert not anew.samples
+  anew.close()
+
+
 def test_tensorboard_shows_each_value_and_forgets_what_was_undone(tmp_path):
   record = Record(tmp_path, 0)
   record.write(1, 0.1, {"train/loss": 3.0})

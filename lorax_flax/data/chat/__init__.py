@@ -5,7 +5,7 @@
 """
 
 from lorax_flax.data.chat.encoding import encode, encode_all, tokenize
-from lorax_flax.data.chat.files import special_tokens, template
+from lorax_flax.data.chat.files import of_model, special_tokens, template
 from lorax_flax.data.chat.masks import Marked, Markers, mark, markers
 from lorax_flax.data.chat.messages import Chat, check, split
 from lorax_flax.data.chat.templates import ChatTemplate, render
@@ -20,6 +20,7 @@ __all__ = [
   "encode_all",
   "mark",
   "markers",
+  "of_model",
   "render",
   "special_tokens",
   "split",

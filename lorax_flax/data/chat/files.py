@@ -52,6 +52,13 @@ def template(
   return ChatTemplate(texts, tokens or {}, origin, name)
 
 
+def of_model(folder: Path, own: str | None = None) -> ChatTemplate:
+  """The chat template of a model, or a .jinja file of one's own in its place."""
+  if own is None:
+    return template(folder)
+  return template(Path(own).expanduser(), special_tokens=special_tokens(folder))
+
+
 def special_tokens(source: str | Path | Mapping[str, Any]) -> dict[str, str]:
   """The special tokens that a model's templates may name: bos_token, eos_token, ….
 
@@ -79,6 +86,29 @@ def _beside(file: Path) -> dict[str, str]:
   return _tokens(settings)
 
 
+def texts(folder: Path) -> dict[str, str]:
+  """The templates of a model's folder or GGUF file by name; empty where it has none."""
+  inside = _inside(folder)
+  return {} if inside is None else _named(*inside[:2])
+
+
+def _inside(path: Path) -> tuple[str, Any, dict[str, str]] | None:
+  """`_find` of a model's folder or GGUF file; None where it has no template."""
+  named = {file.stem: _text(file) for file in sorted((path / _MORE).glob("*.jinja"))}
+  if (path / _JINJA).is_file():
+    named[DEFAULT] = _text(path / _JINJA)
+  if named:
+    return str(path), named, special_tokens(path)
+  for file in (path / _CONFIG, path / _PROCESSOR):
+    if (found := _read(file).get("chat_template")) is not None:
+      return str(file), found, special_tokens(path)
+  gguf = gguf_header.find(path)
+  settings = {} if gguf is None else gguf_tokenizer.settings(gguf)
+  if (found := settings.get("chat_template")) is not None:
+    return str(gguf), found, special_tokens(settings)
+  return None
+
+
 def _find(
   source: str | Path | Mapping[str, Any],
 ) -> tuple[str, Any, dict[str, str] | None]:
@@ -94,19 +124,8 @@ def _find(
     if (found := strict_json.read_object(path).get("chat_template")) is None:
       raise LoraxError(f"{path} has no chat_template")
     return str(path), found, _beside(path)
-  texts = {file.stem: _text(file) for file in sorted((path / _MORE).glob("*.jinja"))}
-  if (path / _JINJA).is_file():
-    texts[DEFAULT] = _text(path / _JINJA)
-  if texts:
-    return str(path), texts, special_tokens(path)
-  for file in (path / _CONFIG, path / _PROCESSOR):
-    if (found := _read(file).get("chat_template")) is not None:
-      return str(file), found, special_tokens(path)
-  gguf = gguf_header.find(path)
-  if gguf is not None:
-    found = gguf_tokenizer.settings(gguf).get("chat_template")
-    if found is not None:
-      return str(gguf), found, special_tokens(gguf)
+  if (inside := _inside(path)) is not None:
+    return inside
   there = listing(p.name for p in path.iterdir()) if path.is_dir() else ""
   raise LoraxError(
     f"no chat template in {path}: a model that is trained on chats has one in {_JINJA},"

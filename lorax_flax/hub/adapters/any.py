@@ -1,11 +1,11 @@
 """Any adapter, whatever its form: recognised by what it holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from lorax_flax.errors import LoraxError, listing
-from lorax_flax.hub.adapters import loralib
+from lorax_flax.hub.adapters import gguf, loralib
 from lorax_flax.hub.adapters import native as orbax_adapter
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap
@@ -15,7 +15,7 @@ from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.peft.needs import Needs
 from lorax_flax.methods import Tuned
 
-Form = Literal["peft", "loralib", "orbax"]
+Form = Literal["peft", "loralib", "orbax", "gguf"]
 
 
 def form(source: str | Path) -> Form:
@@ -33,6 +33,8 @@ def form(source: str | Path) -> Form:
     )
   if orbax_adapter.is_ours(source):
     return "orbax"
+  if gguf.is_adapter(source):
+    return "gguf"
   if loralib.is_state_dict(source) or (source / loralib.FILE).is_file():
     return "loralib"
   if source.is_file():
@@ -51,7 +53,8 @@ def form(source: str | Path) -> Form:
   raise LoraxError(
     f"{source} holds no adapter: no {peft_config.CONFIG_FILE} (PEFT), no "
     f"{orbax_adapter.FILE} with {orbax_adapter.ARRAYS} (ours), no {loralib.FILE} "
-    f"(loralib). It holds: {listing(inside, most=12) or 'nothing'}"
+    f"(loralib), no {gguf.FILE} (GGUF). It holds: "
+    f"{listing(inside, most=12) or 'nothing'}"
   )
 
 
@@ -60,15 +63,19 @@ def read(
   params: Any,
   keymap: KeyMap,
   *,
+  heads: Mapping[str, int] | None = None,
   alpha: float | None = None,
   enable_lora: Sequence[bool] | None = None,
 ) -> Saved:
   """Reads an adapter of any form.
 
   Args:
-    source: a PEFT folder, a folder of `orbax_adapter`, or loralib's state dict.
+    source: a PEFT folder, a folder of `orbax_adapter`, loralib's state dict, or a GGUF
+      file.
     params: the base's tree, whose leaves the adapter changes.
     keymap: of the base.
+    heads: fields of its config.json with numbers of heads, which a GGUF file's order of
+      rows depends on.
     alpha, enable_lora: of a loralib file, which does not hold them.
 
   Raises:
@@ -94,6 +101,10 @@ def read(
       raise LoraxError(f"{name} is for loralib's files, and {source} says it itself")
   if kind == "orbax":
     return orbax_adapter.read_adapter(source, params)
+  if kind == "gguf":
+    if heads is None:
+      raise LoraxError(f"{source} is a GGUF file: give the base's numbers of heads")
+    return Saved(*gguf.read_adapter(source, params, keymap, heads))
   said = config_file.read(source)
   adapter, config = peft.read_adapter(source, params, keymap)
   labels, problem_type = peft.read_labels(source)
@@ -116,6 +127,8 @@ def needs(source: str | Path, keymap: KeyMap) -> Needs:
     return peft.needs(source, keymap)
   if kind == "orbax":
     return orbax_adapter.needs(source, keymap)
+  if kind == "gguf":
+    return Needs()
   return Needs(loralib.num_labels(_state_dict(source), keymap))
 
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.adapt import stacking
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
+from lorax_flax.adapt.stacking import Index
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.files import atomic
-from lorax_flax.hub.adapters import stacking
-from lorax_flax.hub.adapters.stacking import Index
 from lorax_flax.hub.checkpoints import entries as rows
 from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints.entries import Site
@@ -87,7 +87,7 @@ def read_adapter(
   if not alpha > 0:
     raise LoraxError(f"loralib's alpha must be above 0, not {alpha}")
   try:
-    return _adapter(_load(file), flatten(params), keymap, alpha, enable_lora)
+    return of_tensors(_load(file), flatten(params), keymap, alpha, enable_lora)
   except LoraxError as error:
     said = str(error)
     raise LoraxError(said if str(file) in said else f"{file}: {said}") from error
@@ -122,13 +122,14 @@ def _load(file: Path) -> dict[str, np.ndarray]:
   return tensors
 
 
-def _adapter(
+def of_tensors(
   tensors: Mapping[str, np.ndarray],
   leaves: Mapping[str, Any],
   keymap: km.KeyMap,
   alpha: float,
-  enable_lora: Sequence[bool] | None,
+  enable_lora: Sequence[bool] | None = None,
 ) -> tuple[Adapter, LoraConfig]:
+  """`read_adapter` of a state dict's tensors; `leaves` are the base's, by path."""
   pairs: dict[str, dict[str, np.ndarray]] = {}
   rest: dict[str, np.ndarray] = {}
   for key, tensor in tensors.items():

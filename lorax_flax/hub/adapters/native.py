@@ -127,7 +127,12 @@ def needs(folder: str | Path, keymap: KeyMap) -> Needs:
     deltas, (leaf,) = about["deltas"], Tuned.trained
     heads = [deltas[path] for path in keymap.label_paths if path in deltas]
     labels = int(heads[0]["arrays"][leaf][0][-1]) if heads else None
-    return Needs(labels, bool(about.get("untied") and keymap.ties))
+    looped, stacked = (
+      deltas.keys() <= dataclasses.replace(keymap, scan=scan).keys.keys()
+      for scan in (False, True)
+    )
+    untie = bool(about.get("untied") and keymap.ties)
+    return Needs(labels, untie, scan=stacked and not looped)
   except (KeyError, TypeError, IndexError, ValueError) as error:
     raise _damaged(folder / FILE, error) from error
 

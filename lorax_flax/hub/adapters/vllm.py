@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from lorax_flax.adapt import stacking
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.files import atomic
-from lorax_flax.hub.adapters import stacking
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config

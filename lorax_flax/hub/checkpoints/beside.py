@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from lorax_flax.hub.files import gguf_header
+
 # Of other libraries' weights too, and of optimisers.
 _WEIGHTS = (
   *(
@@ -48,7 +50,8 @@ def copy(folder: Path, target: Path, adapter: Path | None = None) -> None:
 
 def has_tokenizer(folder: Path) -> bool:
   """True where a folder holds a tokenizer's vocabulary."""
-  return any(_matches(path, _VOCABULARY) for path in _entries(folder))
+  stored = any(_matches(path, _VOCABULARY) for path in _entries(folder))
+  return stored or gguf_header.find(folder) is not None
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -115,17 +115,28 @@ def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
   Raises:
     LoraxError: a number that is not finite; it names the weight.
   """
+  tensors = views(params, keymap)
+  for key, value in tensors.items():
+    check_finite(key, value)
+  return {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+
+
+def views(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
+  """The tensors of a checkpoint, by key, as views of the leaves of a params tree."""
   leaves = {path: np.asarray(dense(leaf)) for path, leaf in flatten(params).items()}
-  tensors = {}
-  for bare, site in keymap.sites.items():
-    leaf = leaves[site.path]
-    value = site.entry.form.to_stored(leaf[site.place(leaf.shape)])
-    key = file_key(keymap, bare)
-    if wrong := np.size(value) - np.count_nonzero(np.isfinite(value)):
-      raise LoraxError(
-        f"{key} would be written with {wrong:,} of its {np.size(value):,} numbers NaN "
-        f"or infinite: base or adapter has such numbers, or their sum is beyond the "
-        f"largest {value.dtype}, {float(jnp.finfo(value.dtype).max):.3g}"
-      )
-    tensors[key] = np.ascontiguousarray(value)
-  return tensors
+  return {
+    file_key(keymap, bare): site.entry.form.to_stored(
+      leaves[site.path][site.place(leaves[site.path].shape)]
+    )
+    for bare, site in keymap.sites.items()
+  }
+
+
+def check_finite(key: str, value: np.ndarray) -> None:
+  """Refuses a tensor with a number that is not finite, by its key."""
+  if wrong := np.size(value) - np.count_nonzero(np.isfinite(value)):
+    raise LoraxError(
+      f"{key} would be written with {wrong:,} of its {np.size(value):,} numbers NaN "
+      f"or infinite: base or adapter has such numbers, or their sum is beyond the "
+      f"largest {value.dtype}, {float(jnp.finfo(value.dtype).max):.3g}"
+    )

@@ -1,22 +1,35 @@
 """The tokenizer in a GGUF file, as one of the tokenizers library."""
 
 import dataclasses
+import enum
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from lorax_flax.errors import LoraxError, check_known, prefixed
+from lorax_flax.errors import LoraxError, check_known, listing, prefixed
 from lorax_flax.hub.files import gguf_header
 
-_PREFIX = "tokenizer.ggml."
-_TEMPLATE = "tokenizer.chat_template"
-# Kinds of tokens, by llama.cpp's numbers, that are matched before any splitting.
-_CONTROL, _USER_DEFINED = 3, 4
-_SPECIAL = {
+PREFIX = "tokenizer.ggml."
+TEMPLATE = "tokenizer.chat_template"
+
+
+class TokenKind(enum.IntEnum):
+  """llama.cpp's kinds of tokens; control and user-defined ones are never split."""
+
+  NORMAL = 1
+  UNKNOWN = 2
+  CONTROL = 3
+  USER_DEFINED = 4
+  UNUSED = 5
+  BYTE = 6
+
+
+# Special tokens by transformers' names, and llama.cpp's names of their ids.
+SPECIAL = {
   "bos_token": "bos_token_id",
   "eos_token": "eos_token_id",
   "unk_token": "unknown_token_id",
@@ -41,11 +54,11 @@ class Splitting:
   bos: bool = False
 
 
-def _words(digits: int) -> str:
-  """Llama 3's pieces: contractions, words, up to `digits` digits, signs, spaces."""
+def _words(numbers: str) -> str:
+  """Llama 3's pieces: contractions, words, numbers, signs, spaces."""
   return (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-    rf"|\p{{N}}{{1,{digits}}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    rf"|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
   )
 
 
@@ -53,13 +66,13 @@ def _words(digits: int) -> str:
 SPLITTINGS: Mapping[str, Splitting] = {
   "gpt-2": Splitting(),
   "smollm": Splitting(digits=True),
-  "llama-bpe": Splitting(regex=_words(3), ignore_merges=True, bos=True),
-  "qwen2": Splitting(regex=_words(1)),
+  "llama-bpe": Splitting(regex=_words(r"\p{N}{1,3}"), ignore_merges=True, bos=True),
+  "qwen2": Splitting(regex=_words(r"\p{N}")),
 }
 
 
 def load(path: Path) -> tokenizers.Tokenizer:
-  """Makes the tokenizer of a GGUF file: byte-level BPE.
+  """Makes the tokenizer of a GGUF file: byte-level BPE, or SentencePiece's.
 
   Raises:
     LoraxError: a damaged file, or a tokenizer of another kind or pre-tokenisation.
@@ -84,8 +97,8 @@ def special(path: Path) -> dict[str, str]:
   tokens = _strings(metadata, "tokens")
   return {
     name: _token(metadata, key, tokens)
-    for name, key in _SPECIAL.items()
-    if _PREFIX + key in metadata
+    for name, key in SPECIAL.items()
+    if PREFIX + key in metadata
   }
 
 
@@ -97,10 +110,10 @@ def settings(path: Path) -> dict[str, Any]:
   """
   metadata = gguf_header.read(path).metadata
   fields: dict[str, Any] = {**special(path)}
-  templates = {"default": metadata.get(_TEMPLATE)} | {
-    key.removeprefix(f"{_TEMPLATE}."): value
+  templates = {"default": metadata.get(TEMPLATE)} | {
+    key.removeprefix(f"{TEMPLATE}."): value
     for key, value in metadata.items()
-    if key.startswith(f"{_TEMPLATE}.")
+    if key.startswith(f"{TEMPLATE}.")
   }
   named = [
     {"name": name, "template": text}
@@ -115,29 +128,76 @@ def settings(path: Path) -> dict[str, Any]:
 
 
 def _make(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
-  kind = metadata.get(f"{_PREFIX}model")
-  if kind != "gpt2":
+  kind = metadata.get(f"{PREFIX}model")
+  if kind not in _KINDS:
     raise LoraxError(
-      f"it is of kind {kind!r}, and only 'gpt2', byte-level BPE, is made here: put the"
-      " model's tokenizer.json beside the file and name the folder"
+      f"it is of kind {kind!r}, and only {listing(map(repr, _KINDS))}, byte-level BPE"
+      " and SentencePiece's, are made here: put the model's tokenizer.json beside the"
+      " file and name the folder"
     )
-  name = str(metadata.get(f"{_PREFIX}pre"))
-  check_known("pre-tokenisation", name, SPLITTINGS)
-  splitting = SPLITTINGS[name]
   tokens = _strings(metadata, "tokens")
   vocab = {token: i for i, token in enumerate(tokens)}
   if len(vocab) != len(tokens):
     raise LoraxError(f"{len(tokens) - len(vocab)} of its tokens are duplicates")
-  model = models.BPE(vocab, _pairs(metadata), ignore_merges=splitting.ignore_merges)
-  tokenizer = tokenizers.Tokenizer(model)
-  tokenizer.pre_tokenizer = _pre_tokenizer(splitting)
-  tokenizer.decoder = decoders.ByteLevel()
-  _add_whole_tokens(tokenizer, tokens, metadata.get(f"{_PREFIX}token_type"))
-  tokenizer.post_processor = _ends(metadata, tokens, splitting.bos)
+  tokenizer, bos = _KINDS[kind](metadata, vocab)
+  _add_whole_tokens(tokenizer, tokens, metadata.get(f"{PREFIX}token_type"))
+  tokenizer.post_processor = _ends(metadata, tokens, bos)
   return tokenizer
 
 
-def _pre_tokenizer(splitting: Splitting) -> pre_tokenizers.PreTokenizer:
+def _byte_level(
+  metadata: Mapping[str, Any], vocab: Mapping[str, int]
+) -> tuple[tokenizers.Tokenizer, bool]:
+  """The tokenizer, and whether a text starts with bos unless the file has a flag."""
+  name = str(metadata.get(f"{PREFIX}pre"))
+  check_known("pre-tokenisation", name, SPLITTINGS)
+  splitting = SPLITTINGS[name]
+  model = models.BPE(
+    dict(vocab), _pairs(metadata), ignore_merges=splitting.ignore_merges
+  )
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = pre_tokenizer(splitting)
+  tokenizer.decoder = decoders.ByteLevel()
+  return tokenizer, splitting.bos
+
+
+def _sentencepiece(
+  metadata: Mapping[str, Any], vocab: Mapping[str, int]
+) -> tuple[tokenizers.Tokenizer, bool]:
+  """The tokenizer and its flag: pairs of higher scores are merged first."""
+  scores = metadata.get(f"{PREFIX}scores")
+  if not isinstance(scores, list) or len(scores) != len(vocab):
+    raise LoraxError(f"{len(vocab)} tokens, and their scores are {scores!r:.80}")
+  unknown_id = metadata.get(f"{PREFIX}unknown_token_id")
+  unk = next((token for token, i in vocab.items() if i == unknown_id), None)
+  kinds = metadata.get(f"{PREFIX}token_type") or [TokenKind.NORMAL] * len(vocab)
+  normal = [token for token, i in vocab.items() if kinds[i] == TokenKind.NORMAL]
+  ordered = sorted(normal, key=lambda token: -scores[vocab[token]])
+  merges = [
+    (token[:i], token[i:])
+    for token in ordered
+    for i in range(1, len(token))
+    if token[:i] in vocab and token[i:] in vocab
+  ]
+  model = models.BPE(
+    dict(vocab), merges, unk_token=unk, fuse_unk=True, byte_fallback=True
+  )
+  tokenizer = tokenizers.Tokenizer(model)
+  spaced = metadata.get(f"{PREFIX}add_space_prefix", True)
+  # llama.cpp puts a space before each text, and behind each special token.
+  prepend = [normalizers.Prepend("▁")] if spaced else []
+  tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+  steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+  strip = [decoders.Strip(content=" ", left=1)] if spaced else []
+  tokenizer.decoder = decoders.Sequence([*steps, *strip])
+  return tokenizer, True
+
+
+_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+
+
+def pre_tokenizer(splitting: Splitting) -> pre_tokenizers.PreTokenizer:
+  """The steps that split a text into pieces."""
   by_regex = splitting.regex is None
   steps: list[Any] = [
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex)
@@ -156,7 +216,7 @@ def _add_whole_tokens(
   kinds = [1] * len(tokens) if kinds is None else kinds
   if not isinstance(kinds, list) or len(kinds) != len(tokens):
     raise LoraxError(f"{len(tokens)} tokens, and their kinds are {kinds!r:.80}")
-  for chosen, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+  for chosen, special in ((TokenKind.CONTROL, True), (TokenKind.USER_DEFINED, False)):
     added = [
       tokenizers.AddedToken(token, normalized=False, special=special)
       for token, kind in zip(tokens, kinds, strict=True)
@@ -170,7 +230,7 @@ def _ends(metadata: Mapping[str, Any], tokens: list[str], bos: bool) -> Any:
   ends = {
     name: _token(metadata, f"{name}_token_id", tokens)
     for name, default in (("bos", bos), ("eos", False))
-    if metadata.get(f"{_PREFIX}add_{name}_token", default)
+    if metadata.get(f"{PREFIX}add_{name}_token", default)
   }
   if not ends:
     return processors.ByteLevel(trim_offsets=False)
@@ -197,14 +257,14 @@ def _pairs(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
-  found = metadata.get(_PREFIX + name)
+  found = metadata.get(PREFIX + name)
   if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
     raise LoraxError(f"its {name} are {found!r:.80}, and not a list of strings")
   return found
 
 
 def _token(metadata: Mapping[str, Any], name: str, tokens: list[str]) -> str:
-  found = metadata.get(_PREFIX + name)
+  found = metadata.get(PREFIX + name)
   if type(found) is not int or not 0 <= found < len(tokens):
     raise LoraxError(f"its {name} is {found!r}, of {len(tokens)} tokens")
   return tokens[found]

@@ -138,7 +138,7 @@ def write_adapter(
     LoraxError: something that PEFT can't represent, or a folder with other files.
   """
   folder = Path(folder).expanduser()
-  keymap = of_task(keymap, task_type)
+  keymap, adapter = of_task(keymap, task_type), _in_peft(adapter)
   peft = to_peft_config(
     adapter, keymap, config, base_name=base_name, revision=revision, task_type=task_type
   )
@@ -212,7 +212,7 @@ def to_peft(
   """
   names = {"base_name": base_name, "revision": revision, "task_type": task_type}
   keymap = of_task(keymap, task_type)
-  return config_file.dump(to_peft_config(adapter, keymap, config, **names))
+  return config_file.dump(to_peft_config(_in_peft(adapter), keymap, config, **names))
 
 
 def adapter_folder(folder: str | Path, name: str = DEFAULT) -> Path:
@@ -262,6 +262,10 @@ def read_labels(folder: str | Path) -> tuple[list[str] | None, str | None]:
   if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
     raise LoraxError(f"{file} must hold a list of names, not {names!r}")
   return names, problem_type
+
+
+def _in_peft(adapter: Adapter) -> Adapter:
+  return {path: delta.in_peft() for path, delta in adapter.items()}
 
 
 def _written(

@@ -22,11 +22,13 @@ class Needs:
     num_labels: of the head that it brings; None: it brings none.
     untie: each use of a tied weight must have a weight of its own.
     vocab_size: number of rows of the tables that it brings; None: it brings none.
+    scan: its deltas are of stacked layers.
   """
 
   num_labels: int | None = None
   untie: bool = False
   vocab_size: int | None = None
+  scan: bool = False
 
 
 def find(tensors: Tensors, config: PeftConfig, keymap: KeyMap) -> Needs:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.adapt import stacking
 from lorax_flax.errors import LoraxError, listing, nearest, prefixed
-from lorax_flax.hub.adapters import stacking
 from lorax_flax.hub.checkpoints.entries import Site, kind
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft.config import PeftConfig

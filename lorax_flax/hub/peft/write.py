@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lorax_flax.adapt import stacking
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.hub.adapters import stacking
 from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
 from lorax_flax.hub.peft import config as peft_config

@@ -138,12 +138,17 @@ def _longrope(rope, dim, length):
         f"config: {name} has {len(found)} numbers for {len(powers)} pairs of features"
       )
   short, long = np.asarray([rope.short_factor, rope.long_factor], np.float32)
-  scale = rope.attention_factor
-  if scale is None:
-    grown = math.log(rope.stretch) / math.log(rope.original)
-    scale = 1.0 if rope.stretch <= 1.0 else math.sqrt(1.0 + grown)
   factors = jnp.where(length > rope.original, long[None, None, :], short[None, None, :])
-  return 1.0 / (factors * powers[None, None, :]), scale
+  return 1.0 / (factors * powers[None, None, :]), longrope_scale(rope)
+
+
+def longrope_scale(rope: Rope) -> float:
+  """The factor of cosines and sines of "longrope"."""
+  if rope.attention_factor is not None:
+    return rope.attention_factor
+  if rope.stretch <= 1.0:
+    return 1.0
+  return math.sqrt(1.0 + math.log(rope.stretch) / math.log(rope.original))
 
 
 def _llama3(rope, dim, length):
@@ -178,6 +183,13 @@ _REQUIRED = {
   "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
   "longrope": ("short_factor", "long_factor"),
 }
+
+
+def wavelength_factors(rope: Rope, head_size: int) -> np.ndarray:
+  """Factors of the wavelengths of a scaling that no length changes, F float32."""
+  dim = int(head_size * rope.partial_rotary_factor)
+  frequencies, _ = _TYPES[rope.rope_type](rope, dim, None)
+  return (1.0 / _powers(rope, dim) / frequencies).astype(np.float32)
 
 
 def rotations(

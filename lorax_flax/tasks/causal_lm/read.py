@@ -85,11 +85,7 @@ def _check_names(settings: TextSettings, table: Table) -> None:
 
 
 def _chats(settings: TextSettings, folder: Path, table: Table) -> Outcomes:
-  if settings.chat_template is None:
-    template = chat.template(folder)
-  else:
-    own = Path(settings.chat_template).expanduser()
-    template = chat.template(own, special_tokens=chat.special_tokens(folder))
+  template = chat.of_model(folder, settings.chat_template)
   tokenizer = load_tokenizer(folder)
   return encoding.chats(table.rows, tokenizer, template, cast(Learn, settings.learn))
 

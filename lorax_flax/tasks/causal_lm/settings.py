@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from lorax_flax.data.own.settings import OwnSettings
 from lorax_flax.errors import check_known
+from lorax_flax.tasks.answers import AnswerSettings
 
 
 @dataclass(frozen=True)
-class TextSettings(OwnSettings):
+class TextSettings(AnswerSettings):
   """Settings of a language model's own data.
 
   Columns of its files: messages (chats); prompt and completion; text (documents); or

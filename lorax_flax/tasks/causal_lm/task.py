@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lorax_flax.data import packing, sequences
 from lorax_flax.data.own.splits import TRAIN
 from lorax_flax.data.sequences import Sequences
-from lorax_flax.tasks import perplexity
+from lorax_flax.tasks import answers, perplexity
 from lorax_flax.tasks.causal_lm.settings import TextSettings
 from lorax_flax.tasks.task import OwnTask, Splits, Task
 from lorax_flax.train import objective
@@ -55,6 +55,7 @@ def _open(settings: TextSettings) -> Task:
     objective=perplexity.objective(
       lambda batch: next_labels(batch["labels"]), objective.TOKENS
     ),
+    samples=answers.samples,
     describe=lambda _, model: describe(settings, *data(model), model.folder),
   )
 

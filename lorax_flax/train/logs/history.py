@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 # Steps in a row that may be skipped, where a run does not stop at the first.
 _MOST_SKIPPED = 50
+# Characters of a prompt's end, and of its answer, that are logged.
+_SHOWN = 60
 
 
 class Diverged(LoraxError):
@@ -145,6 +147,14 @@ class History:
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     self.info("epoch %.2f  %s examples  %s", epoch, f"{found.examples:,}", shown)
     return improved
+
+  def answered(self, lines: Sequence[dict[str, Any]]) -> None:
+    """Writes answers; see `Samples.lines`."""
+    self.record.answered(lines)
+    for line in lines:
+      prompt, answer = (" ".join(line[name].split()) for name in ("prompt", "answer"))
+      step, shown = line["step"], (prompt[-_SHOWN:], answer[:_SHOWN])
+      self.info("step %d  %s → %s", step, *shown)
 
   def best_and_last(self) -> tuple[dict[str, Any], dict[str, Any]]:
     """The best evaluation (the first of equals), and the last one.

@@ -32,6 +32,7 @@ def render(
   best_step: int,
   status: str,
   result: Mapping[str, Any] | None = None,
+  samples: Sequence[Mapping[str, Any]] = (),
 ) -> str:
   """The page of a run that is under way, or of one that is over.
 
@@ -40,6 +41,7 @@ def render(
     best_step: step of the best evaluation, if there is one.
     status: a sentence on how far it is.
     result: content of result.json, once there is one.
+    samples: lines of samples.jsonl.
   """
   parts = [html_page.paragraph(status)]
   if result is not None:
@@ -49,6 +51,8 @@ def render(
     parts.append(html_page.section("Curves", *figures))
   if evaluations := _evaluations(lines, best_step):
     parts.append(html_page.section("Evaluations", evaluations))
+  if samples:
+    parts.append(html_page.section("Answers", *_answers(samples)))
   if result is not None and (report := result.get("report")):
     parts.append(html_page.section("Classes", *_classes(report)))
   if result is not None:
@@ -95,6 +99,26 @@ def _evaluations(lines: Sequence[Mapping[str, Any]], best_step: int) -> str:
   ]
   kinds = ["best" if line["step"] == best_step else "" for line in found]
   return html_page.table(header, rows, kinds, "The best one is marked.")
+
+
+def _answers(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Tables of answers before and after training, and by step."""
+  steps: dict[int, list[Mapping[str, Any]]] = {}
+  for line in lines:
+    steps.setdefault(line["step"], []).append(line)
+  name = lambda step: f"after step {step:,}" if step else "before training"
+  sides = [min(steps), max(steps)] if len(steps) > 1 else list(steps)
+  header = ["prompt", "expected", *map(name, sides)]
+  rows = [
+    (line["prompt"], line["expected"], *(steps[side][i]["answer"] for side in sides))
+    for i, line in enumerate(steps[sides[0]])
+  ]
+  tables = [html_page.facts(rows, header)]
+  if len(steps) > 2:
+    header = ["step", *(f"answer {i}" for i in range(1, len(rows) + 1))]
+    each = [(f"{n:,}", *(x["answer"] for x in found)) for n, found in steps.items()]
+    tables.append(html_page.facts(each, header))
+  return tables
 
 
 def _classes(report: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Writers of metrics: metrics.jsonl and TensorBoard's events."""
+"""Writers of metrics and answers: JSON lines, and TensorBoard's events."""
 
 import contextlib
 import json
@@ -18,21 +18,25 @@ from lorax_flax.files import workdir as files
 class Record:
   """Lines of metrics.
 
-  metrics.jsonl holds nothing that depends on the clock: a run that was killed and
-  resumed has the very file of one that was not. Speed and memory go to TensorBoard
-  alone.
+  metrics.jsonl, and samples.jsonl where prompts are answered, hold nothing that depends
+  on the clock: a run that was killed and resumed has the very files of one that was
+  not. Speed and memory go to TensorBoard alone.
 
-  In a bucket, where nothing can be appended to, both are complete after each `flush`.
+  In a bucket, where nothing can be appended to, all are complete after each `flush`.
   """
 
   def __init__(self, workdir: Path, step: int):
     """Resumes after `step`: drops later lines, of a process that was killed."""
     self.lines: list[dict[str, Any]] = _lines_until(workdir / files.METRICS, step)
+    # Those of step 0 are written anew where nothing was saved.
+    samples = workdir / files.SAMPLES
+    self.samples = _lines_until(samples, step) if step else []
     self._mirror = bucket.Mirror(workdir) if bucket.holds(workdir) else None
     if self._mirror is not None:
       workdir = self._mirror.folder
     self._file = workdir / files.METRICS
     files.write_text(self._file, "".join(map(_dump, self.lines)))
+    self._samples = workdir / files.SAMPLES
     self._folder = workdir / files.TENSORBOARD
     with atomic.naming(self._file):
       self._out = self._file.open("a", encoding="utf-8")
@@ -51,6 +55,11 @@ class Record:
       self._out.write(_dump(line))
       self._out.flush()
     self.events(step, values)
+
+  def answered(self, lines: Sequence[dict[str, Any]]) -> None:
+    """Writes lines of answers: prompts, and the model's texts after them."""
+    self.samples += lines
+    files.write_text(self._samples, "".join(map(_dump, self.samples)))
 
   def events(self, step: int, values: Mapping[str, float]) -> None:
     """Writes values to TensorBoard alone."""
@@ -81,11 +90,12 @@ class SilentRecord:
   """Writer of the processes after the first, whose lines would be the same."""
 
   lines: Sequence[dict[str, Any]] = ()
+  samples: Sequence[dict[str, Any]] = ()
 
   def _nothing(self, *values: Any) -> None:
     """Does nothing."""
 
-  write = events = flush = close = _nothing
+  write = answered = events = flush = close = _nothing
 
 
 def _dump(line: Mapping[str, Any]) -> str:
