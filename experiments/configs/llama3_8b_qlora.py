@@ -10,8 +10,8 @@ Hardware: one TPU v5e chip, by the dry run 10.5 of 16 GiB.
 Command: python -m experiments.run --config=llama3_8b_qlora.py \\
 --config.data.path=FOLDER --workdir=DIR
 
-Data, model and hyper-parameters are those of llama3_8b_instruct.py, batches of 2 × 2,048
-tokens.
+Hyper-parameters: those of llama3_8b_instruct.py, as its data and model are, with
+batches of 2 × 2,048 tokens.
 """
 
 from ml_collections import ConfigDict

@@ -19,7 +19,7 @@ from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.adapt.paths import PyTree, arrays, flatten, is_array
 from lorax_flax.adapt.plan import Plan, make_plan, start
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.methods import Adapter, Followed
+from lorax_flax.methods import Adapter, Followed, Parts
 from lorax_flax.quant import dense, is_quantized
 
 log = logging.getLogger(__name__)
@@ -281,12 +281,13 @@ def _with_replaced(params: PyTree, adapter: Adapter) -> PyTree:
 
 
 def _view(path: str, value: Any, delta: Followed) -> View:
-  def parts_of(delta: Followed, value: Any) -> Any:
+  def parts_of(delta: Followed, value: Any) -> Parts:
     return delta.parts(dense(value))
 
   if is_quantized(value):
     # A method that reads W's values reads them again in the backward pass.
-    parts, value = jax.checkpoint(parts_of)(delta, value), Stored(value)
+    parts: Parts = jax.checkpoint(parts_of)(delta, value)
+    value = Stored(value)
   else:
     parts = parts_of(delta, value)
   for name, t in parts._asdict().items():

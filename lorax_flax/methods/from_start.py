@@ -12,6 +12,7 @@ from lorax_flax.methods.axes import Shape, by_role
 from lorax_flax.methods.kernel_delta import matrices
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.low_rank import LowRank
+from lorax_flax.quant import dense
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +72,7 @@ class FromStart(LowRank):
       raise LoraxError(f"init={target.style!r} does nothing in {name}: leave it out")
     if plan.dropout:
       raise LoraxError(f"{name} has no dropout, not {plan.dropout}: leave it out")
-    w = matrices(kernel, target.roles, target.layers)
+    w = matrices(dense(kernel), target.roles, target.layers)
     scale = jnp.asarray(target.scale, jnp.float32)
     scale = scale.reshape(scale.shape + (1,) * (w.ndim - scale.ndim))
     first, second = cls.of_matrices(target.key(key), w, scale, target)

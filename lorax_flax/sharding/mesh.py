@@ -196,7 +196,7 @@ def _of_quantized(mesh: Mesh, path: str, names, leaf: Quantized) -> Quantized:
   """Shardings of a leaf's arrays, along the axes along which the kernel's would be."""
   *stack, fan_in, fan_out = (a for a, _, _ in _shards(mesh, path, names, leaf.shape))
   along = {"in": fan_in, "out": fan_out, None: None}
-  found = {}
+  found: dict[str, Any] = {}
   for name, array in leaf.arrays().items():
     spec = [*stack, *(along[axis] for axis in leaf.axes[name])]
     for axis, size in zip(spec, array.shape, strict=True):

@@ -61,6 +61,7 @@ TOKENS = (
 E2E = ("e2e_gpt2_medium", "e2e_gpt2_large")
 OWN = ("chat", "complete", "seq2seq")  # on text of one's own
 SPECS = [
+  "llama3_8b_qlora.py",
   *("quickstart.py", "quickstart.py:full"),
   *("classify.py", "classify.py:full"),
   *(f"{name}.py" for name in E2E),

@@ -231,7 +231,9 @@ def test_merging_makes_the_targets_dense():
   np.testing.assert_allclose(run(merged, {}, X), got, rtol=1e-3, atol=1e-4)
 
 
-METHODS = {n: {"rank": 2, "alpha": 3.0} for n in ("lora", "dora", "lora_bias")}
+LORAS = ("lora", "dora", "lora_bias", "fused_lora", "pissa", "olora")
+METHODS = {name: {"rank": 2, "alpha": 3.0} for name in LORAS}
+METHODS["fused_lora"] |= {"options": {"enable_lora": (True, False)}}
 METHODS |= {name: peer.ours for name, peer in peers.PEERS.items()}
 
 

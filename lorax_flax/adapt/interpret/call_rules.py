@@ -130,7 +130,8 @@ def _back(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
   """Carried weights as they came in; a weight that changed cannot be carried."""
   out = []
   for before, after in zip(outer, inner, strict=True):
-    if jax.tree.structure(before) != jax.tree.structure(after):
+    structures: list[Any] = [jax.tree.structure(x) for x in (before, after)]
+    if structures[0] != structures[1]:
       raise Unsupported("it changes the weight from one iteration to the next")
     out.append(replace(after, index=before.index) if is_view(before) else after)
   return out
