@@ -10,7 +10,6 @@ is printed. Texts are searched as in the LoRA paper, with 10 beams, unless flags
 otherwise.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -21,6 +20,7 @@ from experiments.cli import config_flag, decoding_flags, large_pages, run_flags
 from experiments.inference import results, scored
 from lorax_flax.data import e2e as data
 from lorax_flax.errors import LoraxError, check_known
+from lorax_flax.files.workdir import write_json
 from lorax_flax.jobs.settings import Settings
 from lorax_flax.serve.settings import Decoding
 from lorax_flax.tasks import e2e as task
@@ -89,7 +89,7 @@ def evaluate(
     base, adapter, str(prompts), str(outputs), decoding, batch_size=batch_size
   )
   found = dict(texts.scores(scored.outputs(outputs), references))
-  (folder / "scores.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+  write_json(folder / "scores.json", found)
   return found
 
 

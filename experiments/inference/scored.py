@@ -6,7 +6,7 @@ from pathlib import Path
 from lorax_flax import text_table
 from lorax_flax.data.own import table
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.files import strict_json
+from lorax_flax.files import strict_json, workdir
 
 _TEXT = "text"
 
@@ -62,7 +62,7 @@ def outputs(file: Path) -> list[str]:
 
 def write_references(file: Path, groups: Sequence[Sequence[str]]) -> None:
   """Writes groups as a .txt that `references` reads."""
-  file.write_text("\n\n".join("\n".join(own) for own in groups) + "\n", "utf-8")
+  workdir.write_text(file, "\n\n".join("\n".join(own) for own in groups) + "\n")
 
 
 def shown(scores: Mapping[str, float | None]) -> str:
