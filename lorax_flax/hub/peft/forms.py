@@ -48,7 +48,7 @@ def form_of(peft_type: Any) -> PeftForm:
     LoraxError: one that no method here has.
   """
   types = _types()
-  if peft_type not in types:
+  if not isinstance(peft_type, str) or peft_type not in types:
     raise LoraxError(f"{CONFIG_FILE}: {unknown('peft_type', str(peft_type), types)}")
   return types[peft_type].peft or PeftForm()
 

@@ -61,7 +61,7 @@ def test_variants_of_training_compute_what_lora_does(config, base, loaded, tmp_p
     hub_peft.from_peft(theirs, loaded.keymap)
 
 
-@pytest.mark.parametrize("init", ["eva", "orthogonal", "mica"])
+@pytest.mark.parametrize("init", ["eva", "mica"])
 def test_a_start_of_pefts_is_kept_and_not_replaced_by_another(
   init, base, loaded, tmp_path
 ):
