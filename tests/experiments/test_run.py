@@ -338,7 +338,7 @@ def test_a_token_that_has_no_embedding_is_named_before_a_step(base, monkeypatch)
   ("arguments", "message"),
   [
     (["--config=quickstrat.py"], "did you mean 'quickstart'"),
-    (["--config=nope.py"], "There are: chat, classify, complete, glue_cola, "),
+    (["--config=nope.py"], "There are: chat, classify, complete, e2e_gpt2_large, "),
     (["--config=glue_rte.py:lrge"], "glue_rte.py:large, glue_rte.py:large_dagger"),
     (["--config=Q", "--config.train.lerning_rate=1"], "did you mean 'train.learning_r"),
     (["--config=Q", "--config.rank=4"], "did you mean 'lora.rank'"),
