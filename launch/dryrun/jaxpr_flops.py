@@ -17,7 +17,7 @@ def matmul_flops(jaxpr: Any) -> int:
     ValueError: a while loop with products in it, whose trip count is not known.
   """
   total = 0
-  for equation in encoding.open_jaxpr(jaxpr)[0].eqns:
+  for equation in _used(encoding.open_jaxpr(jaxpr)[0]):
     name = equation.primitive.name
     inner = sum(map(matmul_flops, _inner(equation.params)))
     if name == "dot_general":
@@ -33,6 +33,15 @@ def matmul_flops(jaxpr: Any) -> int:
     else:
       total += inner
   return total
+
+
+def _used(jaxpr: Any) -> Iterator[Any]:
+  """The equations whose results are used: a compiler leaves out the others."""
+  live = {atom for atom in jaxpr.outvars if not isinstance(atom, encoding.Literal)}
+  for equation in reversed(jaxpr.eqns):
+    if not live.isdisjoint(equation.outvars):
+      yield equation
+      live |= {x for x in equation.invars if not isinstance(x, encoding.Literal)}
 
 
 def _inner(params: Any) -> Iterator[Any]:
