@@ -159,6 +159,12 @@ class KernelDelta(Followed):
     )
 
   @classmethod
+  def zeros(cls, key: jax.Array, target: Target, plan: Plan) -> Self:
+    """The delta of a target whose trained leaves all start at zero."""
+    draw = lambda _: {n: jnp.zeros(s) for n, s in cls.layer_shapes(target).items()}
+    return cls.of_target(cls.drawn(key, target, draw), target, plan)
+
+  @classmethod
   def axis_sizes(
     cls, shape: Shape, roles: Sequence[str], sizes: Mapping[str, Any]
   ) -> Mapping[str, Any]:

@@ -57,8 +57,7 @@ class MiSS(MethodDelta):
   def start(cls, key, kernel, target, plan) -> Self:
     """Zero, as PEFT starts it."""
     del kernel
-    draw = lambda _: {n: jnp.zeros(s) for n, s in cls.layer_shapes(target).items()}
-    return cls.of_target(cls.drawn(key, target, draw), target, plan)
+    return cls.zeros(key, target, plan)
 
   def parts(self, w: jax.Array) -> Parts:
     """The changed kernel: one factor says which input goes into which sum."""

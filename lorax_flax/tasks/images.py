@@ -148,12 +148,11 @@ def _read(
 
 def _open(settings: ImagesSettings) -> Task:
   """The task of the settings' files; raises LoraxError, which names the file."""
-  if settings.path is None:
-    raise LoraxError(
-      "data.path: which folder with a folder of images for each class, or which file "
-      "of paths and labels?"
-    )
-  tables = image_folders.read_splits(settings.path, settings.held_out)
+  path = settings.required_path(
+    "which folder with a folder of images for each class, or which file of paths and "
+    "labels?"
+  )
+  tables = image_folders.read_splits(path, settings.held_out)
   _, chosen = forms.find(tables, settings.columns, (_FORM,))
   labels = own_labels.find(chosen, CLASSES)
   images = {split: _opened(table) for split, table in chosen.items()}

@@ -69,12 +69,11 @@ class _Tokens(NamedTuple):
 
 def _open(settings: Seq2SeqSettings) -> Task:
   """The task of the settings' files; raises LoraxError, which names file and line."""
-  if settings.path is None:
-    raise LoraxError(
-      "data.path: which file of prompts and completions, or which folder with train "
-      "and validation files?"
-    )
-  tables = read_splits(settings.path, settings.held_out)
+  path = settings.required_path(
+    "which file of prompts and completions, or which folder with train and validation "
+    "files?"
+  )
+  tables = read_splits(path, settings.held_out)
   _, chosen = forms.find(tables, settings.columns, (_FORM,))
   splits = {
     name: _Split(tables[name], *(_column(table, n) for n in ("prompt", "completion")))

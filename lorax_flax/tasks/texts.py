@@ -20,7 +20,7 @@ from lorax_flax.data.own.splits import TRAIN, read_splits
 from lorax_flax.data.own.table import Row, Table, text
 from lorax_flax.data.tokenize import load_tokenizer, tokenize, uncut_lengths
 from lorax_flax.data.tokens import Tokens
-from lorax_flax.errors import LoraxError, check_known, prefixed
+from lorax_flax.errors import check_known, prefixed
 from lorax_flax.tasks.classification import blank
 from lorax_flax.tasks.regression import unsmoothed
 from lorax_flax.tasks.task import OwnTask, Splits, Task
@@ -69,12 +69,10 @@ class _Found(NamedTuple):
 
 def _open(settings: TextsSettings) -> Task:
   """The task of the settings' files; raises LoraxError, which names file and line."""
-  if settings.path is None:
-    raise LoraxError(
-      "data.path: which file of texts and labels, or which folder with train and "
-      "validation files?"
-    )
-  tables = read_splits(settings.path, settings.held_out)
+  path = settings.required_path(
+    "which file of texts and labels, or which folder with train and validation files?"
+  )
+  tables = read_splits(path, settings.held_out)
   _, chosen = forms.find(tables, settings.columns, (_FORM,))
   examples = {
     split: [_example(table, row) for row in table.rows]

@@ -13,8 +13,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.serve import sampling
 from lorax_flax.serve.settings import Decoding
 from tests.experiments import own_text, peers, test_seq2seq
-from tests.train import toy
-from tests.train.stopping import Stopped, Stopping
+from tests.train.stopping import interrupt
 
 pytestmark = [
   pytest.mark.xdist_group("answers"),  # Runs that several tests look at.
@@ -94,18 +93,11 @@ def test_a_run_that_answers_has_the_numbers_of_one_that_does_not(
   assert "Answers" not in (tmp_path / "report.html").read_text()
 
 
-def test_a_run_that_was_killed_has_each_answer_once(
-  trained, folder, tmp_path, monkeypatch
-):
-  prepare = run.prepare
-  stopping = lambda runs: toy.with_batches(prepare(runs), lambda x: Stopping(x, 7))
-  monkeypatch.setattr(run, "prepare", stopping)
-  with pytest.raises(Stopped):
-    run.run(_settings(folder), tmp_path)
+def test_a_run_that_was_killed_has_each_answer_once(trained, folder, tmp_path):
+  interrupt(_settings(folder), tmp_path, after=7)
   # As if it had come further than the last checkpoint.
   with (tmp_path / "samples.jsonl").open("a") as file:
     file.write('{"step": 9, "prompt": "lost"}\n{"step": 10, "pro')
-  monkeypatch.setattr(run, "prepare", prepare)
   run.run(_settings(folder), tmp_path)
   assert (tmp_path / "samples.jsonl").read_bytes() == (
     (trained[0] / "samples.jsonl").read_bytes()

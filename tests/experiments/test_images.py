@@ -20,8 +20,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.hub import small_vit
 from lorax_flax.jobs.abstract import abstract
 from tests.experiments import peers
-from tests.train import toy
-from tests.train.stopping import Stopped, Stopping
+from tests.train.stopping import interrupt
 
 pytestmark = [
   pytest.mark.xdist_group("images"),  # Runs that several tests look at.
@@ -151,15 +150,8 @@ def test_report_and_card_say_how_to_load_it(trained):
   assert "pipeline_tag: image-classification" in card
 
 
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
-  trained, tmp_path, monkeypatch
-):
-  prepare = run.prepare
-  stopping = lambda runs: toy.with_batches(prepare(runs), lambda x: Stopping(x, 20))
-  monkeypatch.setattr(run, "prepare", stopping)
-  with pytest.raises(Stopped):
-    run.run(trained.settings, tmp_path)
-  monkeypatch.setattr(run, "prepare", prepare)
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(trained, tmp_path):
+  interrupt(trained.settings, tmp_path, after=20)
   run.run(trained.settings, tmp_path)
   for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
     assert (tmp_path / name).read_bytes() == (trained.workdir / name).read_bytes()

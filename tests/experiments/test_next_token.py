@@ -30,8 +30,7 @@ from tests.experiments.token_ids import (
   shrunk,
   write,
 )
-from tests.train import toy
-from tests.train.stopping import Stopped, Stopping
+from tests.train.stopping import interrupt
 
 pytestmark = [
   pytest.mark.xdist_group("next_token"),  # Runs that several tests look at.
@@ -169,15 +168,8 @@ def test_every_step_equals_torch_and_peft(trained):
 
 
 @pytest.mark.parametrize("trained", ["gpt2"], indirect=True)
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
-  trained, tmp_path, monkeypatch
-):
-  prepare = run.prepare
-  stopping = lambda runs: toy.with_batches(prepare(runs), lambda x: Stopping(x, 7))
-  monkeypatch.setattr(run, "prepare", stopping)
-  with pytest.raises(Stopped):
-    run.run(trained.wanted, tmp_path)
-  monkeypatch.setattr(run, "prepare", prepare)
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(trained, tmp_path):
+  interrupt(trained.wanted, tmp_path, after=7)
   result = run.run(trained.wanted, tmp_path)
   assert (tmp_path / "metrics.jsonl").read_text() == (
     trained.workdir / "metrics.jsonl"

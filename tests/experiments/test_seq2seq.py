@@ -26,8 +26,7 @@ from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.jobs.abstract import abstract
 from lorax_flax.models import registry
 from tests.experiments import own_text, peers
-from tests.train import toy
-from tests.train.stopping import Stopped, Stopping
+from tests.train.stopping import interrupt
 
 pytestmark = [
   pytest.mark.xdist_group("seq2seq"),  # Runs that several tests look at.
@@ -286,15 +285,8 @@ def test_rows_are_batched_by_both_lengths(tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["v1.1"], indirect=True)
-def test_a_run_that_was_interrupted_ends_as_one_that_was_not(
-  trained, tmp_path, monkeypatch
-):
-  prepare = run.prepare
-  stopping = lambda runs: toy.with_batches(prepare(runs), lambda x: Stopping(x, 7))
-  monkeypatch.setattr(run, "prepare", stopping)
-  with pytest.raises(Stopped):
-    run.run(trained.settings, tmp_path)
-  monkeypatch.setattr(run, "prepare", prepare)
+def test_a_run_that_was_interrupted_ends_as_one_that_was_not(trained, tmp_path):
+  interrupt(trained.settings, tmp_path, after=7)
   run.run(trained.settings, tmp_path)
   for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
     assert (tmp_path / name).read_bytes() == (trained.workdir / name).read_bytes()

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import peft
 import pytest
 import torch
@@ -14,6 +13,7 @@ import lorax_flax as lx
 from tests.adapt.checks import check_no_dense_gradient
 from tests.methods import peft_methods as peers
 from tests.methods.layers import FUNCTIONS
+from tests.methods.steps import trained_beside
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 IN, OUT, LEARNING_RATE = 12, 8, 1e-2
@@ -74,31 +74,7 @@ def test_value_merged_weight_and_three_steps_equal_pefts(name, kind):
   model, params, lora, adapter, x = both(name, kind)
   if not peers.PEERS[name].formed:
     check_no_dense_gradient(lora, params, adapter, x)
-  trained, rest = lx.partition(adapter, lx.trainable_mask(adapter))
-  optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.1)
-  state = optimizer.init(trained)
-  theirs = torch.optim.AdamW(
-    [p for p in model.parameters() if p.requires_grad], LEARNING_RATE, weight_decay=0.1
-  )
-
-  @jax.jit
-  def step(trained, state):
-    def loss(trained):
-      return jnp.square(lora.apply(params, lx.combine(trained, rest), x)).sum()
-
-    value, grad = jax.value_and_grad(loss)(trained)
-    with jax.numpy_dtype_promotion("standard"):  # of optax's counts
-      updates, state = optimizer.update(grad, state, trained)
-    return optax.apply_updates(trained, updates), state, value
-
-  for _ in range(3):
-    trained, state, value = step(trained, state)
-    theirs.zero_grad()
-    want = torch.square(model(torch.tensor(x))).sum()
-    want.backward()
-    theirs.step()
-    np.testing.assert_allclose(value, want.item(), rtol=1e-5)
-  end = lx.combine(trained, rest)
+  end = trained_beside(lora, params, adapter, model, x, LEARNING_RATE)
   wanted = peers.ours(name, kind, peers.leaves(name, kind, model))
   for leaf, value in wanted.items():
     np.testing.assert_allclose(

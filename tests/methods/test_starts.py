@@ -5,7 +5,6 @@ import copy
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import peft
 import pytest
 import torch
@@ -16,6 +15,7 @@ from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import folder as hub_peft
 from tests.adapt.checks import check_no_dense_gradient, perturbed
 from tests.hub.peft import peers
+from tests.methods.steps import trained_beside
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 IN, OUT, RANK, ALPHA, LEARNING_RATE = 12, 8, 3, 6, 1e-2
@@ -54,30 +54,10 @@ def test_a_start_inside_the_kernel_trains_as_pefts(name, linear):
   np.testing.assert_allclose(delta.a @ delta.b, (second @ first).T, atol=1e-5)
   check_no_dense_gradient(lora, params, perturbed(adapter), X)
 
-  trained, rest = lx.partition(adapter, lx.trainable_mask(adapter))
+  trained, _ = lx.partition(adapter, lx.trainable_mask(adapter))
   assert len(jax.tree.leaves(trained)) == 2
-  optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.1)
-  state = optimizer.init(trained)
-  torchs = torch.optim.AdamW(theirs, LEARNING_RATE, weight_decay=0.1)
-
-  @jax.jit
-  def step(trained, state):
-    def loss(trained):
-      return jnp.square(lora.apply(params, lx.combine(trained, rest), X)).sum()
-
-    value, grad = jax.value_and_grad(loss)(trained)
-    with jax.numpy_dtype_promotion("standard"):  # of optax's counts
-      updates, state = optimizer.update(grad, state, trained)
-    return optax.apply_updates(trained, updates), state, value
-
-  for _ in range(3):
-    trained, state, value = step(trained, state)
-    torchs.zero_grad()
-    want = torch.square(model(torch.tensor(X))).sum()
-    want.backward()
-    torchs.step()
-    np.testing.assert_allclose(value, want.item(), rtol=1e-5)
-  merged = lx.merge(params, lx.combine(trained, rest))["kernel"]
+  end = trained_beside(lora, params, adapter, model, X, LEARNING_RATE)
+  merged = lx.merge(params, end)["kernel"]
   want = model.merge_and_unload()[0].weight.detach().numpy()
   assert np.abs(merged - params["kernel"]).max() > 1e-3
   np.testing.assert_allclose(merged.T, want, rtol=1e-4, atol=1e-5)

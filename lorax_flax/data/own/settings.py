@@ -27,3 +27,9 @@ class OwnSettings(DataSettings):
     super().__post_init__()
     if not 0 < self.held_out < 1:
       raise LoraxError(f"data.held_out is a share above 0, below 1: {self.held_out}")
+
+  def required_path(self, question: str) -> str:
+    """The path; where there is none, LoraxError asks the question."""
+    if self.path is None:
+      raise LoraxError(f"data.path: {question}")
+    return self.path

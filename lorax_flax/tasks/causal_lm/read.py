@@ -44,14 +44,13 @@ def read(settings: TextSettings, model: Located) -> Found:
   Raises:
     LoraxError: files, columns or rows that can't be used, named.
   """
-  if settings.path is None:
-    raise LoraxError(
-      "data.path: which file, or folder with train and validation files, is to be read?"
-    )
+  path = settings.required_path(
+    "which file, or folder with train and validation files, is to be read?"
+  )
   if settings.max_length < 2:
     raise LoraxError("data.max_length must be at least 2: a token follows from another")
   skip = settings.bad_rows == "skip"
-  tables = splits.read_splits(settings.path, settings.held_out, skip=skip)
+  tables = splits.read_splits(path, settings.held_out, skip=skip)
   form, chosen = forms.find(tables, settings.columns, tuple(_ENCODE), skip=skip)
   if form == TOKEN_IDS:
     for table in tables.values():
