@@ -78,16 +78,16 @@ def tokens(
     step, until all rows have ended.
   """
   eos_E = jnp.asarray(eos, jnp.int32)
-  zero_B = jnp.zeros(len(logits_BxV), jnp.int32)
-  carry = Carry(state, history, zero_B, zero_B, jnp.asarray(stopped()))
-  first = _first(logits_BxV, carry, rules, eos_E)
+  first = _first(logits_BxV, state, history, rules, eos_E, stopped())
   advance = lambda carry: _next(step, params, carry, rules, eos_E, stopped())
   most = int(rules.max_new_tokens_B.max())
   yield from steps.run(first, advance, lambda seen: seen.done_B.all(), most)
 
 
-@jax.jit
-def _first(logits_BxV, carry, rules, eos_E):
+@functools.partial(jax.jit, donate_argnames="state")
+def _first(logits_BxV, state, history, rules, eos_E, stopped_B):
+  zero_B = jnp.zeros(len(logits_BxV), jnp.int32)
+  carry = Carry(state, history, zero_B, zero_B, stopped_B)
   return _pick(logits_BxV, carry, rules, eos_E)
 
 
