@@ -194,10 +194,7 @@ def base(tmp_path_factory):
     ({"data.path": "EMPTY"}, "has no train file of .*there is: nothing"),
     ({"data.max_length": 23}, "this model takes at most 22 tokens"),
     ({"model.path": "BERT"}, "trains a causal-lm model, and a bert is a sequence-cl"),
-    (
-      {"data.task": "sst2", "data.path": None, "data.prompts": None},
-      "and a gpt2 is a causal-lm model",
-    ),
+    ({"data.task": "sst2", "data.path": None}, "and a gpt2 is a causal-lm model"),
     ({"data.task": "sst2"}, "data.path is of no use to the task sst2"),
     ({"data.glue_dir": "there"}, "data.glue_dir is of no use to the task next_token"),
     ({"lora.tuned": ("classifier",)}, "'classifier' matches nothing"),

@@ -33,7 +33,8 @@ def write(folder, train, held_out):
 def shrunk(spec, base, data, **changes):
   config = config_flag.load(spec)
   # Answers take time to compile, and have tests of their own.
-  silent = {"data.prompts": 0} if config.data.task == "next_token" else {}
+  task = changes.get("data.task", config.data.task)
+  silent = {"data.prompts": 0} if task == "next_token" else {}
   values = {
     **silent,
     "model.path": str(base),
