@@ -141,6 +141,24 @@ class Cache:
     )
     return Cache(layers, self.lengths_B, self.source_BxN, room.length)
 
+  def put(self, row: jax.Array, other: "Cache") -> "Cache":
+    """The cache with the only row of another one, at most as long, in its row."""
+
+    def written(x: jax.Array, new: jax.Array) -> jax.Array:
+      # As a ring's columns wrap only once it is as long as its window, the columns of
+      # a shorter one are the first ones of a longer.
+      axis = x.ndim - 4
+      starts = [row if i == axis else 0 for i in range(x.ndim)]
+      return jax.lax.dynamic_update_slice(x, new, starts)
+
+    layers = jax.tree.map(written, self.layers, other.layers)
+    lengths_B, source_BxN = jax.tree.map(
+      lambda x, new: x.at[row].set(new[0]),
+      (self.lengths_B, self.source_BxN),
+      (other.lengths_B, other.source_BxN),
+    )
+    return Cache(layers, lengths_B, source_BxN, self.length)
+
   def take(self, rows_B: jax.Array) -> "Cache":
     """Rows in another order, some of them repeated or left out: of beams, of slots."""
     # A layer's leaves have four axes, behind that of the layers where they are stacked.

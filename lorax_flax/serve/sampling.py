@@ -78,21 +78,39 @@ def tokens(
     step, until all rows have ended.
   """
   eos_E = jnp.asarray(eos, jnp.int32)
-  first = _first(logits_BxV, state, history, rules, eos_E, stopped())
-  advance = lambda carry: _next(step, params, carry, rules, eos_E, stopped())
+  begun = _first(logits_BxV, state, history, rules, eos_E, stopped())
+  following = lambda carry: advance(step, params, carry, rules, eos_E, stopped())
   most = int(rules.max_new_tokens_B.max())
-  yield from steps.run(first, advance, lambda seen: seen.done_B.all(), most)
+  yield from steps.run(begun, following, lambda seen: seen.done_B.all(), most)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def _first(logits_BxV, state, history, rules, eos_E, stopped_B):
+def first(
+  logits_BxV: jax.Array,
+  state: State,
+  history: History,
+  rules: Rules,
+  eos_E: jax.Array,
+  stopped_B: jax.Array,
+) -> tuple[Carry, Tokens]:
+  """The first token of each row; arguments as of `tokens`."""
   zero_B = jnp.zeros(len(logits_BxV), jnp.int32)
   carry = Carry(state, history, zero_B, zero_B, stopped_B)
   return _pick(logits_BxV, carry, rules, eos_E)
 
 
+_first = jax.jit(first, donate_argnames="state")
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="carry")
-def _next(step, params, carry, rules, eos_E, stopped_B):
+def advance(
+  step: Step,
+  params: Any,
+  carry: Carry,
+  rules: Rules,
+  eos_E: jax.Array,
+  stopped_B: jax.Array,
+) -> tuple[Carry, Tokens]:
+  """The next token of each row; the carry is donated, arguments as of `tokens`."""
   carry = replace(carry, done_B=carry.done_B | stopped_B)
   ids_B = jnp.where(carry.done_B, -1, carry.ids_B)
   logits_BxV, state = step(params, ids_B, carry.state)

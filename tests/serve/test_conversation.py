@@ -12,8 +12,9 @@ from lorax_flax.serve import generate as generation
 from lorax_flax.serve.conversation import Conversation
 from lorax_flax.serve.decoder import Decoder
 from lorax_flax.serve.settings import Decoding
+from tests.serve import talker
 from tests.serve.conftest import save
-from tests.serve.test_generate import PROMPTS, _tokenizer
+from tests.serve.test_generate import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 WINDOW, MOST = 19, 512
@@ -29,7 +30,7 @@ def writer(request, tmp_path_factory):
   """A writer, and the number of tokens of each of its prefills."""
   folder = tmp_path_factory.mktemp(request.param)
   save("llama", folder, vocab_size=600, eos_token_id=None, max_position_embeddings=MOST)
-  tokenizer = _tokenizer(folder)
+  tokenizer = talker.tokenizer(folder)
   config = json.loads((folder / "config.json").read_text())
   config |= {**MODELS[request.param], "architectures": []}
   (folder / "config.json").write_text(json.dumps(config))

@@ -11,14 +11,13 @@ import transformers
 
 import lorax_flax as lx
 from lorax_flax.adapt import paths
-from lorax_flax.data.tokenize import load_tokenizer
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Tuned
 from lorax_flax.models import registry
 from lorax_flax.serve import conversation, ends
 from lorax_flax.serve import generate as generation
 from lorax_flax.serve.settings import Decoding
-from tests.data.test_tokenizers import FAMILIES
+from tests.serve import talker as talkers
 from tests.serve.conftest import CONFIGS, VOCAB, save
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -85,22 +84,10 @@ def test_texts_of_unequal_prompts_are_transformers(both, fields):
   assert {len(ids) for ids in ours} != {NEW}
 
 
-def _tokenizer(folder):
-  model_type, class_name, write = FAMILIES["gpt2"]
-  write(folder)
-  (folder / "tokenizer_config.json").write_text(
-    json.dumps({"tokenizer_class": class_name, "model_type": model_type})
-  )
-  return load_tokenizer(folder)
-
-
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
   """A llama with a tokenizer."""
-  folder = tmp_path_factory.mktemp("talker")
-  size = 600
-  save("llama", folder, vocab_size=size, eos_token_id=None)
-  return generation.writer(registry.load(folder), tokenizer=_tokenizer(folder))
+  return talkers.make(tmp_path_factory.mktemp("talker"))
 
 
 def test_a_stream_is_the_text_and_a_stop_string_ends_both(talker):

@@ -1,0 +1,204 @@
+"""Continuous batching: each text as if it were alone, and what ends one."""
+
+import dataclasses
+import queue
+import threading
+
+import numpy as np
+import pytest
+
+from lorax_flax.errors import LoraxError
+from lorax_flax.serve import generate as generation
+from lorax_flax.serve.engine import Engine
+from lorax_flax.serve.request import Busy, Closed, Request, TimedOut
+from lorax_flax.serve.settings import Decoding
+from lorax_flax.serve.waiting import Waiting
+from tests.serve import talker as talkers
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+RNG = np.random.default_rng(0)
+LENGTH = 64
+
+
+FORMS = {"looped": {}, "scanned": {"scan": True}, "windowed": {"window": 8}}
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+  return _ending(talkers.make(tmp_path_factory.mktemp("talker")))
+
+
+def _ending(writer):
+  """The writer, its greedy texts ending at a token that it often writes."""
+  found = generation.generate(writer, [[5, 6, 7], [9]], Decoding(max_new_tokens=12))
+  ends = dataclasses.replace(writer.ends, eos=(dict(found)[0].ids[6],))
+  return dataclasses.replace(writer, ends=ends)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def of_form(request, tmp_path_factory):
+  folder = tmp_path_factory.mktemp(request.param)
+  return _ending(talkers.make(folder, **FORMS[request.param]))
+
+
+@pytest.fixture(scope="module")
+def engine(talker):
+  made = Engine(talker, rows=3, length=LENGTH, waiting=20)
+  yield made
+  made.close()
+
+
+class Answer:
+  """The pieces of one request as they come."""
+
+  def __init__(self, engine, request):
+    self._pieces = queue.Queue()
+    self.running = engine.submit(request, self._pieces.put)
+
+  def all(self):
+    found = [self._pieces.get(timeout=60)]
+    while found[-1].finish is None:
+      found.append(self._pieces.get(timeout=60))
+    return found
+
+  def first(self):
+    return self._pieces.get(timeout=60)
+
+
+def _alone(writer, request):
+  prompts = [[1]] * request.number + [list(request.prompt)]
+  found = generation.generate(writer, prompts, request.decoding, batch_size=1)
+  return dict(found)[request.number]
+
+
+def _requests(writer):
+  """Requests of unequal lengths and settings: greedy, sampled, stopped, penalised."""
+  settings = [
+    Decoding(max_new_tokens=20),
+    Decoding(max_new_tokens=1),
+    Decoding(max_new_tokens=20, temperature=0.7, top_p=0.9, top_k=50, seed=1),
+    Decoding(max_new_tokens=20, repetition_penalty=1.5, no_repeat_ngram=2),
+    Decoding(max_new_tokens=20, temperature=1.0, seed=4, stop=("e",)),
+  ]
+  prompts = [RNG.integers(3, 500, n).tolist() for n in (5, 33, 12, 1, 7)]
+  prompts[0] = [5, 6, 7]
+  return [
+    Request(prompt, decoding, writer.tokenizer, number=int(decoding.seed == 4))
+    for prompt, decoding in zip(prompts, settings, strict=True)
+  ]
+
+
+def test_each_text_is_that_of_its_request_alone(of_form):
+  engine = Engine(of_form, rows=3, length=LENGTH)
+  requests = _requests(of_form)
+  answers = [[Answer(engine, request) for request in requests] for _ in range(2)]
+  finishes = set()
+  for request, *both in zip(requests, *answers, strict=True):
+    alone = _alone(of_form, request)
+    for pieces in (answer.all() for answer in both):
+      assert tuple(piece.id for piece in pieces) == alone.ids
+      assert "".join(piece.text for piece in pieces) == alone.text
+      is_full = len(alone.ids) == request.decoding.max_new_tokens
+      assert pieces[-1].finish == ("length" if is_full else "stop")
+      finishes.add(pieces[-1].finish)
+  assert finishes == {"stop", "length"}
+  engine.close()
+
+
+def test_a_request_that_does_not_fit_is_refused_at_once(talker, engine):
+  for prompt, decoding, message in (
+    ([1] * 60, Decoding(max_new_tokens=5), "60 tokens, and up to 5 .* room for 64"),
+    ([], Decoding(), "the prompt has no tokens"),
+    ([1], Decoding(beams=2), "beams=2: a search"),
+  ):
+    with pytest.raises(LoraxError, match=message):
+      engine.submit(Request(prompt, decoding, talker.tokenizer), print)
+
+
+def test_a_cancelled_text_frees_its_row(talker):
+  engine = Engine(dataclasses.replace(talker, ends=generation.Ends()), rows=1)
+  long = Request([3], Decoding(max_new_tokens=1000), talker.tokenizer)
+  assert engine.length > 1001
+  first = Answer(engine, long)
+  first.first()
+  second = Answer(
+    engine, dataclasses.replace(long, decoding=Decoding(max_new_tokens=2))
+  )
+  first.running.cancel()
+  assert second.all()[-1].finish == "length"
+  assert engine.running == 0
+  assert len(first._pieces.queue) < 900
+  engine.close()
+
+
+def _held(talker, **options):
+  """An engine of one row whose thread waits, and the event that lets it go on."""
+  engine, event = Engine(talker, rows=1, length=LENGTH, **options), threading.Event()
+  engine.call(event.wait)
+  return engine, event
+
+
+def test_what_waits_is_bounded_and_a_closed_engine_ends_it(talker):
+  engine, event = _held(talker, waiting=2)
+  request = Request([3], Decoding(max_new_tokens=3), talker.tokenizer)
+  answers = [Answer(engine, request) for _ in range(2)]
+  with pytest.raises(Busy, match="2 requests are waiting"):
+    Answer(engine, request)
+  closing = threading.Thread(target=engine.close)
+  closing.start()
+  while not engine._closed:
+    pass
+  with pytest.raises(Closed):
+    Answer(engine, request)
+  event.set()
+  closing.join()
+  assert all(len(answer.all()) == 3 for answer in answers)
+
+
+def test_a_request_that_waits_too_long_ends_with_an_error(talker):
+  engine, event = _held(talker, seconds=0.05)
+  late = Answer(engine, Request([3], Decoding(max_new_tokens=3), talker.tokenizer))
+  threading.Timer(0.2, event.set).start()
+  (piece,) = late.all()
+  assert isinstance(piece.error, TimedOut)
+  engine.close()
+
+
+def test_a_failed_step_ends_its_texts_and_no_others(talker, caplog):
+  failing = threading.Event()
+
+  def params(names):
+    if failing.is_set() and len(names) > 1:
+      raise RuntimeError("no memory")
+    return talker.params
+
+  engine = Engine(talker, params, rows=2, length=LENGTH)
+  request = Request([3], Decoding(max_new_tokens=5), talker.tokenizer)
+  failing.set()
+  assert "server's log says why" in str(Answer(engine, request).all()[-1].error)
+  failing.clear()
+  ids = tuple(piece.id for piece in Answer(engine, request).all())
+  assert ids == _alone(talker, request).ids
+  assert "no memory" in caplog.text
+  engine.close()
+
+
+def test_a_listener_that_fails_harms_no_other_text(talker, engine, caplog):
+  request = Request([3], Decoding(max_new_tokens=5), talker.tokenizer)
+
+  def listener(piece):
+    raise ConnectionError("gone")
+
+  engine.submit(request, listener)
+  assert len(Answer(engine, request).all()) == len(_alone(talker, request).ids)
+  assert "gone" in caplog.text
+
+
+def test_shares_wait_in_turns():
+  waiting = Waiting(6)
+  for share, item in ("a1", "a2", "a3", "a4", "b1", "c1"):
+    waiting.put(share, share + item)
+  assert waiting.full
+  waiting.drop(lambda item: item == "a2")
+  taken = [waiting.take() for _ in range(6)]
+  assert taken == ["a1", "b1", "c1", "a3", "a4", None]
