@@ -21,6 +21,7 @@ COMMANDS = {
   "predict": "experiments.predict",
   "generate": "experiments.generate",
   "chat": "experiments.chat",
+  "serve": "experiments.serve",
   "score": "experiments.score",
   "e2e": "experiments.e2e",
   "merge": "experiments.merge",

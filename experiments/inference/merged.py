@@ -1,7 +1,7 @@
 """A base with an adapter merged into it: what `merge` writes and `predict` runs."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,24 @@ def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
   Raises:
     LoraxError: besides what the readers raise, weights that neither of the two has.
   """
+  return _loaded(base, adapter, without_place if apply else lambda params, deltas: {})
+
+
+def headed(base: str, adapter: str | None) -> Merged:
+  """`load` that merges what was trained in full alone, and keeps the other deltas."""
+  return _loaded(
+    base,
+    adapter,
+    lambda params, deltas: {
+      path: delta for path, delta in deltas.items() if not isinstance(delta, Tuned)
+    },
+  )
+
+
+def _loaded(
+  base: str, adapter: str | None, kept: Callable[[Any, Adapter], Adapter]
+) -> Merged:
+  """A base with an adapter merged in, but for the deltas that are kept."""
   brought: set[str] = set()
   rest: Adapter = {}
   own, problem_type = None, None
@@ -63,7 +81,7 @@ def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
     loaded, saved = with_adapter.load(base, adapter)
     deltas, own, problem_type = saved.adapter, saved.labels, saved.problem_type
     brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
-    rest = without_place(loaded.params, deltas) if apply else {}
+    rest = kept(loaded.params, deltas)
     deltas = {path: delta for path, delta in deltas.items() if path not in rest}
     loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
   if absent := set(loaded.new_paths) - brought:

@@ -9,7 +9,7 @@ Shapes: B rows, T tokens of a call, S columns, H heads of queries, G heads of ke
 values, K head size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -144,20 +144,14 @@ class Cache:
   def put(self, row: jax.Array, other: "Cache") -> "Cache":
     """The cache with the only row of another one, at most as long, in its row."""
 
-    def written(x: jax.Array, new: jax.Array) -> jax.Array:
-      # As a ring's columns wrap only once it is as long as its window, the columns of
-      # a shorter one are the first ones of a longer.
-      axis = x.ndim - 4
+    def written(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+      # A ring's columns wrap only once it is as long as its window: the columns of a
+      # shorter one are the first ones of a longer.
       starts = [row if i == axis else 0 for i in range(x.ndim)]
       return jax.lax.dynamic_update_slice(x, new, starts)
 
-    layers = jax.tree.map(written, self.layers, other.layers)
-    lengths_B, source_BxN = jax.tree.map(
-      lambda x, new: x.at[row].set(new[0]),
-      (self.lengths_B, self.source_BxN),
-      (other.lengths_B, other.source_BxN),
-    )
-    return Cache(layers, lengths_B, source_BxN, self.length)
+    of_length = replace(other, length=self.length)
+    return jax.tree.map(written, self, of_length, self.row_axes)
 
   def take(self, rows_B: jax.Array) -> "Cache":
     """Rows in another order, some of them repeated or left out: of beams, of slots."""

@@ -40,7 +40,7 @@ class Engine:
   def __init__(
     self,
     writer: Writer,
-    params: Callable[[Sequence[str | None]], Any] | None = None,
+    params: Callable[[Sequence[int | None]], Any] | None = None,
     *,
     rows: int = 8,
     length: int | None = None,
@@ -51,8 +51,8 @@ class Engine:
 
     Args:
       writer: the model.
-      params: (name of each row's adapter, None for the base) -> what the decoder takes;
-        called by the engine's thread. None: the writer's, and no request has an
+      params: (number of each row's adapter, None for the base) -> what the decoder
+        takes; called by the engine's thread. None: the writer's, and no request has an
         adapter.
       rows: number of texts that are written at once.
       length: None takes the model's.
@@ -67,7 +67,7 @@ class Engine:
       raise LoraxError(f"a {name} reads each prompt with its encoder: it keeps no rows")
     self.length = length or writer.model.max_length
     self._writer, self._seconds = writer, seconds
-    self._params = params or (lambda names: writer.params)
+    self._params = params or (lambda numbers: writer.params)
     self._eos_E = jnp.asarray(writer.ends.eos, jnp.int32)
     self._slots = slots.blank(writer.model, rows, self.length)
     self._rows: _Rows = [None] * rows
@@ -135,7 +135,7 @@ class Engine:
       self._condition.notify()
     return future
 
-  def uses(self, adapter: str | None) -> bool:
+  def uses(self, adapter: int | None) -> bool:
     """True while a text of an adapter is written or waits; for the engine's thread."""
     with self._condition:
       every = [*self._rows, *self._waiting]
@@ -165,8 +165,9 @@ class Engine:
 
   def _turn(self) -> None:
     """Runs what was called for, begins a text, steps all, and reads their last step."""
-    while self._calls:
-      future, function = self._calls.popleft()
+    with self._condition:
+      calls, self._calls = self._calls, deque()
+    for future, function in calls:
       try:
         future.set_result(function())
       except Exception as error:

@@ -1,0 +1,151 @@
+"""Classifiers of texts over the weights of one base, by name."""
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import special
+
+from experiments.inference import merged
+from experiments.inference.merged import Merged
+from experiments.server import folder
+from lorax_flax.adapt.paths import flatten, map_with_path
+from lorax_flax.data.tokenize import load_tokenizer
+from lorax_flax.errors import LoraxError, check_known
+from lorax_flax.models.registry import Loaded
+from lorax_flax.serve.classifier import Classifier
+from lorax_flax.serve.request import Busy, Closed
+
+log = logging.getLogger(__name__)
+
+
+class Scored(NamedTuple):
+  """What a classifier makes of texts.
+
+  Attributes:
+    labels: names of the outputs.
+    scores_NxC: probabilities, each label's own where a text may have several; of a
+      regression, its value.
+    tokens: of all texts.
+  """
+
+  labels: tuple[str, ...]
+  scores_NxC: np.ndarray
+  tokens: int
+
+
+class _Served(NamedTuple):
+  classifier: Classifier
+  labels: tuple[str, ...]
+  problem_type: str | None
+
+
+class Classifiers:
+  """The base, where it has a head, and its adapters, which bring theirs.
+
+  Attributes:
+    base: name of the base.
+  """
+
+  def __init__(
+    self, loaded: Loaded, name: str, root: Path | None, *, waiting: int = 64
+  ):
+    """Loads the adapters of a folder; those that don't fit are logged and left out.
+
+    Args:
+      loaded: the base.
+      waiting: number of requests that are answered or wait at once.
+
+    Raises:
+      LoraxError: nothing that answers.
+    """
+    self.base = name
+    self._loaded, self._root = loaded, root
+    self._shared = flatten(loaded.params)
+    self._served: dict[str, _Served] = {}
+    self._turn, self._room = threading.Lock(), threading.BoundedSemaphore(waiting)
+    self._waiting, self._closed = waiting, False
+    if not loaded.new_paths:
+      self._served[name] = self._made(merged.headed(str(loaded.folder), None), None)
+    for each in folder.names(root):
+      try:
+        self.load(each, each)
+      except LoraxError as error:
+        log.error(f"the adapter {each} is left out: {error}")
+    if not self._served:
+      raise LoraxError(f"{name} has no head of its own, and no adapter brings one")
+
+  @property
+  def models(self) -> list[str]:
+    """The names that answer, the base's first."""
+    return list(self._served)
+
+  def load(self, name: str, path: str) -> None:
+    """Serves an adapter of the folder under a name, in place of one of this name.
+
+    Raises:
+      LoraxError: no such folder, or an adapter that doesn't fit; what was there stays.
+    """
+    if name == self.base:
+      raise LoraxError(f"{name} is the name of the base")
+    found = folder.find(self._root, path)
+    model = merged.headed(str(self._loaded.folder), str(found))
+    self._served = {**self._served, name: self._made(model, found)}
+
+  def unload(self, name: str) -> None:
+    """Forgets an adapter."""
+    check_known("adapter", name, self._served.keys() - {self.base})
+    self._served = {n: each for n, each in self._served.items() if n != name}
+
+  def scores(self, model: str, texts: Sequence[str]) -> Scored:
+    """Scores of texts.
+
+    Raises:
+      LoraxError: an unknown name, or a text that can't be used.
+      Busy: too many requests at once.
+      Closed: the server is being shut down.
+    """
+    check_known("model", model, self._served)
+    own = self._served[model]
+    if self._closed:
+      raise Closed("no more requests are taken: the server is being shut down")
+    if not self._room.acquire(blocking=False):
+      raise Busy(f"{self._waiting} requests are waiting: try again later")
+    try:
+      with self._turn:
+        logits_NxC, tokens = own.classifier.logits(texts)
+    finally:
+      self._room.release()
+    if not np.isfinite(logits_NxC).all():
+      raise LoraxError("the model gives logits that are not finite")
+    return Scored(own.labels, _SCORES[own.problem_type](logits_NxC), tokens)
+
+  def close(self) -> None:
+    """Takes no more requests, and returns once all have been answered."""
+    self._closed = True
+    with self._turn:
+      pass
+
+  def _made(self, model: Merged, adapter: Path | None) -> _Served:
+    loaded = model.loaded
+    tokenizer = load_tokenizer(loaded.folder, adapter and str(adapter))
+    params = map_with_path(self._one, loaded.params)
+    classifier = Classifier(loaded, params, model.rest, tokenizer)
+    assert model.labels is not None
+    return _Served(classifier, model.labels, model.problem_type)
+
+  def _one(self, path: str, leaf: Any) -> Any:
+    """The base's own array in place of its copy: one base for all."""
+    own = self._shared.get(path)
+    same = own is not None and own.shape == leaf.shape and own.dtype == leaf.dtype
+    return own if same and np.array_equal(own, leaf) else leaf
+
+
+_SCORES: Mapping[str | None, Any] = {
+  "single_label_classification": lambda x: special.softmax(x.astype(np.float64), -1),
+  "multi_label_classification": lambda x: special.expit(x.astype(np.float64)),
+  "regression": lambda x: x,
+}

@@ -1,0 +1,85 @@
+"""What turns texts and chats into token ids, for one name of the server."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.inference import prompts
+from lorax_flax.data import chat
+from lorax_flax.data.tokenize import check_characters, load_tokenizer
+from lorax_flax.data.tokenizers.tokenizer import Tokenizer
+from lorax_flax.errors import LoraxError
+from lorax_flax.hub.checkpoints import beside
+
+
+@dataclass(frozen=True)
+class Voice:
+  """A tokenizer, and the chat template of its folder."""
+
+  tokenizer: Tokenizer
+  folder: Path
+  vocab_size: int
+  chat_template: str | None = None
+
+  def of_text(self, text: str) -> list[int]:
+    """Token ids of a text to go on from."""
+    check_characters(text)
+    return list(self.tokenizer.encode(text, add_special_tokens=True).ids)
+
+  def of_ids(self, ids: Sequence[int]) -> list[int]:
+    """Token ids as they were given, checked."""
+    if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
+      raise LoraxError(f"the id {wrong[0]}: ids go from 0 to {self.vocab_size - 1}")
+    return list(ids)
+
+  def of_chat(
+    self, messages: Sequence[Any], tools: Any = None, variables: Any = None
+  ) -> list[int]:
+    """Token ids of a chat, up to the answer that comes next."""
+    row = {
+      "messages": [_with_objects(message) for message in messages],
+      "tools": tools,
+      "chat_template_kwargs": variables,
+    }
+    template = chat.of_model(self.folder, self.chat_template)
+    return prompts.of_chat(chat.check(row), self.tokenizer, template)
+
+
+def load(
+  base: Path, adapter: Path | None, vocab_size: int, chat_template: str | None
+) -> Voice:
+  """The voice of an adapter, where it has a tokenizer of its own, or of the base.
+
+  Raises:
+    LoraxError: no tokenizer.
+  """
+  own = adapter is not None and beside.has_tokenizer(adapter)
+  folder = adapter if adapter is not None and own else base
+  return Voice(load_tokenizer(base, adapter), folder, vocab_size, chat_template)
+
+
+def _with_objects(message: Any) -> Any:
+  """The message with the arguments of its calls as objects, as templates read them.
+
+  OpenAI's clients send these as JSON.
+  """
+  calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+  if not isinstance(calls, list):
+    return message
+  return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+  function = call.get("function") if isinstance(call, Mapping) else None
+  if not isinstance(function, Mapping):
+    return call
+  arguments = function.get("arguments")
+  if not isinstance(arguments, str):
+    return call
+  try:
+    parsed = json.loads(arguments)
+  except ValueError as error:
+    raise LoraxError(f"the arguments of a tool call are no JSON: {error}") from error
+  return {**call, "function": {**function, "arguments": parsed}}

@@ -1,0 +1,151 @@
+"""Completions and chats over HTTP: the texts of `generate`, mixed or alone."""
+
+import concurrent.futures
+import json
+import threading
+
+import pytest
+from starlette.testclient import TestClient
+
+from experiments.server import app
+from tests.experiments.server.conftest import language
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+NEW = 12
+MESSAGES = [{"role": "user", "content": "three four"}]
+
+
+def _complete(client, model, prompt, **fields):
+  body = {"model": model, "prompt": prompt, "max_tokens": NEW, "temperature": 0}
+  answer = client.post("/v1/completions", json={**body, **fields})
+  assert answer.status_code == 200, answer.text
+  return answer.json()
+
+
+def _events(answer):
+  assert answer.headers["content-type"].startswith("text/event-stream")
+  lines = [line for line in answer.text.split("\n\n") if line]
+  assert lines.pop() == "data: [DONE]"
+  return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_mixed_adapters_write_what_each_writes_alone(client, alone):
+  names, prompts = ("tiny", "first", "second"), ("one", "five six", "nine, one two")
+  asked = [(name, prompt) for prompt in prompts for name in names]
+  with concurrent.futures.ThreadPoolExecutor(9) as pool:
+    answers = list(pool.map(lambda each: _complete(client, *each), asked))
+  texts = [answer["choices"][0]["text"] for answer in answers]
+  assert texts == [alone(*each, NEW) for each in asked]
+  assert len(set(texts)) == 9
+
+
+def test_a_stream_and_several_choices_are_the_same_texts(client):
+  fields = {"temperature": 0.9, "seed": 3, "n": 2, "stop": ["zz"], "top_p": 0.9}
+  prompts = ["one", "two"]
+  full = _complete(client, "first", prompts, **fields)
+  assert [choice["index"] for choice in full["choices"]] == [0, 1, 2, 3]
+  assert len({choice["text"] for choice in full["choices"]}) == 4
+  body = {"model": "first", "prompt": prompts, "max_tokens": NEW, "stream": True}
+  body["stream_options"] = {"include_usage": True}
+  events = _events(client.post("/v1/completions", json={**body, **fields}))
+  assert events.pop()["usage"] == full["usage"]
+  texts = ["", "", "", ""]
+  for event in events:
+    (choice,) = event["choices"]
+    texts[choice["index"]] += choice["text"]
+  assert texts == [choice["text"] for choice in full["choices"]]
+
+
+def test_a_chat_is_its_rendered_prompt(client, served, alone):
+  body = {"model": "first", "messages": MESSAGES, "temperature": 0}
+  answer = client.post("/v1/chat/completions", json={**body, "max_tokens": NEW}).json()
+  message = answer["choices"][0]["message"]
+  ids = served.voice("first").of_chat(MESSAGES)
+  as_ids = _complete(client, "first", ids)
+  assert message["content"] == as_ids["choices"][0]["text"]
+  assert answer["usage"] == as_ids["usage"]
+  assert answer["usage"]["prompt_tokens"] == len(ids)
+  stream = {**body, "max_completion_tokens": NEW, "stream": True}
+  events = _events(client.post("/v1/chat/completions", json=stream))
+  deltas = [event["choices"][0]["delta"] for event in events]
+  assert deltas[0] == {"role": "assistant", "content": ""}
+  assert "".join(d.get("content", "") for d in deltas) == message["content"]
+  assert events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_tools_and_their_calls_reach_the_template(served, client):
+  function = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+  tools = [{"type": "function", "function": function}]
+  body = {"model": "tiny", "messages": MESSAGES, "tools": tools, "max_tokens": 2}
+  tokens = lambda **own: client.post(
+    "/v1/chat/completions", json={**body, **own}
+  ).json()["usage"]["prompt_tokens"]
+  voice = served.voice("tiny")
+  assert tokens() == len(voice.of_chat(MESSAGES, tools))
+  assert tokens() > tokens(tool_choice="none") == len(voice.of_chat(MESSAGES))
+  call = {"type": "function", "function": {"name": "weather", "arguments": "{\"a\": 1"}}
+  said = {"role": "assistant", "content": "", "tool_calls": [call]}
+  broken = {**body, "messages": [*MESSAGES, said]}
+  answer = client.post("/v1/chat/completions", json=broken)
+  assert answer.status_code == 400
+  assert "arguments of a tool call are no JSON" in answer.json()["error"]["message"]
+
+
+def test_a_full_queue_is_429_and_a_closed_server_503(root):
+  served, event = language(root, rows=1, waiting=1), threading.Event()
+  client = TestClient(app.create(served))
+  body = {"model": "tiny", "prompt": "one", "max_tokens": 2, "temperature": 0}
+  served.engine.call(event.wait)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    first = pool.submit(client.post, "/v1/completions", json=body)
+    while not served.engine.waiting:
+      pass
+    for prompt in ("two", ["two", "three"]):
+      full = client.post("/v1/completions", json={**body, "prompt": prompt})
+      assert full.status_code == 429, full.text
+      assert full.json()["error"]["type"] == "rate_limit_error"
+    event.set()
+    assert first.result().status_code == 200
+  served.close()
+  assert client.post("/v1/completions", json=body).status_code == 503
+
+
+def test_a_client_that_leaves_frees_its_row(served, client):
+  """A stream that is left after its first event, and an answer before its end."""
+  import anyio
+
+  application = app.create(served)
+  body = {"model": "tiny", "prompt": "one", "max_tokens": 100, "temperature": 0}
+
+  async def leave(stream):
+    messages = [
+      {
+        "type": "http.request",
+        "body": json.dumps({**body, "stream": stream}).encode(),
+        "more_body": False,
+      }
+    ]
+    sent, left = [], anyio.Event()
+
+    async def receive():
+      if messages:
+        return messages.pop()
+      if stream:
+        await left.wait()
+      return {"type": "http.disconnect"}
+
+    async def send(message):
+      sent.append(message)
+      if len(sent) == 2:
+        left.set()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+    scope |= {"headers": [], "query_string": b"", "asgi": {"spec_version": "2.3"}}
+    await application(scope, receive, send)
+    return sent
+
+  for stream in (True, False):
+    sent = anyio.run(leave, stream)
+    assert (len(sent) < 100) if stream else sent[0]["status"] == 499
+    _complete(client, "tiny", "two", max_tokens=1)
+    assert served.engine.running == 0
