@@ -93,7 +93,7 @@ def main() -> None:
   served = start.served(
     registry.load(resolve(BASE.value)),
     Path(BASE.value).expanduser().name,
-    ADAPTERS.value and Path(ADAPTERS.value).expanduser(),
+    Path(ADAPTERS.value).expanduser() if ADAPTERS.value else None,
     language={
       "rows": ROWS.value,
       "length": MAX_LENGTH.value,

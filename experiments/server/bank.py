@@ -41,6 +41,8 @@ class Bank:
     fitting = fitting or [_all_linear(loaded, max_rank)]
     self._slots: AllSlots = self._many.empty(loaded.params, *fitting)
     self._free = list(range(capacity))
+    # Compiled now, and not while texts are written.
+    self.clear(self._free.pop())
 
   def put(self, adapter: Adapter) -> int:
     """Puts an adapter into a free slot; returns its number.

@@ -140,8 +140,9 @@ class Classifiers:
   def _one(self, path: str, leaf: Any) -> Any:
     """The base's own array in place of its copy: one base for all."""
     own = self._shared.get(path)
-    same = own is not None and own.shape == leaf.shape and own.dtype == leaf.dtype
-    return own if same and np.array_equal(own, leaf) else leaf
+    if own is None or own.shape != leaf.shape or own.dtype != leaf.dtype:
+      return leaf
+    return own if np.array_equal(own, leaf) else leaf
 
 
 _SCORES: Mapping[str | None, Any] = {

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import prometheus_client as prometheus
 from starlette.requests import Request
@@ -18,7 +19,7 @@ class Meters:
 
   def __init__(self) -> None:
     self._registry = prometheus.CollectorRegistry()
-    own = {"registry": self._registry}
+    own: dict[str, Any] = {"registry": self._registry}
     self.requests = prometheus.Counter(
       "lorax_requests", "Requests by path and status.", ("path", "status"), **own
     )

@@ -34,8 +34,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
   "web_search_options": (),
 }
 _LEAST_TEMPERATURE = 0.01
-# Fields of `Decoding` that only sampling reads.
-_OF_SAMPLING = ("top_p", "top_k", "min_p", "seed")
 
 Strings = str | list[str]
 
@@ -85,7 +83,7 @@ class Generation(Body):
     stop = [self.stop] if isinstance(self.stop, str) else self.stop
     if len(stop) > 16 or not all(stop):
       raise LoraxError("stop: up to 16 texts, none of them empty")
-    sampling = {
+    sampling: dict[str, Any] = {
       "top_p": self.top_p,
       "top_k": max(self.top_k, 0),
       "min_p": self.min_p,

@@ -83,7 +83,7 @@ def test_tools_and_their_calls_reach_the_template(served, client):
   voice = served.voice("tiny")
   assert tokens() == len(voice.of_chat(MESSAGES, tools))
   assert tokens() > tokens(tool_choice="none") == len(voice.of_chat(MESSAGES))
-  call = {"type": "function", "function": {"name": "weather", "arguments": "{\"a\": 1"}}
+  call = {"type": "function", "function": {"name": "weather", "arguments": '{"a": 1'}}
   said = {"role": "assistant", "content": "", "tool_calls": [call]}
   broken = {**body, "messages": [*MESSAGES, said]}
   answer = client.post("/v1/chat/completions", json=broken)
