@@ -136,7 +136,7 @@ class Adapters:
     self._vacate()
 
   def _vacate(self) -> None:
-    """Makes the slots of forgotten adapters, which nobody uses, the next to be given."""
+    """Makes the slots of forgotten adapters that nobody uses the next to be given."""
     for slot, key in [*self._on_device.items()]:
       if key not in (None, *self._current.values()) and not self._uses[slot]:
         self._on_device[slot] = None

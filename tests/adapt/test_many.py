@@ -318,9 +318,9 @@ def test_what_does_not_fit_is_an_error_by_name(params):
   many = lx.many(base_lora(scanned), capacity=2, max_rank=4)
   slots = many.empty(params, small)
   put = lambda index, adapter: many.put(params, slots, index, adapter)
-  with pytest.raises(lx.LoraxError, match="slot 2 of 2 .capacity"):
+  with pytest.raises(lx.LoraxError, match=r"slot 2 of 2 .capacity"):
     put(2, small)
-  with pytest.raises(lx.LoraxError, match="'head' has factors of rank 5, .*rank is 4"):
+  with pytest.raises(lx.LoraxError, match=r"head' has factors of rank 5, .*rank is 4"):
     put(0, adapter_of(params, "lora", 5, ["head"]))
   with pytest.raises(lx.LoraxError, match="unknown path of the slots 'layers/k'"):
     put(0, adapter_of(params, "lora", 2, ["head", "layers/k"]))
@@ -328,7 +328,7 @@ def test_what_does_not_fit_is_an_error_by_name(params):
     put(0, adapter_of(params, "dora", 2, ["head"]))
   for method in ("loha", "lokr", "oft"):
     other = adapter_of(params, method, 2, ["head"])
-    with pytest.raises(lx.LoraxError, match="head' is not a product.*as_lora"):
+    with pytest.raises(lx.LoraxError, match=r"head' is not a product.*as_lora"):
       put(0, other)
     many.fitted(params, slots, lx.as_lora(params, other, rank=4).adapter)
   with pytest.raises(lx.LoraxError, match="unknown adapter path 'tail'"):

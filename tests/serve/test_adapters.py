@@ -127,7 +127,7 @@ def test_what_leaves_the_host_is_on_disk_and_then_gone(tmp_path):
     server.adapters.add(name, adapter(i))
   assert server.adapters.names == [*"cde"]
   assert len(list(room.iterdir())) == 1
-  with pytest.raises(lx.LoraxError, match="unknown adapter 'a'.*There are: c, d, e"):
+  with pytest.raises(lx.LoraxError, match=r"unknown adapter 'a'.*There are: c, d, e"):
     server.adapters.acquire("a")
   server.check("c", adapter(2))
 
