@@ -84,20 +84,48 @@ class Many:
     """
     if not 0 <= index < self.capacity:
       raise LoraxError(f"slot {index} of {self.capacity} (capacity), numbered from 0")
-    leaves = arrays(params)
-    fitted: Adapter = {}
-    for path, delta in (adapter or {}).items():
-      if path not in slots:
-        raise LoraxError(unknown("path of the slots", path, slots))
-      _check_path(path, leaves)
-      fitted[path] = slots[path].fitted(path, delta, leaves[path])
-    place = np.int32(index)
+    leaves, place = arrays(params), np.int32(index)
+    fitted = self.fitted(params, slots, adapter or {})
     return {
       path: _written(held, place, fitted[path], leaves[path])
       if path in fitted
       else _cleared(held, place)
       for path, held in slots.items()
     }
+
+  def filled(
+    self, params: PyTree, adapters: Sequence[Adapter], /, dtype: Any = jnp.float32
+  ) -> AllSlots:
+    """Slots with these adapters, from slot 0 on, as a pure function of their leaves.
+
+    Training differentiates it. Compiled for the adapters' ranks, targets and methods.
+
+    Raises:
+      LoraxError: more than the capacity; one that does not fit the base.
+    """
+    if len(adapters) > self.capacity:
+      raise LoraxError(f"{len(adapters)} adapters for a capacity of {self.capacity}")
+    leaves, slots = arrays(params), self.empty(params, *adapters, dtype=dtype)
+    for index, adapter in enumerate(adapters):
+      for path, delta in adapter.items():
+        place, leaf = jnp.int32(index), dense(leaves[path])
+        slots[path] = slots[path].written(place, delta, leaf)
+    return slots
+
+  def fitted(self, params: PyTree, slots: AllSlots, adapter: Adapter, /) -> Adapter:
+    """The adapter as `put` takes it up: on the host, padded to the slots' rank.
+
+    Raises:
+      LoraxError: it does not fit the base or the slots.
+    """
+    leaves = arrays(params)
+    found: Adapter = {}
+    for path, delta in adapter.items():
+      if path not in slots:
+        raise LoraxError(unknown("path of the slots", path, slots))
+      _check_path(path, leaves)
+      found[path] = slots[path].fitted(path, delta, leaves[path])
+    return found
 
   def apply(
     self,
