@@ -42,6 +42,7 @@ def create(served: Language | Classifiers, keys: Sequence[str] = ()) -> Starlett
     routes += [
       Route("/v1/completions", texts.completions, methods=["POST"]),
       Route("/v1/chat/completions", texts.chat, methods=["POST"]),
+      Route("/v1/embeddings", texts.embeddings, methods=["POST"]),
     ]
     meters.gauge("waiting", "Requests that wait.", lambda: engine.waiting)
     meters.gauge("running", "Texts that are being written.", lambda: engine.running)

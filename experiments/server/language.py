@@ -1,32 +1,36 @@
 """A language model and its adapters, which all answer from the rows of one engine."""
 
 import dataclasses
+import functools
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import jax
+import numpy as np
 
 from experiments.server import folder, voice
-from experiments.server.bank import Bank
 from experiments.server.voice import Voice
 from lorax_flax.errors import LoraxError, check_known
-from lorax_flax.hub.adapters import any as adapters
+from lorax_flax.hub.adapters import any as readers
 from lorax_flax.methods import Adapter
 from lorax_flax.models import gguf
 from lorax_flax.models.registry import Loaded
-from lorax_flax.serve import decoder
+from lorax_flax.serve import bank, decoder, embeddings
 from lorax_flax.serve import generate as generation
+from lorax_flax.serve.adapters import Adapters
+from lorax_flax.serve.bank import Alone, Bank
 from lorax_flax.serve.engine import Engine
 from lorax_flax.serve.request import Piece, Request, Running
 from lorax_flax.serve.settings import Decoding
 
 log = logging.getLogger(__name__)
 
-
-class _Served(NamedTuple):
-  slot: int | None
-  voice: Voice
+# Of adapters that are in no slot; beyond this they are read again from their folders.
+_HOST_BYTES = 1 << 30
+# Texts whose vectors are computed between two steps.
+_TOGETHER = 8
 
 
 class Language:
@@ -43,6 +47,7 @@ class Language:
     name: str,
     root: Path | None,
     *,
+    rows: int,
     capacity: int,
     max_rank: int,
     chat_template: str | None = None,
@@ -54,41 +59,42 @@ class Language:
       loaded: the base.
       name: its name.
       root: the folder of adapters; None: the base alone is served, and no other.
-      capacity: number of adapters in memory.
+      rows: number of texts that are written at once.
+      capacity: number of adapters on the device, of any number.
       max_rank: the largest rank of one.
       chat_template: a .jinja file in place of the models' own.
       **options: of `Engine`.
 
     Raises:
-      LoraxError: no tokenizer, or no such folder.
+      LoraxError: no tokenizer, no such folder, or fewer slots than rows.
     """
     self.base = name
     self._loaded, self._root, self._chat_template = loaded, root, chat_template
-    self._lock = threading.Lock()
-    self._served = {name: _Served(None, self._voice(None))}
-    writer, params = generation.writer(loaded), None
-    found = {each: self._attempt(each) for each in folder.names(root)}
-    examples = {each: adapter for each, adapter in found.items() if adapter}
-    self._bank: Bank | None = None
+    self._voices = {name: self._voice(None)}
+    writer = generation.writer(loaded)
+    self._adapters: Adapters | None = None
+    self._params: Bank | Alone = Alone(loaded.params)
     if root is not None:
-      self._bank = Bank(loaded, examples, capacity, max_rank)
+      if capacity < rows:
+        raise LoraxError(f"capacity={capacity}: the {rows} rows may need as many slots")
+      self._adapters = self._slots(capacity, max_rank)
+      self._params = Bank(loaded.params, self._adapters)
       mixed = decoder.decoder_of(loaded, decoder.many(loaded))
-      writer, params = dataclasses.replace(writer, decoder=mixed), self._bank.params
-    self.engine = Engine(writer, params, **options)
-    for each, adapter in examples.items():
-      try:
-        self._serve(each, adapter, each)
-      except LoraxError as error:
-        log.error(f"the adapter {each} is left out: {error}")
+      writer = dataclasses.replace(writer, decoder=mixed)
+    self._embedder = embeddings.embedder(loaded, mixed=root is not None)
+    self.engine = Engine(writer, self._params, rows=rows, **options)
+    for each in folder.names(root):
+      _attempt(each, functools.partial(self.load, each, each))
 
   @property
   def models(self) -> list[str]:
     """The names that answer, the base's first."""
-    return list(self._served)
+    return list(self._voices)
 
   def voice(self, model: str) -> Voice:
     """The tokenizer of a name."""
-    return self._known(model).voice
+    check_known("model", model, self._voices)
+    return self._voices[model]
 
   def submit(
     self,
@@ -99,11 +105,27 @@ class Language:
     listener: Callable[[Piece], None],
   ) -> Running:
     """Takes a request; errors are those of `Engine.submit`."""
-    # Together: the slot is not to be given to another adapter before it is asked for.
-    with self._lock:
-      slot, own = self._known(model)
-      request = Request(prompt, decoding, own.tokenizer, slot, number)
-      return self.engine.submit(request, listener)
+    own = self.voice(model).tokenizer
+    adapter = None if model == self.base else model
+    request = Request(prompt, decoding, own, adapter, number)
+    return self.engine.submit(request, listener)
+
+  def embed(self, model: str, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Vectors of texts, each of length 1: float32 (texts, features).
+
+    Raises:
+      LoraxError: a text without tokens or with too many; as of `Engine.call`.
+    """
+    self.voice(model)
+    adapter, most = None if model == self.base else model, self.engine.length
+    found = []
+    for first in range(0, len(prompts), _TOGETHER):
+      rows = prompts[first : first + _TOGETHER]
+      size = 1 << (len(rows) - 1).bit_length()
+      inputs = decoder.prompts([*rows, *[[0]] * (size - len(rows))], most=most)
+      run = functools.partial(self._embedded, adapter, inputs)
+      found.append(self.engine.call(run).result()[: len(rows)])
+    return np.concatenate(found)
 
   def load(self, name: str, path: str) -> None:
     """Serves an adapter of the folder under a name; compiles nothing.
@@ -116,60 +138,64 @@ class Language:
     """
     if name == self.base:
       raise LoraxError(f"{name} is the name of the base")
-    self._serve(name, self._read(path), path)
+    if self._adapters is None:
+      raise LoraxError("this server has no folder of adapters: --adapters=DIR")
+    adapters, found = self._adapters, folder.find(self._root, path)
+    own = self._voice(found)
+
+    def add() -> None:
+      adapters.add(name, lambda: self._read(found))
+      # Into a slot now, and not when the first request waits for it.
+      adapters.release(adapters.acquire(name))
+
+    self.engine.call(add).result()
+    self._voices[name] = own
 
   def unload(self, name: str) -> None:
-    """Forgets an adapter; its texts are finished."""
+    """Forgets an adapter; the texts that it is writing are finished."""
     if name == self.base:
       raise LoraxError(f"{name} is the base, which stays")
-    with self._lock:
-      check_known("adapter", name, self._served.keys() - {self.base})
-      self._retire(self._served.pop(name).slot)
+    check_known("adapter", name, self._voices.keys() - {self.base})
+    assert self._adapters is not None
+    self._voices.pop(name)
+    self.engine.call(functools.partial(self._adapters.remove, name)).result()
 
   def close(self) -> None:
     """Takes no more requests, and returns once all have been answered."""
     self.engine.close()
 
-  def _known(self, model: str) -> _Served:
-    check_known("model", model, self._served)
-    return self._served[model]
+  def _embedded(self, adapter: str | None, inputs: Any) -> np.ndarray:
+    slot = self._params.acquire(adapter)
+    try:
+      params = self._params.of([slot] * len(inputs["input_ids"]))
+      return np.asarray(self._embedder(params, inputs))
+    finally:
+      self._params.release(slot)
 
-  def _serve(self, name: str, adapter: Adapter, path: str) -> None:
-    if self._bank is None:
-      raise LoraxError("this server has no folder of adapters: --adapters=DIR")
-    bank, own = self._bank, self._voice(folder.find(self._root, path))
-    slot = self.engine.call(lambda: bank.put(adapter)).result()
-    with self._lock:
-      before = self._served.get(name)
-      self._served[name] = _Served(slot, own)
-      if before is not None:
-        self._retire(before.slot)
+  def _slots(self, capacity: int, max_rank: int) -> Adapters:
+    """Slots for what the folder's adapters change; without any, all linear weights."""
+    loaded, examples = self._loaded, []
+    many = bank.slots(loaded, capacity, max_rank)
 
-  def _retire(self, slot: int | None) -> None:
-    """Frees a slot once no text needs it."""
+    def fit(name: str) -> None:
+      adapter = self._read(folder.find(self._root, name))
+      jax.eval_shape(lambda: many.empty(loaded.params, adapter))
+      examples.append(adapter)
 
-    def clear() -> None:
-      if self.engine.uses(slot):
-        self.engine.call(clear)
-      elif slot is not None and self._bank is not None:
-        self._bank.clear(slot)
-
-    self.engine.call(clear)
+    for name in folder.names(self._root):
+      _attempt(name, functools.partial(fit, name))
+    examples = examples or [bank.all_linear(loaded, max_rank)]
+    slots = many.empty(loaded.params, *examples)
+    return Adapters(many, loaded.params, slots, host_bytes=_HOST_BYTES)
 
   def _voice(self, adapter: Path | None) -> Voice:
     size = self._loaded.config.vocab_size
     return voice.load(self._loaded.folder, adapter, size, self._chat_template)
 
-  def _attempt(self, path: str) -> Adapter | None:
-    try:
-      return self._read(path)
-    except LoraxError as error:
-      log.error(f"the adapter {path} is left out: {error}")
-      return None
-
-  def _read(self, path: str) -> Adapter:
-    found, loaded = folder.find(self._root, path), self._loaded
-    needs = adapters.needs(found, loaded.keymap)
+  def _read(self, found: Path) -> Adapter:
+    """An adapter; LoraxError where the base would have to be another for it."""
+    loaded = self._loaded
+    needs = readers.needs(found, loaded.keymap)
     rows = loaded.config.vocab_size
     for what, differs in (
       ("a base whose tied tables have a weight each", needs.untie),
@@ -179,4 +205,12 @@ class Language:
       if differs:
         raise LoraxError(f"{found.name} needs {what}: this base is served as it is")
     heads = gguf.heads(loaded.config)
-    return adapters.read(found, loaded.params, loaded.keymap, heads=heads).adapter
+    return readers.read(found, loaded.params, loaded.keymap, heads=heads).adapter
+
+
+def _attempt(name: str, load: Callable[[], None]) -> None:
+  """Loads an adapter; of one that does not fit, the error is logged."""
+  try:
+    load()
+  except LoraxError as error:
+    log.error(f"the adapter {name} is left out: {error}")

@@ -1,6 +1,7 @@
 """Completions and chats: the routes, in one answer or as a stream of events."""
 
 import asyncio
+import base64
 import json
 import secrets
 import time
@@ -8,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -19,6 +21,8 @@ from experiments.server.meters import Meters
 from experiments.server.voice import Voice
 from lorax_flax.errors import LoraxError
 from lorax_flax.serve.request import Piece
+
+_MOST_TEXTS = 1024
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,30 @@ class Texts:
     room = self._language.engine.length - len(prompt)
     most = asked.max_completion_tokens or asked.max_tokens or max(room, 1)
     return await self._answer(request, asked, [prompt], most, _CHAT)
+
+  async def embeddings(self, request: Request) -> Response:
+    """POST /v1/embeddings."""
+    asked = schemas.read(schemas.Embeddings, await bodies.read(request))
+    voice = self._voice(asked.model)
+    prompts = await asyncio.to_thread(_prompts, voice, asked.input)
+    if len(prompts) > _MOST_TEXTS:
+      raise Refused(
+        400, f"input: {len(prompts)} texts; at most {_MOST_TEXTS} are taken"
+      )
+    found_NxD = await asyncio.to_thread(self._language.embed, asked.model, prompts)
+    in_base64 = asked.encoding_format == "base64"
+    data = [
+      {
+        "object": "embedding",
+        "index": index,
+        "embedding": _base64(x_D) if in_base64 else x_D.tolist(),
+      }
+      for index, x_D in enumerate(found_NxD)
+    ]
+    tokens = sum(map(len, prompts))
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    content = {"object": "list", "model": asked.model, "data": data, "usage": usage}
+    return JSONResponse(content)
 
   def _voice(self, model: str) -> Voice:
     try:
@@ -180,6 +208,11 @@ async def _events(
 
 def _event(content: Any) -> str:
   return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _base64(x_D: np.ndarray) -> str:
+  """The vector as OpenAI's clients ask for it."""
+  return base64.b64encode(x_D.astype("<f4").tobytes()).decode()
 
 
 def _usage(answers: Answers) -> dict[str, int]:

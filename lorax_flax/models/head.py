@@ -32,10 +32,18 @@ def last_logits(mask_BxT: jax.Array) -> Readout:
     mask_BxT: nonzero where a token is; of a row without any, the first column is read.
   """
 
+  features = last_features(mask_BxT)
+  return lambda head, x_BxTxD: head(features(head, x_BxTxD))
+
+
+def last_features(mask_BxT: jax.Array) -> Readout:
+  """The readout of each row's last token without the head, BxD; as `last_logits`."""
+
   def readout(head: Head, x_BxTxD: jax.Array) -> jax.Array:
+    del head
     columns_T = jnp.arange(mask_BxT.shape[1], dtype=jnp.int32)
     last_B = jnp.max(jnp.where(mask_BxT != 0, columns_T[None, :], 0), axis=1)
-    return head(jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0])
+    return jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
 
   return readout
 

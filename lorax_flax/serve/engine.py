@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,22 @@ _Result = TypeVar("_Result")
 _Rows = list[Running | None]
 
 
+class Params(Protocol):
+  """What the decoder takes, by the adapter of each row; the engine's thread calls it.
+
+  There are as many slots as rows, so that each row finds one.
+  """
+
+  def acquire(self, name: str | None) -> int:
+    """The slot of an adapter until `release`; -1 for the base, whose name is None."""
+
+  def release(self, slot: int) -> None:
+    """Ends one use of a slot."""
+
+  def of(self, slots: Sequence[int]) -> Any:
+    """What the decoder takes, of the slot of each row; -1 for the base."""
+
+
 class Engine:
   """A model that writes many texts at once.
 
@@ -40,7 +56,7 @@ class Engine:
   def __init__(
     self,
     writer: Writer,
-    params: Callable[[Sequence[int | None]], Any] | None = None,
+    params: Params,
     *,
     rows: int = 8,
     length: int | None = None,
@@ -51,9 +67,7 @@ class Engine:
 
     Args:
       writer: the model.
-      params: (number of each row's adapter, None for the base) -> what the decoder
-        takes; called by the engine's thread. None: the writer's, and no request has an
-        adapter.
+      params: of its adapters.
       rows: number of texts that are written at once.
       length: None takes the model's.
       waiting: number of requests that may wait for a row.
@@ -66,11 +80,11 @@ class Engine:
       name = writer.model.hf_config["model_type"]
       raise LoraxError(f"a {name} reads each prompt with its encoder: it keeps no rows")
     self.length = length or writer.model.max_length
-    self._writer, self._seconds = writer, seconds
-    self._params = params or (lambda numbers: writer.params)
+    self._writer, self._params, self._seconds = writer, params, seconds
     self._eos_E = jnp.asarray(writer.ends.eos, jnp.int32)
     self._slots = slots.blank(writer.model, rows, self.length)
     self._rows: _Rows = [None] * rows
+    self._held = [-1] * rows  # the slot of each row's adapter
     # Tokens that were asked for and not read, each with what its rows had then.
     self._unread: deque[tuple[_Rows, Tokens]] = deque()
     self._waiting: Waiting[Running] = Waiting(waiting)
@@ -126,20 +140,21 @@ class Engine:
     return running
 
   def call(self, function: Callable[[], _Result]) -> Future[_Result]:
-    """Runs a function between two steps, by the engine's thread."""
+    """Runs a function between two steps, by the engine's thread.
+
+    Raises:
+      Busy: so many wait already.
+      Closed: the engine has been closed.
+    """
     future: Future[_Result] = Future()
     with self._condition:
       if self._closed:
         raise Closed("the server is being shut down")
+      if len(self._calls) >= self._waiting.most:
+        raise Busy(f"{len(self._calls)} calls are waiting: try again later")
       self._calls.append((future, function))
       self._condition.notify()
     return future
-
-  def uses(self, adapter: int | None) -> bool:
-    """True while a text of an adapter is written or waits; for the engine's thread."""
-    with self._condition:
-      every = [*self._rows, *self._waiting]
-    return any(r is not None and r.request.adapter == adapter for r in every)
 
   def close(self) -> None:
     """Takes no more requests, and returns once all that were taken have ended."""
@@ -153,7 +168,6 @@ class Engine:
       try:
         self._turn()
       except Exception as error:
-        log.exception("a step failed")
         self._fail(error)
 
   def _has_work(self) -> bool:
@@ -174,7 +188,7 @@ class Engine:
         future.set_exception(error)
     with self._condition:
       self._waiting.drop(Running.check_time)
-    self._rows = [None if r is None or r.check_time() else r for r in self._rows]
+    self._free(Running.check_time)
     # One a turn, so that the others' next token waits for one prompt at most.
     self._admit()
     if self.running:
@@ -192,16 +206,16 @@ class Engine:
     if running is None:
       return
     request, row = running.request, self._rows.index(None)
+    slot = -1
     try:
+      slot = self._params.acquire(request.adapter)
       inputs = decoder.prompts([request.prompt], most=self.length)
       width = inputs["input_ids"].shape[1]
-      logits_1xV, cache = self._writer.decoder.prefill(
-        self._params([request.adapter]),
-        inputs,
-        self._writer.model.blank_cache(1, width),
-      )
+      cache = self._writer.model.blank_cache(1, width)
+      params = self._params.of([slot])
+      logits_1xV, cache = self._writer.decoder.prefill(params, inputs, cache)
     except Exception as error:
-      log.exception("a prompt failed")
+      self._params.release(slot)
       running.fail(_said(error))
       return
     self._slots, tokens = slots.admit(
@@ -213,14 +227,14 @@ class Engine:
       rules.of([request.decoding], np.array([request.number])),
       self._eos_E,
     )
-    self._rows[row] = running
+    self._rows[row], self._held[row] = running, slot
     self._unread.append(([running], tokens))
 
   def _step(self) -> None:
     """Asks for the next token of each row."""
     self._slots, tokens = _advance(
       self._writer,
-      self._params([None if r is None else r.request.adapter for r in self._rows]),
+      self._params.of(self._held),
       self._slots,
       self._eos_E,
       np.array([r is None for r in self._rows]),
@@ -237,14 +251,22 @@ class Engine:
         running.fail(LoraxError("the model gives logits that are not finite"))
       else:
         running.push(int(ids_B[i]), bool(done_B[i]))
-    self._rows = [None if r is None or r.over else r for r in self._rows]
+    self._free(lambda running: running.over)
+
+  def _free(self, over: Callable[[Running], bool]) -> None:
+    """Takes the texts that are over out of their rows."""
+    for row, running in enumerate(self._rows):
+      if running is not None and over(running):
+        self._params.release(self._held[row])
+        self._rows[row], self._held[row] = None, -1
 
   def _fail(self, error: Exception) -> None:
     """Ends all texts that are being written, and begins with free rows."""
+    told = _said(error)
     for running in self._rows:
       if running is not None:
-        running.fail(_said(error))
-    self._rows = [None] * len(self._rows)
+        running.fail(told)
+    self._free(lambda running: True)
     self._unread.clear()
     # The old ones may have been donated.
     self._slots = slots.blank(self._writer.model, len(self._rows), self.length)
@@ -260,6 +282,8 @@ def _advance(
 
 
 def _said(error: Exception) -> LoraxError:
+  """The error that whoever asked is told; a fault of ours is for the log."""
   if isinstance(error, LoraxError):
     return error
+  log.error("the model failed", exc_info=error)
   return LoraxError("the model failed; the server's log says why")

@@ -34,14 +34,14 @@ class Request:
     prompt: token ids.
     decoding: settings.
     tokenizer: of its text; None: it has ids alone.
-    adapter: number of the adapter that answers; None: the base.
+    adapter: name of the adapter that answers; None: the base.
     number: of the text among those of one seed, that its samples follow from.
   """
 
   prompt: Sequence[int]
   decoding: Decoding
   tokenizer: Tokenizer | None = None
-  adapter: int | None = None
+  adapter: str | None = None
   number: int = 0
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.serve import generate as generation
+from lorax_flax.serve.bank import Alone
 from lorax_flax.serve.engine import Engine
 from lorax_flax.serve.request import Busy, Closed, Request, TimedOut
 from lorax_flax.serve.settings import Decoding
@@ -43,7 +44,7 @@ def of_form(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(talker):
-  made = Engine(talker, rows=3, length=LENGTH, waiting=20)
+  made = Engine(talker, Alone(talker.params), rows=3, length=LENGTH, waiting=20)
   yield made
   made.close()
 
@@ -89,7 +90,7 @@ def _requests(writer):
 
 
 def test_each_text_is_that_of_its_request_alone(of_form):
-  engine = Engine(of_form, rows=3, length=LENGTH)
+  engine = Engine(of_form, Alone(of_form.params), rows=3, length=LENGTH)
   requests = _requests(of_form)
   answers = [[Answer(engine, request) for request in requests] for _ in range(2)]
   finishes = set()
@@ -116,7 +117,8 @@ def test_a_request_that_does_not_fit_is_refused_at_once(talker, engine):
 
 
 def test_a_cancelled_text_frees_its_row(talker):
-  engine = Engine(dataclasses.replace(talker, ends=generation.Ends()), rows=1)
+  endless = dataclasses.replace(talker, ends=generation.Ends())
+  engine = Engine(endless, Alone(talker.params), rows=1)
   long = Request([3], Decoding(max_new_tokens=1000), talker.tokenizer)
   assert engine.length > 1001
   first = Answer(engine, long)
@@ -133,7 +135,10 @@ def test_a_cancelled_text_frees_its_row(talker):
 
 def _held(talker, **options):
   """An engine of one row whose thread waits, and the event that lets it go on."""
-  engine, event = Engine(talker, rows=1, length=LENGTH, **options), threading.Event()
+  engine, event = (
+    Engine(talker, Alone(talker.params), rows=1, length=LENGTH, **options),
+    threading.Event(),
+  )
   engine.call(event.wait)
   return engine, event
 
@@ -167,12 +172,13 @@ def test_a_request_that_waits_too_long_ends_with_an_error(talker):
 def test_a_failed_step_ends_its_texts_and_no_others(talker, caplog):
   failing = threading.Event()
 
-  def params(names):
-    if failing.is_set() and len(names) > 1:
-      raise RuntimeError("no memory")
-    return talker.params
+  class Failing(Alone):
+    def of(self, slots):
+      if failing.is_set() and len(slots) > 1:
+        raise RuntimeError("no memory")
+      return super().of(slots)
 
-  engine = Engine(talker, params, rows=2, length=LENGTH)
+  engine = Engine(talker, Failing(talker.params), rows=2, length=LENGTH)
   request = Request([3], Decoding(max_new_tokens=5), talker.tokenizer)
   failing.set()
   assert "server's log says why" in str(Answer(engine, request).all()[-1].error)

@@ -1,10 +1,16 @@
 """Completions and chats over HTTP: the texts of `generate`, mixed or alone."""
 
+import base64
 import concurrent.futures
 import json
 import threading
 
+import anyio
+import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 from starlette.testclient import TestClient
 
 from experiments.server import app
@@ -73,6 +79,32 @@ def test_a_chat_is_its_rendered_prompt(client, served, alone):
   assert events[-1]["choices"][0]["finish_reason"] == "length"
 
 
+def test_embeddings_are_the_last_features_of_each_text_alone(root, client):
+  texts = ["one", "five six seven", "nine"]
+  base = transformers.LlamaForCausalLM.from_pretrained(root / "tiny")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(root / "tiny")
+  for name in ("tiny", "second"):
+    model = base
+    if name != "tiny":
+      model = peft.PeftModel.from_pretrained(base, root / "adapters" / name)
+    expected = []
+    for text in texts:
+      with torch.no_grad():
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+      expected.append((hidden[0, -1] / hidden[0, -1].norm()).numpy())
+    body = {"model": name, "input": texts}
+    answer = client.post("/v1/embeddings", json=body)
+    assert answer.status_code == 200, answer.text
+    found = [each["embedding"] for each in answer.json()["data"]]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    packed = client.post(
+      "/v1/embeddings", json={**body, "encoding_format": "base64"}
+    ).json()
+    vector = base64.b64decode(packed["data"][1]["embedding"])
+    np.testing.assert_array_equal(np.frombuffer(vector, "<f4"), np.float32(found[1]))
+
+
 def test_tools_and_their_calls_reach_the_template(served, client):
   function = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
   tools = [{"type": "function", "function": function}]
@@ -112,8 +144,6 @@ def test_a_full_queue_is_429_and_a_closed_server_503(root):
 
 def test_a_client_that_leaves_frees_its_row(served, client):
   """A stream that is left after its first event, and an answer before its end."""
-  import anyio
-
   application = app.create(served)
   body = {"model": "tiny", "prompt": "one", "max_tokens": 100, "temperature": 0}
 
