@@ -38,8 +38,13 @@ from lorax_flax.serve import decoder
 Write = Callable[[int], np.ndarray]
 
 
+def _name(number: int) -> str:
+  """The adapter's name in PEFT, which takes a bare number for a layer's."""
+  return f"tenant{number}"
+
+
 def _theirs(folder: Path, shape: common.Shape, count: int, args: Any) -> Any:
-  """PEFT's model with adapters "0", "1", …; each is written into its folder."""
+  """PEFT's model with an adapter of each number; each is written into its folder."""
   torch.manual_seed(0)
   ends = {"eos_token_id": None, "bos_token_id": None}
   config = transformers.LlamaConfig(**common.decoder_config(shape), **ends)
@@ -48,20 +53,20 @@ def _theirs(folder: Path, shape: common.Shape, count: int, args: Any) -> Any:
   model.save_pretrained(folder / "base")
   targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
   of_lora = peft.LoraConfig(r=args.rank, lora_alpha=32, target_modules=targets)
-  adapted: Any = peft.get_peft_model(model, of_lora, adapter_name="0").eval()
+  adapted: Any = peft.get_peft_model(model, of_lora, adapter_name=_name(0)).eval()
   for i in range(1, count):
-    adapted.add_adapter(str(i), of_lora)
+    adapted.add_adapter(_name(i), of_lora)
   with torch.no_grad():
     for name, parameter in adapted.named_parameters():
       if "lora_B" in name:
         parameter.normal_(std=0.02)
   for i in range(count):
-    adapted.save_pretrained(folder / "adapters", selected_adapters=[str(i)])
+    adapted.save_pretrained(folder / "adapters", selected_adapters=[_name(i)])
   return adapted
 
 
 def _write_theirs(model: Any, ids_BxT: np.ndarray, count: int) -> Write:
-  ids, names = torch.tensor(ids_BxT), [str(i % count) for i in range(len(ids_BxT))]
+  ids, names = torch.tensor(ids_BxT), [_name(i % count) for i in range(len(ids_BxT))]
 
   def write(new: int) -> np.ndarray:
     with torch.inference_mode():
@@ -102,7 +107,7 @@ def _sides(folder: Path, shape: common.Shape, args: Any) -> dict[str, Write]:
   most = max(args.adapters)
   model = _theirs(folder, shape, most, args)
   loaded = registry.load(folder / "base")
-  inside = [folder / "adapters" / str(i) for i in range(most)]
+  inside = [folder / "adapters" / _name(i) for i in range(most)]
   read = [adapters.read(each, loaded.params, loaded.keymap).adapter for each in inside]
   rng = np.random.default_rng(0)
   ids_BxT = rng.integers(3, shape.vocab, (args.rows, args.prompt)).astype(np.int32)

@@ -109,7 +109,8 @@ class Many:
     for index, adapter in enumerate(adapters):
       for path, delta in adapter.items():
         place, leaf = jnp.int32(index), dense(leaves[path])
-        slots[path] = slots[path].written(place, delta, leaf)
+        held: Any = slots[path]  # It was made for such deltas.
+        slots[path] = held.written(place, delta, leaf)
     return slots
 
   def fitted(self, params: PyTree, slots: AllSlots, adapter: Adapter, /) -> Adapter:
