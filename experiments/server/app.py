@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from experiments.server import failures
@@ -21,6 +22,13 @@ from experiments.server.names import Names
 from experiments.server.texts import Texts
 from lorax_flax.errors import LoraxError
 
+_PAGE = Path(__file__).with_name("page.html")
+# The page needs nothing but this server.
+_POLICY = (
+  "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; "
+  "script-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
+)
+
 
 def create(served: Language | Classifiers, keys: Sequence[str] = ()) -> Starlette:
   """Makes the application.
@@ -31,6 +39,7 @@ def create(served: Language | Classifiers, keys: Sequence[str] = ()) -> Starlett
   """
   meters, names = Meters(), Names(served)
   routes = [
+    Route("/", _page),
     Route("/health", _health),
     Route("/metrics", meters.metrics),
     Route("/v1/models", names.models),
@@ -66,6 +75,12 @@ def create(served: Language | Classifiers, keys: Sequence[str] = ()) -> Starlett
       Exception: failures.of_fault,
     },
   )
+
+
+async def _page(request: Request) -> Response:
+  """GET /: asks two models the same."""
+  headers = {"Content-Security-Policy": _POLICY}
+  return FileResponse(_PAGE, media_type="text/html", headers=headers)
 
 
 async def _health(request: Request) -> Response:

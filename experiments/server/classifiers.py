@@ -48,6 +48,7 @@ class Classifiers:
 
   Attributes:
     base: name of the base.
+    task: of the base's family.
   """
 
   def __init__(
@@ -63,6 +64,7 @@ class Classifiers:
       LoraxError: nothing that answers.
     """
     self.base = name
+    self.task: str = loaded.family.task
     self._loaded, self._root = loaded, root
     self._shared = flatten(loaded.params)
     self._served: dict[str, _Served] = {}

@@ -38,6 +38,7 @@ class Language:
 
   Attributes:
     base: name of the base.
+    task: of the base's family.
     engine: that writes.
   """
 
@@ -69,6 +70,7 @@ class Language:
       LoraxError: no tokenizer, no such folder, or fewer slots than rows.
     """
     self.base = name
+    self.task: str = loaded.family.task
     self._loaded, self._root, self._chat_template = loaded, root, chat_template
     self._voices = {name: self._voice(None)}
     writer = generation.writer(loaded)

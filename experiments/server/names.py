@@ -14,6 +14,7 @@ class Served(Protocol):
   """What answers under several names."""
 
   base: str
+  task: str
 
   @property
   def models(self) -> list[str]:
@@ -45,6 +46,7 @@ class Names:
         "created": self._created,
         "owned_by": "lorax_flax",
         "root": base,
+        "task": self._served.task,
         "parent": None if name == base else base,
       }
       for name in self._served.models
