@@ -63,19 +63,22 @@ SECONDS = flags.DEFINE_float(
 )
 CAPACITY = flags.DEFINE_integer(
   "capacity",
-  32,
-  "Number of adapters of a language model in memory.",
+  8,
+  "Number of adapters of a language model on the device; more take turns.",
   lower_bound=1,
   flag_values=FLAGS,
 )
 MAX_RANK = flags.DEFINE_integer(
   "max_rank",
-  32,
-  "Largest rank of an adapter of a language model.",
+  None,
+  "Largest rank of an adapter of a language model (default: that of the folder's, "
+  "and at least 16).",
   lower_bound=1,
   flag_values=FLAGS,
 )
 CHAT_TEMPLATE = model_flags.chat_template(FLAGS)
+
+_MOST_CONNECTIONS = 2048
 
 
 def main() -> None:
@@ -90,9 +93,10 @@ def main() -> None:
     ) from error
   logging.basicConfig(level=logging.INFO)
   keys = start.keys(API_KEYS.value, API_KEY_FILE.value)
+  folder = Path(BASE.value).expanduser()
   served = start.served(
     registry.load(resolve(BASE.value)),
-    Path(BASE.value).expanduser().name,
+    folder.resolve().name if folder.exists() else folder.name,
     Path(ADAPTERS.value).expanduser() if ADAPTERS.value else None,
     language={
       "rows": ROWS.value,
@@ -104,6 +108,7 @@ def main() -> None:
       "chat_template": CHAT_TEMPLATE.value,
     },
   )
+  served.warm()
   # uvicorn raises the signal again once all has ended, which is to exit with 0.
   signal.signal(signal.SIGTERM, lambda number, frame: None)
   print(f"Serving {', '.join(served.models)} on http://{HOST.value}:{PORT.value}")
@@ -112,7 +117,7 @@ def main() -> None:
     host=HOST.value,
     port=PORT.value,
     log_level="warning",
-    timeout_keep_alive=30,
+    limit_concurrency=_MOST_CONNECTIONS,
   )
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from experiments.server.failures import Refused
 
@@ -25,6 +25,8 @@ async def read(request: Request) -> bytes:
         if size > _MOST_BYTES:
           raise Refused(413, f"the request is larger than {_MOST_BYTES:,} bytes")
         parts.append(part)
+  except ClientDisconnect as error:
+    raise Refused(499, "the client left before the request's end") from error
   except TimeoutError as error:
     raise Refused(408, f"the request took more than {_SECONDS:g} seconds") from error
   return b"".join(parts)

@@ -125,6 +125,11 @@ class Classifiers:
       raise LoraxError("the model gives logits that are not finite")
     return Scored(own.labels, _SCORES[own.problem_type](logits_NxC), tokens)
 
+  def warm(self) -> None:
+    """Compiles what a first short request needs."""
+    for name in self.models:
+      self.scores(name, ["a"])
+
   def close(self) -> None:
     """Takes no more requests, and returns once all have been answered."""
     self._closed = True

@@ -30,6 +30,8 @@ def status(error: LoraxError) -> int:
 
 def body(code: int, message: str) -> dict[str, object]:
   """The content of an answer that is an error."""
+  # What it quotes may hold halves of characters.
+  message = message.encode("utf-8", "replace").decode()
   kind = _TYPES.get(code, "invalid_request_error" if code < 500 else "server_error")
   return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # Of adapters that are in no slot; beyond this they are read again from their folders.
 _HOST_BYTES = 1 << 30
+# Adapters that are loaded later have a rank of at least this.
+_LEAST_RANK = 16
 # Texts whose vectors are computed between two steps.
 _TOGETHER = 8
 
@@ -50,7 +53,7 @@ class Language:
     *,
     rows: int,
     capacity: int,
-    max_rank: int,
+    max_rank: int | None,
     chat_template: str | None = None,
     **options: Any,
   ):
@@ -62,7 +65,7 @@ class Language:
       root: the folder of adapters; None: the base alone is served, and no other.
       rows: number of texts that are written at once.
       capacity: number of adapters on the device, of any number.
-      max_rank: the largest rank of one.
+      max_rank: the largest rank of one; None: of those in the folder, and at least 16.
       chat_template: a .jinja file in place of the models' own.
       **options: of `Engine`.
 
@@ -162,6 +165,13 @@ class Language:
     self._voices.pop(name)
     self.engine.call(functools.partial(self._adapters.remove, name)).result()
 
+  def warm(self) -> None:
+    """Compiles what a first short request needs."""
+    ended = threading.Event()
+    request = Request([0], Decoding(max_new_tokens=2))
+    self.engine.submit(request, lambda piece: ended.set() if piece.finish else None)
+    ended.wait()
+
   def close(self) -> None:
     """Takes no more requests, and returns once all have been answered."""
     self.engine.close()
@@ -174,21 +184,29 @@ class Language:
     finally:
       self._params.release(slot)
 
-  def _slots(self, capacity: int, max_rank: int) -> Adapters:
+  def _slots(self, capacity: int, max_rank: int | None) -> Adapters:
     """Slots for what the folder's adapters change; without any, all linear weights."""
-    loaded, examples = self._loaded, []
-    many = bank.slots(loaded, capacity, max_rank)
+    params, found = self._loaded.params, {}
 
-    def fit(name: str) -> None:
-      adapter = self._read(folder.find(self._root, name))
-      jax.eval_shape(lambda: many.empty(loaded.params, adapter))
-      examples.append(adapter)
+    def read(name: str) -> None:
+      found[name] = self._read(folder.find(self._root, name))
 
     for name in folder.names(self._root):
-      _attempt(name, functools.partial(fit, name))
-    examples = examples or [bank.all_linear(loaded, max_rank)]
-    slots = many.empty(loaded.params, *examples)
-    return Adapters(many, loaded.params, slots, host_bytes=_HOST_BYTES)
+      _attempt(name, functools.partial(read, name))
+    ranks = [delta.rank for adapter in found.values() for delta in adapter.values()]
+    rank = max_rank or max(_LEAST_RANK, *ranks)
+    many = bank.slots(self._loaded, capacity, rank)
+    fitting: list[Adapter] = []
+
+    def fit(adapter: Adapter) -> None:
+      jax.eval_shape(lambda: many.empty(params, *fitting, adapter))
+      fitting.append(adapter)
+
+    for name, adapter in found.items():
+      _attempt(name, functools.partial(fit, adapter))
+    examples = fitting or [bank.all_linear(self._loaded, rank)]
+    slots = many.empty(params, *examples)
+    return Adapters(many, params, slots, host_bytes=_HOST_BYTES)
 
   def _voice(self, adapter: Path | None) -> Voice:
     size = self._loaded.config.vocab_size
@@ -207,7 +225,14 @@ class Language:
       if differs:
         raise LoraxError(f"{found.name} needs {what}: this base is served as it is")
     heads = gguf.heads(loaded.config)
-    return readers.read(found, loaded.params, loaded.keymap, heads=heads).adapter
+    saved = readers.read(found, loaded.params, loaded.keymap, heads=heads)
+    # The slots are of one dropout, and there is none where texts are written.
+    return {path: _undropped(delta) for path, delta in saved.adapter.items()}
+
+
+def _undropped(delta: Any) -> Any:
+  dropped = getattr(delta, "dropout", 0.0) > 0
+  return dataclasses.replace(delta, dropout=0.0) if dropped else delta
 
 
 def _attempt(name: str, load: Callable[[], None]) -> None:

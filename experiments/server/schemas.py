@@ -136,7 +136,7 @@ class Embeddings(Body):
 class LoadAdapter(Body):
   """An adapter to serve, as of vLLM's; without a path, the folder of its name."""
 
-  lora_name: str = Field(min_length=1, max_length=200)
+  lora_name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@/+-]{0,199}$")
   lora_path: str | None = None
 
 

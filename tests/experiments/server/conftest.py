@@ -19,7 +19,11 @@ TEMPLATE = (
 )
 ADAPTERS = {
   "first": {"r": 3, "target_modules": ["q_proj", "down_proj"]},
-  "second": {"r": 5, "target_modules": ["v_proj", "o_proj", "down_proj"]},
+  "second": {
+    "r": 5,
+    "lora_dropout": 0.5,
+    "target_modules": ["v_proj", "o_proj", "down_proj"],
+  },
 }
 SETTINGS = {
   "rows": 3,

@@ -166,4 +166,5 @@ def test_what_can_not_be_named_is_refused(client):
   unload = lambda name: client.post("/v1/unload_lora_adapter", json={"lora_name": name})
   assert unload("tiny").status_code == 400
   assert "did you mean 'first'" in json.dumps(unload("frist").json())
-  assert _load(client, "tiny", "first").status_code == 400
+  for name in ("tiny", "", "a\n", "a b", "é", "x" * 300):
+    assert _load(client, name, "first").status_code == 400
