@@ -194,7 +194,7 @@ class Language:
     for name in folder.names(self._root):
       _attempt(name, functools.partial(read, name))
     ranks = [delta.rank for adapter in found.values() for delta in adapter.values()]
-    rank = max_rank or max(_LEAST_RANK, *ranks)
+    rank = max_rank or max([_LEAST_RANK, *ranks])
     many = bank.slots(self._loaded, capacity, rank)
     fitting: list[Adapter] = []
 

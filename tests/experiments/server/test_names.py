@@ -10,9 +10,10 @@ import transformers
 from jax import monitoring
 from starlette.testclient import TestClient
 
-from experiments.server import app
+from experiments.server import app, start
+from lorax_flax.models import registry
 from tests.experiments import peers
-from tests.experiments.server.conftest import language
+from tests.experiments.server.conftest import SETTINGS, language
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -66,6 +67,23 @@ def test_an_adapter_comes_and_goes_and_nothing_is_compiled(client):
   finally:
     monitoring.unregister_event_duration_listener(listener)
   assert not [name for name in compiled if "backend_compile" in name]
+
+
+def test_a_server_may_start_without_an_adapter(root, tmp_path, client):
+  loaded = registry.load(root / "tiny")
+  served = start.served(loaded, "tiny", tmp_path, language=SETTINGS)
+  empty = TestClient(app.create(served))
+  assert _models(empty) == ["tiny"]
+  shutil.copytree(root / "adapters/first", tmp_path / "late")
+  assert _load(empty, "late").status_code == 200
+  assert _text(empty, "late") == _text(client, "first")
+  assert _text(empty, "tiny") == _text(client, "tiny")
+  served.close()
+  alone = start.served(loaded, "tiny", None, language=SETTINGS)
+  refused = _load(TestClient(app.create(alone)), "late")
+  assert refused.status_code == 400
+  assert "no folder of adapters" in refused.json()["error"]["message"]
+  alone.close()
 
 
 def test_more_adapters_than_slots_take_turns(root):
