@@ -24,7 +24,7 @@ from benchmarks import common
 
 @dataclass
 class _Seen:
-  """What the clients of one load saw; times in seconds."""
+  """Times that the clients of one load saw, in seconds."""
 
   first: list[float] = field(default_factory=list)
   between: list[float] = field(default_factory=list)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Scored(NamedTuple):
-  """What a classifier makes of texts.
+  """Scores of texts.
 
   Attributes:
     labels: names of the outputs.

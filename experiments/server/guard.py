@@ -1,4 +1,4 @@
-"""What stands before the routes: API keys, and the count of requests."""
+"""API keys and the count of requests, before any route."""
 
 import hmac
 from collections.abc import Sequence

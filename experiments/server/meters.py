@@ -1,4 +1,4 @@
-"""What the server measures of itself, for Prometheus."""
+"""Meters of the server, for Prometheus."""
 
 import time
 from collections.abc import AsyncIterator, Callable

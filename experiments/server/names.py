@@ -11,7 +11,7 @@ from experiments.server import bodies, schemas
 
 
 class Served(Protocol):
-  """What answers under several names."""
+  """Models that answer under several names."""
 
   base: str
   task: str

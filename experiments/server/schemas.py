@@ -1,4 +1,4 @@
-"""What requests hold, checked before anything is done for them."""
+"""Schemas of requests, checked before anything is done for them."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar

@@ -1,4 +1,4 @@
-"""What answers, made of a base and of the settings of a server."""
+"""Models that answer, made of a base and of the settings of a server."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def served(
   loaded: Loaded, name: str, root: Path | None, *, language: Mapping[str, Any]
 ) -> Language | Classifiers:
-  """What answers for a base.
+  """Makes what answers for a base.
 
   Args:
     root: the folder of adapters.

@@ -53,7 +53,7 @@ class _Form:
     return {"index": index, **own, "logprobs": None, "finish_reason": piece.finish}
 
   def opening(self, index: int) -> dict[str, Any]:
-    """What comes before the pieces of a message."""
+    """The part before the pieces of a message."""
     delta = {"role": "assistant", "content": ""}
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 

@@ -1,4 +1,4 @@
-"""What turns texts and chats into token ids, for one name of the server."""
+"""Tokens of texts and chats, for one name of the server."""
 
 import json
 from collections.abc import Mapping, Sequence

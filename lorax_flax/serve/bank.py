@@ -57,7 +57,7 @@ class Bank:
       self.adapters.release(slot)
 
   def of(self, slots: Sequence[int]) -> Any:
-    """What `decoder.many` takes, of the slot of each row."""
+    """The params of `decoder.many`, of the slot of each row."""
     return self._base, self.adapters.slots, np.array(slots, np.int32)
 
 

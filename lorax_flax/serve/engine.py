@@ -31,7 +31,7 @@ _Rows = list[Running | None]
 
 
 class Params(Protocol):
-  """What the decoder takes, by the adapter of each row; the engine's thread calls it.
+  """Params of the decoder, by the adapter of each row; the engine's thread calls it.
 
   There are as many slots as rows, so that each row finds one.
   """
@@ -43,7 +43,7 @@ class Params(Protocol):
     """Ends one use of a slot."""
 
   def of(self, slots: Sequence[int]) -> Any:
-    """What the decoder takes, of the slot of each row; -1 for the base."""
+    """The decoder's params, of the slot of each row; -1 for the base."""
 
 
 class Engine:

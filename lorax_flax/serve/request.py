@@ -28,7 +28,7 @@ class TimedOut(LoraxError):
 
 @dataclass(frozen=True)
 class Request:
-  """What is asked.
+  """A question and its settings.
 
   Attributes:
     prompt: token ids.
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Piece:
-  """What one token brings.
+  """The text that one token brings.
 
   Attributes:
     id: the token; None where an error is all there is.
