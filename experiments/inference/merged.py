@@ -10,9 +10,12 @@ from lorax_flax.adapt.merge import without_place
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.checkpoints import export
 from lorax_flax.hub.resolve import resolve
-from lorax_flax.methods import Adapter, Tuned
+from lorax_flax.methods import Adapter, Followed, Tuned
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import registry, with_adapter
+
+# (params, deltas) -> those deltas that are not merged.
+_Kept = Callable[[Any, Adapter], Adapter]
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,12 @@ class Merged:
 
   Attributes:
     loaded: the model; its params are the merged ones, its hf_config names the outputs.
-    rest: deltas that can't be merged, which are applied beside the base.
+    rest: deltas that are applied beside the base, in the transform, which a quantised
+      base needs even with none; None: the model runs as it is.
   """
 
   loaded: registry.Loaded
-  rest: Adapter = dataclasses.field(default_factory=dict)
+  rest: Adapter | None = None
 
   @property
   def labels(self) -> tuple[str, ...] | None:
@@ -45,40 +49,42 @@ class Merged:
     return self.loaded.hf_config.get("problem_type") or by_count
 
 
-def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
+def load(
+  base: str, adapter: str | None, *, apply: bool = False, quant: str | None = None
+) -> Merged:
   """Loads a base by folder, alias or hub name, and merges an adapter into it.
 
   Args:
     apply: keep the deltas that have no place in the base; otherwise an error.
+    quant: a format for the base's kernels in memory, beside which the deltas are kept;
+      it needs `apply`.
 
   Raises:
     LoraxError: besides what the readers raise, weights that neither of the two has.
   """
-  return _loaded(base, adapter, without_place if apply else lambda params, deltas: {})
+  kept: _Kept = without_place if apply else lambda params, deltas: {}
+  return _loaded(base, adapter, kept if quant is None else _followed, quant)
 
 
 def headed(base: str, adapter: str | None) -> Merged:
   """`load` that merges what was trained in full alone, and keeps the other deltas."""
-  return _loaded(
-    base,
-    adapter,
-    lambda params, deltas: {
-      path: delta for path, delta in deltas.items() if not isinstance(delta, Tuned)
-    },
-  )
+  return _loaded(base, adapter, _followed, None)
 
 
-def _loaded(
-  base: str, adapter: str | None, kept: Callable[[Any, Adapter], Adapter]
-) -> Merged:
+def _followed(params: Any, deltas: Adapter) -> Adapter:
+  """The deltas that the transform applies."""
+  return {path: each for path, each in deltas.items() if isinstance(each, Followed)}
+
+
+def _loaded(base: str, adapter: str | None, kept: _Kept, quant: str | None) -> Merged:
   """A base with an adapter merged in, but for the deltas that are kept."""
   brought: set[str] = set()
   rest: Adapter = {}
   own, problem_type = None, None
   if adapter is None:
-    loaded = registry.load(resolve(base))
+    loaded = registry.load(resolve(base), quant=quant)
   else:
-    loaded, saved = with_adapter.load(base, adapter)
+    loaded, saved = with_adapter.load(base, adapter, quant=quant)
     deltas, own, problem_type = saved.adapter, saved.labels, saved.problem_type
     brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
     rest = kept(loaded.params, deltas)
@@ -94,7 +100,7 @@ def _loaded(
   if adapter and loaded.family.has_labels:
     hf_config = _with_labels(loaded, adapter, own, problem_type)
     loaded = dataclasses.replace(loaded, hf_config=hf_config)
-  return Merged(loaded, rest)
+  return Merged(loaded, rest if rest or quant is not None else None)
 
 
 def _with_labels(

@@ -140,7 +140,7 @@ class Classifiers:
     loaded = model.loaded
     tokenizer = load_tokenizer(loaded.folder, adapter and str(adapter))
     params = map_with_path(self._one, loaded.params)
-    classifier = Classifier(loaded, params, model.rest, tokenizer)
+    classifier = Classifier(loaded, params, model.rest or {}, tokenizer)
     assert model.labels is not None
     return _Served(classifier, model.labels, model.problem_type)
 
