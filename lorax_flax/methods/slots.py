@@ -120,7 +120,7 @@ class Slots(MethodDelta):
       LoraxError: it is not of low rank, of a larger rank, or has what no slot has.
     """
     parts = _parts(path, delta, kernel, self.rank)
-    assert isinstance(delta, Followed)  # Or it would have no parts.
+    assert isinstance(delta, Followed)  # Otherwise it would have no parts.
     for name, part in parts._asdict().items():
       if part is not None and getattr(self, name) is None:
         raise LoraxError(
@@ -134,8 +134,10 @@ class Slots(MethodDelta):
     on_host = jax.tree.map(np.asarray, delta)
     if not isinstance(delta, KernelDelta) or not (delta.rank and delta.pads_rank):
       return on_host
-    times = parts.a.shape[-1] // delta.rank
-    return on_host.padded(self.rank // times)
+    # The parts' rank may be another than the method's own: twice it, or its square.
+    padded = (on_host.padded(r) for r in range(self.rank, delta.rank, -1))
+    fits = lambda delta: _shapes(delta, kernel).a.shape[-1] <= self.rank
+    return next(filter(fits, padded), on_host)
 
   def written(self, index: jax.Array, delta: Followed, kernel: jax.Array) -> Self:
     """The slots with this delta in one of them."""
@@ -251,8 +253,7 @@ def _parts(path: str, delta: Delta, kernel: Any, rank: int) -> Parts:
       f"the adapter has a {name} at {path!r}, where slots were made for factors"
     )
   delta.check(path, kernel.shape)
-  shown = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
-  parts = jax.eval_shape(lambda delta, w: delta.parts(w), delta, shown)
+  parts = _shapes(delta, kernel)
   axes = by_role(delta.roles)
   pairs = (parts.a, axes["out"]), (parts.b, axes["in"])
   if any(t.shape[i] != 1 for t, others in pairs for i in others):
@@ -263,9 +264,19 @@ def _parts(path: str, delta: Delta, kernel: Any, rank: int) -> Parts:
   if parts.a.shape[-1] > rank:
     raise LoraxError(
       f"the {name} of {path!r} has factors of rank {parts.a.shape[-1]}, and max_rank is"
-      f" {rank}"
+      f" {rank}: raise it, or lx.as_lora makes a LoRA of that rank"
     )
   return parts
+
+
+@jax.jit  # which is not run: its traces are kept
+def _made(delta: Any, kernel: jax.Array) -> Parts:
+  return delta.parts(kernel)
+
+
+def _shapes(delta: Any, kernel: Any) -> Parts:
+  """Shapes of the parts of a delta."""
+  return _made.eval_shape(delta, jax.ShapeDtypeStruct(kernel.shape, kernel.dtype))
 
 
 def _carried(part: jax.Array, axes: LeafAxes, kernel: Shape) -> jax.Array:

@@ -1,6 +1,10 @@
 """Each example of a batch with an adapter of its own, against each alone."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +28,7 @@ METHODS = {
   "pissa": (3, ["layers/k", "head"]),
   "olora": (2, ["head"]),
   "fused_lora": (1, ["head"]),
+  "loha": (2, ["head"]),  # a product of two factors of rank 4
 }
 
 
@@ -51,8 +56,8 @@ def params():
 
 @pytest.fixture(params=["gathered", "side by side"])
 def evaluation(request, monkeypatch):
-  width = 0 if request.param == "gathered" else 10**9
-  monkeypatch.setitem(product_rules.WIDTH, "cpu", width)
+  speed = 1e-9 if request.param == "gathered" else 1e9
+  monkeypatch.setitem(product_rules.SPEED, "cpu", speed)
   return request.param
 
 
@@ -90,11 +95,12 @@ def test_each_example_equals_its_adapter_alone(params, fn, evaluation):
   adapters, lora = of_all_methods(params), base_lora(fn)
   many = lx.many(lora, capacity=len(adapters), max_rank=RANK)
   slots, apply = filled(many, params, adapters), jax.jit(many.apply)
-  for ids in ([0, 1, 2, 3, 4], [5, -1, 1, 1, 0]):
+  alone_of = jax.jit(lora.apply)
+  for ids in ([0, 1, 2, 3, 4], [5, -1, 6, 1, 0]):
     got = apply(params, slots, np.array(ids), X)
     for row, i in enumerate(ids):
       adapter = adapters[i] if i >= 0 else {}
-      alone = lora.apply(params, adapter, X[row : row + 1])[0]
+      alone = alone_of(params, adapter, X[row : row + 1])[0]
       np.testing.assert_allclose(got[row], alone, atol=1e-5)
       if i >= 0:
         assert np.abs(alone - fn(params, X)[row]).max() > 0.01
@@ -212,7 +218,7 @@ def test_a_put_compiles_nothing_whatever_ranks_and_targets(params):
   adapters = of_all_methods(params)
   many = lx.many(base_lora(scanned), capacity=4, max_rank=RANK)
   slots, apply = many.empty(params, *adapters), jax.jit(many.apply)
-  for i, adapter in enumerate([adapters[0], adapters[1]]):
+  for i, adapter in enumerate([adapters[0], adapters[1], None]):
     slots = many.put(params, slots, i, adapter)
   ids = np.array([0, 1, 2, 3, 3])
   apply(params, slots, ids, X)
@@ -247,12 +253,13 @@ def test_leaves_trained_in_full_are_chosen_too():
   ]
   many = lx.many(lora, capacity=2, max_rank=2)
   slots = filled(many, params, adapters)
-  got = many.apply(params, slots, np.array([0, 1, -1]), x)
+  apply = jax.jit(many.apply)
+  got = apply(params, slots, np.array([0, 1, -1]), x)
   for row, adapter in enumerate((*adapters, {})):
     expected = lora.apply(params, adapter, x)[row]
     np.testing.assert_allclose(got[row], expected, atol=1e-5)
   slots = many.put(params, slots, 0, None)
-  got = many.apply(params, slots, np.array([0, 1, -1]), x)
+  got = apply(params, slots, np.array([0, 1, -1]), x)
   np.testing.assert_allclose(got[0], fn(params, x)[0], atol=1e-6)
 
 
@@ -279,7 +286,7 @@ def test_the_base_may_be_quantised_and_activations_bfloat16(params, evaluation):
 def test_axes_of_examples_and_what_they_share(params):
   def fn(params, x_TxB, *, scale, by, deterministic):
     assert deterministic is True
-    y = jnp.tanh(x_TxB[..., None] * params["w"][0]) @ params["head"]
+    y = jnp.tanh(x_TxB[..., None] * params["w"][None]) @ params["head"]
     return y * scale * by[None, :, None], jnp.sum(y)
 
   params = {"w": jnp.ones((1, 4)), "head": jnp.ones((4, 3))}
@@ -306,7 +313,8 @@ def test_dropout_differs_from_example_to_example(params):
   many = lx.many(base_lora(scanned), capacity=1, max_rank=2)
   slots, same = filled(many, params, [adapter]), jnp.tile(X[:1], (5, 1))
   ids, key = np.zeros(5, np.int32), jax.random.key(3)
-  run = lambda **key: many.apply(params, slots, ids, same, **key)
+  apply = jax.jit(many.apply)
+  run = lambda **key: apply(params, slots, ids, same, **key)
   assert (run() == run()[:1]).all()
   got = run(lora_dropout_key=key)
   assert (got == run(lora_dropout_key=key)).all()
@@ -326,8 +334,10 @@ def test_what_does_not_fit_is_an_error_by_name(params):
     put(0, adapter_of(params, "lora", 2, ["head", "layers/k"]))
   with pytest.raises(lx.LoraxError, match="DoRA of 'head' has the part 'out_scale'"):
     put(0, adapter_of(params, "dora", 2, ["head"]))
-  for method in ("loha", "lokr", "oft"):
-    other = adapter_of(params, method, 2, ["head"])
+  for method, options in (("c3a", {"block_size": 2}), ("fourierft", {})):
+    config = lx.LoraConfig(method=method, targets=["head"], options=options)
+    lora = lx.adapt(scanned, config)
+    other = checks.perturbed(lora.init(jax.random.key(0), params, X))
     with pytest.raises(lx.LoraxError, match=r"head' is not a product.*as_lora"):
       put(0, other)
     many.fitted(params, slots, lx.as_lora(params, other, rank=4).adapter)
@@ -346,3 +356,53 @@ def test_what_does_not_fit_is_an_error_by_name(params):
   assert np.isnan(
     jax.jit(many.apply)(params, slots, np.array([0, 2, 0, 0, 0]), X)[1]
   ).all()
+
+
+_ON_A_MESH = """
+import jax, jax.numpy as jnp, numpy as np
+import lorax_flax as lx
+from lorax_flax.sharding import mesh as meshes
+from tests.adapt import test_many as tests
+
+config = meshes.MeshConfig(data=2, fsdp=2, tensor=2)
+mesh, rng = meshes.make(config), np.random.default_rng(0)
+draw = lambda *shape: rng.normal(size=shape).astype("f4")
+params = {"emb": draw(11, 8), "layers": {"k": draw(3, 8, 8)}, "head": draw(8, 6)}
+axes = {
+  "emb": ("replicated", "embed"), "layers/k": ("layers", "embed", "mlp"),
+  "head": ("embed", "vocab"),
+}
+adapters = [
+  tests.adapter_of(params, "lora", 2, ["layers/k", "head"]),
+  tests.adapter_of(params, "dora", 3, ["layers/k"], 1),
+]
+many = lx.many(tests.base_lora(tests.scanned), capacity=2, max_rank=4)
+slots, ids = tests.filled(many, params, adapters), np.array([0, 1, -1, 1])
+x = rng.integers(0, 11, (4, 7))
+expected = jax.jit(many.apply)(params, slots, ids, x)
+placed = meshes.of_adapter(mesh, axes, slots)
+assert tuple(placed["layers/k"].a.spec) == (None, "fsdp")
+assert tuple(placed["layers/k"].b.spec) == (None, "tensor")
+with jax.set_mesh(mesh):
+  sharded = meshes.place(params, meshes.of_params(mesh, axes, params))
+  slots = meshes.place(slots, placed)
+  batch = meshes.batch(mesh)
+  ids, x = jax.device_put(ids, batch), jax.device_put(x, batch)
+  got = jax.jit(many.apply)(sharded, slots, ids, x)
+  np.testing.assert_allclose(got, expected, atol=1e-5)
+  slots = many.put(sharded, slots, 0, adapters[1])
+  assert tuple(slots["layers/k"].a.sharding.spec) == (None, "fsdp")
+  got = jax.jit(many.apply)(sharded, slots, ids, x)
+  np.testing.assert_allclose(got[1], expected[1], atol=1e-5)
+  assert np.abs(got[0] - expected[0]).max() > 1e-3
+"""
+
+
+def test_a_mesh_of_eight_devices_makes_no_difference():
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+  root = Path(__file__).parents[2]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  done = subprocess.run(
+    [sys.executable, "-c", _ON_A_MESH], cwd=root, env=environment, check=False
+  )
+  assert done.returncode == 0
