@@ -45,9 +45,6 @@ def of(decodings: Sequence[Decoding], numbers_B: np.ndarray) -> Rules:
   ints = lambda name: jnp.asarray([getattr(d, name) for d in decodings], jnp.int32)
   floats = lambda name: jnp.asarray([getattr(d, name) for d in decodings], jnp.float32)
   seeds_B = jnp.asarray([d.seed for d in decodings], jnp.uint32)
-  keys_B = jax.vmap(
-    lambda seed, number: jax.random.fold_in(jax.random.key(seed), number)
-  )
   return Rules(
     max_new_tokens_B=ints("max_new_tokens"),
     min_new_tokens_B=ints("min_new_tokens"),
@@ -58,5 +55,11 @@ def of(decodings: Sequence[Decoding], numbers_B: np.ndarray) -> Rules:
     min_p_B=floats("min_p"),
     repetition_penalty_B=floats("repetition_penalty"),
     no_repeat_ngram_B=ints("no_repeat_ngram"),
-    keys_B=keys_B(seeds_B, jnp.asarray(numbers_B, jnp.uint32)),
+    keys_B=_keys(seeds_B, jnp.asarray(numbers_B, jnp.uint32)),
   )
+
+
+@jax.jit
+@jax.vmap
+def _keys(seed: jax.Array, number: jax.Array) -> jax.Array:
+  return jax.random.fold_in(jax.random.key(seed), number)
