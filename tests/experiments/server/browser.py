@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 
 BINARY = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -22,24 +23,23 @@ class Browser:
     self._session = attached["sessionId"]
 
   def run(self, script):
-    """The value of an expression of JavaScript, awaited."""
-    found = self._call(
-      "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
-    )
+    """The value of an expression of JavaScript."""
+    found = self._evaluated(script)
     assert "exceptionDetails" not in found, found
     return found["result"].get("value")
 
   def until(self, script):
-    """The value of an expression, once it is true."""
-    wait = f"""(async () => {{
-      for (let i = 0; i < 600; i++) {{
-        const found = {script};
-        if (found) return found;
-        await new Promise(done => setTimeout(done, 50));
-      }}
-      throw new Error('never');
-    }})()"""
-    return self.run(wait)
+    """The value of an expression, once it is true; the page may be loading."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+      found = self._evaluated(script)
+      if "exceptionDetails" not in found and found["result"].get("value"):
+        return found["result"]["value"]
+      time.sleep(0.05)
+    raise AssertionError(f"never: {script}, {found}")
+
+  def _evaluated(self, script):
+    return self._call("Runtime.evaluate", expression=script, returnByValue=True)
 
   def _call(self, method, **params):
     self._number += 1

@@ -79,6 +79,7 @@ def test_a_chat_is_its_rendered_prompt(client, served, alone):
   assert events[-1]["choices"][0]["finish_reason"] == "length"
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT
 def test_embeddings_are_the_last_features_of_each_text_alone(root, client):
   texts = ["one", "five six seven", "nine"]
   base = transformers.LlamaForCausalLM.from_pretrained(root / "tiny")
