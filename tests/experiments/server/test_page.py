@@ -27,9 +27,11 @@ def _listening(application):
   thread.start()
   while not server.started:
     pass
-  yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-  server.should_exit = True
-  thread.join()
+  try:
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+  finally:
+    server.should_exit = True
+    thread.join()
 
 
 @pytest.fixture(scope="module")

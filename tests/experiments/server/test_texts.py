@@ -133,11 +133,13 @@ def test_a_full_queue_is_429_and_a_closed_server_503(root):
     first = pool.submit(client.post, "/v1/completions", json=body)
     while not served.engine.waiting:
       pass
-    for prompt in ("two", ["two", "three"]):
-      full = client.post("/v1/completions", json={**body, "prompt": prompt})
-      assert full.status_code == 429, full.text
-      assert full.json()["error"]["type"] == "rate_limit_error"
-    event.set()
+    try:
+      for prompt in ("two", ["two", "three"]):
+        full = client.post("/v1/completions", json={**body, "prompt": prompt})
+        assert full.status_code == 429, full.text
+        assert full.json()["error"]["type"] == "rate_limit_error"
+    finally:
+      event.set()
     assert first.result().status_code == 200
   served.close()
   assert client.post("/v1/completions", json=body).status_code == 503
