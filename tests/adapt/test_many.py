@@ -125,7 +125,7 @@ def test_gradients_of_the_slots_are_those_of_each_alone(params, evaluation):
       total += jnp.sum(jnp.sin(lora.apply(params, adapter, X[ids == i])))
     return total
 
-  got, expected = jax.jit(jax.grad(loss))(adapters), jax.grad(alone)(adapters)
+  got, expected = jax.jit(jax.grad(loss))(adapters), jax.jit(jax.grad(alone))(adapters)
   for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(g, e, atol=1e-5, rtol=1e-4)
 
@@ -334,7 +334,10 @@ def test_what_does_not_fit_is_an_error_by_name(params):
     put(0, adapter_of(params, "lora", 2, ["head", "layers/k"]))
   with pytest.raises(lx.LoraxError, match="DoRA of 'head' has the part 'out_scale'"):
     put(0, adapter_of(params, "dora", 2, ["head"]))
-  for method, options in (("c3a", {"block_size": 2}), ("fourierft", {})):
+  for method, options in (
+    ("c3a", {"block_size": 2}),
+    ("fourierft", {"n_frequency": 9}),
+  ):
     config = lx.LoraConfig(method=method, targets=["head"], options=options)
     lora = lx.adapt(scanned, config)
     other = checks.perturbed(lora.init(jax.random.key(0), params, X))

@@ -52,6 +52,11 @@ def adapters_of(loaded, inputs):
   return lora, found
 
 
+def alone_params(loaded, adapters, i):
+  """The base with one of the adapters in it, or none."""
+  return lx.merge(loaded.params, adapters[i]) if i >= 0 else loaded.params
+
+
 def filled(lora, loaded, adapters):
   many = lx.many(lora, capacity=4, max_rank=4)
   slots = many.empty(loaded.params, *adapters)
@@ -70,20 +75,18 @@ def test_rows_of_three_adapters_equal_each_alone(tmp_path, name):
   lora, adapters = adapters_of(loaded, inputs)
   many, slots = filled(lora, loaded, adapters)
   got = jax.jit(many.apply)(loaded.params, slots, ids, **inputs)
-  alone = jax.jit(lora.apply)
-  seen = []
+  alone = jax.jit(lora.apply_fn)
   for row, i in enumerate(ids):
-    adapter = adapters[i] if i >= 0 else {}
     one = {key: x[row : row + 1] for key, x in inputs.items()}
-    expected = alone(loaded.params, adapter, **one)[0]
-    np.testing.assert_allclose(got[row], expected, atol=2e-5)
-    seen.append(np.asarray(expected))
-  assert all(np.abs(x).max() > 0.01 for x in seen)
+    base = alone(loaded.params, **one)[0]
+    expected = alone(alone_params(loaded, adapters, i), **one)[0]
+    np.testing.assert_allclose(got[row], expected, atol=5e-5)
+    assert (np.abs(expected - base).max() > 0.01) == (i >= 0)
 
 
 @pytest.mark.parametrize(
   ("name", "scan"),
-  [("gpt2", False), ("mistral", False), ("mistral", True), ("t5", False), ("t5", True)],
+  [("gpt2", False), ("mistral", True), ("t5", False), ("t5", True)],
 )
 def test_a_decoders_rows_equal_each_alone(tmp_path, name, scan):
   torch.manual_seed(0)
@@ -97,11 +100,11 @@ def test_a_decoders_rows_equal_each_alone(tmp_path, name, scan):
   lora, adapters = adapters_of(loaded, inputs)
   _, slots = filled(lora, loaded, adapters)
   mixed = decoder.decoder_of(loaded, decoder.many(loaded))
-  alone = decoder.decoder_of(loaded, decoder.adapted(loaded))
+  alone = decoder.decoder_of(loaded)
   steps = [jnp.array(ids) for ids in ([4, 5, 6, 7], [8, -1, 9, 3])]
 
   def run(made, params):
-    logits, cache = made.prefill(params, inputs, loaded.blank_cache(4, 24, 16))
+    logits, cache = made.prefill(params, inputs, loaded.blank_cache(4, 22, 16))
     found = [logits]
     for ids in steps:
       logits, cache = made.step(params, ids, cache)
@@ -110,9 +113,9 @@ def test_a_decoders_rows_equal_each_alone(tmp_path, name, scan):
 
   got, lengths = run(mixed, (loaded.params, slots, IDS))
   for row, i in enumerate(IDS):
-    adapter = adapters[i] if i >= 0 else {}
-    expected, expected_lengths = run(alone, (loaded.params, adapter))
+    params = alone_params(loaded, adapters, i)
+    expected, expected_lengths = run(alone, params)
     # Of a row that a step leaves out the logits mean nothing.
     real = [True, True, row != 1]
-    np.testing.assert_allclose(got[real, row], expected[real, row], atol=2e-5)
+    np.testing.assert_allclose(got[real, row], expected[real, row], atol=5e-5)
     np.testing.assert_array_equal(lengths, expected_lengths)
