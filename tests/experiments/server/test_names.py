@@ -44,6 +44,7 @@ def test_the_models_are_the_base_and_its_adapters(client):
 
 def test_an_adapter_comes_and_goes_and_nothing_is_compiled(client):
   texts = {name: _text(client, name) for name in ("tiny", "first", "second")}
+  assert len({*texts.values()}) == 3
   # This module's caches were emptied after the server's start.
   assert _load(client, "another", "first").is_success
   client.post("/v1/unload_lora_adapter", json={"lora_name": "another"})
@@ -103,7 +104,7 @@ def test_more_adapters_than_slots_take_turns(root):
 def test_an_adapter_in_use_is_replaced_once_its_texts_are_written(root):
   served = language(root, rows=2)
   client = TestClient(app.create(served))
-  expected = _text(client, "first", 60)
+  before, expected = _text(client, "first"), _text(client, "first", 60)
   event, found = threading.Event(), []
   served.engine.call(event.wait)
   writing = threading.Thread(target=lambda: found.append(_text(client, "first", 60)))
@@ -116,7 +117,7 @@ def test_an_adapter_in_use_is_replaced_once_its_texts_are_written(root):
   replacing.join()
   writing.join()
   assert found == [expected]
-  assert _text(client, "first") == _text(client, "second") != expected[:8]
+  assert _text(client, "first") == _text(client, "second") != before
   served.close()
 
 
