@@ -145,10 +145,12 @@ def test_a_full_queue_is_429_and_a_closed_server_503(root):
   assert client.post("/v1/completions", json=body).status_code == 503
 
 
-def test_a_client_that_leaves_frees_its_row(served, client):
+def test_a_client_that_leaves_frees_its_row(root):
   """A stream that is left after its first event, and an answer before its end."""
+  served = language(root, length=4096)
   application = app.create(served)
-  body = {"model": "tiny", "prompt": "one", "max_tokens": 100, "temperature": 0}
+  client = TestClient(application)
+  body = {"model": "tiny", "prompt": "one", "max_tokens": 4000, "temperature": 0}
 
   async def leave(stream):
     messages = [
@@ -182,3 +184,4 @@ def test_a_client_that_leaves_frees_its_row(served, client):
     assert (len(sent) < 100) if stream else sent[0]["status"] == 499
     _complete(client, "tiny", "two", max_tokens=1)
     assert served.engine.running == 0
+  served.close()
