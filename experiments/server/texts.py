@@ -148,6 +148,7 @@ class Texts:
     left.cancel()
     if not collected.done():
       collected.cancel()
+      answers.cancel()
       return Response(status_code=499)
     content = {**head, "object": form.whole, "choices": collected.result()}
     return JSONResponse({**content, "usage": _usage(answers)})

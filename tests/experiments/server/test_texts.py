@@ -6,6 +6,7 @@ import json
 import threading
 
 import anyio
+import httpx
 import numpy as np
 import peft
 import pytest
@@ -149,7 +150,6 @@ def test_a_client_that_leaves_frees_its_row(root):
   """A stream that is left after its first event, and an answer before its end."""
   served = language(root, length=4096)
   application = app.create(served)
-  client = TestClient(application)
   body = {"model": "tiny", "prompt": "one", "max_tokens": 4000, "temperature": 0}
 
   async def leave(stream):
@@ -179,9 +179,25 @@ def test_a_client_that_leaves_frees_its_row(root):
     await application(scope, receive, send)
     return sent
 
-  for stream in (True, False):
-    sent = anyio.run(leave, stream)
-    assert (len(sent) < 100) if stream else sent[0]["status"] == 499
-    _complete(client, "tiny", "two", max_tokens=1)
-    assert served.engine.running == 0
+  taken, submit = [], served.submit
+
+  def noted(*args):
+    taken.append(submit(*args))
+    return taken[-1]
+
+  served.submit = noted
+
+  async def both():
+    transport = httpx.ASGITransport(application)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+      for stream in (True, False):
+        sent = await leave(stream)
+        assert (len(sent) < 100) if stream else sent[0]["status"] == 499
+        assert taken[-1].over
+        short = {**body, "max_tokens": 1}
+        answer = await client.post("/v1/completions", json=short, timeout=60)
+        assert answer.status_code == 200
+
+  # In one loop: one that is closed would end the texts by itself.
+  anyio.run(both)
   served.close()
