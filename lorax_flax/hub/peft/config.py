@@ -14,6 +14,7 @@ from typing import Any
 
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub.peft.names import ends_with, looked_up, several
+from lorax_flax.methods.peft_form import PeftForm
 
 CONFIG_FILE = "adapter_config.json"
 LORA = "LORA"
@@ -233,16 +234,21 @@ class PeftConfig:
     every = isinstance(self.target_modules, str)
     return every and str(self.target_modules).lower() == ALL_LINEAR
 
-  def with_defaults(
-    self, family: str, own: Mapping[str, tuple[str, ...]] | None = None
-  ) -> "PeftConfig":
-    """Fills in target_modules as PEFT does for a model_type.
+  def selects(self, option: str, module: str) -> bool:
+    """True where an option that names modules names this one, by PEFT's rule."""
+    names = self.options.get(option, ())
+    if isinstance(names, str):
+      return re.fullmatch(names, module) is not None
+    return module.endswith(tuple(names))
+
+  def with_defaults(self, family: str, form: PeftForm | None = None) -> "PeftConfig":
+    """Fills in target_modules, and what else names modules, as PEFT does by model_type.
 
     PEFT has defaults where none are given, and names instead of an expression
     where experts are not modules that it could match.
 
     Args:
-      own: the defaults of the type, where they differ from LORA's.
+      form: of the type, with its defaults where they differ from LORA's.
 
     Raises:
       LoraxError: PEFT has no default for it either.
@@ -256,9 +262,18 @@ class PeftConfig:
       )
     if family in MIXTURES and isinstance(self.target_modules, str):
       return self._with_experts()
+    form = form or PeftForm()
+    for option, by_family in form.selected.items():
+      if option not in self.options:
+        if family not in by_family:
+          raise LoraxError(
+            f"{CONFIG_FILE}: no {option} modules, and PEFT has no default for {family}"
+          )
+        options = {**self.options, option: by_family[family]}
+        return replace(self, options=options).with_defaults(family, form)
     if self.target_modules is not None:
       return self
-    defaults = {**DEFAULT_TARGETS, **(own or {})}
+    defaults = {**({} if form.own_targets else DEFAULT_TARGETS), **form.targets}
     if family in defaults:
       return replace(self, target_modules=defaults[family])
     if self.target_parameters:

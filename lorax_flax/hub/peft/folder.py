@@ -75,8 +75,8 @@ def _read_config(
   """The config of a folder, its defaults filled in, and the key map of its task."""
   config = config_file.read(folder, fresh=fresh)
   with prefixed(f"{folder}"):
-    defaults = form_of(config.peft_type).targets
-    return config.with_defaults(keymap.family, defaults), of_task(keymap, config.task)
+    config = config.with_defaults(keymap.family, form_of(config.peft_type))
+    return config, of_task(keymap, config.task)
 
 
 def with_tables(
@@ -185,7 +185,7 @@ def from_peft(
   """
   if isinstance(source, Mapping):
     config = config_file.parse(dict(source), fresh=True)
-    config = config.with_defaults(keymap.family, form_of(config.peft_type).targets)
+    config = config.with_defaults(keymap.family, form_of(config.peft_type))
     return to_lora_config(config, of_task(keymap, config.task))
   folder = adapter_folder(source, name)
   return to_lora_config(*_read_config(folder, keymap, fresh=True))
@@ -281,5 +281,8 @@ def _written(
 
 
 def _cast(key: str, value: np.ndarray, dtypes: Mapping[str, str] | str) -> np.ndarray:
-  name = dtypes if isinstance(dtypes, str) else dtypes.get(key, "float32")
+  if not isinstance(dtypes, str):
+    name = dtypes.get(key, value.dtype.name)
+  else:
+    name = value.dtype.name if value.dtype.kind == "i" else dtypes
   return value.astype(jnp.dtype(name))
