@@ -94,7 +94,7 @@ def start(name, case):
 # where no comparison with PEFT has it; what else the following of factors has, for one
 # of each shape: factors, one that all layers share, and a dense delta.
 RUNS = [(name, "some layers") for name in NAMES]
-RUNS += [(name, "single") for name in OLD]
+RUNS += [(name, "single") for name in OLD] + [("ia3", "joined")]
 RUNS += [
   (n, c) for n in ("loha", "vera", "hira") for c in ("remat", "looped", "joined")
 ]
@@ -157,12 +157,20 @@ def test_any_method_is_a_lora_of_full_rank(name):
   np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
 
 
-def test_a_dense_delta_of_a_tied_weight_is_used_both_ways():
-  config = peers.config("hira")
+@pytest.mark.parametrize("name", ["hira", "ia3", "ia3 of inputs"])
+def test_a_tied_weight_is_used_both_ways(name):
+  config = peers.config(name)
   params = {"kernel": KERNELS[0]}
   lora = lx.adapt(tied, config)
   moved = perturbed(lora.init(jax.random.key(2), params, X))
   check_equals_merged(lora, tied, params, moved, X)
+
+
+def test_scales_of_inputs_that_two_kernels_share_are_refused():
+  _, params, _ = CASES["joined"]
+  lora = lx.adapt(joined, peers.config("ia3 of inputs"))
+  with pytest.raises(lx.LoraxError, match="on an axis that the product does not have"):
+    lora.init(jax.random.key(2), params, X)
 
 
 _ON_A_MESH = """
