@@ -24,19 +24,19 @@ class SHiRA(MethodDelta):
   same places, which are PEFT's; None: each kernel's own, drawn by its key.
 
   Attributes:
-    values: (*stack, in + out, r), float32, trained; starts at zero.
-    at: (*stack, 2, r (in + out)), int32, the output and the input of each.
+    nonzeros: (*stack, in + out, r), float32, trained; starts at zero.
+    coordinates: (*stack, 2, r (in + out)), int32, the output and the input of each.
   """
 
-  values: jax.Array
-  at: jax.Array
+  nonzeros: jax.Array
+  coordinates: jax.Array
 
   axes: ClassVar = {
-    "values": ("stack", "width", "rank"),
-    "at": ("stack", "sides", "places"),
+    "nonzeros": ("stack", "width", "rank"),
+    "coordinates": ("stack", "sides", "places"),
   }
-  trained = ("values",)
-  per_trial = ("at",)
+  trained = ("nonzeros",)
+  per_trial = ("coordinates",)
   pads_rank = False
   takes_tables = False
   options: ClassVar = {"random_seed": None}
@@ -44,8 +44,8 @@ class SHiRA(MethodDelta):
     type="SHIRA",
     keys={
       "linear": {
-        "shira_weight": ("values", Form(split=0)),
-        "shira_indices": ("at", Form(holds_places=True)),
+        "shira_weight": ("nonzeros", Form(split=0)),
+        "shira_indices": ("coordinates", Form(holds_places=True)),
       }
     },
     fields={"r": ("r", 32), "fan_in_fan_out": ("fan_in_fan_out", False)},
@@ -79,7 +79,7 @@ class SHiRA(MethodDelta):
       else:
         chosen = jnp.asarray(places(size, n, seed), jnp.int32)
       at = jnp.stack(jnp.divmod(jnp.sort(chosen), fan_in)).astype(jnp.int32)
-      return {"values": jnp.zeros(shape), "at": at}
+      return {"nonzeros": jnp.zeros(shape), "coordinates": at}
 
     return cls.of_target(cls.drawn(target.key(key), target, draw), target, plan)
 
@@ -93,4 +93,4 @@ class SHiRA(MethodDelta):
 
     for _ in range(self.roles.count("stack")):
       put = jax.vmap(put)
-    return self.full_parts(put(self.values, self.at), w.shape)
+    return self.full_parts(put(self.nonzeros, self.coordinates), w.shape)

@@ -97,6 +97,13 @@ def keys(name: str, kind: str) -> dict[str, Any]:
   return lx.METHODS[method(name)].peft.keys.get(peer.kinds.get(kind, kind), {})
 
 
+def kernel_methods() -> set[str]:
+  """The package's own methods of kernels: a test may have registered one."""
+  rows = lx.METHODS.items()
+  own = {name for name, m in rows if m.__module__.startswith("lorax_flax.")}
+  return {name for name in own if issubclass(lx.METHODS[name], lx.KernelDelta)}
+
+
 def config(name: str, **fields: Any) -> lx.LoraConfig:
   own = PEERS[name].ours
   return lx.LoraConfig(targets="kernel", method=method(name), **own, **fields)
