@@ -14,7 +14,6 @@ from typing import Any
 
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub.peft.names import ends_with, looked_up, several
-from lorax_flax.methods.peft_form import PeftForm
 
 CONFIG_FILE = "adapter_config.json"
 LORA = "LORA"
@@ -241,14 +240,20 @@ class PeftConfig:
       return re.fullmatch(names, module) is not None
     return module.endswith(tuple(names))
 
-  def with_defaults(self, family: str, form: PeftForm | None = None) -> "PeftConfig":
+  def with_defaults(
+    self,
+    family: str,
+    targets: Mapping[str, tuple[str, ...]] = DEFAULT_TARGETS,
+    selected: Mapping[str, Mapping[str, tuple[str, ...]]] = types.MappingProxyType({}),
+  ) -> "PeftConfig":
     """Fills in target_modules, and what else names modules, as PEFT does by model_type.
 
     PEFT has defaults where none are given, and names instead of an expression
     where experts are not modules that it could match.
 
     Args:
-      form: of the type, with its defaults where they differ from LORA's.
+      targets: the type's target_modules by model type.
+      selected: likewise, of each option that names modules.
 
     Raises:
       LoraxError: PEFT has no default for it either.
@@ -262,20 +267,18 @@ class PeftConfig:
       )
     if family in MIXTURES and isinstance(self.target_modules, str):
       return self._with_experts()
-    form = form or PeftForm()
-    for option, by_family in form.selected.items():
+    for option, by_family in selected.items():
       if option not in self.options:
         if family not in by_family:
           raise LoraxError(
             f"{CONFIG_FILE}: no {option} modules, and PEFT has no default for {family}"
           )
         options = {**self.options, option: by_family[family]}
-        return replace(self, options=options).with_defaults(family, form)
+        return replace(self, options=options).with_defaults(family, targets, selected)
     if self.target_modules is not None:
       return self
-    defaults = {**({} if form.own_targets else DEFAULT_TARGETS), **form.targets}
-    if family in defaults:
-      return replace(self, target_modules=defaults[family])
+    if family in targets:
+      return replace(self, target_modules=targets[family])
     if self.target_parameters:
       return self
     raise LoraxError(

@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from lorax_flax.errors import LoraxError, unknown
-from lorax_flax.hub.peft.config import CONFIG_FILE, LORA, PeftConfig
+from lorax_flax.hub.peft.config import CONFIG_FILE, DEFAULT_TARGETS, LORA, PeftConfig
 from lorax_flax.methods import METHODS, Delta, KernelDelta, LoRA
 from lorax_flax.methods.peft_form import Keys, PeftForm
 
@@ -80,6 +80,13 @@ def method_of(config: PeftConfig) -> type[KernelDelta]:
     if flag is not None and getattr(config, flag) and issubclass(method, KernelDelta):
       return method
   return _types()[config.peft_type]
+
+
+def with_defaults(config: PeftConfig, family: str) -> PeftConfig:
+  """A config whose empty fields that name modules are PEFT's defaults of its type."""
+  form = form_of(config.peft_type)
+  targets = {**({} if form.own_targets else DEFAULT_TARGETS), **form.targets}
+  return config.with_defaults(family, targets, form.selected)
 
 
 def options_of(config: PeftConfig, module: str) -> dict[str, Any]:
