@@ -35,7 +35,7 @@ def attention(
 
   Args:
     mask_BxS: nonzero where a key is attended to. Causal attention keeps to segments:
-      a query attends to keys of its own number alone.
+      a query attends to keys of its own number, and to those of a negative number.
     causal: no query attends to keys after its own position; the last query has the
       position of the last key.
     window: for causal attention, the maximal number of keys that a query attends to,
@@ -65,9 +65,8 @@ def attention(
       visible_RxS &= back_RxS < window
     own_BxR = jnp.tile(mask_BxS[:, s - t :], (1, h // g))
     # A query that is padding has no segment, and no use.
-    same_BxRxS = (own_BxR[:, :, None] == mask_BxS[:, None, :]) | (own_BxR == 0)[
-      ..., None
-    ]
+    same_BxRxS = own_BxR[:, :, None] == mask_BxS[:, None, :]
+    same_BxRxS |= (own_BxR == 0)[..., None] | (mask_BxS < 0)[:, None, :]
     seen = seen & (visible_RxS[None] & same_BxRxS)[:, None]
   # Added rather than selected, so that a compiler may fuse it into the product; the
   # most negative float rather than -inf, so that a fully masked row stays finite.
