@@ -87,6 +87,12 @@ class Outline:
     return places(getattr(self.config, "soft", None))
 
   @property
+  def soft(self) -> dict[str, Any] | None:
+    """The fields of its `SoftSettings`; None without trained states beside it."""
+    settings = getattr(self.config, "soft", None)
+    return None if settings is None else dataclasses.asdict(settings)
+
+  @property
   def soft_paths(self) -> tuple[str, ...]:
     """Leaves that no checkpoint has, of trained states beside the weights."""
     if getattr(self.config, "soft", None) is None:
@@ -147,6 +153,10 @@ class Loaded(Located):
   params: Any
   new_paths: tuple[str, ...]
   ignored_keys: tuple[str, ...]
+
+  @property
+  def soft_paths(self) -> tuple[str, ...]:
+    return tuple(path for path in self.new_paths if path not in self.keymap.keys)
 
   def reseeded(self, seed: int) -> "Loaded":
     """A copy with its new leaves drawn again, as `load` draws them with this seed."""
@@ -225,8 +235,7 @@ def load(
     params = hub_load.resized(params, shapes, resharded)
   new_paths = weights.new_paths
   if soft is not None and soft.method is not None:
-    vocab = {} if vocab_size is None else {"vocab_size": vocab_size}
-    model = outline_of(hf_config, untie=untie, soft=soft, **vocab)
+    model = outline_of(hf_config, untie=untie, vocab_size=vocab_size, soft=soft)
     shapes = quantized.shapes(_shapes(model), model.keymap, quant)
     resharded = shardings and shardings(axes(model.module), shapes)
     stds = {path: _std(model, path) for path in model.soft_paths}

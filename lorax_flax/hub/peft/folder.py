@@ -25,7 +25,7 @@ from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import needs as peft_needs
 from lorax_flax.hub.peft import read as peft_read
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import form_of
+from lorax_flax.hub.peft.forms import form_of, soft_form_of
 from lorax_flax.hub.peft.layout import Slot, layout
 from lorax_flax.hub.peft.modules import of_task
 from lorax_flax.hub.peft.needs import Needs
@@ -75,8 +75,13 @@ def _read_config(
   """The config of a folder, its defaults filled in, and the key map of its task."""
   config = config_file.read(folder, fresh=fresh)
   with prefixed(f"{folder}"):
-    defaults = form_of(config.peft_type).targets
-    return config.with_defaults(keymap.family, defaults), of_task(keymap, config.task)
+    return _with_defaults(config, keymap), of_task(keymap, config.task)
+
+
+def _with_defaults(config: PeftConfig, keymap: KeyMap) -> PeftConfig:
+  if soft_form_of(config) is not None:
+    return config
+  return config.with_defaults(keymap.family, form_of(config.peft_type).targets)
 
 
 def with_tables(
@@ -184,8 +189,7 @@ def from_peft(
     LoraxError: an unsupported field, a name that the model doesn't have.
   """
   if isinstance(source, Mapping):
-    config = config_file.parse(dict(source), fresh=True)
-    config = config.with_defaults(keymap.family, form_of(config.peft_type).targets)
+    config = _with_defaults(config_file.parse(dict(source), fresh=True), keymap)
     return to_lora_config(config, of_task(keymap, config.task))
   folder = adapter_folder(source, name)
   return to_lora_config(*_read_config(folder, keymap, fresh=True))

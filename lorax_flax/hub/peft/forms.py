@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.hub.peft import soft
 from lorax_flax.hub.peft.config import CONFIG_FILE, LORA, PeftConfig
 from lorax_flax.methods import METHODS, KernelDelta, LoRA
 from lorax_flax.methods.peft_form import Keys, PeftForm
@@ -47,10 +48,11 @@ def form_of(peft_type: Any) -> PeftForm:
   Raises:
     LoraxError: one that no method here has.
   """
-  types = _types()
-  if not isinstance(peft_type, str) or peft_type not in types:
-    raise LoraxError(f"{CONFIG_FILE}: {unknown('peft_type', str(peft_type), types)}")
-  return types[peft_type].peft or PeftForm()
+  forms = {name: method.peft or PeftForm() for name, method in _types().items()}
+  forms |= {name: each.peft for name, each in soft.FORMS.items()}
+  if not isinstance(peft_type, str) or peft_type not in forms:
+    raise LoraxError(f"{CONFIG_FILE}: {unknown('peft_type', str(peft_type), forms)}")
+  return forms[peft_type]
 
 
 def fields_of(form: PeftForm) -> dict[str, tuple[str, Any]]:
@@ -70,6 +72,11 @@ def method_of(config: PeftConfig) -> type[KernelDelta]:
     if flag is not None and getattr(config, flag) and issubclass(method, KernelDelta):
       return method
   return _types()[config.peft_type]
+
+
+def soft_form_of(config: PeftConfig) -> soft.SoftForm | None:
+  """The form of a folder of states beside the base's weights; None of deltas."""
+  return soft.FORMS.get(config.peft_type)
 
 
 def keys_of(method: type[KernelDelta], kind: str, rank: int) -> Keys | None:

@@ -11,8 +11,9 @@ from lorax_flax.errors import LoraxError, listing, nearest, unknown
 from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
 from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import soft
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import ROLES, form_of, keys_of, method_of
+from lorax_flax.hub.peft.forms import ROLES, form_of, keys_of, method_of, soft_form_of
 from lorax_flax.hub.peft.modules import (
   ADAPTABLE,
   HEAD,
@@ -127,7 +128,7 @@ def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> T
       raise LoraxError(
         f"{peft_config.CONFIG_FILE}: {unknown('target parameter', end, known)}"
       )
-  if not modules and not named:
+  if not modules and not named and soft_form_of(config) is None:
     kinds = {name: place.kind for name, place in found.items()}
     raise LoraxError(peft_config.describe_unknown_target(config, kinds))
   return Targets(tuple(modules), tuple(shared), tuple(named), tuple(saved))
@@ -144,6 +145,11 @@ def layout(
   """
   found = places(keymap)
   targets = resolve(config, keymap, found)
+  if (form := soft_form_of(config)) is not None:
+    (leaf,) = Tuned.trained
+    own = Slot(form.site, Tuned, leaf, "", form.form(config.options))
+    saved = _saved(config, keymap, targets, found, adapter_name)
+    return {soft.KEY: own} | {prefix(config) + key: x for key, x in saved.items()}
   slots: dict[str, Slot] = {}
   for module in targets.modules:
     place = _adaptable(module, found)
@@ -167,6 +173,11 @@ def layout(
   slots = dict(_embeddings(config, keymap, targets, found, slots)) | slots
   _check_once(slots)
   return _shared(config, slots) | {PREFIX + key: slot for key, slot in slots.items()}
+
+
+def prefix(config: PeftConfig) -> str:
+  """The beginning of the keys: PEFT wraps the base's modules for deltas alone."""
+  return PREFIX if soft_form_of(config) is None else soft.PREFIX
 
 
 def _shared(config: PeftConfig, slots: Mapping[str, Slot]) -> dict[str, Slot]:

@@ -94,7 +94,7 @@ def _shapes(
   factored = [
     slot
     for slot in slots.values()
-    if slot.status == "own" and slot.method is method_of(config)
+    if slot.status == "own" and slot.method not in (Tuned, Rows)
   ]
   for key, slot in slots.items():
     if slot.status == "echo":

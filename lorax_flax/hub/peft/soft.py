@@ -11,6 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from lorax_flax.errors import LoraxError, listing
+from lorax_flax.hub.checkpoints.entries import Entry, Site
+from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.methods import Adapter, Tuned
 from lorax_flax.methods.peft_form import Form, PeftForm
 
 KEY = "prompt_embeddings"
@@ -52,22 +56,37 @@ class SoftForm:
 
   Attributes:
     peft: the fields of its config.
+    method: soft.method, our name of the type.
     path: of our leaf.
     axes: the axis, of the matrix written out, that each of ours is; None: as they are.
   """
 
   peft: PeftForm
+  method: str
   path: str
   axes: tuple[int, ...] | None = None
 
+  @property
+  def site(self) -> Site:
+    """The place of the tensor."""
+    return Site(self.path, (), Entry(self.path, KEY))
+
   def form(self, options: Mapping[str, Any]) -> Flat:
-    """The form of the tensor, by the config's sizes."""
+    """The form of the tensor, by the config's sizes; LoraxError where one lacks."""
+    needed = tuple(_SIZES) if self.axes else (_LENGTH, "token_dim")
+    for name in needed:
+      if not isinstance(options.get(name), int) or options[name] < 1:
+        raise LoraxError(f"{name}={options.get(name)!r} is not what PEFT writes")
     length, width = options[_LENGTH], options["token_dim"]
     if self.axes is None:
       return Flat(sizes=(length, width))
     heads = options["num_attention_heads"]
     sizes = (length, options["num_layers"], 2, heads, width // heads)
     return Flat(self.axes, sizes=sizes)
+
+  def needs(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `SoftSettings` of a folder, by the config's sizes."""
+    return {"method": self.method, "length": self.form(options).sizes[0]}
 
   def options(self, shape: Sequence[int]) -> dict[str, int | None]:
     """The config's sizes, by the shape of our leaf."""
@@ -101,6 +120,7 @@ FORMS: Mapping[str, SoftForm] = {
       encoder_hidden_size=None,
       init_weights=None,
     ),
+    method="prefix",
     path="prefix/states",
     axes=(1, 2, 0, 3, 4),
   ),
@@ -112,6 +132,43 @@ FORMS: Mapping[str, SoftForm] = {
       tokenizer_name_or_path=None,
       tokenizer_kwargs=None,
     ),
+    method="prompt",
     path="prompt/embedding",
   ),
 }
+
+
+def beside(adapter: Adapter, keymap: KeyMap) -> list[str]:
+  """The paths of states that are no weights of the base."""
+  return [path for path in adapter if path not in keymap.keys]
+
+
+def of_adapter(adapter: Adapter, keymap: KeyMap) -> SoftForm | None:
+  """The form of an adapter's states beside the base's weights; None: it has none.
+
+  Raises:
+    LoraxError: states that PEFT has no form for, or deltas in the same adapter.
+  """
+  paths = beside(adapter, keymap)
+  if not paths:
+    return None
+  found = [form for form in FORMS.values() if paths == [form.path]]
+  if not found:
+    raise LoraxError(
+      f"PEFT has no form for {listing(paths, most=4)}: write the adapter in our own"
+    )
+  if others := [p for p, delta in adapter.items() if not isinstance(delta, Tuned)]:
+    raise LoraxError(
+      f"PEFT has no adapter of {found[0].peft.type} and other deltas in one, and here "
+      f"are {listing(others, most=4)} too: write it in our own form"
+    )
+  return found[0]
+
+
+def has_form(adapter: Adapter, keymap: KeyMap) -> bool:
+  """True where PEFT has a folder for states beside the weights and the rest: a head."""
+  heads = {path for paths in keymap.heads.values() for path in paths}
+  paths = beside(adapter, keymap)
+  known = any(paths == [form.path] for form in FORMS.values())
+  needed = keymap.label_paths | {*paths}
+  return known and needed <= adapter.keys() <= heads | {*paths}

@@ -7,7 +7,7 @@ from typing import Any
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import method_of
+from lorax_flax.hub.peft.forms import method_of, soft_form_of
 from lorax_flax.hub.peft.layout import Slot, layout, resolve
 from lorax_flax.hub.peft.modules import places
 from lorax_flax.methods import METHODS, Rows
@@ -20,6 +20,8 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
     LoraxError: as `layout`.
   """
   slots = [slot for slot in layout(config, keymap).values() if slot.status == "own"]
+  if soft_form_of(config) is not None:
+    return LoraConfig(targets=(), tuned=tuple(sorted({slot.path for slot in slots})))
   method = method_of(config)
   # Of the several tensors of a module, one.
   first = method.trained[0]

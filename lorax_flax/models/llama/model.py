@@ -220,10 +220,10 @@ class CausalLM(Model[DecoderConfig]):
       ends_BxT = jnp.where(seen_BxT, position_ids + 1, 0)
       lengths_BxT = jnp.max(ends_BxT, axis=1, keepdims=True) - first_Bx1
     else:
-      if soft.places(c.soft) and any(c.windows):
+      if c.soft and soft.places(c.soft) and any(c.windows):
         raise LoraxError(
-          f"soft.method={c.soft.method} with packed texts: a window of attention counts "
-          "columns, and would lose what is before a text that begins later in its row"
+          f"soft.method={c.soft.method} with packed texts: a window of attention"
+          " counts columns, and would lose what is before a text that begins later"
         )
       same_BxTxT = mask_BxT[:, :, None] == mask_BxT[:, None, :]
       ends_BxTxT = jnp.where(same_BxTxT, position_ids[:, None, :] + 1, 0)

@@ -32,7 +32,7 @@ class Prefix(nn.Module):
   std: float
 
   @nn.compact
-  def __call__(self) -> jax.Array:
+  def __call__(self) -> Any:
     init = nn.with_logical_partitioning(nn.initializers.normal(self.std), _AXES)
     return self.param("states", init, self.shape)
 

@@ -3,8 +3,9 @@
 The LoRA paper's PrefixEmbed is the same. They pass through all layers as tokens do.
 """
 
+from typing import Any
+
 import flax.linen as nn
-import jax
 
 from lorax_flax.models.soft.part import Part
 
@@ -23,7 +24,7 @@ class Prompt(nn.Module):
   std: float
 
   @nn.compact
-  def __call__(self) -> jax.Array:
+  def __call__(self) -> Any:
     start = nn.initializers.normal(self.std)
     init = nn.with_logical_partitioning(start, ("positions", "embed"))
     return self.param("embedding", init, self.shape)

@@ -62,6 +62,12 @@ class SoftSettings:
     assert self.method is not None
     return PARTS[self.method]
 
+  @property
+  def described(self) -> str:
+    """The method and what it reads, for a person."""
+    values = (f"{name} {getattr(self, name)}" for name in self.part.reads)
+    return ", ".join([str(self.method), *values])
+
   def std_of(self, path: str) -> float:
     """Standard deviation of the start of a leaf."""
     names = path.split("/")

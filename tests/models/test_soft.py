@@ -1,0 +1,234 @@
+"""Prefixes and prompts against PEFT, on decoders."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import torch
+
+import lorax_flax as lx
+from lorax_flax.hub.adapters import any as adapters
+from lorax_flax.hub.peft import folder
+from lorax_flax.models import registry, with_adapter
+from lorax_flax.models.soft import SoftSettings
+from lorax_flax.serve import decoder
+from tests.adapt import checks
+from tests.models import decoders, soft_peers
+from tests.models.soft_peers import LENGTH, settings
+
+pytestmark = [
+  pytest.mark.usefixtures("quick_to_compile"),
+  # PEFT calls transformers by names that these are about.
+  pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+CASES = [(n, m) for n in ("llama", "mistral", "gpt2") for m in ("prefix", "prompt")]
+BATCH = decoders.batch(9, 5)
+
+
+class Pair:
+  """A model in PEFT's, its folder, and ours of both."""
+
+  def __init__(self, name, method, where):
+    self.name, self.method, self.where = name, method, where
+    self.base = soft_peers.save(name, where / "base")
+    self.peft = soft_peers.wrapped(self.base, method)
+    self.peft.save_pretrained(where / "adapter")
+
+  def ours(self):
+    loaded, saved = with_adapter.load(str(self.where / "base"), self.where / "adapter")
+    return loaded, saved
+
+  def logits(self, inputs=BATCH):
+    with torch.no_grad():
+      tensors = {k: torch.tensor(x).long() for k, x in inputs.items()}
+      return self.cut(self.peft(**tensors).logits).numpy()
+
+  def cut(self, logits):
+    """PEFT's logits have places for the prompt's tokens too."""
+    return logits[:, LENGTH:] if self.method == "prompt" else logits
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def pair(request, tmp_path_factory):
+  return Pair(*request.param, tmp_path_factory.mktemp("pair"))
+
+
+def real(logits, inputs=BATCH):
+  return np.asarray(logits)[inputs["attention_mask"] == 1]
+
+
+def apply(loaded, params, inputs=BATCH):
+  run = jax.jit(lambda p, inputs: loaded.module.apply({"params": p}, **inputs))
+  return run(params, inputs)
+
+
+def test_a_folder_of_peft_means_here_what_it_means_there(pair):
+  loaded, saved = pair.ours()
+  expected = real(pair.logits())
+  merged = lx.merge(loaded.params, saved.adapter)
+  np.testing.assert_allclose(real(apply(loaded, merged)), expected, atol=1e-5)
+  scanned = registry.load(pair.where / "base", scan=True, soft=settings(pair.method))
+  adapter, config = folder.read_adapter(
+    pair.where / "adapter", scanned.params, scanned.keymap
+  )
+  assert config.targets == ()
+  assert config.tuned == tuple(adapter)
+  merged = lx.merge(scanned.params, adapter)
+  np.testing.assert_allclose(real(apply(scanned, merged)), expected, atol=1e-5)
+  # And it is no small part of what they compute.
+  with torch.no_grad(), pair.peft.disable_adapter():
+    tensors = {k: torch.tensor(x).long() for k, x in BATCH.items()}
+    assert np.abs(real(pair.base(**tensors).logits) - expected).max() > 0.1
+
+
+def test_a_folder_written_here_means_there_what_it_means_here(pair, tmp_path):
+  loaded, saved = pair.ours()
+  adapter = checks.perturbed(saved.adapter)
+  folder.write_adapter(
+    tmp_path, adapter, loaded.keymap, saved.config, task_type="CAUSAL_LM"
+  )
+  base = type(pair.base).from_pretrained(pair.where / "base")
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    model = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+  with torch.no_grad():
+    tensors = {k: torch.tensor(x).long() for k, x in BATCH.items()}
+    theirs = pair.cut(model(**tensors).logits).numpy()
+  ours = apply(loaded, lx.merge(loaded.params, adapter))
+  np.testing.assert_allclose(real(ours), real(theirs), atol=1e-5)
+  written = peft.PeftConfig.from_pretrained(tmp_path)
+  own = pair.peft.peft_config["default"]
+  for name in ("num_virtual_tokens", "token_dim", "peft_type", "task_type"):
+    assert getattr(written, name) == getattr(own, name)
+
+
+@pytest.mark.parametrize("prompt", [[5, 3, 9, 11, 8, 20, 7], [4]])
+def test_greedy_tokens_are_those_of_peft(pair, prompt):
+  new = 12
+  loaded, saved = pair.ours()
+  params = lx.merge(loaded.params, saved.adapter)
+  pair.peft.generation_config.eos_token_id = None
+  ids = torch.tensor([prompt])
+  expected = pair.peft.generate(
+    input_ids=ids,
+    attention_mask=torch.ones_like(ids),
+    do_sample=False,
+    max_new_tokens=new,
+  )[0, len(prompt) :].tolist()
+  made = decoder.decoder_of(loaded)
+  # The other row has a length of its own, and the prefix all the same.
+  inputs = decoder.prompts([prompt, [7, 7, 7]], most=16)
+  logits, cache = made.prefill(params, inputs, loaded.blank_cache(2, 28))
+  found = [jnp.argmax(logits, axis=-1)]
+  for _ in range(new - 1):
+    logits, cache = made.step(params, found[-1], cache)
+    found.append(jnp.argmax(logits, axis=-1))
+  assert np.stack(found, axis=1)[0].tolist() == expected
+  np.testing.assert_array_equal(cache.lengths_B, [len(prompt) + new - 1, 3 + new - 1])
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_three_steps_equal_pefts(method, tmp_path):
+  pair = Pair("llama", method, tmp_path)
+  loaded, saved = pair.ours()
+  lora = lx.adapt(
+    lambda params, inputs: loaded.module.apply({"params": params}, **inputs),
+    lx.LoraConfig(targets=(), tuned=loaded.soft_paths),
+  )
+  assert lora.init(jax.random.key(0), loaded.params, BATCH).keys() == (
+    saved.adapter.keys()
+  )
+  where = np.nonzero(BATCH["attention_mask"])
+
+  def loss(value):
+    ((path, delta),) = saved.adapter.items()
+    adapter = {path: type(delta)(value, delta.original)}
+    return jnp.sin(lora.apply(loaded.params, adapter, BATCH)[where]).sum()
+
+  (value,) = (delta.value for delta in saved.adapter.values())
+  tx = optax.adam(1e-2)
+  state, step = tx.init(value), jax.jit(jax.grad(loss))
+  weights = [p for p in pair.peft.parameters() if p.requires_grad]
+  theirs = torch.optim.Adam(weights, lr=1e-2)
+  tensors = {k: torch.tensor(x).long() for k, x in BATCH.items()}
+  for _ in range(3):
+    updates, state = tx.update(step(value), state)
+    value = optax.apply_updates(value, updates)
+    theirs.zero_grad()
+    torch.sin(pair.cut(pair.peft(**tensors).logits)[where]).sum().backward()
+    theirs.step()
+  pair.peft.save_pretrained(tmp_path / "after")
+  after = adapters.read(tmp_path / "after", loaded.params, loaded.keymap).adapter
+  (expected,) = (delta.value for delta in after.values())
+  np.testing.assert_allclose(value, expected, atol=1e-5)
+
+
+def test_packed_texts_see_the_same_states_as_each_alone(tmp_path):
+  soft_peers.save("llama", tmp_path)
+  rows = [[5, 3, 9], [11, 8, 20, 7]]
+  for method in ("prefix", "prompt"):
+    loaded = registry.load(tmp_path, soft=settings(method))
+    packed = {
+      "input_ids": np.array([[*rows[0], *rows[1]]], np.int32),
+      "attention_mask": np.array([[1] * 3 + [2] * 4], np.int32),
+      "position_ids": np.array([[0, 1, 2, 0, 1, 2, 3]], np.int32),
+    }
+    got = np.asarray(apply(loaded, loaded.params, packed))[0]
+    for row, part in zip(rows, (got[:3], got[3:]), strict=True):
+      ids = np.array([row], np.int32)
+      alone = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+      expected = apply(loaded, loaded.params, alone)[0]
+      np.testing.assert_allclose(part, expected, atol=1e-5)
+
+
+def test_packed_texts_with_windows_are_refused(tmp_path):
+  soft_peers.save("mistral", tmp_path)
+  loaded = registry.load(tmp_path, soft=settings("prefix"))
+  ids = np.zeros((1, 4), np.int32)
+  with pytest.raises(lx.LoraxError, match=r"soft\.method=prefix with packed texts"):
+    loaded.module.apply({"params": loaded.params}, ids, ids + 1, ids)
+
+
+def test_the_places_of_a_model_are_shared(tmp_path):
+  soft_peers.save("gpt2", tmp_path)
+  loaded = registry.load(tmp_path, soft=settings("prompt"))
+  assert loaded.max_length == 48 - LENGTH
+  ids = np.zeros((1, 45), np.int32)
+  with pytest.raises(lx.LoraxError, match="45 tokens: the model takes at most 44"):
+    loaded.module.apply({"params": loaded.params}, ids, ids + 1)
+  with pytest.raises(lx.LoraxError, match="45 tokens: the model takes at most 44"):
+    loaded.blank_cache(1, 45)
+
+
+def test_settings_that_mean_nothing_are_refused(tmp_path):
+  with pytest.raises(lx.LoraxError, match=r"'prefixes'.*prefix"):
+    SoftSettings(method="prefixes")
+  with pytest.raises(lx.LoraxError, match=r"soft\.size does nothing.*soft\.length"):
+    SoftSettings(method="prefix", size=3)
+  with pytest.raises(lx.LoraxError, match=r"soft\.length does nothing.*no other field"):
+    SoftSettings(length=3)
+  with pytest.raises(lx.LoraxError, match="soft.length is 0"):
+    SoftSettings(method="prompt", length=0)
+  hf_config = {"model_type": "t5"}
+  with pytest.raises(lx.LoraxError, match=r"soft\.method=prompt is not built for a t5"):
+    registry.outline(hf_config, soft=settings("prompt"))
+
+
+def test_starts_are_pefts_and_of_the_seed(tmp_path):
+  soft_peers.save("llama", tmp_path)
+  load = lambda seed, **soft: registry.load(
+    tmp_path, seed=seed, soft=SoftSettings("prefix", length=50, **soft)
+  )
+  first = load(0)
+  states = first.params["prefix"]["states"]
+  assert states.shape == (2, 2, 50, 2, 4)
+  assert abs(float(states.std()) - 1.0) < 0.05
+  again = load(1).params["prefix"]["states"]
+  np.testing.assert_array_equal(first.reseeded(1).params["prefix"]["states"], again)
+  assert not np.array_equal(states, again)
+  assert not load(0, std=0.0).params["prefix"]["states"].any()
