@@ -121,7 +121,8 @@ def _adapter(
 ) -> dict[str, str]:
   config = settings.lora
   if form(adapter, model.keymap) == "model":
-    return {"method": "full fine-tuning"}
+    every = adapter.keys() >= model.keymap.keys.keys()
+    return {"method": "full fine-tuning" if every else "weights trained in full"}
   names = ("method", "rank", "alpha", "use_rslora", "targets", "tuned", "dropout")
   fields = dataclasses.asdict(config)
   found = {

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import lorax_flax as lx
+from lorax_flax.adapt.config import with_tuned
 from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.peft import folder
 from lorax_flax.models import registry, with_adapter
 from lorax_flax.models.soft import SoftSettings
 from lorax_flax.serve import decoder
 from tests.adapt import checks
-from tests.models import decoders, soft_peers
+from tests.models import decoders, family, soft_peers
 from tests.models.soft_peers import LENGTH, settings
 
 pytestmark = [
@@ -133,39 +134,89 @@ def test_greedy_tokens_are_those_of_peft(pair, prompt):
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_three_steps_equal_pefts(method, tmp_path):
-  pair = Pair("llama", method, tmp_path)
-  loaded, saved = pair.ours()
+def test_three_steps_with_lora_beside_equal_pefts(method, tmp_path):
+  """In torch, a prefix around a model whose layers are LoRA's; both train."""
+  base = soft_peers.save("llama", tmp_path / "base")
+  config = peft.LoraConfig(
+    task_type="CAUSAL_LM",
+    r=2,
+    lora_alpha=4,
+    target_modules=["q_proj", "v_proj"],
+    init_lora_weights=False,
+  )
+  factors = peft.get_peft_model(base, config)
+  wrapped = soft_peers.wrapped(factors.base_model.model, method)
+  weights = {n: p for n, p in wrapped.named_parameters() if "lora_" in n}
+  for weight in weights.values():
+    weight.requires_grad = True
+  loaded = registry.load(tmp_path / "base", soft=settings(method))
+
+  def theirs(name):
+    """Both folders of PEFT as one adapter of ours."""
+    found = {}
+    for model in (factors, wrapped):
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(tmp_path / name)
+      found |= adapters.read(tmp_path / name, loaded.params, loaded.keymap).adapter
+    return found
+
+  adapter = theirs("start")
   lora = lx.adapt(
     lambda params, inputs: loaded.module.apply({"params": params}, **inputs),
-    lx.LoraConfig(targets=(), tuned=loaded.soft_paths),
+    lx.LoraConfig(targets=["q_proj", "v_proj"], tuned=loaded.soft_paths, rank=2),
   )
-  assert lora.init(jax.random.key(0), loaded.params, BATCH).keys() == (
-    saved.adapter.keys()
-  )
+  made = lora.init(jax.random.key(0), loaded.params, BATCH)
+  assert {p: type(d) for p, d in made.items()} == {
+    p: type(d) for p, d in adapter.items()
+  }
   where = np.nonzero(BATCH["attention_mask"])
+  trained, rest = lx.partition(adapter, lx.trainable_mask(adapter))
 
-  def loss(value):
-    ((path, delta),) = saved.adapter.items()
-    adapter = {path: type(delta)(value, delta.original)}
-    return jnp.sin(lora.apply(loaded.params, adapter, BATCH)[where]).sum()
+  def loss(trained):
+    logits = lora.apply(loaded.params, lx.combine(trained, rest), BATCH)
+    return jnp.sin(logits[where]).sum()
 
-  (value,) = (delta.value for delta in saved.adapter.values())
   tx = optax.adam(1e-2)
-  state, step = tx.init(value), jax.jit(jax.grad(loss))
-  weights = [p for p in pair.peft.parameters() if p.requires_grad]
-  theirs = torch.optim.Adam(weights, lr=1e-2)
+  state, step = tx.init(trained), jax.jit(jax.grad(loss))
+  optimizer = torch.optim.Adam(
+    [p for p in wrapped.parameters() if p.requires_grad], lr=1e-2
+  )
   tensors = {k: torch.tensor(x).long() for k, x in BATCH.items()}
   for _ in range(3):
-    updates, state = tx.update(step(value), state)
-    value = optax.apply_updates(value, updates)
-    theirs.zero_grad()
-    torch.sin(pair.cut(pair.peft(**tensors).logits)[where]).sum().backward()
-    theirs.step()
-  pair.peft.save_pretrained(tmp_path / "after")
-  after = adapters.read(tmp_path / "after", loaded.params, loaded.keymap).adapter
-  (expected,) = (delta.value for delta in after.values())
-  np.testing.assert_allclose(value, expected, atol=1e-5)
+    updates, state = tx.update(step(trained), state)
+    trained = optax.apply_updates(trained, updates)
+    optimizer.zero_grad()
+    logits = wrapped(**tensors).logits
+    logits = logits[:, LENGTH:] if method == "prompt" else logits
+    torch.sin(logits[where]).sum().backward()
+    optimizer.step()
+  after = theirs("after")
+  for path, delta in lx.combine(trained, rest).items():
+    for name in delta.trained:
+      got, start = delta.leaves()[name], adapter[path].leaves()[name]
+      expected = after[path].leaves()[name]
+      np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=path)
+      assert np.abs(np.asarray(got) - start).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "houlsby"])
+def test_all_linear_means_the_bases_layers(method, tmp_path):
+  soft_peers.save("llama", tmp_path)
+  config = lx.LoraConfig(targets="all-linear")
+  found = []
+  for soft in (None, SoftSettings(method)):
+    loaded = registry.load(tmp_path, soft=soft)
+    family.check_axes(loaded)
+    run = lambda params, inputs, loaded=loaded: loaded.module.apply(
+      {"params": params}, **inputs
+    )
+    own = with_tuned(config, loaded.soft_paths)
+    found.append(lx.adapt(run, own).plan(loaded.params, BATCH))
+  plain, soft = ([t.path for t in plan.targets] for plan in found)
+  assert plain == soft
+  assert found[1].tuned
+  assert not set(found[1].left_out) - set(found[0].left_out)
 
 
 def test_packed_texts_see_the_same_states_as_each_alone(tmp_path):
@@ -212,7 +263,7 @@ def test_settings_that_mean_nothing_are_refused(tmp_path):
     SoftSettings(method="prefix", size=3)
   with pytest.raises(lx.LoraxError, match=r"soft\.length does nothing.*no other field"):
     SoftSettings(length=3)
-  with pytest.raises(lx.LoraxError, match="soft.length is 0"):
+  with pytest.raises(lx.LoraxError, match=r"soft\.length is 0"):
     SoftSettings(method="prompt", length=0)
   hf_config = {"model_type": "t5"}
   with pytest.raises(lx.LoraxError, match=r"soft\.method=prompt is not built for a t5"):

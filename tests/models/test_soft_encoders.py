@@ -1,10 +1,7 @@
-"""Prefixes and prompts on encoders; bottleneck adapters and BitFit, by their formulas."""
-
-import warnings
+"""Prefixes and prompts on encoders; bottleneck adapters and BitFit."""
 
 import jax
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -55,9 +52,7 @@ def test_a_prefix_on_an_encoder_is_what_a_cache_before_the_text_is(
   rows = len(inputs["input_ids"])
   cache = transformers.DynamicCache()
   for layer, both in enumerate(states):
-    k, v = (
-      torch.tensor(np.repeat(x.swapaxes(0, 1)[None], rows, axis=0)) for x in both
-    )
+    k, v = (torch.tensor(np.repeat(x.swapaxes(0, 1)[None], rows, axis=0)) for x in both)
     cache.update(k, v, layer)
   tensors = {k: torch.tensor(x).long() for k, x in inputs.items()}
   mask = torch.cat([torch.ones(rows, 4).long(), tensors["attention_mask"]], dim=1)

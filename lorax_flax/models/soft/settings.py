@@ -77,4 +77,4 @@ class SoftSettings:
 
 def places(soft: SoftSettings | None) -> int:
   """Number of places before the tokens' own."""
-  return 0 if soft is None or soft.part.peft is None else soft.length
+  return soft.length if soft is not None and "length" in soft.part.reads else 0
