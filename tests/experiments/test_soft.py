@@ -10,9 +10,10 @@ import safetensors.numpy
 
 import lorax_flax as lx
 from experiments import convert, generate, merge, predict, run
-from experiments.inference import merged
+from experiments.inference import merged, writers
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import with_adapter
+from lorax_flax.serve.conversation import Conversation
 from lorax_flax.serve.settings import Decoding
 from tests.experiments import peers
 from tests.experiments.token_ids import rows, shrunk, write
@@ -105,6 +106,16 @@ def test_the_commands_apply_both(files, both, tmp_path):
   text = (tmp_path / "texts").read_text().splitlines()[0]
   first = json.loads(text)["output_ids"][0]
   assert first == int(np.argmax(found[0]))
+
+
+def test_a_conversation_goes_on_after_the_prefix(files, both):
+  writer, _ = writers.load(str(files / "base"), str(both[1] / "adapter"))
+  decoding, talk = Decoding(max_new_tokens=3), Conversation(writer)
+  "".join(talk.answer([3, 6, 9], decoding))
+  # Further tokens, a step back, and another beginning.
+  for prompt in ([3, 6, 9, 4, 5, 7], [3, 6], [5]):
+    alone = "".join(Conversation(writer).answer(prompt, decoding))
+    assert "".join(talk.answer(prompt, decoding)) == alone
 
 
 def test_what_has_no_place_elsewhere_is_refused_by_name(files, both, tmp_path):
