@@ -31,6 +31,7 @@ from lorax_flax.errors import LoraxError, check_known
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
 ADAPTER = model_flags.adapter(FLAGS, required=False)
+QUANT = model_flags.quant(FLAGS)
 SYSTEM = flags.DEFINE_string(
   "system", None, "Content of a first message, the system's.", flag_values=FLAGS
 )
@@ -137,7 +138,7 @@ def _exit(*signal_and_frame: object) -> None:
 
 def main() -> None:
   decoding = DECODING()
-  writer, folder = writers.load(BASE.value, ADAPTER.value)
+  writer, folder = writers.load(BASE.value, ADAPTER.value, QUANT.value)
   dialogue = Dialogue(
     writer,
     folder,

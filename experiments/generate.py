@@ -37,6 +37,7 @@ from lorax_flax.serve.settings import Decoding
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
 ADAPTER = model_flags.adapter(FLAGS, required=False)
+QUANT = model_flags.quant(FLAGS)
 INPUT = flags.DEFINE_string(
   "input", None, "The lines to read, JSON.", flag_values=FLAGS, required=True
 )
@@ -64,10 +65,11 @@ def generate(
   *,
   batch_size: int = 16,
   chat_template: str | None = None,
+  quant: str | None = None,
 ) -> int:
   """Continues a file's lines into another; see the flags. Returns their number."""
   target = results.target(out, source)
-  writer, folder = writers.load(base, adapter)
+  writer, folder = writers.load(base, adapter, quant)
   vocab_size = writer.model.config.vocab_size
   file = Path(source).expanduser()
   rows = prompts.read(file, folder, writer.tokenizer, vocab_size, chat_template)
@@ -101,6 +103,7 @@ def main() -> None:
     DECODING(),
     batch_size=BATCH_SIZE.value,
     chat_template=CHAT_TEMPLATE.value,
+    quant=QUANT.value,
   )
   results.report("Texts", OUT.value, count)
 

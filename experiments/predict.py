@@ -17,7 +17,8 @@ is 0.
 
 Either file may be a pipe, /dev/stdin or /dev/stdout, or "-" for these two.
 
-The adapter is merged into the base first, so that it costs nothing per line.
+The adapter is merged into the base first, so that it costs nothing per line; with
+--quant it stays beside the base, whose kernels are quantised as they are read.
 """
 
 import sys
@@ -44,6 +45,7 @@ BASE = model_flags.base(FLAGS)
 ADAPTER = model_flags.adapter(
   FLAGS, note="Without one, the base's own head is used.", required=False
 )
+QUANT = model_flags.quant(FLAGS)
 INPUT = flags.DEFINE_string(
   "input", None, "The lines to read, JSON.", flag_values=FLAGS, required=True
 )
@@ -82,6 +84,7 @@ def predict(
   batch_size: int = 32,
   max_length: int | None = None,
   all_positions: bool = False,
+  quant: str | None = None,
 ) -> int:
   """Predicts every line of a file into another; see the flags. Returns their number."""
   target = results.target(out, source)
@@ -91,7 +94,7 @@ def predict(
     raise LoraxError(f"--all_positions: a {hf_config['model_type']} has no positions")
   known = lines.names(family, family.configure(hf_config))
   read = lines.read(Path(source).expanduser(), known)
-  model = merged.load(base, adapter, apply=True)
+  model = merged.load(base, adapter, apply=True, quant=quant)
   try:
     rows = lines.rows(read, model.loaded, known, max_length, adapter)
     results.write(target, _results(rows, model, batch_size, all_positions))
@@ -147,6 +150,7 @@ def main() -> None:
     batch_size=BATCH_SIZE.value,
     max_length=MAX_LENGTH.value,
     all_positions=ALL_POSITIONS.value,
+    quant=QUANT.value,
   )
   results.report("Predictions", OUT.value, count)
 

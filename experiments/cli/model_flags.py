@@ -2,6 +2,8 @@
 
 from absl import flags
 
+from lorax_flax.quant import FORMATS
+
 
 def base(values: flags.FlagValues) -> flags.FlagHolder:
   """Defines --base."""
@@ -11,6 +13,17 @@ def base(values: flags.FlagValues) -> flags.FlagHolder:
     "The base: a folder, a name on the Hugging Face hub, or an alias (minilm).",
     flag_values=values,
     required=True,
+  )
+
+
+def quant(values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines --quant."""
+  return flags.DEFINE_enum(
+    "quant",
+    None,
+    [*FORMATS],
+    "A format for the base's kernels in memory; an adapter then stays beside them.",
+    flag_values=values,
   )
 
 

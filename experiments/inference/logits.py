@@ -24,7 +24,7 @@ _NO_INPUTS = ("weights", "index")
 
 
 def logits(
-  rows: Inputs, loaded: Loaded, batch_size: int, *, every: bool, rest: Adapter
+  rows: Inputs, loaded: Loaded, batch_size: int, *, every: bool, rest: Adapter | None
 ) -> Iterator[list[np.ndarray | None]]:
   """Each row's logits, in the rows' order.
 
@@ -33,7 +33,7 @@ def logits(
     loaded: the model.
     batch_size: of rows computed at once; fewer where their logits are too large.
     every: of a language model, the logits at every position.
-    rest: deltas that are applied beside the model's weights.
+    rest: as of `merged.Merged`.
 
   Yields:
     The logits of a row, float32: one array (C,), a language model's those at the last
@@ -63,17 +63,17 @@ def logits(
 
 
 def _apply(
-  loaded: Loaded, rest: Adapter
+  loaded: Loaded, rest: Adapter | None
 ) -> Callable[[Any, Batch, np.ndarray | None], jax.Array]:
   def forward(params, inputs):
     return loaded.module.apply({"params": params}, **inputs, deterministic=True)
 
-  adapted = lx.adapt(forward, lx.LoraConfig(targets=tuple(rest)))
+  adapted = lx.adapt(forward, lx.LoraConfig())
 
   @jax.jit
   def apply(params, inputs, last_B):
     found: Any = (
-      adapted.apply(params, rest, inputs) if rest else forward(params, inputs)
+      forward(params, inputs) if rest is None else adapted.apply(params, rest, inputs)
     )
     if last_B is None:
       return found

@@ -10,7 +10,7 @@ from lorax_flax.adapt.merge import without_place
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.checkpoints import export
 from lorax_flax.hub.resolve import resolve
-from lorax_flax.methods import Adapter, Tuned
+from lorax_flax.methods import Adapter, Followed, Tuned
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import registry, with_adapter
 
@@ -21,11 +21,12 @@ class Merged:
 
   Attributes:
     loaded: the model; its params are the merged ones, its hf_config names the outputs.
-    rest: deltas that can't be merged, which are applied beside the base.
+    rest: deltas that are applied beside the base, in the transform, which a quantised
+      base needs even with none; None: the model runs as it is.
   """
 
   loaded: registry.Loaded
-  rest: Adapter = dataclasses.field(default_factory=dict)
+  rest: Adapter | None = None
 
   @property
   def labels(self) -> tuple[str, ...] | None:
@@ -45,11 +46,15 @@ class Merged:
     return self.loaded.hf_config.get("problem_type") or by_count
 
 
-def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
+def load(
+  base: str, adapter: str | None, *, apply: bool = False, quant: str | None = None
+) -> Merged:
   """Loads a base by folder, alias or hub name, and merges an adapter into it.
 
   Args:
     apply: keep the deltas that have no place in the base; otherwise an error.
+    quant: a format for the base's kernels in memory, beside which the deltas are kept;
+      it needs `apply`.
 
   Raises:
     LoraxError: besides what the readers raise, weights that neither of the two has.
@@ -58,12 +63,15 @@ def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
   rest: Adapter = {}
   own, problem_type = None, None
   if adapter is None:
-    loaded = registry.load(resolve(base))
+    loaded = registry.load(resolve(base), quant=quant)
   else:
-    loaded, saved = with_adapter.load(base, adapter)
+    loaded, saved = with_adapter.load(base, adapter, quant=quant)
     deltas, own, problem_type = saved.adapter, saved.labels, saved.problem_type
     brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
-    rest = without_place(loaded.params, deltas) if apply else {}
+    if quant is not None:
+      rest = {path: each for path, each in deltas.items() if isinstance(each, Followed)}
+    elif apply:
+      rest = without_place(loaded.params, deltas)
     deltas = {path: delta for path, delta in deltas.items() if path not in rest}
     loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
   if absent := set(loaded.new_paths) - brought:
@@ -76,7 +84,7 @@ def load(base: str, adapter: str | None, *, apply: bool = False) -> Merged:
   if adapter and loaded.family.has_labels:
     hf_config = _with_labels(loaded, adapter, own, problem_type)
     loaded = dataclasses.replace(loaded, hf_config=hf_config)
-  return Merged(loaded, rest)
+  return Merged(loaded, rest if rest or quant is not None else None)
 
 
 def _with_labels(

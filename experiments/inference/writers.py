@@ -9,8 +9,13 @@ from lorax_flax.serve import generate as generation
 from lorax_flax.serve.generate import Writer
 
 
-def load(base: str, adapter: str | None) -> tuple[Writer, Path]:
+def load(
+  base: str, adapter: str | None, quant: str | None = None
+) -> tuple[Writer, Path]:
   """Loads a writer with the tokenizer of the adapter, where it has one, or the base.
+
+  Args:
+    quant: as of `merged.load`.
 
   Returns:
     The writer, and the folder of the tokenizer and its chat template.
@@ -18,10 +23,10 @@ def load(base: str, adapter: str | None) -> tuple[Writer, Path]:
   Raises:
     LoraxError: what the readers raise; a model that doesn't generate.
   """
-  model = merged.load(base, adapter, apply=True)
+  model = merged.load(base, adapter, apply=True, quant=quant)
   loaded = model.loaded
   own = adapter is not None and beside.has_tokenizer(Path(adapter).expanduser())
   folder = Path(adapter).expanduser() if adapter is not None and own else loaded.folder
   has_tokenizer = own or beside.has_tokenizer(loaded.folder)
   tokenizer = load_tokenizer(loaded.folder, adapter) if has_tokenizer else None
-  return generation.writer(loaded, model.rest or None, tokenizer), folder
+  return generation.writer(loaded, model.rest, tokenizer), folder

@@ -18,7 +18,7 @@ from lorax_flax.adapt.paths import path_key
 from lorax_flax.adapt.ranks import settle
 from lorax_flax.errors import LoraxError, listing, prefixed, unknown
 from lorax_flax.methods import METHODS, Adapter, Rows, Tuned
-from lorax_flax.quant import dense
+from lorax_flax.quant import dense, is_quantized
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,11 @@ def make_plan(
     return disc.discover(jaxpr, weights, inputs)
 
   tuned = tg.select("tuned", config.tuned, floating, depth=None) if config.tuned else []
+  if stored := [path for path in tuned if is_quantized(leaves[path])]:
+    raise LoraxError(
+      f"tuned: {listing(stored, 4)} can't be trained in full, being quantised: load the"
+      " base without quant"
+    )
   indices = _rows(config, floating)
   chosen = choice.choose(config, look, leaves, {*tuned}, {*indices})
   if twice := sorted(indices.keys() & {*tuned, *chosen.paths}):

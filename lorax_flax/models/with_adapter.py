@@ -23,6 +23,7 @@ def load(
   *,
   alpha: float | None = None,
   enable_lora: Sequence[bool] | None = None,
+  quant: str | None = None,
 ) -> tuple[registry.Loaded, Saved]:
   """Loads a base with a head of the adapter's width, untied and resized as it needs.
 
@@ -30,11 +31,14 @@ def load(
     base: a folder, an alias or a hub name.
     adapter: of any form.
     alpha, enable_lora: as of `adapters.read`.
+    quant: as of `registry.load`.
 
   Raises:
     LoraxError: what the readers raise.
   """
-  loaded, (saved,) = load_all(base, [adapter], alpha=alpha, enable_lora=enable_lora)
+  loaded, (saved,) = load_all(
+    base, [adapter], alpha=alpha, enable_lora=enable_lora, quant=quant
+  )
   return loaded, saved
 
 
@@ -44,6 +48,7 @@ def load_all(
   *,
   alpha: float | None = None,
   enable_lora: Sequence[bool] | None = None,
+  quant: str | None = None,
 ) -> tuple[registry.Loaded, list[Saved]]:
   """Loads a base and several adapters, which must fit the same base; as `load`."""
   folder = resolve(base)
@@ -78,6 +83,7 @@ def load_all(
     untie=bool(untie),
     vocab_size=vocab_size,
     soft=None if soft is None else SoftSettings(**soft),
+    quant=quant,
   )
   for source, each in needs.items():
     if each.vocab_size is not None:

@@ -16,7 +16,7 @@ from lorax_flax.data.own import labels as own_labels
 from lorax_flax.data.own.labels import CLASSES, Labels
 from lorax_flax.data.own.settings import OwnSettings
 from lorax_flax.data.own.splits import TRAIN
-from lorax_flax.data.own.table import Table, text
+from lorax_flax.data.own.table import Row, Table, text, usable
 from lorax_flax.data.pixels import INPUT, Pixels
 from lorax_flax.errors import LoraxError, prefixed
 from lorax_flax.tasks.task import OwnTask, Splits, Task
@@ -68,13 +68,14 @@ def of_images(
     describe: lines on where they are from.
 
   Raises:
-    LoraxError: settings of a length in tokens.
+    LoraxError: settings of lengths in tokens.
   """
-  if settings.max_length != DataSettings.max_length:
-    raise LoraxError(
-      "data.max_length is of texts: the size of images is in the model's "
-      "preprocessor_config.json"
-    )
+  for setting in ("max_length", "buckets"):
+    if getattr(settings, setting) != getattr(DataSettings, setting):
+      raise LoraxError(
+        f"data.{setting} is of texts: the size of images is in the model's "
+        "preprocessor_config.json"
+      )
   # They are read to be trained on, and again to be described.
   read_once = functools.lru_cache(maxsize=1)(functools.partial(_read, labels, images))
 
@@ -152,8 +153,11 @@ def _open(settings: ImagesSettings) -> Task:
     "which folder with a folder of images for each class, or which file of paths and "
     "labels?"
   )
-  tables = image_folders.read_splits(path, settings.held_out)
-  _, chosen = forms.find(tables, settings.columns, (_FORM,))
+  skip = settings.skips
+  tables = image_folders.read_splits(path, settings.held_out, skip=skip)
+  _, chosen = forms.find(tables, settings.columns, (_FORM,), skip=skip)
+  if skip:
+    chosen = {split: usable(table, _check) for split, table in chosen.items()}
   labels = own_labels.find(chosen, CLASSES)
   images = {split: _opened(table) for split, table in chosen.items()}
 
@@ -163,24 +167,33 @@ def _open(settings: ImagesSettings) -> Task:
       f"example: {row.values['image']} -> {row.values['label']}"
       for row in train.rows[:_EXAMPLES]
     ]
-    return [*summary.of_files(tables, _FORM, settings.columns), *shown]
+    return [
+      *summary.of_files(tables, _FORM, settings.columns),
+      *(x for t in chosen.values() for x in summary.of_skipped(t.file, t.bad)),
+      *shown,
+    ]
 
   return of_images(_NAME, settings, labels, images, describe)
 
 
 def _opened(table: Table) -> list[Callable[[], Image]]:
-  folder = image_folders.folder_of(table)
+  for row in table.rows:
+    text(table, row, "image")
+  return [functools.partial(_open_image, table, row) for row in table.rows]
 
-  def opened(place: str, name: str) -> Image:
-    from lorax_flax.data import image_processor
 
-    with prefixed(f"{table.file}: {place}"):
-      return image_processor.read_image(folder / Path(name).expanduser())
+def _open_image(table: Table, row: Row) -> Image:
+  from lorax_flax.data import image_processor
 
-  return [
-    functools.partial(opened, row.place, text(table, row, "image"))
-    for row in table.rows
-  ]
+  name = text(table, row, "image")
+  with prefixed(f"{table.file}: {row.place}"):
+    folder = image_folders.folder_of(table)
+    return image_processor.read_image(folder / Path(name).expanduser())
+
+
+def _check(table: Table, row: Row) -> None:
+  own_labels.check(table, row, CLASSES)
+  _open_image(table, row)
 
 
 TASK = OwnTask(_NAME, ImagesSettings, _open)

@@ -14,7 +14,7 @@ from lorax_flax.data import pipeline
 from lorax_flax.data.examples import Example
 from lorax_flax.data.own import forms, summary
 from lorax_flax.data.own.splits import TRAIN, read_splits
-from lorax_flax.data.own.table import Table, text
+from lorax_flax.data.own.table import Bad, Row, Table, text, usable
 from lorax_flax.data.pairs import Pairs, pairs
 from lorax_flax.data.sequences import IGNORED
 from lorax_flax.data.tokenize import load_tokenizer, tokenize, uncut_lengths
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _NAME, _FORM = "seq2seq", "completion"
 _EXAMPLES = 3  # that are shown
+_COLUMNS = ("prompt", "completion")
 _START = "decoder_start_token_id"
 
 
@@ -51,9 +52,10 @@ class Seq2SeqSettings(AnswerSettings):
 
 
 class _Split(NamedTuple):
-  """Prompts and completions, and their tokens."""
+  """Prompts and completions of a file, and the rows of it that are of no use."""
 
   table: Table
+  bad: tuple[Bad, ...]
   prompts: list[Example]
   completions: list[Example]
 
@@ -73,10 +75,13 @@ def _open(settings: Seq2SeqSettings) -> Task:
     "which file of prompts and completions, or which folder with train and validation "
     "files?"
   )
-  tables = read_splits(path, settings.held_out)
-  _, chosen = forms.find(tables, settings.columns, (_FORM,))
+  skip = settings.skips
+  tables = read_splits(path, settings.held_out, skip=skip)
+  _, chosen = forms.find(tables, settings.columns, (_FORM,), skip=skip)
+  if skip:
+    chosen = {name: usable(table, _check) for name, table in chosen.items()}
   splits = {
-    name: _Split(tables[name], *(_column(table, n) for n in ("prompt", "completion")))
+    name: _Split(tables[name], table.bad, *(_column(table, n) for n in _COLUMNS))
     for name, table in chosen.items()
   }
 
@@ -100,6 +105,11 @@ def _open(settings: Seq2SeqSettings) -> Task:
     samples=answers.samples,
     describe=lambda _, model: _describe(settings, splits, tokens(model.folder), model),
   )
+
+
+def _check(table: Table, row: Row) -> None:
+  for name in _COLUMNS:
+    text(table, row, name)
 
 
 def _column(table: Table, name: str) -> list[Example]:
@@ -189,6 +199,7 @@ def _describe(
     *summary.of_files(
       {name: split.table for name, split in splits.items()}, _FORM, settings.columns
     ),
+    *(x for s in splits.values() for x in summary.of_skipped(s.table.file, s.bad)),
     summary.of_lengths(
       np.concatenate([each.prompt_lengths_N for each in tokens.values()]),
       settings.max_length,

@@ -17,7 +17,7 @@ from lorax_flax.data.own import labels as own_labels
 from lorax_flax.data.own.labels import CLASSES, KINDS, NUMBER, SEVERAL, Labels
 from lorax_flax.data.own.settings import OwnSettings
 from lorax_flax.data.own.splits import TRAIN, read_splits
-from lorax_flax.data.own.table import Row, Table, text
+from lorax_flax.data.own.table import Row, Table, text, usable
 from lorax_flax.data.tokenize import load_tokenizer, tokenize, uncut_lengths
 from lorax_flax.data.tokens import Tokens
 from lorax_flax.errors import check_known, prefixed
@@ -58,11 +58,13 @@ class _Found(NamedTuple):
 
   Attributes:
     tables: by split, as in the files.
+    chosen: the same, with the rows that are of use.
     examples: by split.
     labels: of all splits.
   """
 
   tables: Mapping[str, Table]
+  chosen: Mapping[str, Table]
   examples: Mapping[str, list[Example]]
   labels: Labels
 
@@ -72,13 +74,16 @@ def _open(settings: TextsSettings) -> Task:
   path = settings.required_path(
     "which file of texts and labels, or which folder with train and validation files?"
   )
-  tables = read_splits(path, settings.held_out)
-  _, chosen = forms.find(tables, settings.columns, (_FORM,))
+  skip, check = settings.skips, functools.partial(_check, kind=settings.labels)
+  tables = read_splits(path, settings.held_out, skip=skip)
+  _, chosen = forms.find(tables, settings.columns, (_FORM,), skip=skip)
+  if skip:
+    chosen = {split: usable(table, check) for split, table in chosen.items()}
   examples = {
     split: [_example(table, row) for row in table.rows]
     for split, table in chosen.items()
   }
-  found = _Found(tables, examples, own_labels.find(chosen, settings.labels))
+  found = _Found(tables, chosen, examples, own_labels.find(chosen, settings.labels))
   labels = found.labels
   # They are read to be trained on, and again to be described.
   rows = functools.lru_cache(maxsize=1)(functools.partial(_tokens, found))
@@ -99,6 +104,11 @@ def _open(settings: TextsSettings) -> Task:
     problem_type="multi_label_classification" if labels.kind == SEVERAL else None,
     describe=functools.partial(_describe, found, rows),
   )
+
+
+def _check(table: Table, row: Row, kind: str | None) -> None:
+  _example(table, row)
+  own_labels.check(table, row, kind)
 
 
 def _example(table: Table, row: Row) -> Example:
@@ -171,6 +181,7 @@ def _describe(
     examples.append(f"example: {shown} -> {_label(found.labels, number)}")
   return [
     *summary.of_files(found.tables, _FORM, settings.columns),
+    *(x for t in found.chosen.values() for x in summary.of_skipped(t.file, t.bad)),
     *summary.of_labels(found.labels),
     summary.of_lengths(np.concatenate(lengths), most),
     *examples,

@@ -229,6 +229,7 @@ def _break(name):
     (None, {"data.path": None}, "data.path: which folder with a folder of images"),
     (None, {"data.path": "nowhere"}, "unknown ending ''"),
     (None, {"data.max_length": 64}, "data.max_length is of texts"),
+    (None, {"data.buckets": 2}, "data.buckets is of texts"),
     (None, {"model.path": "minilm"}, "images trains a image-classification model"),
   ],
 )
@@ -241,6 +242,21 @@ def test_what_can_not_be_is_an_error(base, tmp_path, change, fields, message):
     fields = {"model.path": tmp_path / "bert"}
   with pytest.raises(LoraxError, match=message):
     run.prepare({tmp_path: _settings(base, data, **fields)})
+
+
+def test_what_is_no_image_is_skipped_and_counted(base, tmp_path):
+  data = _splits(tmp_path)
+  for name in ("train/dark/0.png", "train/light/1.png", "train/light/notes.txt"):
+    (data / name).write_bytes(b"no image")
+  shown = "\n".join(show.describe(_settings(base, data, **{"data.bad_rows": "skip"})))
+  for line in (
+    "1 rows are skipped: is no image: unknown ending '.txt'",
+    "(the first: dark/0.png)",
+    "(the first: light/1.png)",
+    "  light: 9 in train, 4 in validation",
+  ):
+    assert line in shown
+  assert shown.count(" rows are skipped: ") == 3
 
 
 def test_one_class_alone_is_an_error(base, tmp_path):

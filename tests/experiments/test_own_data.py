@@ -194,6 +194,38 @@ def test_lorax_data_shows_the_file_alone(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+  ("kind", "label", "bad", "why"),
+  [
+    (None, lambda cat, _: "cat" if cat else "dog", "", "has no label: it is empty"),
+    ("several", lambda cat, _: "cat" if cat else "dog", "a,,b", "has no label: it is"),
+    ("number", lambda cat, i: i + cat, "many", "the label 'many' is no number"),
+    (None, lambda cat, i: i / 8 + cat, "inf", "the label 'inf' is no finite number"),
+  ],
+)
+def test_rows_without_text_or_label_are_skipped_and_counted(
+  base, tmp_path, kind, label, bad, why
+):
+  file = _csv(tmp_path / "my.csv", label)
+  with file.open("a", newline="") as stream:
+    csv.writer(stream).writerows([(0, "the cat", bad), (0, " ", label(1, 1)), (1, 2)])
+  fields = {"data.labels": kind} if kind else {}
+  with pytest.raises(LoraxError, match=r"my\.csv: line 94 has 2 values"):
+    data.describe(_settings(base, file, **fields))
+  settings = _settings(base, file, **fields, **{"data.bad_rows": "skip"})
+  shown = data.describe(settings)
+  skipped = [line for line in shown if " rows are skipped: " in line]
+  assert len(skipped) == 3
+  for line in (f"{why}", "its text is empty (the first: line 93)", "has 2 values"):
+    assert any(f"my.csv: 1 rows are skipped: {line}" in found for found in skipped)
+
+
+def test_a_file_without_a_row_of_use_is_an_error(base, tmp_path):
+  file = _csv(tmp_path / "my.csv", lambda cat, _: "")
+  with pytest.raises(LoraxError, match=r"my\.csv: no row is of use: line 2: has no"):
+    data.describe(_settings(base, file, **{"data.bad_rows": "skip"}))
+
+
+@pytest.mark.parametrize(
   ("argv", "index"),
   [
     (["data", "--config", "classify.py", "F"], 3),

@@ -438,6 +438,29 @@ def test_what_can_not_be_is_an_error(tmp_path, change, row, fields, message):
     run.prepare({tmp_path: _settings(tmp_path, data, **fields)})
 
 
+def test_rows_without_a_text_are_skipped_and_counted(tmp_path):
+  _save("v1.0", tmp_path)
+  data = _write(tmp_path / "data")
+  bad = [
+    '{"article": "a"}',
+    '{"article": "a", "completion": " "}',
+    '{"article": " ", "completion": "a"}',
+    '{"article": "", "completion": "a"}',
+    "[]",
+  ]
+  with (data / "train.jsonl").open("a") as stream:
+    stream.write("\n".join(bad))
+  settings = _settings(tmp_path, data, **{"data.bad_rows": "skip"})
+  shown = "\n".join(show.describe(settings))
+  for line in (
+    "1 rows are skipped: has no completion (the first: line 23)",
+    "1 rows are skipped: its completion is empty (the first: line 24)",
+    "2 rows are skipped: its prompt is empty (the first: line 25)",
+    "1 rows are skipped: is no object: [] (the first: line 27)",
+  ):
+    assert f"train.jsonl: {line}" in shown
+
+
 def test_another_kind_of_model_is_refused(tmp_path):
   own_text.decoder(tmp_path)
   settings = _settings(tmp_path, _write(tmp_path / "data"))

@@ -57,6 +57,13 @@ PEERS = {
 }
 
 
+def kernel_methods() -> set[str]:
+  """The package's own methods of kernels: a test may have registered one."""
+  rows = lx.METHODS.items()
+  own = {name for name, m in rows if m.__module__.startswith("lorax_flax.")}
+  return {name for name in own if issubclass(lx.METHODS[name], lx.KernelDelta)}
+
+
 def config(name: str, **fields: Any) -> lx.LoraConfig:
   return lx.LoraConfig(targets="kernel", method=name, **PEERS[name].ours, **fields)
 

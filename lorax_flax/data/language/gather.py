@@ -1,12 +1,12 @@
 """Encoded rows of a file gathered: cut to length, and checked that each is of use."""
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lorax_flax.data.language.encoding import Encoded, Outcomes
+from lorax_flax.data.own.table import Bad, none_of_use
 from lorax_flax.data.sequences import IGNORED, Sequences
 from lorax_flax.data.tokens import Tokens, ragged
 from lorax_flax.errors import LoraxError
@@ -20,14 +20,13 @@ class Gathered:
     file: that they were read from.
     rows: those that are of use.
     lengths_N: number of tokens of each before it was cut.
-    skipped: number of rows that were left out, by the reason; the place of the first
-      is in it.
+    skipped: those that were left out.
   """
 
   file: Path
   rows: Sequences
   lengths_N: np.ndarray
-  skipped: dict[str, int]
+  skipped: tuple[Bad, ...]
 
 
 def gather(
@@ -53,26 +52,23 @@ def gather(
   ids: list[np.ndarray] = []
   labels: list[np.ndarray] = []
   lengths: list[int] = []
-  reasons: Counter[str] = Counter()
-  first: dict[str, str] = {}
+  skipped: list[Bad] = []
   for place, made in outcomes:
     problem = _problem(made, max_length, vocab_size)
     if isinstance(made, LoraxError) or problem:
       if not skip:
         raise LoraxError(f"{file}: {place}: {problem}")
-      reasons[problem] += 1
-      first.setdefault(problem, place)
+      skipped.append(Bad(place, problem))
       continue
     ids_T, learnt_T = made
     lengths.append(len(ids_T))
     ids.append(ids_T[:max_length])
     labels.append(np.where(learnt_T, ids_T, np.int32(IGNORED))[:max_length])
-  skipped = {f"{why} (the first: {first[why]})": n for why, n in reasons.most_common()}
   if not ids:
-    raise LoraxError(f"{file}: no row is of use: {next(iter(skipped), 'it has none')}")
+    raise LoraxError(none_of_use(file, skipped))
   ids_S, offsets = ragged(ids)
   rows = Sequences(Tokens(ids_S, offsets, pad_id), ragged(labels)[0])
-  return Gathered(file, rows, np.asarray(lengths), skipped)
+  return Gathered(file, rows, np.asarray(lengths), tuple(skipped))
 
 
 def _problem(made: Encoded | LoraxError, max_length: int, vocab_size: int) -> str:

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from lorax_flax.data.own import splits
 from lorax_flax.data.own.splits import EVALUATION, TRAIN
-from lorax_flax.data.own.table import FORMATS, Row, Table
+from lorax_flax.data.own.table import FORMATS, Bad, Row, Table, sorted_out
 from lorax_flax.errors import LoraxError, listing, unknown
 
 ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
-def read_splits(path: str, held_out: float) -> Mapping[str, Table]:
+def read_splits(
+  path: str, held_out: float, *, skip: bool = False
+) -> Mapping[str, Table]:
   """Tables of paths and labels, by the split's name, "train" first.
 
   Args:
@@ -19,6 +21,7 @@ def read_splits(path: str, held_out: float) -> Mapping[str, Table]:
       such folders in train/ and validation/ or test/; or what `splits.read_splits`
       reads.
     held_out: as of `splits.read_splits`. A row goes by its path and its class.
+    skip: as of `table.read`; a file that is no image by its ending is such a row.
 
   Raises:
     LoraxError: no such folder, one without images, a file that is no image by its
@@ -28,7 +31,7 @@ def read_splits(path: str, held_out: float) -> Mapping[str, Table]:
   if not source.is_dir() or any(
     file.suffix.lower() in FORMATS for file in source.iterdir()
   ):
-    return splits.read_splits(path, held_out)
+    return splits.read_splits(path, held_out, skip=skip)
   names = {folder.name.lower(): folder for folder in _folders(source)}
   if not names:
     there = listing([each.name for each in source.iterdir()]) or "nothing"
@@ -37,14 +40,14 @@ def read_splits(path: str, held_out: float) -> Mapping[str, Table]:
       f"paths and labels; there is: {there}"
     )
   if TRAIN not in names:
-    return splits.hold_out(_of_classes(source), held_out)
-  found = {TRAIN: _of_classes(names.pop(TRAIN))}
+    return splits.hold_out(_of_classes(source, skip), held_out)
+  found = {TRAIN: _of_classes(names.pop(TRAIN), skip)}
   for name, folder in names.items():
     if name not in EVALUATION:
       raise LoraxError(f"{source}: {unknown('split', folder.name, EVALUATION)}")
     if EVALUATION[name] in found:
       raise LoraxError(f"{source}: two folders are {EVALUATION[name]}")
-    found[EVALUATION[name]] = _of_classes(folder)
+    found[EVALUATION[name]] = _of_classes(folder, skip)
   if len(found) == 1:
     raise LoraxError(f"{source} has no folder validation or test beside {TRAIN}")
   return found
@@ -60,22 +63,23 @@ def _folders(folder: Path) -> list[Path]:
   return sorted(each for each in visible if each.is_dir())
 
 
-def _of_classes(folder: Path) -> Table:
-  rows = [row for each in _folders(folder) for row in _of_class(folder, each)]
+def _of_classes(folder: Path, skip: bool) -> Table:
+  found = (row for each in _folders(folder) for row in _of_class(folder, each))
+  rows, bad = sorted_out(folder, found, skip)
   if not rows:
     raise LoraxError(f"{folder} has no folders of images, one for each class")
-  return Table(folder, ("image", "label"), rows)
+  return Table(folder, ("image", "label"), rows, bad)
 
 
-def _of_class(root: Path, folder: Path) -> Iterator[Row]:
+def _of_class(root: Path, folder: Path) -> Iterator[Row | Bad]:
   empty = True
   for file in sorted(folder.rglob("*")):
     if file.is_dir() or file.name.startswith("."):
       continue
-    if file.suffix.lower() not in ENDINGS:
-      raise LoraxError(f"{file}: {unknown('ending', file.suffix, ENDINGS)}")
-    empty = False
-    name = file.relative_to(root).as_posix()
-    yield Row(name, {"image": name, "label": folder.name})
+    empty, name = False, file.relative_to(root).as_posix()
+    if file.suffix.lower() in ENDINGS:
+      yield Row(name, {"image": name, "label": folder.name})
+    else:
+      yield Bad(name, f"is no image: {unknown('ending', file.suffix, ENDINGS)}")
   if empty:
     raise LoraxError(f"{folder} is a class without images")

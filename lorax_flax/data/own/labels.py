@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorax_flax.data.own.splits import TRAIN
-from lorax_flax.data.own.table import Table
+from lorax_flax.data.own.table import Row, Table
 from lorax_flax.errors import LoraxError, listing, nearest
 
 CLASSES, NUMBER, SEVERAL = KINDS = ("classes", "number", "several")
@@ -97,11 +97,29 @@ def find(tables: Mapping[str, Table], kind: str | None = None) -> Labels:
   return Labels(kind, names, values)
 
 
+def check(table: Table, row: Row, kind: str | None) -> None:
+  """Raises LoraxError for a row's label that is none, whatever the other rows' are.
+
+  Args:
+    kind: as of `find`.
+  """
+  label = _of_row(table, row)
+  if kind == NUMBER or (kind is None and _type(label) == "a number"):
+    _number(label)
+  elif kind == SEVERAL or isinstance(label.value, list):
+    _several(label)
+  else:
+    _name(label, label.value)
+
+
 def _of_table(table: Table) -> Iterator[_Label]:
-  for row in table.rows:
-    value = row.values["label"]
-    value = value.strip() if isinstance(value, str) else value
-    yield _Label(f"{table.file}: {row.place}", value)
+  return (_of_row(table, row) for row in table.rows)
+
+
+def _of_row(table: Table, row: Row) -> _Label:
+  value = row.values["label"]
+  value = value.strip() if isinstance(value, str) else value
+  return _Label(f"{table.file}: {row.place}", value)
 
 
 def _type(label: _Label) -> str:

@@ -1,16 +1,19 @@
 """Lines that show what was found in a user's files."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from lorax_flax.data.own.forms import FORMS
 from lorax_flax.data.own.labels import NUMBER, SEVERAL, Labels
 from lorax_flax.data.own.splits import TRAIN
-from lorax_flax.data.own.table import Table
+from lorax_flax.data.own.table import Bad, Table
 from lorax_flax.errors import listing
 
 _MOST_CLASSES = 30  # that are shown
+_REASONS = 5  # for which rows are skipped, that are shown
 
 
 def of_files(
@@ -37,6 +40,18 @@ def of_files(
     f"not read: {listing(left) if left else 'none'}",
     "rows: " + ", ".join(f"{len(t):,} in {name}" for name, t in tables.items()),
   ]
+
+
+def of_skipped(file: Path, skipped: Sequence[Bad]) -> list[str]:
+  """The reasons of the most rows with the place of the first, and the other rows."""
+  first = {bad.why: bad.place for bad in reversed(skipped)}
+  reasons = Counter(bad.why for bad in skipped).most_common()
+  lines = [
+    f"{file}: {number:,} rows are skipped: {why} (the first: {first[why]})"
+    for why, number in reasons[:_REASONS]
+  ]
+  rest = sum(number for _, number in reasons[_REASONS:])
+  return [*lines, f"{file}: {rest:,} more rows are skipped"] if rest else lines
 
 
 def of_lengths(

@@ -8,8 +8,8 @@ import contextlib
 import csv
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,19 +71,56 @@ def read(file: Path, *, skip: bool = False) -> Table:
     raise LoraxError(f"{file}: {unknown('ending', ending, FORMATS)}")
   if not file.is_file():
     raise LoraxError(f"no file {file}")
+  rows, bad = sorted_out(file, FORMATS[ending](file), skip)
+  if not rows:
+    raise LoraxError(f"{file} has no rows" + " that can be read" * bool(bad))
+  names = dict.fromkeys(name for row in rows for name in row.values)
+  return Table(file, tuple(names), rows, bad)
+
+
+def sorted_out(
+  file: Path, found: Iterable[Row | Bad], skip: bool
+) -> tuple[list[Row], tuple[Bad, ...]]:
+  """The rows, and the malformed ones: LoraxError for the first unless `skip`."""
   rows: list[Row] = []
   bad: list[Bad] = []
-  for row in FORMATS[ending](file):
+  for row in found:
     if isinstance(row, Row):
       rows.append(row)
     elif skip:
       bad.append(row)
     else:
       raise LoraxError(f"{file}: {row.place} {row.why}")
+  return rows, tuple(bad)
+
+
+def none_of_use(file: Path, bad: Sequence[Bad]) -> str:
+  """What is wrong with a file of which no row is left."""
+  first = f"{bad[0].place}: {bad[0].why}" if bad else "it has none"
+  return f"{file}: no row is of use: {first}"
+
+
+def usable(table: Table, check: Callable[[Table, Row], object]) -> Table:
+  """The table with the rows that a check refuses among the bad ones.
+
+  Args:
+    check: raises LoraxError for a row that is of no use, with the row's place.
+
+  Raises:
+    LoraxError: no row is left.
+  """
+  rows, bad = [], list(table.bad)
+  for row in table.rows:
+    try:
+      check(table, row)
+    except LoraxError as error:
+      why = str(error).removeprefix(f"{table.file}: {row.place}").lstrip(": ")
+      bad.append(Bad(row.place, why))
+    else:
+      rows.append(row)
   if not rows:
-    raise LoraxError(f"{file} has no rows" + " that can be read" * bool(bad))
-  names = dict.fromkeys(name for row in rows for name in row.values)
-  return Table(file, tuple(names), rows, tuple(bad))
+    raise LoraxError(none_of_use(table.file, bad))
+  return replace(table, rows=rows, bad=tuple(bad))
 
 
 def text(table: Table, row: Row, name: str) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from lorax_flax.data import pipeline
-from lorax_flax.data.language.gather import Gathered
 from lorax_flax.data.own import summary
 from lorax_flax.data.own.splits import TRAIN
 from lorax_flax.data.sequences import IGNORED, Sequences
@@ -15,7 +14,6 @@ from lorax_flax.tasks.causal_lm.read import TOKEN_IDS, Found
 from lorax_flax.tasks.causal_lm.settings import TextSettings
 
 _EXAMPLES, _LONGEST = 3, 800  # that are shown, and characters of one
-_REASONS = 5  # for which rows are skipped, that are shown
 # Token ids -> text.
 Decode = Callable[[list[int]], str]
 
@@ -35,23 +33,16 @@ def describe(
     *summary.of_files(found.tables, found.form, settings.columns),
     *_windows(settings, found),
     summary.of_lengths(lengths_N, settings.max_length),
-    *(line for each in found.rows.values() for line in _skipped(each)),
+    *(
+      line
+      for each in found.rows.values()
+      for line in summary.of_skipped(each.file, each.skipped)
+    ),
     f"learnt: {_predicted(rows).sum():,} of {len(rows.labels_S):,} tokens in {TRAIN} "
     f"({_predicted(rows).mean():.1%}), which are in ⟦…⟧ below",
     *_padding(settings, rows, trained),
     *_examples(rows, _decoder(found.form, folder)),
   ]
-
-
-def _skipped(found: Gathered) -> list[str]:
-  """Lines with the reasons of the most rows, and the number of others."""
-  reasons = list(found.skipped.items())
-  lines = [
-    f"{found.file}: {number:,} rows are skipped: {why}"
-    for why, number in reasons[:_REASONS]
-  ]
-  rest = sum(number for _, number in reasons[_REASONS:])
-  return [*lines, f"{found.file}: {rest:,} more rows are skipped"] if rest else lines
 
 
 def _predicted(rows: Sequences) -> np.ndarray:

@@ -49,9 +49,10 @@ def read(settings: TextSettings, model: Located) -> Found:
   )
   if settings.max_length < 2:
     raise LoraxError("data.max_length must be at least 2: a token follows from another")
-  skip = settings.bad_rows == "skip"
-  tables = splits.read_splits(path, settings.held_out, skip=skip)
-  form, chosen = forms.find(tables, settings.columns, tuple(_ENCODE), skip=skip)
+  tables = splits.read_splits(path, settings.held_out, skip=settings.skips)
+  form, chosen = forms.find(
+    tables, settings.columns, tuple(_ENCODE), skip=settings.skips
+  )
   if form == TOKEN_IDS:
     for table in tables.values():
       _check_names(settings, table)
@@ -62,7 +63,7 @@ def read(settings: TextSettings, model: Located) -> Found:
       max_length=settings.max_length,
       vocab_size=model.config.vocab_size,
       pad_id=getattr(model.config, "pad_token_id", None) or 0,
-      skip=skip,
+      skip=settings.skips,
     )
     for split, table in chosen.items()
   }

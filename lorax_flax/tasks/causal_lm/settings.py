@@ -14,7 +14,6 @@ class TextSettings(AnswerSettings):
   input_ids and, where not all are learnt, loss_mask.
 
   Attributes:
-    bad_rows: "error" for a row that can't be used, or "skip", which counts them.
     documents: "windows" cuts texts one after another into rows of max_length tokens;
       "rows" has one row for each text.
     chat_template: a .jinja file in place of the model's own template.
@@ -23,7 +22,6 @@ class TextSettings(AnswerSettings):
       attends to itself alone.
   """
 
-  bad_rows: str = "error"
   documents: str = "windows"
   chat_template: str | None = None
   learn: str = "all"
@@ -36,7 +34,6 @@ class TextSettings(AnswerSettings):
 
 
 _CHOICES = {
-  "bad_rows": ("error", "skip"),
   "documents": ("windows", "rows"),
   "learn": ("all", "last"),
 }

@@ -61,7 +61,7 @@ def test_a_file_of_paths_is_read_as_any_other(tmp_path):
   [
     ([], "has neither folders of images.*there is: nothing"),
     (["notes.txt"], "has neither folders of images.*there is: notes.txt"),
-    (["a/x.png", "a/notes.txt"], r"a/notes\.txt: unknown ending '\.txt'"),
+    (["a/x.png", "a/notes.txt"], r"a/notes\.txt is no image: unknown ending '\.txt'"),
     (["a/x.png", "b/.keep"], "b is a class without images"),
     (["train/a/x.png"], "has no folder validation or test beside train"),
     (["train/a/x.png", "valdation/a/x.png"], "did you mean 'validation'"),
