@@ -256,6 +256,8 @@ def test_packed_texts_see_the_same_states_as_each_alone(tmp_path):
       alone = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
       expected = apply(loaded, loaded.params, alone)[0]
       np.testing.assert_allclose(part, expected, atol=1e-5)
+      base = registry.load(tmp_path)
+      assert np.abs(apply(base, base.params, alone)[0] - expected).max() > 0.1
 
 
 def test_packed_texts_with_windows_are_refused(tmp_path):
