@@ -4,6 +4,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
+
+from launch.dryrun import kernels
 from lorax_flax.adapt.interpret import encoding
 
 
@@ -14,7 +17,8 @@ def matmul_flops(jaxpr: Any) -> int:
     jaxpr: of the function, `jitted.trace(…).jaxpr`.
 
   Raises:
-    ValueError: a while loop with products in it, whose trip count is not known.
+    ValueError: a while loop with products in it, whose trip count is not known; a
+      kernel that is not known.
   """
   total = 0
   for equation in _used(encoding.open_jaxpr(jaxpr)[0]):
@@ -24,6 +28,10 @@ def matmul_flops(jaxpr: Any) -> int:
       total += _dot(equation)
     elif name == "conv_general_dilated":
       total += _convolution(equation)
+    elif name == "pallas_call":
+      total += _kernel(equation)
+    elif name == "shard_map":  # What each device does.
+      total += inner * equation.params["mesh"].size
     elif name == "scan":
       total += inner * encoding.call(equation).length
     elif name == "while" and inner:
@@ -49,6 +57,15 @@ def _inner(params: Any) -> Iterator[Any]:
     for part in value if isinstance(value, (tuple, list)) else (value,):
       if hasattr(encoding.open_jaxpr(part)[0], "eqns"):
         yield part
+
+
+def _kernel(equation: Any) -> int:
+  name = equation.params["name"] or ""
+  if (found := kernels.products(name)) is None:
+    raise ValueError(f"the products in the kernel {name!r} cannot be counted")
+  avals = [x.aval for x in equation.invars]
+  floats = [x.shape for x in avals if jnp.issubdtype(x.dtype, jnp.floating)]
+  return found.needed * kernels.flops(floats)
 
 
 def _dot(equation: Any) -> int:

@@ -1,6 +1,7 @@
 """Blocks of weights that share a scale, and two 4-bit codes in a byte."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +38,26 @@ def pack(codes: jax.Array) -> jax.Array:
   return (codes[..., ::2] << 4) | codes[..., 1::2]
 
 
-def unpack(packed: jax.Array) -> jax.Array:
-  """The 4-bit codes of `pack`."""
-  return join(jnp.stack([packed >> 4, packed & 15], -1))
+def unpacked(
+  packed: jax.Array,
+  values: Callable[[jax.Array], jax.Array],
+  scales: jax.Array,
+  dtype: Any,
+) -> jax.Array:
+  """values(codes) * scales of the codes of `pack`, computed in float32.
+
+  Compilers store what is interleaved: it is of the final dtype, and made last.
+
+  Args:
+    scales: float32, with as many elements on the last axis as there are blocks.
+    dtype: of the result.
+  """
+  pairs = packed.shape[-1] // scales.shape[-1]  # of codes in a block
+
+  def scaled(codes):
+    return join(split(values(codes), pairs) * scales[..., None]).astype(dtype)
+
+  return join(jnp.stack([scaled(packed >> 4), scaled(packed & 15)], -1))
 
 
 def looked_up(codes: jax.Array, values: Sequence[float]) -> jax.Array:

@@ -34,6 +34,5 @@ class Int4(Quantized):
     return cls(blocks.pack(blocks.join(codes.astype(jnp.uint8))), absmax, dtype=dtype)
 
   def matrices(self) -> jax.Array:
-    """The weights, (*stack, out, in) float32."""
-    codes = blocks.split(blocks.unpack(self.codes), self.block).astype(jnp.float32)
-    return blocks.join((codes - 8) * (self.absmax * (1 / 7))[..., None])
+    steps, number = self.absmax * (1 / 7), lambda codes: codes.astype(jnp.float32) - 8
+    return blocks.unpacked(self.codes, number, steps, self.dtype)

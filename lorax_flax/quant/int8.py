@@ -31,5 +31,5 @@ class Int8(Quantized):
     return cls(codes.astype(jnp.int8), absmax, dtype=dtype)
 
   def matrices(self) -> jax.Array:
-    """The weights, (*stack, out, in) float32."""
-    return self.codes.astype(jnp.float32) * (self.absmax * (1 / 127))[..., None]
+    steps = (self.absmax * (1 / 127))[..., None]
+    return (self.codes.astype(jnp.float32) * steps).astype(self.dtype)

@@ -4,6 +4,7 @@ Code book, layout, codes and values are those of bitsandbytes 0.50.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import jax
@@ -69,8 +70,7 @@ class NF4(Quantized):
     return cls(blocks.pack(codes), absmax, dtype=dtype)
 
   def matrices(self) -> jax.Array:
-    """The weights, (*stack, out, in) float32."""
-    return _weights(self.codes, self.absmax, self.block)
+    return _weights(self.codes, self.absmax, self.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -111,14 +111,13 @@ class DoubleNF4(Quantized):
     return cls(blocks.pack(codes), scales, scales_absmax, mean, dtype=dtype)
 
   def matrices(self) -> jax.Array:
-    """The weights, (*stack, out, in) float32."""
     flat = jnp.asarray(DYNAMIC)[blocks.join(self.scales)]
     spread = jnp.repeat(self.scales_absmax, self.group, -1)[..., : flat.shape[-1]]
     # The maximum is the product itself; without one, compilers would make a fused
     # multiply-add, and round where bitsandbytes does not.
     absmax = jnp.maximum(flat * spread, -spread) + self.mean
     absmax = absmax.reshape(self.scales.shape)
-    return _weights(self.codes, absmax, self.block)
+    return _weights(self.codes, absmax, self.dtype)
 
 
 def _quantized(
@@ -131,6 +130,6 @@ def _quantized(
   return blocks.join(blocks.nearest(scaled, code)), absmax
 
 
-def _weights(codes: jax.Array, absmax: jax.Array, size: int) -> jax.Array:
-  values = blocks.looked_up(blocks.unpack(codes), CODE.tolist())
-  return blocks.join(blocks.split(values, size) * absmax[..., None])
+def _weights(codes: jax.Array, absmax: jax.Array, dtype: Any) -> jax.Array:
+  look_up = partial(blocks.looked_up, values=CODE.tolist())
+  return blocks.unpacked(codes, look_up, absmax, dtype)

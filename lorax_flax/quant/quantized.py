@@ -42,7 +42,7 @@ class Quantized:
     raise NotImplementedError
 
   def matrices(self) -> jax.Array:
-    """The weights, (*stack, out, in) float32."""
+    """The weights, (*stack, out, in), computed in float32 and rounded to `dtype`."""
     raise NotImplementedError
 
   @classmethod
@@ -94,7 +94,7 @@ class Quantized:
 # One program: step by step, each of the intermediate arrays would be stored.
 @functools.partial(jax.jit, inline=True)
 def _dense(leaf: Quantized) -> jax.Array:
-  return jnp.swapaxes(leaf.matrices(), -1, -2).astype(leaf.dtype)
+  return jnp.swapaxes(leaf.matrices(), -1, -2)
 
 
 def is_quantized(x: Any) -> bool:

@@ -3,6 +3,7 @@
 import math
 import re
 
+from launch.dryrun import kernels
 from launch.dryrun.hlo import loops, program
 from launch.dryrun.hlo.program import Computation, Instruction
 
@@ -35,10 +36,18 @@ def flops(instruction: Instruction, inside: Computation) -> int:
   if instruction.op == "convolution":
     return _convolution(instruction, inside)
   if instruction.op == "custom-call":
+    if known := kernels.products(instruction.name):
+      return known.executed * kernels.flops(_floats(instruction, inside))
     opaque = _OPAQUE.search(instruction.attributes)
     if opaque:
       raise ValueError(f"a product in the custom call {opaque[1]!r} cannot be counted")
   return 0
+
+
+def _floats(instruction: Instruction, inside: Computation) -> list[tuple[int, ...]]:
+  """Shapes of the floating-point operands."""
+  arrays = (inside.instructions[name].arrays[0] for name in instruction.operands)
+  return [x.dims for x in arrays if x.dtype.startswith(("bf", "f"))]
 
 
 def _dims(inside: Computation, name: str) -> tuple[int, ...]:

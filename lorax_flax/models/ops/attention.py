@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.models.ops import order
+from lorax_flax.models.ops import order, splash
 
 
 def attention(
@@ -28,10 +28,11 @@ def attention(
   dropout_rate: float = 0.0,
   dropout_rng: jax.Array | None = None,
 ) -> jax.Array:
-  """Softmax attention, softmax in float32.
+  """Softmax attention, softmax in float32, by what suits the platform.
 
-  Kept for the gradient, beside q, k, v and the result: one array BxHxTxS in v's dtype,
-  dropout included. With `softcap` the logits are computed a second time.
+  On TPUs a kernel computes what `splash.takes`; nothing BxHxTxS exists there.
+  Elsewhere one such array is kept for the gradient, in v's dtype, dropout included,
+  beside q, k, v and the result; with `softcap` the logits are computed a second time.
 
   Args:
     mask_BxS: nonzero where a key is attended to. Causal attention keeps to segments:
@@ -55,6 +56,21 @@ def attention(
     raise LoraxError(f"attention: {h} heads of queries over {g} heads of keys")
   if window is not None and not causal:
     raise LoraxError("attention: a window needs causal attention")
+  scale = float(size**-0.5 if scale is None else scale)
+  dropout = dropout_rng is not None and dropout_rate > 0.0
+  if _platform() == "tpu" and splash.takes(
+    q_BxTxHxK.shape, k_BxSxGxK.shape, window, dropout
+  ):
+    return splash.attention(
+      q_BxTxHxK,
+      k_BxSxGxK,
+      v_BxSxGxK,
+      mask_BxS,
+      causal=causal,
+      window=window,  # type: ignore[arg-type]
+      scale=scale,
+      softcap=softcap,
+    )
   wide = order.wide(q_BxTxHxK.dtype)
   seen = mask_BxS[:, None, None, :] != 0
   if causal:
@@ -72,13 +88,19 @@ def attention(
   # most negative float rather than -inf, so that a fully masked row stays finite.
   bias = jnp.where(seen, 0.0, jnp.finfo(wide).min).astype(wide)
   kept_BxGxRxS, rate = None, 0.0
-  if dropout_rng is not None and dropout_rate > 0.0:
+  if dropout:
+    assert dropout_rng is not None
     rate = dropout_rate
     kept_BxHxTxS = jax.random.bernoulli(dropout_rng, 1.0 - rate, (b, h, t, s))
     kept_BxGxRxS = kept_BxHxTxS.reshape(b, g, -1, s)
-  scale = size**-0.5 if scale is None else scale
-  settings = (rate, float(scale), softcap)
+  settings = (rate, scale, softcap)
   return _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings)
+
+
+def _platform() -> str:
+  """The platform that is compiled for: the mesh's, of devices that may not be here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def attention_by_place(

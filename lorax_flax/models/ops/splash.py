@@ -1,0 +1,144 @@
+"""Attention on TPUs by JAX's splash kernel, which writes no array of queries by keys.
+
+Shapes: as in `ops.attention`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lorax_flax.models.ops import order
+from lorax_flax.sharding.activations import ROWS, num_shards
+
+_LANES = 128
+# Numbers of rows and columns of the kernel's blocks, of which the largest that divides
+# the length is taken.
+_BLOCKS = (512, 256, _LANES)
+
+
+def takes(
+  q_shape: tuple[int, ...], k_shape: tuple[int, ...], window: Any, dropout: bool
+) -> bool:
+  """True for what the kernel computes, on the mesh of the context.
+
+  Args:
+    q_shape, k_shape: BxTxHxK and BxSxGxK.
+    window: of `attention`; a traced one is of layers that are scanned and differ.
+    dropout: whether weights are dropped.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  is_static = window is None or isinstance(window, int)
+  if dropout or not is_static or min(q_shape[1], k_shape[1]) < _LANES:
+    return False
+  if mesh.empty or mesh.size == 1:
+    return True
+  if not {*ROWS, "tensor"} <= set(mesh.axis_names):
+    return False
+  apart = num_shards(mesh.shape)
+  return q_shape[0] % apart == 0 and k_shape[2] % mesh.shape["tensor"] == 0
+
+
+def attention(
+  q_BxTxHxK: jax.Array,
+  k_BxSxGxK: jax.Array,
+  v_BxSxGxK: jax.Array,
+  mask_BxS: jax.Array,
+  *,
+  causal: bool,
+  window: int | None,
+  scale: float,
+  softcap: float | None,
+  interpret: bool = False,
+) -> jax.Array:
+  """`ops.attention` of what `takes` allows; a row whose keys are all masked may differ.
+
+  Args:
+    interpret: the kernel is interpreted, on any platform.
+  """
+  # Here, since it takes long to import, and is of one platform.
+  from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+  t, s, dtype = q_BxTxHxK.shape[1], k_BxSxGxK.shape[1], v_BxSxGxK.dtype
+  wide = order.wide(dtype)
+  q_BxTxHxK = (q_BxTxHxK.astype(wide) * scale).astype(dtype)
+  # The kernel lets a query attend to keys with its own number alone.
+  keys_BxS = mask_BxS.astype(jnp.int32)
+  if causal:
+    queries_BxT = keys_BxS[:, s - t :]
+  else:
+    keys_BxS = (keys_BxS != 0).astype(jnp.int32)
+    queries_BxT = jnp.ones((q_BxTxHxK.shape[0], t), jnp.int32)
+
+  def run(q, k, v, queries, keys):
+    kernel = _kernel(q.shape, k.shape, s - t, causal, window, softcap, interpret)
+
+    def of_row(q_HxTxK, k_GxSxK, v_GxSxK, queries_T, keys_S):
+      ids = SegmentIds(queries_T, keys_S)
+      return kernel(q_HxTxK, k_GxSxK, v_GxSxK, segment_ids=ids)
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return jax.vmap(of_row)(q, k, v, queries, keys).swapaxes(1, 2)
+
+  operands = [
+    *(_filled(x) for x in (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK)),
+    *(_filled(x) for x in (queries_BxT, keys_BxS)),
+  ]
+  return _on_mesh(run)(*operands)[:, :t].astype(dtype)
+
+
+def _kernel(
+  q_shape: tuple[int, ...],
+  k_shape: tuple[int, ...],
+  offset: int,
+  causal: bool,
+  window: int | None,
+  softcap: float | None,
+  interpret: bool,
+) -> Any:
+  """The kernel of one row; the first query has the place `offset` among the keys."""
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  (_, t, heads, _), s = q_shape, k_shape[1]
+  mask: Any = splash.FullMask((t, s))
+  if window is not None:
+    mask = splash.LocalMask((t, s), (window - 1, 0), offset)
+  elif causal:
+    mask = splash.CausalMask((t, s), offset)
+  rows, columns = _block(t), _block(s)
+  sizes = splash.BlockSizes(
+    block_q=rows,
+    block_kv=columns,
+    block_q_dkv=rows,
+    block_kv_dkv=columns,
+    block_q_dq=rows,
+    block_kv_dq=columns,
+  )
+  return splash.make_splash_mha_single_device(
+    splash.MultiHeadMask([mask] * heads),
+    block_sizes=sizes,
+    attn_logits_soft_cap=softcap,
+    interpret=interpret,
+  )
+
+
+def _on_mesh(run: Any) -> Any:
+  """`run` with rows and heads sharded, where the context has a mesh: each is alone."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return run
+  heads, ids = PartitionSpec(ROWS, None, "tensor", None), PartitionSpec(ROWS, None)
+  return jax.shard_map(
+    run, in_specs=(heads,) * 3 + (ids,) * 2, out_specs=heads, check_vma=False
+  )
+
+
+def _block(length: int) -> int:
+  return next(size for size in _BLOCKS if length % size == 0)
+
+
+def _filled(x_BxTx: jax.Array) -> jax.Array:
+  """x with zeros up to a length of full blocks."""
+  more = -x_BxTx.shape[1] % _LANES
+  return jnp.pad(x_BxTx, [(0, 0), (0, more), *[(0, 0)] * (x_BxTx.ndim - 2)])

@@ -1,0 +1,104 @@
+"""Attention by the TPU's kernel, interpreted, against the form of other platforms."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from lorax_flax.models import ops
+from lorax_flax.models.ops import splash
+from lorax_flax.sharding.mesh import AXES
+
+CASES = {
+  "causal": {"causal": True},
+  "windows": {"causal": True, "window": 50},
+  "soft-capped": {"causal": True, "softcap": 2.0},
+  "padded": {"causal": False},
+  "scaled": {"causal": False, "scale": 0.3},
+  "fewer queries": {"causal": True, "queries": 130},
+  "across": {"causal": False, "queries": 140},
+}
+B, S, H, G, K = 4, 200, 4, 2, 16
+
+
+def operands(case, batch=B):
+  """q, k, v, mask, and a gradient that is zero for queries without a use."""
+  options = dict(CASES[case])
+  t, rng = options.pop("queries", S), np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  q, k, v = draw(batch, t, H, K), draw(batch, S, G, K), draw(batch, S, G, K)
+  mask = np.ones((batch, S), np.int32)
+  mask[0, 150:], mask[1, :20] = 0, 0
+  if options["causal"]:  # Segments, as packed rows have.
+    mask[2, 60:] += 1
+    mask[2, 131:] += 1
+  used = mask[:, S - t :] if options["causal"] else np.ones((batch, t), np.int32)
+  is_used = np.float32(used != 0)[:, :, None, None]
+  gradient = draw(*q.shape) * jnp.broadcast_to(is_used, q.shape)
+  return q, k, v, jnp.asarray(mask), gradient, options
+
+
+def value_and_gradients(attend, q, k, v, gradient):
+  y, pull = jax.vjp(attend, q, k, v)
+  return [jnp.where(gradient != 0, y, 0.0), *pull(gradient)]
+
+
+def interpreted(options):
+  options = {"window": None, "softcap": None, "scale": K**-0.5} | options
+  return lambda q, k, v, mask: splash.attention(
+    q, k, v, mask, **options, interpret=True
+  )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_the_other_forms(case):
+  q, k, v, mask, gradient, options = operands(case)
+  kernel = interpreted(options)
+  got = value_and_gradients(
+    jax.jit(lambda q, k, v: kernel(q, k, v, mask)), q, k, v, gradient
+  )
+  want = value_and_gradients(
+    lambda q, k, v: ops.attention(q, k, v, mask, **options), q, k, v, gradient
+  )
+  for x, y in zip(got, want, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
+
+
+def test_what_the_kernel_does_not_compute_is_left_to_the_other_form():
+  q, k = (B, S, H, K), (B, S, G, K)
+  assert splash.takes(q, k, 3, dropout=False)
+  assert splash.takes((B, 128, H, K), k, None, dropout=False)
+  assert not splash.takes(q, k, None, dropout=True)
+  assert not splash.takes((B, 127, H, K), k, None, dropout=False)
+  assert not splash.takes(q, k, jnp.int32(3), dropout=False)
+
+
+def on_meshes():
+  """Rows and heads on eight devices; run in a process that has them."""
+  q, k, v, mask, gradient, options = operands("causal")
+  kernel = interpreted(options)
+  run = lambda q, k, v, mask: value_and_gradients(
+    lambda q, k, v: kernel(q, k, v, mask), q, k, v, gradient
+  )
+  want = run(q, k, v, mask)
+  for sizes in ((4, 1, 2, 1), (2, 2, 1, 1), (1, 2, 2, 2)):
+    count = int(np.prod(sizes))
+    axes = (AxisType.Auto,) * 4
+    mesh = jax.make_mesh(sizes, AXES, axes, devices=jax.devices()[:count])
+    with jax.set_mesh(mesh):
+      assert splash.takes(q.shape, k.shape, None, dropout=False)
+      assert not splash.takes((3, *q.shape[1:]), k.shape, None, dropout=False)
+      found = jax.jit(run)(q, k, v, mask)
+    for x, y in zip(found, want, strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
+
+
+def test_rows_and_heads_are_sharded_over_the_mesh():
+  code = "from tests.models import test_splash as t; t.on_meshes()"
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
+  subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)
