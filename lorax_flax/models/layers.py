@@ -292,6 +292,7 @@ def attend(
     *_behind(prefix, k_BxTxHxK, v_BxTxHxK, mask_BxT),
     dropout_rate=rate,
     dropout_rng=dropout_rng(module, rate, module.deterministic),
+    shared=getattr(module.config, "soft", None) is not None,
     **options,
   )
   return y_BxTxHxK.reshape(qkv_BxTxD[0].shape)
@@ -325,6 +326,7 @@ def attend_before(
     causal=True,
     dropout_rate=rate,
     dropout_rng=dropout_rng(module, rate, module.deterministic),
+    shared=getattr(module.config, "soft", None) is not None,
     **options,
   )
   return y_BxTxHxK, None

@@ -1,5 +1,6 @@
 """Prefixes and prompts against PEFT, on decoders."""
 
+import sys
 import warnings
 
 import jax
@@ -17,7 +18,7 @@ from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.peft import folder
 from lorax_flax.methods import Tuned
-from lorax_flax.models import registry, with_adapter
+from lorax_flax.models import layers, ops, registry, with_adapter
 from lorax_flax.models.soft import SoftSettings
 from lorax_flax.serve import decoder
 from lorax_flax.sharding import mesh
@@ -258,6 +259,20 @@ def test_packed_texts_see_the_same_states_as_each_alone(tmp_path):
       np.testing.assert_allclose(part, expected, atol=1e-5)
       base = registry.load(tmp_path)
       assert np.abs(apply(base, base.params, alone)[0] - expected).max() > 0.1
+
+
+def test_no_kernel_takes_keys_that_every_segment_has(monkeypatch):
+  """A TPU's kernel lets a query attend to its own segment alone."""
+  q = jax.random.normal(jax.random.key(0), (1, 128, 2, 4))
+  mask = jnp.ones((1, 128), jnp.int32)
+  expected = ops.attention(q, q, q, mask, causal=True)
+  module = sys.modules["lorax_flax.models.ops.attention"]
+  monkeypatch.setattr(module, "_platform", lambda: "tpu")
+  kernel = lambda *args, **options: pytest.fail("the kernel")
+  monkeypatch.setattr(module.splash, "attention", kernel)
+  mask = mask.at[:, :3].set(layers.EVERY_SEGMENT)
+  got = ops.attention(q, q, q, mask, causal=True, shared=True)
+  np.testing.assert_allclose(got[:, 3:], expected[:, 3:], atol=1e-6)
 
 
 def test_packed_texts_with_windows_are_refused(tmp_path):
