@@ -32,13 +32,15 @@ serve = jax.jit(lora.apply)
 outputs = {"french": serve(params, french, x), "german": serve(params, german, x)}
 print("swapped: programs compiled:", serve._cache_size())
 
-# Mixed: every row of a batch has its own adapter, and the base is there once.
-stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), french, german)
+# Mixed: every row of a batch has its own adapter, and the base is there once. Slots
+# hold adapters of any rank up to the largest; one is put in place of another, or a row
+# takes none (-1), and nothing is compiled again.
+many = lx.many(lora, capacity=8, max_rank=16)
+slots = many.empty(params, french)
+slots = many.put(params, slots, 0, french)
+slots = many.put(params, slots, 1, german)
 rows = jnp.array([0, 1, 1, 0])  # french, german, german, french
-one_row = lambda row, x_D: lora.apply(
-  params, jax.tree.map(lambda leaf: leaf[row], stacked), x_D[None]
-)[0]
-mixed = jax.jit(jax.vmap(one_row))(rows, x)
+mixed = jax.jit(many.apply)(params, slots, rows, x)
 alone = jnp.where(rows[:, None] == 0, outputs["french"], outputs["german"])
 print("mixed: largest difference:", f"{jnp.abs(mixed - alone).max():.0e}")
 

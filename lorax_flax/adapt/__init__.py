@@ -2,6 +2,7 @@
 
 from lorax_flax.adapt.algebra import as_lora, combine_adapters
 from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.many import Many, many
 from lorax_flax.adapt.merge import merge, unmerge
 from lorax_flax.adapt.partition import (
   combine,
@@ -16,6 +17,7 @@ from lorax_flax.adapt.transform import Adapted, adapt
 __all__ = [
   "Adapted",
   "LoraConfig",
+  "Many",
   "Plan",
   "Target",
   "adapt",
@@ -23,6 +25,7 @@ __all__ = [
   "combine",
   "combine_adapters",
   "freeze",
+  "many",
   "merge",
   "params_mask",
   "partition",

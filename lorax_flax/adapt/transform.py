@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -299,4 +299,5 @@ def _view(path: str, value: Any, delta: Followed) -> View:
         f" whose shape is {value.shape}"
       )
   dims = tuple(Dim(frozenset({(path, i)}), role) for i, role in enumerate(delta.roles))
-  return View(value, *parts, jnp.int32(0), path, dims, delta.dropout)
+  view = View(value, *parts, jnp.int32(0), path, dims, delta.dropout)
+  return replace(view, choice=delta.choice)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods.axes import LeafAxes, Shape, resolved, shape_of
@@ -115,7 +116,10 @@ class Delta:
     for name in self.leaves():
       widths = [(0, more if axis == "rank" else 0) for axis in self.leaf_axes(name)]
       if (0, more) in widths and more:
-        found[name] = jnp.pad(getattr(self, name), widths)
+        leaf = getattr(self, name)
+        # On the host nothing is compiled for the shape.
+        pad = np.pad if isinstance(leaf, np.ndarray) else jnp.pad
+        found[name] = pad(leaf, widths)
     return replace(self, **found)
 
   def check(self, path: str, base: Shape) -> None:

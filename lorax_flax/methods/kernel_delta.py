@@ -23,14 +23,21 @@ class Followed(Delta):
   Attributes:
     roles: static, "in", "out" or "stack" for each of the kernel's axes.
     dropout: static, rate on the input of the delta's part of a product.
+    choice: the slot that is meant, of a delta that holds several; None for one.
   """
 
   if TYPE_CHECKING:
 
     @property
+    def choice(self) -> Any: ...
+
+    @property
     def roles(self) -> tuple[str, ...]: ...
     @property
     def dropout(self) -> float: ...
+
+  else:
+    choice = None
 
   def parts(self, w: jax.Array) -> Parts:
     """The changed kernel, unevaluated."""

@@ -151,15 +151,18 @@ class Cache:
 
   def take(self, rows_B: jax.Array) -> "Cache":
     """Rows in another order, some of them repeated or left out: of beams, of slots."""
+    return jax.tree.map(
+      lambda x, axis: jnp.take(x, rows_B, axis=axis, mode="clip"), self, self.row_axes
+    )
+
+  @property
+  def row_axes(self) -> "Cache":
+    """The axis of each leaf that has the rows."""
     # A layer's leaves have four axes, behind that of the layers where they are stacked.
-    layers = jax.tree.map(
-      lambda x: jnp.take(x, rows_B, axis=x.ndim - 4, mode="clip"), self.layers
-    )
-    lengths_B, source_BxN = jax.tree.map(
-      lambda x: jnp.take(x, rows_B, axis=0, mode="clip"),
-      (self.lengths_B, self.source_BxN),
-    )
-    return replace(self, layers=layers, lengths_B=lengths_B, source_BxN=source_BxN)
+    layers = jax.tree.map(lambda x: x.ndim - 4, self.layers)
+    of_source: Any = None if self.source_BxN is None else 0
+    of_lengths: Any = 0
+    return replace(self, layers=layers, lengths_B=of_lengths, source_BxN=of_source)
 
 
 jax.tree_util.register_dataclass(Chunk, ["places_BxT", "starts_B"], ["length"])

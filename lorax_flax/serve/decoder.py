@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.many import each
 from lorax_flax.adapt.transform import adapt
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import cache as caches
@@ -62,6 +63,25 @@ def adapted(model: Outline) -> Forward:
     base, adapter = params
     # An encoder's deltas have no part in the calls after the first.
     return lora.apply(base, lora.used(base, adapter, **inputs), **inputs)
+
+  return forward
+
+
+def many(model: Outline) -> Forward:
+  """`adapted(model)` of params = (base, slots, ids_B): each row has its own adapter.
+
+  Slots and ids are those of `lx.many`; the ids are of the cache's rows.
+  """
+  run = adapted(model)
+
+  def forward(params: Any, *, cache: Cache, **inputs: Any) -> Any:
+    base, slots, ids_B = params
+
+    def one(adapter, cache, inputs):
+      return run((base, adapter), cache=cache, **inputs)
+
+    rows = cache.row_axes
+    return each(one, slots, ids_B, (cache, inputs), (rows, 0), (0, rows))
 
   return forward
 

@@ -79,7 +79,9 @@ def _shard_map(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[A
       on = [name if n != 1 else None for name, n in zip(names, t.shape, strict=False)]
       return PartitionSpec(*on)
 
-    return replace(x.on_all(factor, spec, x.dims), index=PartitionSpec())
+    replicated = jax.tree.map(lambda _: PartitionSpec(), (x.index, x.choice))
+    specs = x.on_all(factor, spec, x.dims)
+    return replace(specs, index=replicated[0], choice=replicated[1])
 
   (body,) = programs(run, eqn, call)
   if not call.options["check_vma"]:

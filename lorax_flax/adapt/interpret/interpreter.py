@@ -91,6 +91,8 @@ class Run:
       if call is None and len({v.is_frozen for v in views}) > 1:
         settled = [x.dense() if is_view(x) and x.is_frozen else x for x in operands]
         return self.equation(eqn, settled)
+      if isinstance(call, jx.Call) and call.has_rule:
+        operands = [x.chosen() if is_view(x) else x for x in operands]
       if call is not None:
         in_place = isinstance(call, jx.Call) and call.is_inline
         if not in_place and any(v.is_abstract for v in views):

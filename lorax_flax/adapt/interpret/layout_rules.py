@@ -352,6 +352,7 @@ def _stack(eqn, operands, out):
 
 def _join(operands, axis, out):
   """Weights side by side: their ranks stand side by side as well."""
+  operands = [x.chosen() if is_view(x) else x for x in operands]
   views = [v for v in operands if is_view(v)]
   dims = []
   for i in range(len(out[0].shape)):

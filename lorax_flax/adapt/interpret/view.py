@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lorax_flax.adapt.interpret.weights import formed
 from lorax_flax.methods.parts import dense
+from lorax_flax.methods.slots import Choice
 
 
 class Dim(NamedTuple):
@@ -27,7 +28,7 @@ class Dim(NamedTuple):
 
 @partial(
   jax.tree_util.register_dataclass,
-  data_fields=["value", "a", "b", "out_scale", "bias", "index"],
+  data_fields=["value", "a", "b", "out_scale", "bias", "index", "choice"],
   meta_fields=["path", "dims", "dropout", "looked_up"],
 )
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class View:
     dropout: the delta's rate, static.
     looked_up: static, labels and role of the axes along which places were chosen by
       index, where these may be rows of a table; None of a kernel.
+    choice: where the last axes hold several adapters side by side, the one that is
+      meant; None where they hold one.
   """
 
   value: Any
@@ -62,6 +65,7 @@ class View:
   dims: tuple[Dim, ...]
   dropout: float
   looked_up: Dim | None = None
+  choice: Choice | None = None
 
   @classmethod
   def shown(cls, shape, dtype, path: str, dims) -> "View":
@@ -116,6 +120,23 @@ class View:
     rest = (None if t is None else fn(t) for t in self.parts[1:])
     return replace(self.with_parts((value, *rest)), dims=tuple(dims))
 
+  def chosen(self) -> "View":
+    """The view with the parts of the one adapter that is meant."""
+    if self.choice is None:
+      return self
+    part = self.choice.part
+    view = self.scaled_as_chosen()
+    return replace(view, a=part(self.a), b=part(self.b), choice=None)
+
+  def scaled_as_chosen(self) -> "View":
+    """The view with the out_scale and the bias of the one that is meant."""
+    if self.choice is None:
+      return self
+    part = self.choice.part
+    out_scale = None if self.out_scale is None else part(self.out_scale, 1.0)
+    bias = None if self.bias is None else part(self.bias)
+    return replace(self, out_scale=out_scale, bias=bias)
+
   def settled(self) -> Any:
     """The weight with its value formed; of a frozen one, that value."""
     return self.dense() if self.is_frozen else replace(self, value=formed(self.value))
@@ -124,6 +145,8 @@ class View:
     """out_scale * (W + delta), formed; of a change of W alone, without W."""
     if self.is_frozen:
       return formed(self.value)
+    if self.choice is not None:
+      return self.chosen().dense()
     delta = dense(self.a, self.b, jnp.float32)
     full = jnp.broadcast_to(delta, self.shape)
     if not self.is_abstract:

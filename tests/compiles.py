@@ -1,0 +1,21 @@
+"""Counts compiled programs."""
+
+import contextlib
+
+import jax
+
+
+@contextlib.contextmanager
+def counted():
+  """Yields a list that gets an entry for each program that is compiled."""
+  found = []
+
+  def listen(event, duration, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      found.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield found
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
