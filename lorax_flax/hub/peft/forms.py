@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.hub.peft import soft
 from lorax_flax.hub.peft.config import CONFIG_FILE, DEFAULT_TARGETS, LORA, PeftConfig
 from lorax_flax.methods import METHODS, Delta, KernelDelta, LoRA
 from lorax_flax.methods.peft_form import Keys, PeftForm
@@ -58,6 +59,7 @@ def form_of(peft_type: Any) -> PeftForm:
   """
   forms = {name: method.peft or PeftForm() for name, method in _types().items()}
   forms |= {name: method.alone or PeftForm() for name, method in _alone().items()}
+  forms |= {name: each.peft for name, each in soft.FORMS.items()}
   if not isinstance(peft_type, str) or peft_type not in forms:
     raise LoraxError(f"{CONFIG_FILE}: {unknown('peft_type', str(peft_type), forms)}")
   return forms[peft_type]
@@ -82,8 +84,15 @@ def method_of(config: PeftConfig) -> type[KernelDelta]:
   return _types()[config.peft_type]
 
 
+def soft_form_of(config: PeftConfig) -> soft.SoftForm | None:
+  """The form of a folder of states beside the base's weights; None of deltas."""
+  return soft.FORMS.get(config.peft_type)
+
+
 def with_defaults(config: PeftConfig, family: str) -> PeftConfig:
   """A config whose empty fields that name modules are PEFT's defaults of its type."""
+  if soft_form_of(config) is not None:
+    return config
   form = form_of(config.peft_type)
   targets = {**({} if form.own_targets else DEFAULT_TARGETS), **form.targets}
   return config.with_defaults(family, targets, form.selected)

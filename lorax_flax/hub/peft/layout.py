@@ -11,6 +11,7 @@ from lorax_flax.errors import LoraxError, listing, nearest, unknown
 from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
 from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import soft
 from lorax_flax.hub.peft.config import PeftConfig
 from lorax_flax.hub.peft.forms import (
   ROLES,
@@ -19,6 +20,7 @@ from lorax_flax.hub.peft.forms import (
   keys_of,
   method_of,
   options_of,
+  soft_form_of,
 )
 from lorax_flax.hub.peft.modules import (
   ADAPTABLE,
@@ -136,7 +138,7 @@ def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> T
       raise LoraxError(
         f"{peft_config.CONFIG_FILE}: {unknown('target parameter', end, known)}"
       )
-  if not modules and not named:
+  if not modules and not named and soft_form_of(config) is None:
     kinds = {name: place.kind for name, place in found.items()}
     raise LoraxError(peft_config.describe_unknown_target(config, kinds))
   return Targets(tuple(modules), tuple(shared), tuple(named), tuple(saved))
@@ -153,6 +155,11 @@ def layout(
   """
   found = places(keymap)
   targets = resolve(config, keymap, found)
+  if (form := soft_form_of(config)) is not None:
+    (leaf,) = Tuned.trained
+    own = Slot(form.site, Tuned, leaf, "", form.form(config.options))
+    saved = _saved(config, keymap, targets, found, adapter_name)
+    return {soft.KEY: own} | {prefix(config) + key: x for key, x in saved.items()}
   slots = _alone(config, keymap, targets, found)
   for module in () if alone(config.peft_type) else targets.modules:
     place = _adaptable(module, found)
@@ -197,6 +204,11 @@ def _alone(
         end = key.removeprefix(module)
         slots[f"{module}.{wrapper}{end}"] = _in_full(site, module, site.entry.form)
   return slots
+
+
+def prefix(config: PeftConfig) -> str:
+  """The beginning of the keys: PEFT wraps the base's modules for deltas alone."""
+  return PREFIX if soft_form_of(config) is None else soft.PREFIX
 
 
 def _shared(config: PeftConfig, slots: Mapping[str, Slot]) -> dict[str, Slot]:

@@ -7,7 +7,7 @@ from typing import Any
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import alone, form_of
+from lorax_flax.hub.peft.forms import alone, form_of, soft_form_of
 from lorax_flax.hub.peft.layout import Slot, layout, resolve
 from lorax_flax.hub.peft.modules import places
 from lorax_flax.methods import METHODS, LoRA, Rows, Tuned
@@ -20,6 +20,8 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
     LoraxError: as `layout`.
   """
   slots = [slot for slot in layout(config, keymap).values() if slot.status == "own"]
+  if soft_form_of(config) is not None:
+    return LoraConfig(targets=(), tuned=tuple(sorted({slot.path for slot in slots})))
   # Of the several tensors of a module, one.
   kernels = [s for s in slots if s.method not in (None, Rows, Tuned)]
   method = (kernels[0].method if kernels else None) or LoRA

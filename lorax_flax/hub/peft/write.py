@@ -14,6 +14,7 @@ from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
 from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import soft
 from lorax_flax.hub.peft.config import PeftConfig
 from lorax_flax.hub.peft.forms import ROLES, fields_of
 from lorax_flax.hub.peft.layout import Slot, Targets, resolve
@@ -61,6 +62,21 @@ def to_peft_config(
   Raises:
     LoraxError: a delta or a tuned leaf that PEFT has no form for.
   """
+  if (soft_form := soft.of_adapter(adapter, keymap)) is not None:
+    rest = {path: d for path, d in adapter.items() if path != soft_form.path}
+    whole = _saved_modules(rest, keymap, config)
+    result = PeftConfig(
+      r=None,
+      lora_alpha=None,
+      peft_type=soft_form.peft.type,
+      options=soft_form.options(adapter[soft_form.path].leaves()["value"].shape),
+      modules_to_save=tuple(whole) or None,
+      task_type=task_type,
+      base_model_name_or_path=base_name,
+      revision=revision,
+    )
+    is_classifier = task_type == peft_config.SEQ_CLS
+    return _with_head(result, whole, (), keymap) if is_classifier else result
   found = places(keymap)
   whole = _saved_modules(adapter, keymap, config)
   if not any(isinstance(delta, KernelDelta) for delta in adapter.values()):
