@@ -145,7 +145,8 @@ def table(saved: Saved, keymap: KeyMap) -> str:
   """A table of an adapter: a line for each module."""
   rows = []
   for path, delta in saved.adapter.items():
-    modules = path_to_modules(keymap, path)
+    # Trained states beside the base's weights have no module there.
+    modules = path_to_modules(keymap, path) if path in keymap.keys else [path]
     name = modules[0] if len(modules) == 1 else f"{modules[0]}, … ({len(modules)})"
     rows.append((name, *_row(path, delta, saved.config.use_rslora)))
   header = ("module", "method", "rank", "alpha", "shapes", "dtype")

@@ -49,7 +49,9 @@ def describe(settings: Settings) -> list[str]:
   if task.describe is None:
     raise LoraxError(f"the task {task.name} reads no file that could be shown")
   hf_config = registry.read_config(folder)
-  model = outline.check(settings.model, task, length, hf_config, str(folder))
+  model = outline.check(
+    settings.model, task, length, hf_config, str(folder), settings.soft
+  )
   return task.describe(settings.data, registry.Located(**vars(model), folder=folder))
 
 

@@ -102,7 +102,9 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   seed, max_length = first.train.seed, first.data.max_length
   task = tasks.opened(first.data)
   mesh = build.mesh(first.mesh, first.train)
-  model = build.model(first.model, task, max_length, mesh, seed, first.init_adapter)
+  model = build.model(
+    first.model, task, max_length, mesh, seed, first.init_adapter, first.soft
+  )
   splits, lengths = build.rows(first.data, task, model)
   objective = task.objective(first.train.label_smoothing)
   _, forward = build.adapt(model, first.model, first.lora, objective)

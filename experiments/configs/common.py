@@ -1,6 +1,7 @@
 """Recipes that several configs share, and the base that each of them changes."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -200,16 +201,34 @@ def instruct(
 
 
 def or_full(
-  name: str, variant: str | None, config: ConfigDict, *, full_learning_rate: float
+  name: str,
+  variant: str | None,
+  config: ConfigDict,
+  *,
+  full_learning_rate: float,
+  bitfit_learning_rate: float | None = None,
 ) -> ConfigDict:
   """The config as it is, or as full fine-tuning by the same code for ":full".
+
+  With a learning rate for it, also as BitFit for ":bitfit".
 
   Raises:
     LoraxError: there is no such variant.
   """
-  if choose(name, variant, {"": False, "full": True}):
-    train_in_full(config, full_learning_rate)
+  full = functools.partial(train_in_full, config, full_learning_rate)
+  variants: dict[str, Callable[[], None]] = {"": lambda: None, "full": full}
+  if bitfit_learning_rate is not None:
+    rate = bitfit_learning_rate
+    variants["bitfit"] = functools.partial(train_biases, config, rate)
+  choose(name, variant, variants)()
   return config
+
+
+def train_biases(config: ConfigDict, learning_rate: float) -> None:
+  """Changes a config to BitFit (arXiv 2106.10199): biases and the head are trained."""
+  config.lora.targets = ()
+  config.lora.bias = "all"
+  config.train.learning_rate = learning_rate
 
 
 def train_in_full(config: ConfigDict, learning_rate: float) -> None:

@@ -15,7 +15,7 @@ from lorax_flax.tasks import task as tasks
 def experts(settings: Settings) -> int:
   """Number of experts of a layer; 1 for a model without experts."""
   task, length = tasks.opened(settings.data), settings.data.max_length
-  model = outline.described(settings.model, task, length)
+  model = outline.described(settings.model, task, length, settings.soft)
   return getattr(model.config, "num_experts", None) or 1
 
 

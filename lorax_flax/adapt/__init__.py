@@ -2,6 +2,7 @@
 
 from lorax_flax.adapt.algebra import as_lora, combine_adapters
 from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.gradients import init_from_gradients
 from lorax_flax.adapt.many import Many, many
 from lorax_flax.adapt.merge import merge, unmerge
 from lorax_flax.adapt.partition import (
@@ -25,6 +26,7 @@ __all__ = [
   "combine",
   "combine_adapters",
   "freeze",
+  "init_from_gradients",
   "many",
   "merge",
   "params_mask",

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lorax_flax.errors import LoraxError, listing, unknown
@@ -196,6 +196,16 @@ class LoraConfig:
       LoraxError: something that PEFT has no form for.
     """
     return model.to_peft(self, adapter)
+
+
+def with_tuned(config: LoraConfig, paths: Sequence[str]) -> LoraConfig:
+  """The config with further paths trained in full."""
+  if not paths:
+    return config
+  tuned = config.tuned
+  if isinstance(tuned, str):
+    return replace(config, tuned="|".join([f"(?:{tuned})", *map(re.escape, paths)]))
+  return replace(config, tuned=(*tuned, *paths))
 
 
 def _is_regex(patterns: str | Sequence[str]) -> bool:

@@ -1,12 +1,11 @@
 """Deltas into the base and out again, in float32."""
 
-from typing import Any
-
 import jax.numpy as jnp
 
-from lorax_flax.adapt.paths import PyTree, arrays, map_with_path
+from lorax_flax.adapt.paths import PyTree, arrays, beside, map_with_path
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.methods import Adapter
+from lorax_flax.methods.delta import OnBias
 from lorax_flax.quant import dense
 
 
@@ -49,13 +48,8 @@ def without_place(params: PyTree, adapter: Adapter) -> Adapter:
   return {
     path: delta
     for path, delta in adapter.items()
-    if delta.has_bias and _beside(path, delta) not in leaves
+    if delta.has_bias and beside(path, delta.bias_name) not in leaves
   }
-
-
-def _beside(path: str, delta: Any) -> str:
-  """The path of the base's bias beside a kernel."""
-  return "/".join([*path.split("/")[:-1], delta.bias_name])
 
 
 def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
@@ -71,30 +65,32 @@ def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
     if delta is None and path not in biases:
       return leaf
     new = dense(leaf)
+    scale, added = biases.get(path, OnBias())
     if path in biases and sign < 0:
-      new = new.astype(jnp.float32) - biases[path]
+      new = new.astype(jnp.float32) - (0.0 if added is None else added)
+      new = new if scale is None else new / scale
     if delta is not None:
       delta.check(path, leaf.shape)
       new = delta.merged(new) if sign > 0 else delta.unmerged(new)
     if path in biases and sign > 0:
-      new = new.astype(jnp.float32) + biases[path]
+      new = new.astype(jnp.float32) * (1.0 if scale is None else scale)
+      new = new if added is None else new + added
     return new.astype(leaf.dtype)
 
   return map_with_path(shift, params)
 
 
-def _biases(leaves: dict, adapter: Adapter) -> dict:
-  """The deltas' additions to the base's biases, by the path of the bias."""
+def _biases(leaves: dict, adapter: Adapter) -> dict[str, OnBias]:
+  """The deltas' changes of the base's biases, by the path of the bias."""
   found = {}
   for path, delta in adapter.items():
-    added = delta.added_bias(leaves[path])
-    if added is None:
-      continue
-    beside = _beside(path, delta)
-    if beside not in leaves or leaves[beside].shape != added.shape:
+    change, at = delta.on_bias(leaves[path]), beside(path, delta.bias_name)
+    shapes = {x.shape for x in change if x is not None}
+    if shapes and at in leaves and {leaves[at].shape} == shapes:
+      found[at] = change
+    elif change.added is not None or (shapes and at in leaves):
       raise LoraxError(
-        f"the bias of LoRA at {path!r} cannot be merged: the base has no {beside!r} of"
-        f" shape {added.shape}. It can be applied (lora.apply, experiments.predict)"
+        f"the bias of LoRA at {path!r} cannot be merged: the base has no {at!r} of"
+        f" shape {shapes.pop()}. It can be applied (lora.apply, experiments.predict)"
       )
-    found[beside] = added
   return found

@@ -63,6 +63,11 @@ def map_with_path(fn, tree: PyTree, *rest: PyTree) -> PyTree:
   return jax.tree.unflatten(structure, results)
 
 
+def beside(path: str, name: str) -> str:
+  """The path of a leaf of this name in the same module."""
+  return "/".join([*path.split("/")[:-1], name])
+
+
 def path_key(key: jax.Array, path: str) -> jax.Array:
   """A key that depends on (key, path) alone, on every machine and Python."""
   return jax.random.fold_in(key, zlib.crc32(path.encode()))

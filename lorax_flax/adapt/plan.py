@@ -215,8 +215,9 @@ def make_plan(
     )
   found = look([*chosen.paths, *indices])
   consumed = found.usage
+  options = _options(config, chosen.paths)
   targets = [
-    _target(config, p, tuple(leaves[p].shape), found, stack_axes.get(p, ()))
+    _target(config, p, tuple(leaves[p].shape), found, stack_axes.get(p, ()), options[p])
     for p in chosen.paths
   ]
   if config.layers is not None:
@@ -226,11 +227,12 @@ def make_plan(
   tg.check_patterns_used("alpha_pattern", config.alpha_pattern, adapted)
   method = METHODS.of_targets(config.method, config.options)
   added_to: dict[str, frozenset[str]] = dict.fromkeys(floating, frozenset())
-  if config.bias != "none" or method.has_bias:
+  finds_bias = method.has_bias or method.scales_bias
+  if config.bias != "none" or finds_bias:
     usage = choice.told_apart(look, floating).usage
     added_to = {p: usage[p].added_to for p in floating}
   own_biases = {p: tg.biases_of(p, floating, added_to) for p in adapted}
-  if method.has_bias:
+  if finds_bias:
     targets = [replace(t, bias=_beside(t.path, own_biases[t.path])) for t in targets]
   biases = tg.biases(config, floating, adapted, added_to)
   in_full = tuple(p for p in floating if p in {*tuned, *biases})
@@ -315,7 +317,17 @@ def _roles(
     raise LoraxError(f"target {path!r} cannot have a low-rank delta: {e}") from e
 
 
-def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
+def _options(config: LoraConfig, paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+  """The method's options, all of them, of each target."""
+  method = METHODS.of_targets(config.method, config.options)
+  options = {**method.options, **config.options}
+  named = {
+    name: tg.select(name, options[name], paths, depth=2) for name in method.selections
+  }
+  return {p: options | {name: p in named[name] for name in named} for p in paths}
+
+
+def _target(config, path, shape, found: disc.Discovery, stack_axes, options) -> Target:
   usage = found.usage[path]
   roles = _roles(path, shape, found, config.on_unsupported == "materialize")
   roles = tuple("stack" if i in stack_axes else r for i, r in enumerate(roles))
@@ -334,7 +346,7 @@ def _target(config, path, shape, found: disc.Discovery, stack_axes) -> Target:
     *settle(config, path, shape, roles),
     tuple(usage.problems),
     config.method,
-    {**method.options, **config.options},
+    options,
   )
   if target.ranks is not None and not method.pads_rank:
     raise LoraxError(
@@ -376,16 +388,34 @@ def _in_layers(config: LoraConfig, targets: list[Target]) -> list[Target]:
   return kept
 
 
-def start(plan: Plan, key: jax.Array, leaves: Mapping[str, Any]) -> Adapter:
+def start(
+  plan: Plan,
+  key: jax.Array,
+  leaves: Mapping[str, Any],
+  gradients: Mapping[str, Any] | None = None,
+) -> Adapter:
   """The adapter of a plan, a function of (key, path) for each target.
 
   Args:
     leaves: the parameters by path.
+    gradients: of a loss, by path, for the methods that start from them.
+
+  Raises:
+    LoraxError: a method that starts from gradients, without them.
   """
   adapter: Adapter = {}
   for t in plan.targets:
     method = METHODS.of_targets(t.method, t.options)
-    adapter[t.path] = method.start(key, leaves[t.path], t, plan)
+    given = leaves
+    if method.starts_from == "gradient":
+      if gradients is None:
+        raise LoraxError(
+          f"{t.method} starts from gradients of the loss, which are not given: use "
+          "lorax_flax.init_from_gradients, or pissa or olora, which start from the "
+          "kernel alone"
+        )
+      given = gradients
+    adapter[t.path] = method.start(key, given[t.path], t, plan)
   for r in plan.rows:
     adapter[r.path] = Rows.start(dense(leaves[r.path]), r.indices, r.roles, r.axis)
   for path in plan.tuned:

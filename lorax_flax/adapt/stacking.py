@@ -58,7 +58,7 @@ def stack(
   first = next(iter(layers))
   common = {name: jnp.asarray(x, jnp.float32) for name, x in (shared or {}).items()}
   if not first:
-    whole = {name: jnp.asarray(x, jnp.float32) for name, x in layers[()].items()}
+    whole = {name: jnp.asarray(numbers(x)) for name, x in layers[()].items()}
     return method.of({**whole, **common}, scales[0], roles, dropout, options=options)
   depth = len(first)
   chosen = sorted({index[0] for index in layers})
@@ -70,7 +70,7 @@ def stack(
   for name in layers[first]:
     axes = resolved(method.axes[name], by_role(roles))
     values = _stacked([layers[index][name] for index in indices], axes)
-    found[name] = jnp.asarray(values.reshape(*outer, *values.shape[1:]), jnp.float32)
+    found[name] = jnp.asarray(numbers(values.reshape(*outer, *values.shape[1:])))
   given = dict(zip(layers, scales, strict=True))
   every = np.array([given[index] for index in indices], np.float32).reshape(outer)
   same = (every == every.flat[0]).all()
@@ -80,6 +80,12 @@ def stack(
   return method.of(
     {**found, **common}, scale, given_roles, dropout, some, options=options
   )
+
+
+def numbers(leaf: Any) -> np.ndarray:
+  """A leaf as float32, or as the integers that it holds."""
+  leaf = np.asarray(leaf)
+  return leaf if leaf.dtype.kind == "i" else leaf.astype(np.float32)
 
 
 def unstack(delta: KernelDelta, index: Index) -> Layer:

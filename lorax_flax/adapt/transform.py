@@ -16,7 +16,7 @@ from lorax_flax.adapt.interpret.interpreter import Run
 from lorax_flax.adapt.interpret.view import Dim, View, is_view
 from lorax_flax.adapt.interpret.weights import Stored
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
-from lorax_flax.adapt.paths import PyTree, arrays, flatten, is_array
+from lorax_flax.adapt.paths import PyTree, arrays, beside, flatten, is_array
 from lorax_flax.adapt.plan import Plan, make_plan, start
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, Followed, Parts
@@ -47,7 +47,9 @@ class Adapted:
     delta as well (a while loop) may still be run.
     """
     adapter = jax.eval_shape(
-      lambda leaves: start(plan, jax.random.key(0), leaves), traced.leaves
+      # Of gradients too, the shapes alone count.
+      lambda leaves: start(plan, jax.random.key(0), leaves, leaves),
+      traced.leaves,
     )
     followed = {p: adapter[p] for p in paths if isinstance(adapter[p], Followed)}
     trained, rest = partition(followed, trainable_mask(followed))
@@ -159,11 +161,13 @@ class Adapted:
   ) -> tuple[list[Any], set[str]]:
     """The results, and the paths whose deltas were used."""
     run = Run(dropout_key, self.config.on_unsupported == "materialize")
-    operands = list(values)
+    operands, index = list(values), {path: i for i, path in enumerate(traced.leaves)}
     for i, path in enumerate(traced.leaves):
       delta = adapter.get(path)
       if isinstance(delta, Followed):
-        operands[i] = _view(path, operands[i], delta)
+        at = index.get(beside(path, delta.bias_name))
+        bias = None if at is None else values[at]
+        operands[i] = _view(path, operands[i], delta, bias)
       elif is_quantized(operands[i]):
         operands[i] = View.frozen(Stored(operands[i]), path)
     jaxpr, consts = jx.open_jaxpr(traced.jaxpr)
@@ -280,9 +284,9 @@ def _with_replaced(params: PyTree, adapter: Adapter) -> PyTree:
   return jax.tree.unflatten(tree, leaves)
 
 
-def _view(path: str, value: Any, delta: Followed) -> View:
+def _view(path: str, value: Any, delta: Followed, bias: Any) -> View:
   def parts_of(delta: Followed, value: Any) -> Parts:
-    return delta.parts(dense(value))
+    return delta.parts_beside(dense(value), bias)
 
   if is_quantized(value):
     # A method that reads W's values reads them again in the backward pass.

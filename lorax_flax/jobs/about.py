@@ -70,7 +70,7 @@ def about(
   return About(
     f"{task.name}, {settings.model.path}",
     {
-      "Adapter": _adapter(settings, adapter) | described,
+      "Adapter": _adapter(settings, model, adapter) | described,
       "Base": base,
       "Data": data,
       "Versions": {
@@ -94,7 +94,7 @@ def card(
   result: Mapping[str, Any],
 ) -> str:
   """The card of what a run makes; it speaks of its own folder as "."."""
-  made, method = form(adapter), settings.lora.method
+  made, method = form(adapter, model.keymap), settings.lora.method
   name = hub_card.base_model(settings.model.path)
   libraries = {"peft": "peft", "orbax": "lorax_flax", "model": "transformers"}
   tags = ["lorax_flax", *([f"base_model:adapter:{name}", method] * (made != "model"))]
@@ -116,15 +116,19 @@ def card(
   )
 
 
-def _adapter(settings: Settings, adapter: Adapter) -> dict[str, str]:
+def _adapter(
+  settings: Settings, model: registry.Loaded, adapter: Adapter
+) -> dict[str, str]:
   config = settings.lora
-  if form(adapter) == "model":
-    return {"method": "full fine-tuning"}
+  if form(adapter, model.keymap) == "model":
+    every = adapter.keys() >= model.keymap.keys.keys()
+    return {"method": "full fine-tuning" if every else "weights trained in full"}
   names = ("method", "rank", "alpha", "use_rslora", "targets", "tuned", "dropout")
   fields = dataclasses.asdict(config)
-  return {
+  found = {
     name: _text(fields[name]) for name in names if fields[name] not in ((), False)
   }
+  return found if model.soft is None else {**found, "soft": settings.soft.described}
 
 
 def _text(value: Any) -> str:
@@ -140,7 +144,8 @@ def _usage(
   workdir: str | None,
 ) -> dict[str, str]:
   """Code for the folder in a workdir; None: from inside that folder."""
-  kind, made, path = model.family.task, form(adapter), settings.model.path
+  kind, path = model.family.task, settings.model.path
+  made = form(adapter, model.keymap)
   if made == "model":
     return usage.of_model(kind, "." if workdir is None else f"{workdir}/model")
   folder = "." if workdir is None else f"{workdir}/adapter"

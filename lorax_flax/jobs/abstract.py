@@ -80,7 +80,7 @@ def abstract(
     mesh = meshes.make(settings.mesh, devices)
   build.check_batches(mesh, settings.train)
   max_length = settings.data.max_length
-  model = outline.described(settings.model, task, max_length)
+  model = outline.described(settings.model, task, max_length, settings.soft)
   length = build.padded_lengths(np.array([max_length]), 1, model)[-1]
   rows_B = np.zeros(settings.train.batch_size, np.int64)
   example = task.blank(model, length).batch(rows_B, length)

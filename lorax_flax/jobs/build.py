@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 import lorax_flax as lx
 from lorax_flax import quant
-from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.config import LoraConfig, with_tuned
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.adapt.plan import Plan, start
 from lorax_flax.adapt.transform import Adapted
@@ -29,6 +29,7 @@ from lorax_flax.jobs.warm_start import start_from
 from lorax_flax.methods import Adapter, Tuned
 from lorax_flax.models import registry
 from lorax_flax.models.settings import ModelSettings
+from lorax_flax.models.soft import SoftSettings
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.sharding.mesh import MeshConfig
 from lorax_flax.tasks.task import Splits, Task
@@ -64,6 +65,7 @@ def model(
   mesh: Mesh,
   seed: int,
   init_from: str | None = None,
+  soft: SoftSettings | None = None,
 ) -> registry.Loaded:
   """The model, read from disk into its shards.
 
@@ -71,13 +73,15 @@ def model(
     max_length: number of tokens that it has to take.
     seed: of the weights that the checkpoint lacks.
     init_from: a PEFT folder that the model is to fit.
+    soft: trained states beside the weights.
 
   Raises:
     LoraxError: what the readers raise; a model that does not fit the task.
   """
   settings = outline.for_adapter(settings, init_from)
   folder = resolve(settings.path)
-  outline.check(settings, task, max_length, registry.read_config(folder), str(folder))
+  hf_config = registry.read_config(folder)
+  outline.check(settings, task, max_length, hf_config, str(folder), soft)
   loaded = registry.load(
     folder,
     num_labels=task.num_labels,
@@ -91,6 +95,7 @@ def model(
     untie=settings.untie,
     vocab_size=settings.vocab_size,
     quant=settings.quant,
+    soft=soft,
   )
   if init_from is not None:
     tables = peft.with_tables(init_from, loaded.params, loaded.keymap)
@@ -216,6 +221,7 @@ def adapt(
 ) -> tuple[Adapted, Forward]:
   """The transform of the model, and the forward function of the training step.
 
+  Leaves that the model has beside its checkpoint's are trained in full.
   Both take batches with all their columns: a readout needs the labels.
   """
   module = with_dropout(model, settings)
@@ -231,7 +237,7 @@ def adapt(
       {"params": params}, **given, deterministic=dropout_key is None, **options
     )
 
-  lora = lx.adapt(apply_fn, config)
+  lora = lx.adapt(apply_fn, with_tuned(config, model.soft_paths))
 
   def forward(params, adapter, batch, key):
     keys = (None, None) if key is None else jax.random.split(key)

@@ -9,8 +9,10 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.distributed import processes
 from lorax_flax.hub.adapters import native
 from lorax_flax.hub.checkpoints import export as hub_export
+from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import folder as peft
+from lorax_flax.hub.peft import soft as peft_soft
 from lorax_flax.methods import Adapter, KernelDelta
 from lorax_flax.models import registry
 from lorax_flax.sharding import mesh as meshes
@@ -20,11 +22,19 @@ Result = Mapping[str, Any]
 Form = Literal["peft", "orbax", "model"]
 
 
-def form(adapter: Adapter) -> Form:
-  """The form in which it is written."""
-  # Without deltas of kernels, an adapter would be the model all over.
-  if not any(isinstance(delta, KernelDelta) for delta in adapter.values()):
+def form(adapter: Adapter, keymap: KeyMap) -> Form:
+  """The form in which it is written.
+
+  Args:
+    keymap: of the base.
+  """
+  soft = [path for path in adapter if path not in keymap.keys]
+  factored = any(isinstance(delta, KernelDelta) for delta in adapter.values())
+  # Without either, an adapter would be the model all over.
+  if not factored and not soft:
     return "model"
+  if soft:
+    return "peft" if peft_soft.has_form(adapter, keymap) else "orbax"
   return "orbax" if any(d.peft is None for d in adapter.values()) else "peft"
 
 
@@ -50,7 +60,7 @@ def export(
     if not processes.first():
       return
     task_type = peft_config.TASK_TYPES[loaded.family.task]
-    if form(adapter) == "orbax":
+    if form(adapter, loaded.keymap) == "orbax":
       saved = native.Saved(
         adapter,
         config,
@@ -59,6 +69,7 @@ def export(
         labels=None if task.labels is None else tuple(task.labels),
         problem_type=task.problem_type,
         untied=not loaded.keymap.ties,
+        soft=loaded.soft,
       )
       native.write_adapter(target, saved, card(result))
       return
@@ -94,7 +105,7 @@ def export(
     )
 
   def write(adapter: Adapter, result: Result, workdir: Path) -> dict[str, str]:
-    is_model = form(adapter) == "model"
+    is_model = form(adapter, loaded.keymap) == "model"
     name, put = ("model", write_model) if is_model else ("adapter", write_adapter)
     put(workdir / name, adapter, result)
     return {name: str(workdir / name)}

@@ -11,6 +11,7 @@ from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry
 from lorax_flax.models.settings import ModelSettings
+from lorax_flax.models.soft import SoftSettings
 from lorax_flax.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -22,12 +23,14 @@ def check(
   max_length: int,
   hf_config: Mapping[str, Any],
   folder: str,
+  soft: SoftSettings | None = None,
 ) -> registry.Outline:
   """The model that a config.json describes, where it fits the settings and the task.
 
   Args:
     max_length: number of tokens that it has to take.
     folder: where the config.json is, for messages.
+    soft: trained states beside the weights.
 
   Raises:
     LoraxError: it is no model of the task's kind, takes fewer tokens, has the task's
@@ -39,7 +42,7 @@ def check(
       f"the task {task.name} trains a {task.model} model, and a "
       f"{hf_config['model_type']} is a {family.task} model"
     )
-  model = _outline(settings, task, hf_config)
+  model = _outline(settings, task, hf_config, soft)
   if 0 < model.max_length < max_length:  # Images have no length.
     raise LoraxError(
       f"data.max_length is {max_length}, and this model takes at most "
@@ -48,7 +51,7 @@ def check(
   _check_labels(task, hf_config, folder)
   stated = settings.hf_config
   if stated is not None and stated is not hf_config:
-    _check_same(_outline(settings, task, stated), model, folder)
+    _check_same(_outline(settings, task, stated, soft), model, folder)
   return model
 
 
@@ -71,7 +74,12 @@ def for_adapter(settings: ModelSettings, folder: str | None) -> ModelSettings:
   return made
 
 
-def described(settings: ModelSettings, task: Task, max_length: int) -> registry.Outline:
+def described(
+  settings: ModelSettings,
+  task: Task,
+  max_length: int,
+  soft: SoftSettings | None = None,
+) -> registry.Outline:
   """The model without its weights.
 
   It is made from model.hf_config, where that is set, with no look at any file; else
@@ -82,15 +90,19 @@ def described(settings: ModelSettings, task: Task, max_length: int) -> registry.
   """
   stated = settings.hf_config
   if stated is not None:
-    return check(settings, task, max_length, stated, "model.hf_config")
+    return check(settings, task, max_length, stated, "model.hf_config", soft)
   folder = Path(settings.path).expanduser()
   if not (folder / "config.json").is_file():
     folder = resolve(settings.path)
-  return check(settings, task, max_length, registry.read_config(folder), str(folder))
+  hf_config = registry.read_config(folder)
+  return check(settings, task, max_length, hf_config, str(folder), soft)
 
 
 def _outline(
-  settings: ModelSettings, task: Task, hf_config: Mapping[str, Any]
+  settings: ModelSettings,
+  task: Task,
+  hf_config: Mapping[str, Any],
+  soft: SoftSettings | None,
 ) -> registry.Outline:
   return registry.outline(
     hf_config,
@@ -100,6 +112,7 @@ def _outline(
     remat=settings.remat,
     untie=settings.untie,
     vocab_size=settings.vocab_size,
+    soft=soft,
   )
 
 

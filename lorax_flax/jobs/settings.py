@@ -8,6 +8,7 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.data.config import DataSettings
 from lorax_flax.errors import LoraxError
 from lorax_flax.models.settings import ModelSettings
+from lorax_flax.models.soft import SoftSettings
 from lorax_flax.sharding.mesh import MeshConfig
 from lorax_flax.tasks import task as tasks
 from lorax_flax.train.config import TrainConfig
@@ -28,6 +29,7 @@ class Settings:
   lora: LoraConfig
   train: TrainConfig
   init_adapter: str | None = None
+  soft: SoftSettings = dataclasses.field(default_factory=SoftSettings)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   compilation_cache: str | None = None
 

@@ -45,7 +45,8 @@ def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapte
     other = found.get(path)
     if other is None or type(delta) is not type(other):
       continue
-    if isinstance(delta, KernelDelta) or (isinstance(delta, Tuned) and theirs == ours):
+    fits = theirs == ours or path not in loaded.keymap.keys
+    if isinstance(delta, KernelDelta) or (isinstance(delta, Tuned) and fits):
       start[path] = _with_trained(delta, other)
   head = "none there"
   if theirs is not None:

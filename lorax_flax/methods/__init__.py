@@ -15,17 +15,21 @@ from lorax_flax.methods.fused_lora import FusedLoRA
 from lorax_flax.methods.gralora import GraLoRA
 from lorax_flax.methods.hira import HiRA
 from lorax_flax.methods.hra import HRA
+from lorax_flax.methods.ia3 import IA3
 from lorax_flax.methods.kernel_delta import Followed, KernelDelta
 from lorax_flax.methods.loha import LoHa
 from lorax_flax.methods.lokr import LoKr
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.lora_bias import BiasLoRA
+from lorax_flax.methods.lora_ga import LoRAGA
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.miss import MiSS
 from lorax_flax.methods.oft import OFT
 from lorax_flax.methods.olora import OLoRA
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.pissa import PiSSA
+from lorax_flax.methods.randlora import RandLoRA
+from lorax_flax.methods.shira import SHiRA
 from lorax_flax.methods.table import Methods
 from lorax_flax.methods.token_rows import Rows
 from lorax_flax.methods.vera import VeRA
@@ -39,6 +43,7 @@ METHODS = Methods(
   fused_lora=FusedLoRA,
   pissa=PiSSA,
   olora=OLoRA,
+  lora_ga=LoRAGA,
   loha=LoHa,
   lokr=LoKr,
   vera=VeRA,
@@ -50,6 +55,9 @@ METHODS = Methods(
   c3a=C3A,
   fourierft=FourierFT,
   gralora=GraLoRA,
+  ia3=IA3,
+  shira=SHiRA,
+  randlora=RandLoRA,
   token_rows=Rows,
   full=Tuned,
 )

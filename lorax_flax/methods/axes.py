@@ -1,5 +1,6 @@
 """The axes that a leaf of a delta carries, and the shape that follows from them."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 Shape = tuple[int, ...]
@@ -14,6 +15,13 @@ def by_role(roles: Sequence[str]) -> dict[str, tuple[int, ...]]:
     for role in ("stack", "in", "out")
   }
   return {**found, "kernel": tuple(range(len(roles)))}
+
+
+def fans(shape: Shape, roles: Sequence[str]) -> tuple[int, int]:
+  """The number of inputs and of outputs of a kernel."""
+  axes = by_role(roles)
+  fan_in, fan_out = (math.prod(shape[i] for i in axes[role]) for role in ("in", "out"))
+  return fan_in, fan_out
 
 
 def resolved(names: Sequence[str], kernel: Mapping[str, Sequence[int]]) -> LeafAxes:

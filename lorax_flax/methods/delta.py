@@ -8,7 +8,7 @@ counts, shardings, padding, stacking and checks are read off that.
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,13 @@ import numpy as np
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods.axes import LeafAxes, Shape, resolved, shape_of
 from lorax_flax.methods.peft_form import PeftForm
+
+
+class OnBias(NamedTuple):
+  """bias' = scale * bias + added, both (*stack, *out); None for 1 and for 0."""
+
+  scale: jax.Array | None = None
+  added: jax.Array | None = None
 
 
 class Delta:
@@ -35,8 +42,11 @@ class Delta:
     options: what `LoraConfig.options` may hold for the method, with defaults.
     irreversible: the reason why merged weights don't give the base back; "": they do.
     has_bias: whether it adds to the result of a product, and so to a bias in merging.
-    bias_name: the name, in the kernel's module, of the base's bias that it adds to.
+    scales_bias: whether the scale of the outputs is of the base's own bias too.
+    bias_name: the name, in the kernel's module, of the base's bias that it changes.
     peft: its form in a PEFT folder; None: PEFT has none.
+    alone: its form in a folder of the type that PEFT has for it where no kernel has a
+      delta; None: there is none.
     layers: indices on the first stack axis that have a delta; None for all.
   """
 
@@ -47,7 +57,9 @@ class Delta:
   options: ClassVar[Mapping[str, Any]] = {}
   irreversible: ClassVar[str] = ""
   has_bias: ClassVar[bool] = False
+  scales_bias: ClassVar[bool] = False
   peft: ClassVar[PeftForm | None] = None
+  alone: ClassVar[PeftForm | None] = None
 
   if TYPE_CHECKING:  # Fields of the subclasses, which are dataclasses.
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -70,10 +82,10 @@ class Delta:
     """The base's leaf back from the merged one, dense, to rounding."""
     raise NotImplementedError
 
-  def added_bias(self, w: jax.Array) -> jax.Array | None:
-    """The addition to the base's own bias; None for none."""
+  def on_bias(self, w: jax.Array) -> "OnBias":
+    """The change of the base's own bias beside w."""
     del w
-    return None
+    return OnBias()
 
   def in_peft(self) -> "Delta":
     """The delta of the method that PEFT's folder has for it."""

@@ -34,6 +34,7 @@ class FromStart(LowRank):
     "start_a": LowRank.axes["a"],
     "start_b": LowRank.axes["b"],
   }
+  per_trial = ("scale", "start_a", "start_b")
   takes_tables = False
 
   @classmethod
@@ -67,7 +68,7 @@ class FromStart(LowRank):
       LoraxError: another start is asked for; dropout, which would drop what is taken
         off too.
     """
-    name = cls.__name__.lower()
+    name = target.method
     if target.style != "uniform":
       raise LoraxError(f"init={target.style!r} does nothing in {name}: leave it out")
     if plan.dropout:

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
 
+_AROUND = ("input_layernorm", "post_attention_layernorm")
+_FEEDFORWARD = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -39,6 +42,21 @@ class Tuned(Delta):
         "original_module": ("original", AS_IS),
       },
     }
+  )
+
+  # Layer-norm tuning, by PEFT's own defaults where they are of models here.
+  alone = PeftForm(
+    type="LN_TUNING",
+    keys={"norm": {"ln_tuning_layers": ("value", AS_IS)}},
+    lacks=("layers_to_transform", "layers_pattern"),
+    targets={
+      **dict.fromkeys(("t5", "mt5"), ("layer_norm", "final_layer_norm")),
+      "gpt2": ("ln_1", "ln_2", "ln_f"),
+      **dict.fromkeys(("llama", "mistral", "gemma"), (*_AROUND, "norm")),
+      **dict.fromkeys(("gemma2", "gemma3_text"), (*_AROUND, *_FEEDFORWARD, "norm")),
+      **dict.fromkeys(("qwen2", "qwen3"), _AROUND[1:]),
+    },
+    own_targets=True,
   )
 
   @classmethod

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lorax_flax.methods.axes import LeafAxes, Shape, by_role, resolved, shape_of
-from lorax_flax.methods.delta import Delta
+from lorax_flax.methods.delta import Delta, OnBias
 from lorax_flax.methods.parts import Parts, dense, full
 
 # Those of `adapt.plan`, a room above this one.
@@ -56,19 +57,51 @@ class Followed(Delta):
     whole = whole if out_scale is None else whole / out_scale[..., 0]
     return whole - dense(a, b, jnp.float32)
 
-  def added_bias(self, w: jax.Array) -> jax.Array | None:
-    """The addition to the base's own bias, (*stack, *out)."""
-    if not self.has_bias:
+  def parts_beside(self, w: jax.Array, bias: jax.Array | None) -> Parts:
+    """The changed kernel of a module whose own bias is this, (*stack, *out)."""
+    parts = self.parts(w)
+    if bias is None or (scale := self._bias_scale(parts)) is None:
+      return parts
+    axes = by_role(self.roles)
+    bias = bias.transpose(np.argsort((*axes["stack"], *axes["out"])))
+    bias = jnp.expand_dims(bias, axes["in"])[..., None].astype(jnp.float32)
+    return parts._replace(bias=(scale - 1) * bias)
+
+  def on_bias(self, w: jax.Array) -> OnBias:
+    if not self.has_bias and not self.scales_bias:
+      return OnBias()
+    parts = self.parts(w)
+    return OnBias(*map(self._as_bias, (self._bias_scale(parts), parts.bias)))
+
+  def _bias_scale(self, parts: Parts) -> jax.Array | None:
+    scale, ins = parts.out_scale, by_role(self.roles)["in"]
+    if not self.scales_bias or scale is None or any(scale.shape[i] != 1 for i in ins):
       return None
-    bias, axes = self.parts(w).bias, by_role(self.roles)
-    if bias is None:
+    return scale
+
+  def _as_bias(self, part: jax.Array | None) -> jax.Array | None:
+    """A part that carries the out and the stack axes, (*stack, *out)."""
+    if part is None:
       return None
+    axes = by_role(self.roles)
     order = (*axes["stack"], *axes["out"], *axes["in"])
-    bias = bias[..., 0].transpose(order)
-    return bias.reshape(bias.shape[: len(order) - len(axes["in"])])
+    part = part[..., 0].transpose(order)
+    return part.reshape(part.shape[: len(order) - len(axes["in"])])
+
+  @classmethod
+  def named_axes(
+    cls, roles: Sequence[str], sizes: Mapping[str, Any]
+  ) -> Mapping[str, tuple[int, ...]]:
+    """A kernel's axes by the names that `axes` has for them.
+
+    Args:
+      sizes: of the method's own axes, and its options.
+    """
+    del sizes
+    return by_role(roles)
 
   def kernel_axes(self) -> Mapping[str, tuple[int, ...]]:
-    return by_role(self.roles)
+    return self.named_axes(self.roles, vars(self))
 
 
 class KernelDelta(Followed):
@@ -83,12 +116,18 @@ class KernelDelta(Followed):
     pads_rank: whether zeros beyond its rank change nothing, so that layers and trials
       of other ranks can be stacked.
     takes_tables: whether it is defined for weights whose rows are looked up.
+    starts_from: what `start` is given: the "kernel", or the "gradient" that
+      `adapt.gradients` takes of a loss.
+    selections: options that name targets, as `LoraConfig.targets` does; of one target,
+      whether it is named.
   """
 
   per_trial: ClassVar[tuple[str, ...]] = ("scale",)
   has_rank: ClassVar[bool] = True
   pads_rank: ClassVar[bool] = True
   takes_tables: ClassVar[bool] = True
+  starts_from: ClassVar[str] = "kernel"
+  selections: ClassVar[tuple[str, ...]] = ()
 
   @classmethod
   def start(cls, key: jax.Array, kernel: Any, target: Target, plan: Plan) -> Self:
@@ -97,7 +136,8 @@ class KernelDelta(Followed):
     Args:
       key: the adapter's. `target.key(key)` is the target's own, a function of the key
         and the path; what all targets share is drawn from `key` itself.
-      kernel: the base's leaf. Read its values only where they are needed.
+      kernel: the base's leaf, or as `starts_from` says. Read its values only where they
+        are needed.
       target: shape, roles, rank, scale, options … of this kernel.
       plan: all targets, and the dropout, as `adapt.plan.Plan`.
     """
@@ -161,8 +201,9 @@ class KernelDelta(Followed):
     cls, leaves: Mapping[str, jax.Array], target: Target, plan: Plan
   ) -> Self:
     """The delta of a target that starts with these leaves."""
+    options = {**target.options, "bias_name": target.bias}
     return cls.of(
-      leaves, target.scale, target.roles, plan.dropout, target.layers, target.options
+      leaves, target.scale, target.roles, plan.dropout, target.layers, options
     )
 
   @classmethod
@@ -204,7 +245,8 @@ class KernelDelta(Followed):
   ) -> Shape:
     """The shape of one leaf; arguments and errors as of `leaf_shapes`."""
     sizes = cls.axis_sizes(shape, roles, sizes)
-    return shape_of(resolved(cls.axes[name], by_role(roles)), shape, sizes)
+    axes = resolved(cls.axes[name], cls.named_axes(roles, sizes))
+    return shape_of(axes, shape, sizes)
 
   @classmethod
   def layer_shapes(cls, target: Target) -> dict[str, Shape]:

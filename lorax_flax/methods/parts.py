@@ -17,8 +17,9 @@ class Parts(NamedTuple):
     a: carries the in and the stack axes; its last axis is r.
     b: carries the out and the stack axes; its last axis is r, the scale folded in.
     out_scale: carries the out and the stack axes; its last axis is of size 1. None
-      for 1.
-    bias: as out_scale; added to each product, None for 0.
+      for 1. It may carry the in axes instead, and then scales the inputs.
+    bias: carries the out and the stack axes, as out_scale; added to each product, None
+      for 0.
   """
 
   a: jax.Array

@@ -18,12 +18,15 @@ class Form:
       0 (A of PEFT's ParamWrapper) and inside on axis 1 (its B); ours has two axes
       there, and `axes` counts both. None: there is none.
     rank: with `split`, the size of the rank in it; see `of_rank`.
+    holds_places: whether it is of int32: coordinates, along its first axis, of places
+      in the module's weight as torch has it.
   """
 
   axes: tuple[int, ...] | None = None
   ones: tuple[int, ...] = ()
   split: int | None = None
   rank: int = 0
+  holds_places: bool = False
 
   def of_rank(self, rank: int) -> "Form":
     """The form of a tensor of this rank."""
@@ -70,14 +73,18 @@ class PeftForm:
   Attributes:
     flag: the field of PEFT's LoraConfig that turns the method on; None: plain LoRA, or
       no method of targets, or another type than LORA.
-    keys: by kind of module. "turned" is a linear layer whose weight is an embedding's;
+    keys: by kind of module, after the names of the `selections` that name it, if any:
+      "feedforward linear". "turned" is a linear layer whose weight is an embedding's;
       "experts" is a stacked parameter.
     type: PEFT's peft_type.
     shared: the tensors that all modules share, by key after "base_model."; a delta's
-      leaf is the first part of each axis.
+      leaf is the first part of each axis of its kernel's.
+    repeats_shared: whether they are there once more under every module.
     fields: of the type's config, less those that all types have: our name of what it
       means (of `hub.peft.config.PeftConfig`), and PEFT's default. LORA's are our own.
-    options: PEFT's field to the method's option.
+    options: PEFT's field to the method's option. One of the method's `selections` holds
+      names of modules, or an expression.
+    selected: what such an option is by model type, where PEFT's field is null.
     lacks: fields that all other types have.
     off: fields, each with the values that are computed here; the first is written.
     training: fields that change how an adapter starts or trains and not what it
@@ -85,20 +92,24 @@ class PeftForm:
     only: PEFT's bias= for the biases of the targets; None: by the type's name.
     since: the oldest peft_version whose folders mean what they mean now.
     targets: the default target_modules by model type, where they are the type's own.
+    own_targets: whether they are all that it has, and LORA's are not its defaults.
   """
 
   flag: str | None = None
   keys: Mapping[str, Keys] = field(default_factory=dict)
   type: str = "LORA"
   shared: Keys = field(default_factory=dict)
+  repeats_shared: bool = False
   fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
   options: Mapping[str, str] = field(default_factory=dict)
+  selected: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
   lacks: tuple[str, ...] = ()
   off: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
   training: Mapping[str, Any] = field(default_factory=dict)
   only: str | None = None
   since: str = "0"
   targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+  own_targets: bool = False
 
   @property
   def targets_only(self) -> str:

@@ -17,7 +17,8 @@ from lorax_flax.methods.kernel_delta import Followed
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
 
-_KEYS = {"token_adapter.trainable_tokens_delta": ("rows", AS_IS)}
+_ROWS = {"trainable_tokens_delta": ("rows", AS_IS)}
+_KEYS = {f"token_adapter.{end}": leaf for end, leaf in _ROWS.items()}
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +43,19 @@ class Rows(Followed):
   axes: ClassVar = {"rows": ("places", "width"), "old_rows": ("places", "width")}
   trained = ("rows",)
   peft = PeftForm(keys={"linear": _KEYS, "embedding": _KEYS})
+  alone = PeftForm(
+    type="TRAINABLE_TOKENS",
+    keys={"linear": _ROWS, "embedding": _ROWS},
+    fields={"token_indices": ("trainable_token_indices", ())},
+    lacks=(
+      "exclude_modules",
+      "layers_to_transform",
+      "layers_pattern",
+      "modules_to_save",
+    ),
+    training={"init_weights": True},
+    own_targets=True,
+  )
   # They are themselves, whatever they are multiplied with.
   dropout: ClassVar[float] = 0.0
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.methods.axes import by_role
+from lorax_flax.methods.axes import fans
 from lorax_flax.methods.draws import Torch
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
@@ -68,14 +68,14 @@ class VeRA(MethodDelta):
     """PEFT's start, with its projections: those of torch by projection_prng_key."""
     del kernel
     shapes = cls.layer_shapes(target)
-    fans = [_fans(each.shape, each.roles) for each in plan.targets]
-    widest_in, widest_out = (max(sizes) for sizes in zip(*fans, strict=True))
+    sizes = [fans(each.shape, each.roles) for each in plan.targets]
+    widest_in, widest_out = map(max, zip(*sizes, strict=True))
     stream = Torch(target.options["projection_prng_key"])
     first = stream.uniform((target.rank, widest_in), math.sqrt(6 / widest_in))
     second = stream.uniform((widest_out, target.rank), math.sqrt(6 / target.rank))
-    fan_in, fan_out = _fans(target.shape, target.roles)
-    sizes = {"rank": target.rank}
-    a, b = (cls.leaf_shape(n, target.shape, target.roles, sizes) for n in ("a", "b"))
+    fan_in, fan_out = fans(target.shape, target.roles)
+    own = {"rank": target.rank}
+    a, b = (cls.leaf_shape(n, target.shape, target.roles, own) for n in ("a", "b"))
 
     def draw(key):
       del key
@@ -94,9 +94,3 @@ class VeRA(MethodDelta):
       self.laid_out(n, w.shape) for n in ("a", "b", "lambda_d", "lambda_b")
     )
     return Parts(a, b * lambda_d * lambda_b)
-
-
-def _fans(shape: tuple[int, ...], roles: tuple[str, ...]) -> tuple[int, int]:
-  axes = by_role(roles)
-  fan_in, fan_out = (math.prod(shape[i] for i in axes[r]) for r in ("in", "out"))
-  return fan_in, fan_out

@@ -7,6 +7,8 @@ for every place.
 
 Shapes: B rows, T tokens of a call, S columns, H heads of queries, G heads of keys and
 values, K head size.
+
+A prefix or a prompt has the first places; lengths count the tokens alone.
 """
 
 from dataclasses import dataclass, replace
@@ -78,12 +80,16 @@ class Cache:
     lengths_B: int32, number of tokens of each row.
     source_BxN: of an encoder's N tokens, the mask; None without an encoder.
     length: maximal number of tokens of a row.
+    virtual: number of places before the first token's.
+    begun: whether what has these places is in the layers.
   """
 
   layers: Any
   lengths_B: jax.Array
   source_BxN: jax.Array | None
   length: int
+  virtual: int = 0
+  begun: bool = True
 
   def chunk(
     self, mask_BxT: jax.Array, deterministic: bool, position_ids: Any = None
@@ -105,12 +111,13 @@ class Cache:
     (rows, tokens), room = mask_BxT.shape, len(self.lengths_B)
     if rows != room:
       raise LoraxError(f"{rows} rows for a cache of {room}")
-    if tokens > self.length:
+    if tokens > self.length + self.virtual:
       raise LoraxError(f"{tokens} tokens for a cache of {self.length}")
+    starts_B = self.lengths_B + self.virtual
     real_BxT = mask_BxT != 0
     count_BxT = jnp.cumsum(real_BxT, axis=1, dtype=jnp.int32)
-    places_BxT = jnp.where(real_BxT, self.lengths_B[:, None] + count_BxT - 1, -1)
-    return Chunk(places_BxT, self.lengths_B, self.length)
+    places_BxT = jnp.where(real_BxT, starts_B[:, None] + count_BxT - 1, -1)
+    return Chunk(places_BxT, starts_B, self.length + self.virtual)
 
   def grown(self, layers: Any, chunk: Chunk, source_BxN: Any = None) -> "Cache":
     """The cache after a call, with what its layers kept.
@@ -121,16 +128,17 @@ class Cache:
     room, found = (x if x is None else x.shape for x in (self.source_BxN, source_BxN))
     if room != found:
       raise LoraxError(f"an encoder's text of shape {found} for a cache of {room}")
-    return Cache(layers, chunk.ends_B, source_BxN, self.length)
+    lengths_B = chunk.ends_B - self.virtual
+    return replace(self, layers=layers, lengths_B=lengths_B, source_BxN=source_BxN)
 
   @property
   def columns(self) -> int:
-    """Number of columns of the layer with the fewest.
+    """Number of tokens that the layer with the fewest columns has room for.
 
-    Where a row has more tokens, it can't go back to an earlier one: a ring has
+    Where a row has more, it can't go back to an earlier one: a ring has
     overwritten what that one attends to.
     """
-    return min(x.shape[-2] for x in jax.tree.leaves(self.layers))
+    return min(x.shape[-2] for x in jax.tree.leaves(self.layers)) - self.virtual
 
   def moved(self, room: "Cache") -> "Cache":
     """A blank cache that is at least as long, with the same tokens."""
@@ -139,7 +147,7 @@ class Cache:
       room.layers,
       self.layers,
     )
-    return Cache(layers, self.lengths_B, self.source_BxN, room.length)
+    return replace(self, layers=layers, length=room.length)
 
   def put(self, row: jax.Array, other: "Cache") -> "Cache":
     """The cache with the only row of another one, at most as long, in its row."""
@@ -166,12 +174,12 @@ class Cache:
     layers = jax.tree.map(lambda x: x.ndim - 4, self.layers)
     of_source: Any = None if self.source_BxN is None else 0
     of_lengths: Any = 0
-    return Cache(layers, of_lengths, of_source, self.length)
+    return replace(self, layers=layers, lengths_B=of_lengths, source_BxN=of_source)
 
 
 jax.tree_util.register_dataclass(Chunk, ["places_BxT", "starts_B"], ["length"])
 jax.tree_util.register_dataclass(
-  Cache, ["layers", "lengths_B", "source_BxN"], ["length"]
+  Cache, ["layers", "lengths_B", "source_BxN"], ["length", "virtual", "begun"]
 )
 
 
@@ -183,6 +191,7 @@ def blank(
   *,
   dtype: Any,
   stacked: bool,
+  virtual: int = 0,
 ) -> Cache:
   """A cache without tokens.
 
@@ -193,21 +202,22 @@ def blank(
     dtype: of keys and values.
     stacked: the layers are scanned. They then have equally many columns: where windows
       differ, one for every place.
+    virtual: number of places before the tokens', which the first call fills.
 
   Raises:
     LoraxError: more tokens than the model has positions.
   """
-  if layout.max_length is not None and length > layout.max_length:
-    raise LoraxError(
-      f"a cache of {length} tokens: the model takes at most {layout.max_length}"
-    )
+  if layout.max_length is not None and length + virtual > layout.max_length:
+    most = layout.max_length - virtual
+    raise LoraxError(f"a cache of {length} tokens: the model takes at most {most}")
+  places = length + virtual
 
   def key_values(columns: int) -> KeyValues:
     shape = (batch, layout.heads, columns, layout.head_size)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
   def layer(window: int | None) -> Any:
-    own = key_values(length if window is None else min(window, length))
+    own = key_values(places if window is None else min(window, places))
     return (own, key_values(source_length)) if layout.attends_to_source else own
 
   windows, source = layout.windows, None
@@ -219,7 +229,8 @@ def blank(
     layers = tuple(map(layer, windows))
   if layout.attends_to_source:
     source = jnp.zeros((batch, source_length), jnp.int32)
-  return Cache(layers, jnp.zeros(batch, jnp.int32), source, length)
+  lengths_B = jnp.zeros(batch, jnp.int32)
+  return Cache(layers, lengths_B, source, length, virtual, begun=not virtual)
 
 
 def check_room(cache: Cache, tokens: Any) -> None:

@@ -26,10 +26,11 @@ from lorax_flax.hub.checkpoints.entries import (
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import head as heads
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers, stacking
+from lorax_flax.models import layers, soft, stacking
 from lorax_flax.models.cache import Cache, Chunk, KeyValues, Layout
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layers import Model, Part, check_length
+from lorax_flax.models.soft import SoftSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class GPT2Config:
     scale_attn_weights: attention's logits are divided by sqrt(head size).
     scale_attn_by_inverse_layer_idx: and by the number of their layer, from 1.
     tie_word_embeddings: the head is the token embeddings, not a layer of its own.
+    soft: trained states beside the weights; not in config.json.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
@@ -59,6 +61,7 @@ class GPT2Config:
   scale_attn_weights: bool = True
   scale_attn_by_inverse_layer_idx: bool = False
   tie_word_embeddings: bool = True
+  soft: SoftSettings | None = None
 
   def __post_init__(self):
     fields.check_fields(self)
@@ -118,13 +121,13 @@ class Layer(Part[GPT2Config]):
     c, args = self.config, (self.config, self.dtype, self.deterministic)
     y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_1")(x_BxTxD)
     y_BxTxD, kept = Attention(*args, name="attn")(y_BxTxD, tokens, number, kept)
-    x_BxTxD += y_BxTxD
+    x_BxTxD += soft.adapted(self, "attention", y_BxTxD)
     y_BxTxD = layers.Norm(c.layer_norm_epsilon, name="ln_2")(x_BxTxD)
     names, features = ("c_fc", "c_proj"), c.n_inner or 4 * c.n_embd
     feed = layers.MLP(
       *args, names, features, c.activation_function, c.resid_pdrop, name="mlp"
     )
-    return x_BxTxD + feed(y_BxTxD), kept
+    return x_BxTxD + soft.adapted(self, "mlp", feed(y_BxTxD)), kept
 
 
 class LanguageModel(Model[GPT2Config]):
@@ -157,17 +160,22 @@ class LanguageModel(Model[GPT2Config]):
       LoraxError: a text with more tokens than positions, or than the cache has.
     """
     c, dtype, args = self.config, self.dtype, (self.config, self.dtype, deterministic)
-    check_length(input_ids, c.n_positions)
+    check_length(input_ids, c.n_positions - soft.places(c.soft))
     words = self.table(c.vocab_size, c.n_embd, "wte", "vocab")
     positions = self.table(c.n_positions, c.n_embd, "wpe", "positions")
-    tokens: Any = attention_mask
-    each: dict[str, Any] = {}
+    before = soft.before(
+      self, cache_layout(c), c.n_embd, attention_mask, position_ids, cache
+    )
+    position_ids, cache, each = before.position_ids, before.cache, dict(before.each)
+    tokens: Any = before.mask_BxT
     if cache is not None:
-      tokens = cache.chunk(attention_mask, deterministic, position_ids)
-      position_ids, each["kept"] = tokens.positions_BxT, cache.layers
+      tokens = cache.chunk(before.mask_BxT, deterministic, position_ids)
+      position_ids = tokens.positions_BxT
     elif position_ids is None:
-      position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
-    x_BxTxD = words(input_ids).astype(dtype) + positions(position_ids).astype(dtype)
+      columns_T = jnp.arange(before.mask_BxT.shape[1], dtype=jnp.int32)
+      position_ids = before.first + columns_T[None, :]
+    x_BxTxD = before.put(words(input_ids).astype(dtype))
+    x_BxTxD += positions(position_ids).astype(dtype)
     x_BxTxD = nn.Dropout(c.embd_pdrop)(x_BxTxD, deterministic)
     if c.scale_attn_by_inverse_layer_idx:
       each["number"] = jnp.arange(1, c.n_layer + 1, dtype=jnp.float32)
@@ -180,7 +188,7 @@ class LanguageModel(Model[GPT2Config]):
     else:
       std = c.initializer_range
       head = heads.Linear(c.vocab_size, std, name="lm_head")(c.n_embd)
-    outputs = readout(head, x_BxTxD)
+    outputs = readout(head, before.cut(x_BxTxD))
     return outputs if cache is None else (outputs, cache.grown(kept, tokens))
 
 

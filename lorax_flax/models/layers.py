@@ -15,6 +15,8 @@ from lorax_flax.models.cache import attend as attend_cached
 from lorax_flax.sharding import activations as spread
 
 DType = Any
+# The number, in a mask, of keys that every segment attends to.
+EVERY_SEGMENT = -1
 Config = TypeVar("Config")
 
 
@@ -271,6 +273,7 @@ def attend(
   mask_BxT: jax.Array,
   heads: int,
   rate: float,
+  prefix: KeyValues | None = None,
   **options: Any,
 ) -> jax.Array:
   """Self-attention of projected features, BxTxD; to be called from a compact method.
@@ -280,16 +283,16 @@ def attend(
     qkv_BxTxD: queries, keys and values.
     mask_BxT: nonzero where a token is attended to.
     rate: of the dropout of attention's weights.
+    prefix: keys and values before the tokens', PxHxK each.
     **options: of `ops.attention`.
   """
   q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (in_heads(x, heads) for x in qkv_BxTxD)
   y_BxTxHxK = ops.attention(
     q_BxTxHxK,
-    k_BxTxHxK,
-    v_BxTxHxK,
-    mask_BxT,
+    *_behind(prefix, k_BxTxHxK, v_BxTxHxK, mask_BxT),
     dropout_rate=rate,
     dropout_rng=dropout_rng(module, rate, module.deterministic),
+    shared=getattr(module.config, "soft", None) is not None,
     **options,
   )
   return y_BxTxHxK.reshape(qkv_BxTxD[0].shape)
@@ -310,7 +313,7 @@ def attend_before(
   Args:
     module: the caller; its `deterministic` decides dropout.
     tokens: the mask BxT of `ops.attention`, or with a cache the places of the tokens.
-    kept: the layer's part of the cache, or None.
+    kept: the layer's part of the cache; without one, its prefix, PxGxK each, or None.
     rate: of the dropout of attention's weights.
     **options: window, scale and softcap of `ops.attention`.
   """
@@ -319,12 +322,28 @@ def attend_before(
     return attend_cached(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, kept, tokens, **options)
   y_BxTxHxK = ops.attention(
     q_BxTxHxK,
-    k_BxTxGxK,
-    v_BxTxGxK,
-    tokens,
+    *_behind(kept, k_BxTxGxK, v_BxTxGxK, tokens),
     causal=True,
     dropout_rate=rate,
     dropout_rng=dropout_rng(module, rate, module.deterministic),
+    shared=getattr(module.config, "soft", None) is not None,
     **options,
   )
   return y_BxTxHxK, None
+
+
+def _behind(
+  prefix: KeyValues | None, k_BxTxGxK: jax.Array, v_BxTxGxK: jax.Array, mask_BxT: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Keys, values and mask with those of a prefix before them."""
+  if prefix is None:
+    return k_BxTxGxK, v_BxTxGxK, mask_BxT
+
+  def joined(own_PxGxK, x_BxTxGxK):
+    shape = (len(x_BxTxGxK), *own_PxGxK.shape)
+    own = jnp.broadcast_to(own_PxGxK.astype(x_BxTxGxK.dtype)[None], shape)
+    return jnp.concatenate([own, x_BxTxGxK], axis=1)
+
+  seen_BxP = jnp.full((len(mask_BxT), len(prefix[0])), EVERY_SEGMENT, mask_BxT.dtype)
+  mask_BxS = jnp.concatenate([seen_BxP, mask_BxT], axis=1)
+  return joined(prefix[0], k_BxTxGxK), joined(prefix[1], v_BxTxGxK), mask_BxS

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.paths import flatten, map_with_path
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.files import strict_json
 from lorax_flax.hub.checkpoints import load as hub_load
@@ -33,6 +34,7 @@ from lorax_flax.models import (
   vit,
 )
 from lorax_flax.models.family import Family
+from lorax_flax.models.soft import SoftSettings, places
 
 FAMILIES: dict[str, Family] = {
   **bert.FAMILIES,
@@ -77,7 +79,25 @@ class Outline:
   @property
   def max_length(self) -> int:
     """Maximal number of tokens of a text; 0 where the input is none."""
-    return self.family.max_length(self.config)
+    return max(0, self.family.max_length(self.config) - self.virtual)
+
+  @property
+  def virtual(self) -> int:
+    """Number of places before a text's own."""
+    return places(getattr(self.config, "soft", None))
+
+  @property
+  def soft(self) -> dict[str, Any] | None:
+    """The fields of its `SoftSettings`; None without trained states beside it."""
+    settings = getattr(self.config, "soft", None)
+    return None if settings is None else dataclasses.asdict(settings)
+
+  @property
+  def soft_paths(self) -> tuple[str, ...]:
+    """Leaves that no checkpoint has, of trained states beside the weights."""
+    if getattr(self.config, "soft", None) is None:
+      return ()
+    return tuple(p for p in flatten(_shapes(self)) if p not in self.keymap.keys)
 
   @property
   def token_types(self) -> bool:
@@ -96,6 +116,7 @@ class Outline:
       source_length,
       dtype=module.dtype,
       stacked=module.scan,
+      virtual=self.virtual,
     )
 
   def from_peft(self, source: str | Path | Mapping[str, Any]) -> LoraConfig:
@@ -133,11 +154,14 @@ class Loaded(Located):
   new_paths: tuple[str, ...]
   ignored_keys: tuple[str, ...]
 
+  @property
+  def soft_paths(self) -> tuple[str, ...]:
+    return tuple(path for path in self.new_paths if path not in self.keymap.keys)
+
   def reseeded(self, seed: int) -> "Loaded":
     """A copy with its new leaves drawn again, as `load` draws them with this seed."""
-    params = hub_load.redrawn(
-      self.params, self.new_paths, std=_std(self.config), seed=seed
-    )
+    stds = {path: _std(self, path) for path in self.new_paths}
+    params = hub_load.redrawn(self.params, stds, seed=seed)
     return dataclasses.replace(self, params=params)
 
 
@@ -155,6 +179,7 @@ def load(
   untie: bool = False,
   vocab_size: int | None = None,
   quant: str | None = None,
+  soft: SoftSettings | None = None,
 ) -> Loaded:
   """Loads a model from a Hugging Face folder, or from a GGUF file.
 
@@ -175,6 +200,8 @@ def load(
       mean of the others, as transformers starts them but for its noise of 1e-5.
     quant: a format of `lorax_flax.quant.FORMATS` for the kernels of the layers, which
       are quantised as they are read. `lx.adapt` runs such a model.
+    soft: trained states beside the weights: new leaves, to be named in
+      `LoraConfig.tuned` as a new head is (`Outline.soft_paths`).
 
   Raises:
     LoraxError: an unknown family, an unsupported config, or keys that do not match.
@@ -196,7 +223,7 @@ def load(
     found,
     shapes,
     dtype=param_dtype and _float("param_dtype", param_dtype),
-    std=_std(model.config),
+    std=_std_of_head(model.config),
     seed=seed,
     new_head=new_head,
     shardings=shardings and shardings(axes(stored.module), shapes),
@@ -206,10 +233,18 @@ def load(
     shapes = quantized.shapes(_shapes(model), model.keymap, quant)
     resharded = shardings and shardings(axes(model.module), shapes)
     params = hub_load.resized(params, shapes, resharded)
+  new_paths = weights.new_paths
+  if soft is not None and soft.method is not None:
+    model = outline_of(hf_config, untie=untie, vocab_size=vocab_size, soft=soft)
+    shapes = quantized.shapes(_shapes(model), model.keymap, quant)
+    resharded = shardings and shardings(axes(model.module), shapes)
+    stds = {path: _std(model, path) for path in model.soft_paths}
+    params = hub_load.extended(params, shapes, stds, seed=seed, shardings=resharded)
+    new_paths = (*new_paths, *stds)
   return Loaded(
     **vars(model),
     params=params,
-    new_paths=weights.new_paths,
+    new_paths=new_paths,
     ignored_keys=weights.ignored_keys,
     folder=folder,
   )
@@ -224,6 +259,7 @@ def outline(
   remat: str = "none",
   untie: bool = False,
   vocab_size: int | None = None,
+  soft: SoftSettings | None = None,
 ) -> Outline:
   """The model of a config.json, without a checkpoint; arguments as of `load`."""
   family = of(hf_config)
@@ -244,6 +280,8 @@ def outline(
       f"a {hf_config['model_type']} is a {family.task} model: it has no num_labels"
     )
   config = family.configure(hf_config, **overrides)
+  if soft is not None and soft.method is not None:
+    config = _with_soft(config, soft, hf_config["model_type"])
   module = family.build(config, _float("dtype", dtype), scan, remat)
   return Outline(family, module, config, hf_config, family.keymap(config, scan))
 
@@ -259,10 +297,22 @@ def abstract_params(
   """
   stored = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
   dtype = _float("dtype", param_dtype or stored or "float32")
-  tree = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(model)
-  )
+  known = model.keymap.keys
+
+  def struct(path, leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, dtype if path in known else jnp.float32)
+
+  tree = map_with_path(struct, _shapes(model))
   return quantized.shapes(tree, model.keymap, quant)
+
+
+def _with_soft(config: Any, soft: SoftSettings, model_type: str) -> Any:
+  if not hasattr(config, "soft"):
+    raise LoraxError(
+      f"soft.method={soft.method} is not built for a {model_type}: it is for bert, "
+      "roberta, gpt2, llama and its variants"
+    )
+  return dataclasses.replace(config, soft=soft)
 
 
 def _shapes(model: Outline) -> Any:
@@ -274,7 +324,8 @@ def _shapes(model: Outline) -> Any:
   module: Any = model.module
   scanned = family.build(model.config, module.dtype, True, "none")
   stacked = family.keymap(model.config, True)
-  return hub_load.unstacked(family.shapes(scanned), stacked, keymap)
+  has_soft = getattr(model.config, "soft", None) is not None
+  return hub_load.unstacked(family.shapes(scanned), stacked, keymap, beside=has_soft)
 
 
 def of(hf_config: Mapping[str, Any]) -> Family:
@@ -299,8 +350,14 @@ def of(hf_config: Mapping[str, Any]) -> Family:
   return family
 
 
-def _std(config: Any) -> float:
-  """Standard deviation of new kernels."""
+def _std(model: Outline, path: str) -> float:
+  """Standard deviation of a new leaf, of a head or a soft part."""
+  is_head = path in model.keymap.keys
+  return _std_of_head(model.config) if is_head else model.config.soft.std_of(path)
+
+
+def _std_of_head(config: Any) -> float:
+  """Standard deviation of a new head's kernels."""
   return getattr(config, "initializer_range", 0.02)
 
 

@@ -95,5 +95,5 @@ class Stack(nn.Module):
   remat: str
 
   @nn.compact
-  def __call__(self, x: Any, *shared: Any) -> Any:
-    return stack(self, self.layer, self.args, self.count, x, *shared)[0]
+  def __call__(self, x: Any, *shared: Any, **each: Any) -> Any:
+    return stack(self, self.layer, self.args, self.count, x, *shared, each=each)[0]

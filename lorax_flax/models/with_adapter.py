@@ -12,6 +12,7 @@ from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import gguf, registry
+from lorax_flax.models.soft import SoftSettings
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,13 @@ def load_all(
       f"{base}: its vocabulary of {rows} tokens is made {vocab_size}, as in "
       f"{' and '.join(str(s) for s, n in needs.items() if n.vocab_size)}"
     )
+  soft = next(iter(needs.values())).soft
+  if any(each.soft != soft for each in needs.values()):
+    each_has = (f"{s} has {(n.soft or {}).get('method')}" for s, n in needs.items())
+    raise LoraxError(
+      f"{base} cannot be the base of all: of states beside the weights (soft.method) "
+      f"{', '.join(each_has)}"
+    )
   untie = [str(source) for source, each in needs.items() if each.untie]
   if untie:
     log.warning(
@@ -74,6 +82,7 @@ def load_all(
     new_head=num_labels is not None,
     untie=bool(untie),
     vocab_size=vocab_size,
+    soft=None if soft is None else SoftSettings(**soft),
     quant=quant,
   )
   for source, each in needs.items():

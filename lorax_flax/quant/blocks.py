@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def split(x: jax.Array, size: int) -> jax.Array:
@@ -52,6 +53,9 @@ def unpacked(
     scales: float32, with as many elements on the last axis as there are blocks.
     dtype: of the result.
   """
+  # As they are stored: a TPU's compiler would copy the codes of all layers, once a
+  # step, into the layout that it likes the weights to have.
+  packed = with_layout_constraint(packed, Layout(tuple(range(packed.ndim))))
   pairs = packed.shape[-1] // scales.shape[-1]  # of codes in a block
 
   def scaled(codes):

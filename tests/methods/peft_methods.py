@@ -10,6 +10,9 @@ import torch
 
 import lorax_flax as lx
 
+# Of SHiRA's sparse tensors; torch warns where it is not told.
+torch.sparse.check_sparse_tensor_invariants.enable()
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -20,12 +23,18 @@ class Peer:
     theirs: its fields.
     ours: those of LoraConfig.
     formed: whether the change of the kernel is formed.
+    in_bert: its fields that name a BERT's modules.
+    method: its name; "" for the peer's.
+    kinds: of modules, as the method's keys name them.
   """
 
   config: type
   theirs: dict[str, Any] = field(default_factory=dict)
   ours: dict[str, Any] = field(default_factory=dict)
   formed: bool = False
+  in_bert: dict[str, Any] = field(default_factory=dict)
+  method: str = ""
+  kinds: dict[str, str] = field(default_factory=dict)
 
 
 PEERS = {
@@ -54,7 +63,38 @@ PEERS = {
     {"r": 2, "alpha": 6, "gralora_k": 2},
     {"rank": 2, "alpha": 6, "options": {"k": 2}},
   ),
+  "shira": Peer(
+    peft.ShiraConfig,
+    {"r": 2, "random_seed": 3},
+    {"rank": 2, "options": {"random_seed": 3}},
+    formed=True,
+  ),
+  "randlora": Peer(
+    peft.RandLoraConfig,
+    {"r": 3, "randlora_alpha": 6},
+    {"rank": 3, "alpha": 6},
+  ),
+  "ia3": Peer(peft.IA3Config, {"feedforward_modules": []}),
+  "ia3 of inputs": Peer(
+    peft.IA3Config,
+    {"feedforward_modules": ["target"]},
+    {"options": {"feedforward": ("kernel",)}},
+    in_bert={"feedforward_modules": ["intermediate.dense"]},
+    kinds={"linear": "feedforward linear"},
+    method="ia3",
+  ),
 }
+
+
+def method(name: str) -> str:
+  """The name of a peer's method."""
+  return PEERS[name].method or name
+
+
+def keys(name: str, kind: str) -> dict[str, Any]:
+  """The ends of PEFT's keys for a kind of module; none: it has no such module."""
+  peer = PEERS[name]
+  return lx.METHODS[method(name)].peft.keys.get(peer.kinds.get(kind, kind), {})
 
 
 def kernel_methods() -> set[str]:
@@ -65,7 +105,8 @@ def kernel_methods() -> set[str]:
 
 
 def config(name: str, **fields: Any) -> lx.LoraConfig:
-  return lx.LoraConfig(targets="kernel", method=name, **PEERS[name].ours, **fields)
+  own = PEERS[name].ours
+  return lx.LoraConfig(targets="kernel", method=method(name), **own, **fields)
 
 
 def model(name: str, module: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
@@ -86,22 +127,31 @@ def model(name: str, module: torch.nn.Module, std: float = 0.2) -> torch.nn.Modu
 
 def leaves(name: str, kind: str, adapted: torch.nn.Module) -> dict[str, Any]:
   """PEFT's trained parameters, by the names of our leaves."""
-  method = lx.METHODS[name]
   found = {}
-  for end, (leaf, _) in method.peft.keys[kind].items():
+  for end, (leaf, _) in keys(name, kind).items():
     named = [
       p
       for n, p in adapted.named_parameters()
       if f"{n}.".replace(".default", "").endswith(f".{end}.")
     ]
-    (found[leaf],) = (p for p in named if p.requires_grad)
+    if leaf in lx.METHODS[method(name)].trained:
+      (found[leaf],) = (p for p in named if p.requires_grad)
+  return found
+
+
+def shared(name: str, adapted: torch.nn.Module) -> dict[str, np.ndarray]:
+  """What PEFT's model has once for all targets, by the names of our leaves."""
+  found = {}
+  for end, (leaf, form) in lx.METHODS[method(name)].peft.shared.items():
+    value = getattr(adapted.base_model, end)["default"]
+    found[leaf] = np.array(form.to_ours(value.numpy()))
   return found
 
 
 def ours(name: str, kind: str, values: dict[str, Any]) -> dict[str, np.ndarray]:
   """PEFT's tensors as our leaves."""
-  forms = dict(lx.METHODS[name].peft.keys[kind].values())
+  forms, rank = dict(keys(name, kind).values()), PEERS[name].ours.get("rank", 0)
   return {
-    leaf: np.array(forms[leaf].to_ours(x.detach().numpy()))
+    leaf: np.array(forms[leaf].of_rank(rank).to_ours(x.detach().numpy()))
     for leaf, x in values.items()
   }

@@ -42,7 +42,7 @@ CASES = [
   (name, kind)
   for name in peers.PEERS
   for kind in ("linear", "embedding")
-  if kind in lx.METHODS[name].peft.keys
+  if peers.keys(name, kind)
 ]
 
 
@@ -60,8 +60,9 @@ def both(name, kind):
     lora.apply(params, adapter, x), FUNCTIONS[kind](params, x), atol=1e-6
   )
   values = peers.ours(name, kind, peers.leaves(name, kind, model))
+  given = values | peers.shared(name, model)
   moved = dataclasses.replace(
-    adapter["kernel"], **{n: jnp.asarray(v) for n, v in values.items()}
+    adapter["kernel"], **{n: jnp.asarray(v) for n, v in given.items()}
   )
   assert {n: v.shape for n, v in values.items()} == {
     n: getattr(adapter["kernel"], n).shape for n in moved.trained
@@ -84,7 +85,10 @@ def test_value_merged_weight_and_three_steps_equal_pefts(name, kind):
     out = model(torch.tensor(x)).numpy()
     merged = model.merge_and_unload().target.weight.numpy()
   np.testing.assert_allclose(lora.apply(params, end, x), out, rtol=1e-4, atol=1e-5)
-  kernel = lx.merge(params, end)["kernel"]
+  ours = lx.merge(params, end)
+  back = lx.unmerge(ours, end)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), back, params)
+  kernel = ours["kernel"]
   np.testing.assert_allclose(
     kernel.T if kind == "linear" else kernel, merged, rtol=1e-4, atol=1e-5
   )

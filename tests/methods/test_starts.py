@@ -1,6 +1,7 @@
 """Starts that are a part of the kernel, or orthogonal, against PEFT's."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,15 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft.tuners.lora.loraga import preprocess_loraga
 
 import lorax_flax as lx
 from lorax_flax.adapt.algebra import as_lora
+from lorax_flax.adapt.gradients import mean_gradients
 from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import folder as hub_peft
+from lorax_flax.quant import dense, quantize
+from lorax_flax.train.trials import own_and_shared
 from tests.adapt.checks import check_no_dense_gradient, perturbed
 from tests.hub.peft import peers
 from tests.methods.steps import trained_beside
@@ -63,7 +68,69 @@ def test_a_start_inside_the_kernel_trains_as_pefts(name, linear):
   np.testing.assert_allclose(merged.T, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scaling", ["stable", "gd_scale", "unit"])
+def test_a_start_from_gradients_is_pefts_and_trains_as_it(scaling, linear):
+  rank, batches = 2, [X, X[:3] ** 2, X + 1]
+  params = {"kernel": jnp.asarray(linear[0].weight.detach().numpy().T)}
+  options = {"scaling": scaling}
+  config = lx.LoraConfig(
+    targets="kernel", method="lora_ga", rank=rank, alpha=ALPHA, options=options
+  )
+  lora = lx.adapt(apply, config)
+  loss = lambda params, x: jnp.sin(apply(params, x)).sum()
+  key = jax.random.key(0)
+  adapter = lx.init_from_gradients(lora, key, params, loss, batches, X)
+  np.testing.assert_array_equal(lora.apply(params, adapter, X), apply(params, X))
+
+  base = copy.deepcopy(linear)
+  theirs = peft.LoraConfig(
+    r=rank,
+    lora_alpha=ALPHA,
+    target_modules=["0"],
+    init_lora_weights="lora_ga",
+    lora_ga_config=peft.LoraGAConfig(scale=scaling),
+  )
+
+  def step():
+    for x in batches:
+      # Their hook counts a module's gradients where its input has one.
+      torch.sin(base(torch.tensor(x, requires_grad=True))).sum().backward()
+
+  preprocess_loraga(base, theirs, step)
+  model = peft.get_peft_model(base, theirs)
+  first, second = (
+    np.array(p.detach().numpy()) for p in model.parameters() if p.requires_grad
+  )
+  delta = adapter["kernel"]
+  # Of singular directions, the signs are the decomposition's choice.
+  np.testing.assert_allclose(np.abs(delta.a), np.abs(first.T), atol=1e-4)
+  np.testing.assert_allclose(np.abs(delta.b), np.abs(second.T), rtol=1e-3, atol=1e-4)
+  same = {"a": jnp.asarray(first.T), "b": jnp.asarray(second.T)}
+  starts = {f"start_{name}": x for name, x in same.items()}
+  adapter = {"kernel": dataclasses.replace(delta, **same, **starts)}
+  end = trained_beside(lora, params, adapter, model, X, LEARNING_RATE)
+  want = model.merge_and_unload()[0].weight.detach().numpy()
+  merged = lx.merge(params, end)["kernel"]
+  np.testing.assert_allclose(merged.T, want, rtol=1e-4, atol=1e-5)
+
+
+def test_mean_gradients_are_of_the_chosen_leaves_of_a_quantised_base_too():
+  kernel = jnp.asarray(np.random.default_rng(3).normal(size=(IN, OUT)), jnp.float32)
+  stored = quantize(kernel, "int8")
+  params = {"kernel": stored, "other": jnp.ones((OUT, 2))}
+  loss = lambda p, x: jnp.sin(x @ dense(p["kernel"]) @ p["other"]).sum()
+  found = mean_gradients(loss, params, [X, X[:2]], ["kernel"])
+  assert found.keys() == {"kernel"}
+  each = [
+    jax.grad(lambda w, x=x: loss({**params, "kernel": w}, x))(stored.dense())
+    for x in (X, X[:2])
+  ]
+  np.testing.assert_allclose(found["kernel"], sum(each) / 2, rtol=1e-5, atol=1e-6)
+  with pytest.raises(lx.LoraxError, match="there is no batch"):
+    mean_gradients(loss, params, [], ["kernel"])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "lora_ga"])
 def test_a_folder_is_a_lora_of_twice_the_rank(name, tmp_path):
   bert = peers.tiny_classifier("bert")
   keymap = peers.bert_keymap(bert, scan=True)
@@ -125,3 +192,12 @@ def test_an_orthogonal_start_changes_nothing_and_has_both_factors():
   for factor in (delta.a, delta.b):
     assert np.linalg.matrix_rank(factor) == 2
     assert 0.03 < np.std(factor) < 0.15
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_trial_has_a_start_of_its_own(name):
+  params = {"kernel": jnp.ones((IN, OUT))}
+  _, adapter = started(name, params)
+  own, _ = own_and_shared(adapter)
+  kept = {n for n, x in own["kernel"].leaves().items() if x is not None}
+  assert {"scale", "start_a", "start_b"} <= kept

@@ -41,7 +41,8 @@ def test_a_step_of_rows_with_adapters_of_their_own_does_so_too():
   cache = jax.eval_shape(lambda: model.blank_cache(3, 501))
   params, ids = model.family.shapes(model.module), jax.ShapeDtypeStruct((3,), jnp.int32)
   lora = lx.adapt(
-    lambda params, ids: model.module.apply({"params": params}, ids), lx.LoraConfig()
+    lambda params, ids: model.module.apply({"params": params}, ids, jnp.ones_like(ids)),
+    lx.LoraConfig(),
   )
   ids_1x4 = jax.ShapeDtypeStruct((1, 4), jnp.int32)
   adapter = jax.eval_shape(lora.init, jax.random.key(0), params, ids_1x4)

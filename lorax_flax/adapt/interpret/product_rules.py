@@ -124,9 +124,19 @@ def _placed(t: jax.Array, letters: list[str], names: Sequence[str]) -> jax.Array
   return t.reshape([sizes.get(name, 1) for name in names])
 
 
-def _finished(y: jax.Array, view: View, place: Callable) -> jax.Array:
-  """out_scale * y + bias, for a product that keeps the axes that they carry."""
-  if view.out_scale is not None:
+def _scales_input(view: View, contracted: Sequence[int]) -> bool:
+  """True where the out_scale is on axes that a product contracts."""
+  scale = view.out_scale
+  return scale is not None and any(scale.shape[i] != 1 for i in contracted)
+
+
+def _finished(y: jax.Array, view: View, place: Callable, scaled=False) -> jax.Array:
+  """out_scale * y + bias, for a product that keeps the axes that they carry.
+
+  Args:
+    scaled: the inputs were, and not the result is.
+  """
+  if view.out_scale is not None and not scaled:
     y = y * place(view.out_scale).astype(y.dtype)
   if view.bias is not None:
     y = y + place(view.bias).astype(y.dtype)
@@ -172,10 +182,11 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   batched = [w[i] for i in batch[side]]
   names_out = batched + (w_free + x_free if side == 0 else x_free + w_free)
 
-  if turned:  # the out_scale is on x's side
+  if turned:
     _no_bias(view)
-    if view.out_scale is not None:
-      x = x * _placed(view.out_scale, w, xs).astype(x.dtype)
+  scaled = _scales_input(view, axes.contracted)
+  if scaled:
+    x = x * _placed(view.out_scale, w, xs).astype(x.dtype)
   base = product(x)
   summed = {w[i] for i in axes.contracted}
   full = list(contracted.shape)
@@ -187,7 +198,7 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   middle = [c for c in xs if c not in summed]
   middle += [c for c in contracted_names if c not in (*summed, *middle, "z")]
   dropped = drop(view, x)
-  kept, base = (None, base) if turned else _kept(base, x, dropped, view, product)
+  kept, base = (None, base) if scaled else _kept(base, x, dropped, view, product)
   x = dropped
   x, xs, out = _merged(x, xs, names_out, "".join(x_free))
   middle = [c for c in middle if c in xs or c not in x_free]
@@ -212,9 +223,7 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   told |= set(x_free)
   sizes = zip(names_out, base.shape, strict=True)
   y = _sum(base, y.reshape([n if c in told else 1 for c, n in sizes]))
-  if turned:
-    return y
-  y = _finished(y, view, lambda t: _placed(t, w, names_out))
+  y = _finished(y, view, lambda t: _placed(t, w, names_out), scaled)
   return y if kept is None else kept + y
 
 
@@ -276,8 +285,8 @@ def conv(eqn, operands, product, drop) -> jax.Array:
     raise Unsupported("a convolution over both factors' axes")
   if turned:
     _no_bias(view)
-    if view.out_scale is not None:
-      raise Unsupported("a convolution over its outputs")
+  if _scales_input(view, (in_axis, *window)):
+    raise Unsupported("a convolution whose inputs are scaled")
   rank, precision = contracted.shape[-1], jx.param(eqn, "precision")
   place = lambda t: _on_channel(t, d, out_axis)
   base, dropped = product(x), drop(view, x)

@@ -42,8 +42,9 @@ class View:
     a, b: the delta's factors with W's axes and a last axis r; of size 1 on the axes
       that a factor does not carry: "in" axes are a's, "out" axes b's, "stack" axes
       both's. None while the roles are being found, and of a frozen weight.
-    out_scale: as b, with a last axis of size 1; None for 1.
-    bias: as out_scale; None for 0.
+    out_scale: as b, or as a where it scales the inputs, with a last axis of size 1;
+      None for 1.
+    bias: as b, with a last axis of size 1; None for 0.
     index: () int32, the place in the program's repeated structure (which layer, which
       iteration), on which LoRA's dropout depends.
     path: the weight's path; of several joined weights, the first's.

@@ -117,6 +117,7 @@ def read(
     None if labels is None else tuple(labels),
     peft.stored_dtypes(source),
     problem_type=problem_type,
+    soft=peft.needs(source, keymap).soft,
   )
 
 

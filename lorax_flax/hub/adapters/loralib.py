@@ -275,6 +275,8 @@ def to_state_dict(
   factors: dict[str, Factors] = {}
   rest: dict[str, np.ndarray] = {}
   for path, delta in adapter.items():
+    if path not in keymap.keys:
+      raise LoraxError(f"loralib has no place for {path}, which is no weight of a base")
     for bare in keymap.keys[path]:
       site, key = keymap.sites[bare], km.full_key(keymap, bare)
       if isinstance(delta, Tuned):

@@ -46,6 +46,8 @@ class Saved:
       another form.
     untied: the base had no tied tables, or each got a weight of its own.
     problem_type: transformers', where the number of labels does not say it.
+    soft: fields of the settings of trained states beside the base's weights; see
+      `Needs.soft`.
   """
 
   adapter: Adapter
@@ -57,6 +59,7 @@ class Saved:
   dtypes: Mapping[str, str] | None = None
   untied: bool = False
   problem_type: str | None = None
+  soft: Mapping[str, Any] | None = None
 
 
 def is_ours(folder: Path) -> bool:
@@ -104,8 +107,8 @@ def read_adapter(folder: str | Path, params: Any) -> Saved:
   leaves = flatten(params)
   try:
     config = LoraConfig(**{k: _frozen(v) for k, v in about["config"].items()})
-    # The first version had neither untied bases nor problem types.
-    older = {"untied": False, "problem_type": None}
+    # The first version had neither untied bases nor problem types nor soft parts.
+    older = {"untied": False, "problem_type": None, "soft": None}
     said = {name: _frozen({**older, **about}[name]) for name in _SAID}
     shells = {
       path: _shell(path, each, leaves) for path, each in about["deltas"].items()
@@ -127,19 +130,16 @@ def needs(folder: str | Path, keymap: KeyMap) -> Needs:
     deltas, (leaf,) = about["deltas"], Tuned.trained
     heads = [deltas[path] for path in keymap.label_paths if path in deltas]
     labels = int(heads[0]["arrays"][leaf][0][-1]) if heads else None
-    looped, stacked = (
-      deltas.keys() <= dataclasses.replace(keymap, scan=scan).keys.keys()
-      for scan in (False, True)
-    )
+    scan = any("layers" in path.split("/") for path in deltas)
     untie = bool(about.get("untied") and keymap.ties)
-    return Needs(labels, untie, scan=stacked and not looped)
+    return Needs(labels, untie, scan=scan, soft=about.get("soft"))
   except (KeyError, TypeError, IndexError, ValueError) as error:
     raise _damaged(folder / FILE, error) from error
 
 
 _SAID = (
   *("task_type", "base_name", "revision", "labels", "dtypes"),
-  *("untied", "problem_type"),
+  *("untied", "problem_type", "soft"),
 )
 
 

@@ -11,7 +11,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from lorax_flax.adapt.paths import flatten
-from lorax_flax.errors import LoraxError
+from lorax_flax.errors import LoraxError, listing
 from lorax_flax.files import atomic
 from lorax_flax.hub.checkpoints import beside
 from lorax_flax.hub.checkpoints.keymap import KeyMap, file_key
@@ -122,8 +122,18 @@ def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
 
 
 def views(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
-  """The tensors of a checkpoint, by key, as views of the leaves of a params tree."""
+  """The tensors of a checkpoint, by key, as views of the leaves of a params tree.
+
+  Raises:
+    LoraxError: a leaf that no checkpoint has.
+  """
   leaves = {path: np.asarray(dense(leaf)) for path, leaf in flatten(params).items()}
+  if beside := [path for path in leaves if path not in keymap.keys]:
+    raise LoraxError(
+      f"a checkpoint of a {keymap.family} has no place for {listing(beside, most=4)}: "
+      "such trained states can't be merged. experiments.predict and generate apply the "
+      "adapter that has them (--adapter)"
+    )
   return {
     file_key(keymap, bare): site.entry.form.to_stored(
       leaves[site.path][site.place(leaves[site.path].shape)]

@@ -144,17 +144,30 @@ def load(
   return Weights(map_with_path(fill, shapes, *rest), new, ignored)
 
 
-def unstacked(shapes: Any, stacked: km.KeyMap, keymap: km.KeyMap) -> Any:
+def unstacked(
+  shapes: Any, stacked: km.KeyMap, keymap: km.KeyMap, *, beside: bool = False
+) -> Any:
   """The tree of a model's shapes, from that of the same model with stacked layers.
 
   Args:
     shapes: the stacked tree, of ShapeDtypeStructs.
     stacked: the key map of the stacked tree.
     keymap: of the tree that is returned.
+    beside: there are leaves that the key map lacks, and no checkpoint has.
   """
   leaves, found = flatten(shapes), {}
-  if leaves.keys() != stacked.keys.keys():
+  others = {path: leaf for path, leaf in leaves.items() if path not in stacked.keys}
+  if stacked.keys.keys() - leaves.keys() or (others and not beside):
     raise AssertionError(f"{stacked.family}: the key map's leaves are not the model's")
+  for path, leaf in others.items():
+    names, shape = path.split("/"), leaf.shape
+    if "layers" not in names:
+      found[tuple(names)] = leaf
+      continue
+    at = names.index("layers")
+    for i in range(shape[0]):
+      own = (*names[:at], f"layer_{i}", *names[at + 1 :])
+      found[own] = jax.ShapeDtypeStruct(shape[1:], leaf.dtype)
   for bare, site in keymap.sites.items():
     source = stacked.sites[bare]
     leaf = leaves[source.path]
@@ -311,16 +324,47 @@ def _with_rows(leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return leaf[tuple(map(slice, shape))]
 
 
-def redrawn(params: Any, paths: Iterable[str], *, std: float, seed: int) -> Any:
-  """The tree with its new leaves drawn with another seed; the others are kept."""
-  chosen = set(paths)
+def redrawn(params: Any, stds: Mapping[str, float], *, seed: int) -> Any:
+  """The tree with new leaves drawn with another seed; the others are kept.
+
+  Args:
+    stds: standard deviation of each new leaf, by path.
+  """
 
   def draw(path, leaf):
-    if path not in chosen:
+    if path not in stds:
       return leaf
-    return _sharded(_fresh(path, leaf.shape, leaf.dtype, std, seed), leaf.sharding)
+    new = _fresh(path, leaf.shape, leaf.dtype, stds[path], seed)
+    return _sharded(new, leaf.sharding)
 
   return map_with_path(draw, params)
+
+
+def extended(
+  params: Any,
+  shapes: Any,
+  stds: Mapping[str, float],
+  *,
+  seed: int,
+  shardings: Any = None,
+) -> Any:
+  """The tree with leaves that no checkpoint has, float32, drawn as `load` draws a head.
+
+  Args:
+    shapes: the tree that is returned, of ShapeDtypeStructs.
+    stds: as of `redrawn`.
+    shardings: its shardings, where it has any.
+  """
+  leaves = flatten(params)
+
+  def fill(path, shape, sharding=None):
+    if path not in stds:
+      return leaves[path]
+    new = _fresh(path, shape.shape, jnp.float32, stds[path], seed)
+    return new if sharding is None else _sharded(new, sharding)
+
+  rest = () if shardings is None else (shardings,)
+  return map_with_path(fill, shapes, *rest)
 
 
 def _sharded(leaf: Any, sharding: Any) -> jax.Array:

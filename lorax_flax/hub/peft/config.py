@@ -233,16 +233,27 @@ class PeftConfig:
     every = isinstance(self.target_modules, str)
     return every and str(self.target_modules).lower() == ALL_LINEAR
 
+  def selects(self, option: str, module: str) -> bool:
+    """True where an option that names modules names this one, by PEFT's rule."""
+    names = self.options.get(option, ())
+    if isinstance(names, str):
+      return re.fullmatch(names, module) is not None
+    return module.endswith(tuple(names))
+
   def with_defaults(
-    self, family: str, own: Mapping[str, tuple[str, ...]] | None = None
+    self,
+    family: str,
+    targets: Mapping[str, tuple[str, ...]] = DEFAULT_TARGETS,
+    selected: Mapping[str, Mapping[str, tuple[str, ...]]] = types.MappingProxyType({}),
   ) -> "PeftConfig":
-    """Fills in target_modules as PEFT does for a model_type.
+    """Fills in target_modules, and what else names modules, as PEFT does by model_type.
 
     PEFT has defaults where none are given, and names instead of an expression
     where experts are not modules that it could match.
 
     Args:
-      own: the defaults of the type, where they differ from LORA's.
+      targets: the type's target_modules by model type.
+      selected: likewise, of each option that names modules.
 
     Raises:
       LoraxError: PEFT has no default for it either.
@@ -256,11 +267,18 @@ class PeftConfig:
       )
     if family in MIXTURES and isinstance(self.target_modules, str):
       return self._with_experts()
+    for option, by_family in selected.items():
+      if option not in self.options:
+        if family not in by_family:
+          raise LoraxError(
+            f"{CONFIG_FILE}: no {option} modules, and PEFT has no default for {family}"
+          )
+        options = {**self.options, option: by_family[family]}
+        return replace(self, options=options).with_defaults(family, targets, selected)
     if self.target_modules is not None:
       return self
-    defaults = {**DEFAULT_TARGETS, **(own or {})}
-    if family in defaults:
-      return replace(self, target_modules=defaults[family])
+    if family in targets:
+      return replace(self, target_modules=targets[family])
     if self.target_parameters:
       return self
     raise LoraxError(

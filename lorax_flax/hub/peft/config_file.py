@@ -70,7 +70,7 @@ def parse(raw: Any, *, fresh: bool = False) -> PeftConfig:
         values[known[name][0]] = _frozen(value)
     elif name in form.options:
       if value is not None:
-        options[form.options[name]] = value
+        options[form.options[name]] = _frozen(value)
     elif name in in_training and not fresh:
       continue
     elif name in form.off or name in form.training:
@@ -86,7 +86,8 @@ def parse(raw: Any, *, fresh: bool = False) -> PeftConfig:
       )
     values["bias"] = _TARGETS_ONLY
   named = values.get("modules_to_save") or ()
-  if values.get("task_type") == SEQ_CLS and isinstance(named, tuple):
+  saves = "modules_to_save" in known and isinstance(named, tuple)
+  if values.get("task_type") == SEQ_CLS and saves:
     # PEFT adds these whenever it loads such an adapter.
     values["modules_to_save"] = with_heads(named)
   return PeftConfig(**values, peft_type=form.type, options=options)
@@ -123,7 +124,7 @@ def dump(config: PeftConfig) -> dict[str, Any]:
   raw |= {name: values[0] for name, values in form.off.items()} | dict(form.training)
   raw |= {"inference_mode": True, "peft_type": form.type}
   raw |= {"peft_version": _VERSION} if form.since != "0" else {}
-  raw |= {name: config.options[ours] for name, ours in form.options.items()}
+  raw |= {name: _thawed(config.options[ours]) for name, ours in form.options.items()}
   raw |= {name: _thawed(getattr(config, ours)) for name, (ours, _) in known.items()}
   if raw.get("bias") == _TARGETS_ONLY:
     raw["bias"] = form.targets_only

@@ -25,7 +25,7 @@ from lorax_flax.hub.peft import config_file
 from lorax_flax.hub.peft import needs as peft_needs
 from lorax_flax.hub.peft import read as peft_read
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import form_of
+from lorax_flax.hub.peft.forms import with_defaults
 from lorax_flax.hub.peft.layout import Slot, layout
 from lorax_flax.hub.peft.modules import of_task
 from lorax_flax.hub.peft.needs import Needs
@@ -75,8 +75,7 @@ def _read_config(
   """The config of a folder, its defaults filled in, and the key map of its task."""
   config = config_file.read(folder, fresh=fresh)
   with prefixed(f"{folder}"):
-    defaults = form_of(config.peft_type).targets
-    return config.with_defaults(keymap.family, defaults), of_task(keymap, config.task)
+    return with_defaults(config, keymap.family), of_task(keymap, config.task)
 
 
 def with_tables(
@@ -185,7 +184,7 @@ def from_peft(
   """
   if isinstance(source, Mapping):
     config = config_file.parse(dict(source), fresh=True)
-    config = config.with_defaults(keymap.family, form_of(config.peft_type).targets)
+    config = with_defaults(config, keymap.family)
     return to_lora_config(config, of_task(keymap, config.task))
   folder = adapter_folder(source, name)
   return to_lora_config(*_read_config(folder, keymap, fresh=True))
@@ -281,5 +280,8 @@ def _written(
 
 
 def _cast(key: str, value: np.ndarray, dtypes: Mapping[str, str] | str) -> np.ndarray:
-  name = dtypes if isinstance(dtypes, str) else dtypes.get(key, "float32")
+  if not isinstance(dtypes, str):
+    name = dtypes.get(key, value.dtype.name)
+  else:
+    name = value.dtype.name if value.dtype.kind == "i" else dtypes
   return value.astype(jnp.dtype(name))

@@ -11,8 +11,17 @@ from lorax_flax.errors import LoraxError, listing, nearest, unknown
 from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
 from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import soft
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import ROLES, form_of, keys_of, method_of
+from lorax_flax.hub.peft.forms import (
+  ROLES,
+  alone,
+  form_of,
+  keys_of,
+  method_of,
+  options_of,
+  soft_form_of,
+)
 from lorax_flax.hub.peft.modules import (
   ADAPTABLE,
   HEAD,
@@ -120,14 +129,16 @@ def resolve(config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]) -> T
     shared = of_embedding
   known = parameters(keymap)
   named = [key for key in known if config.is_parameter(key)]
-  for names_changed in (inside, [*modules, *shared], [*map(module_of, named)]):
+  # The rows of a table are those of every module that shares it.
+  factored = () if alone(config.peft_type) else (*modules, *shared)
+  for names_changed in (inside, factored, [*map(module_of, named)]):
     _check_uses(names_changed, found, keymap)
   for end in config.target_parameters or ():
     if not any(key == end or key.endswith(f".{end}") for key in named):
       raise LoraxError(
         f"{peft_config.CONFIG_FILE}: {unknown('target parameter', end, known)}"
       )
-  if not modules and not named:
+  if not modules and not named and soft_form_of(config) is None:
     kinds = {name: place.kind for name, place in found.items()}
     raise LoraxError(peft_config.describe_unknown_target(config, kinds))
   return Targets(tuple(modules), tuple(shared), tuple(named), tuple(saved))
@@ -144,8 +155,13 @@ def layout(
   """
   found = places(keymap)
   targets = resolve(config, keymap, found)
-  slots: dict[str, Slot] = {}
-  for module in targets.modules:
+  if (form := soft_form_of(config)) is not None:
+    (leaf,) = Tuned.trained
+    own = Slot(form.site, Tuned, leaf, "", form.form(config.options))
+    saved = _saved(config, keymap, targets, found, adapter_name)
+    return {soft.KEY: own} | {prefix(config) + key: x for key, x in saved.items()}
+  slots = _alone(config, keymap, targets, found)
+  for module in () if alone(config.peft_type) else targets.modules:
     place = _adaptable(module, found)
     slots |= _factors(config, module, module, place, "own")
   for module in targets.tied:
@@ -161,7 +177,7 @@ def layout(
       )
     slots |= _factors(config, module, module, found[module], "copy")
   slots |= dict(_parameter_slots(config, keymap, targets))
-  slots |= _rows(config, keymap, found)
+  slots |= _rows(config, keymap, targets, found)
   slots |= _saved(config, keymap, targets, found, adapter_name)
   slots |= _biases(config, keymap, targets, slots)
   slots = dict(_embeddings(config, keymap, targets, found, slots)) | slots
@@ -169,12 +185,39 @@ def layout(
   return _shared(config, slots) | {PREFIX + key: slot for key, slot in slots.items()}
 
 
+def _alone(
+  config: PeftConfig, keymap: KeyMap, targets: Targets, found: Mapping[str, Place]
+) -> dict[str, Slot]:
+  """The slots of the targets of a type in which no kernel has a delta."""
+  method = alone(config.peft_type)
+  slots: dict[str, Slot] = {}
+  for module in targets.modules if method is Tuned else ():
+    keys = form_of(config.peft_type).keys.get(found[module].kind)
+    if keys is None:
+      raise LoraxError(
+        f"PEFT's {config.peft_type} is read here for norms, and {module} is a "
+        f"{found[module].kind}: train it in full (modules_to_save)"
+      )
+    (wrapper,) = keys
+    for key, site in tensors(keymap).items():
+      if module_of(key) == module:
+        end = key.removeprefix(module)
+        slots[f"{module}.{wrapper}{end}"] = _in_full(site, module, site.entry.form)
+  return slots
+
+
+def prefix(config: PeftConfig) -> str:
+  """The beginning of the keys: PEFT wraps the base's modules for deltas alone."""
+  return PREFIX if soft_form_of(config) is None else soft.PREFIX
+
+
 def _shared(config: PeftConfig, slots: Mapping[str, Slot]) -> dict[str, Slot]:
   """The slots of the tensors that all targets share."""
-  method = method_of(config)
-  first = next(slot for slot in slots.values() if slot.method is method)
+  is_own = lambda slot: slot.status == "own" and slot.method is method_of(config)
   return {
-    _SHARED_PREFIX + end: replace(first, leaf=leaf, form=form, status="shared")
+    _SHARED_PREFIX + end: replace(
+      next(filter(is_own, slots.values())), leaf=leaf, form=form, status="shared"
+    )
     for end, (leaf, form) in form_of(config.peft_type).shared.items()
   }
 
@@ -202,16 +245,25 @@ def _factors(
 ) -> dict[str, Slot]:
   """The slots of one module's factors, under `key`."""
   method = method_of(config)
-  keys = keys_of(method, place.kind, config.rank(module))
+  options = options_of(config, module)
+  keys = keys_of(method, place.kind, config.rank(module), options)
   if keys is None:
     name = (method.peft and method.peft.flag) or config.peft_type
     raise LoraxError(f"PEFT has no {name} for {place.kind}s, and {module} is one")
-  return {
+  slots = {
     f"{key}.{end}": Slot(
       place.site, method, leaf, module, form, ROLES[place.kind], status=status
     )
     for end, (leaf, form) in keys.items()
   }
+  own = form_of(config.peft_type)
+  if own.repeats_shared:
+    (first, *_) = slots.values()
+    slots |= {
+      f"{key}.{end}": replace(first, leaf=leaf, form=form, status="shared")
+      for end, (leaf, form) in own.shared.items()
+    }
+  return slots
 
 
 def _check_uses(
@@ -271,15 +323,18 @@ def _check_taken_for_tied(keymap: KeyMap, main: str) -> None:
 
 
 def _rows(
-  config: PeftConfig, keymap: KeyMap, found: Mapping[str, Place]
+  config: PeftConfig, keymap: KeyMap, targets: Targets, found: Mapping[str, Place]
 ) -> dict[str, Slot]:
-  """Slots of trainable_token_indices."""
+  """Slots of trainable_token_indices; of the targets, in a type of their own."""
   tokens = config.trainable_token_indices
   if tokens is None:
     return {}
   main = input_embedding(found)
   _check_taken_for_tied(keymap, main)
-  ends = tokens if isinstance(tokens, Mapping) else {main: tokens}
+  is_alone = alone(config.peft_type) is not None
+  form = form_of(config.peft_type) if is_alone else Rows.peft
+  tables = targets.modules if is_alone else (main,)
+  ends = tokens if isinstance(tokens, Mapping) else dict.fromkeys(tables, tokens)
   rows: dict[str, tuple[int, ...]] = {}
   for end, numbers in ends.items():
     hits = [name for name in found if name.endswith(end)]
@@ -304,9 +359,9 @@ def _rows(
     place = found[name]
     if place.kind not in ("embedding", "linear"):
       raise LoraxError(f"trainable_token_indices name {name}, a {place.kind}")
-    for end, (leaf, form) in Rows.peft.keys[place.kind].items():
+    for end, (leaf, kept) in form.keys[place.kind].items():
       slots[f"{name}.{end}"] = Slot(
-        place.site, Rows, leaf, name, form, ROLES[place.kind], numbers
+        place.site, Rows, leaf, name, kept, ROLES[place.kind], numbers
       )
   return slots
 
@@ -407,7 +462,9 @@ def _embeddings(
   """
   usual = config.saves_embeddings(module_names(keymap))
   embeddings = [name for name, place in found.items() if place.kind == "embedding"]
-  factored = {*targets.modules, *targets.tied}
+  is_alone = alone(config.peft_type) is not None
+  factored = set() if is_alone else {*targets.modules, *targets.tied}
+  with_rows = _FACTORED if is_alone else _WITH_ROWS
   rows = {slot.module: (k, slot) for k, slot in slots.items() if slot.method is Rows}
   for name in (*embeddings[:1], HEAD):
     if name not in found:
@@ -418,7 +475,7 @@ def _embeddings(
     if name in factored:
       wrapper = _FACTORED
     elif (place.main or name) in rows:
-      wrapper, (key, trained) = _WITH_ROWS, rows[place.main or name]
+      wrapper, (key, trained) = with_rows, rows[place.main or name]
       # Of a tied module, a copy; of another, the slot itself, which is there.
       key = name + key.removeprefix(trained.module)
       yield key, replace(trained, module=name, status="spare")

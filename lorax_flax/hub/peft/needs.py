@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lorax_flax.hub.checkpoints import keymap as km
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.layout import PREFIX, WRAPPERS, Slot, Tied, layout
+from lorax_flax.hub.peft.forms import soft_form_of
+from lorax_flax.hub.peft.layout import WRAPPERS, Slot, Tied, layout, prefix
 from lorax_flax.hub.peft.modules import HEAD, places
 from lorax_flax.hub.peft.tensors import Tensors
 from lorax_flax.methods import Tuned
@@ -23,12 +25,15 @@ class Needs:
     untie: each use of a tied weight must have a weight of its own.
     vocab_size: number of rows of the tables that it brings; None: it brings none.
     scan: its deltas are of stacked layers.
+    soft: fields of `lorax_flax.models.soft.SoftSettings`, where it has trained states
+      beside the base's weights.
   """
 
   num_labels: int | None = None
   untie: bool = False
   vocab_size: int | None = None
   scan: bool = False
+  soft: Mapping[str, Any] | None = None
 
 
 def find(tensors: Tensors, config: PeftConfig, keymap: KeyMap) -> Needs:
@@ -37,7 +42,8 @@ def find(tensors: Tensors, config: PeftConfig, keymap: KeyMap) -> Needs:
   Args:
     keymap: of the base as it is, for the config's task.
   """
-  shapes = {key.removeprefix(PREFIX): shape for key, shape in tensors.shapes.items()}
+  start, form = prefix(config), soft_form_of(config)
+  shapes = {key.removeprefix(start): shape for key, shape in tensors.shapes.items()}
   try:
     apart = _differ(tensors, layout(config, keymap))
   except Tied:
@@ -46,7 +52,8 @@ def find(tensors: Tensors, config: PeftConfig, keymap: KeyMap) -> Needs:
   ties = config.ties_targets() or config.ties_saved()
   tokens = config.ensure_weight_tying and config.trainable_token_indices is not None
   untie = apart and not ties and not tokens
-  return Needs(km.num_labels(keymap, shapes), untie, _rows(shapes, keymap))
+  soft = None if form is None else form.needs(config.options)
+  return Needs(km.num_labels(keymap, shapes), untie, _rows(shapes, keymap), soft=soft)
 
 
 def _differ(tensors: Tensors, slots: Mapping[str, Slot]) -> bool:

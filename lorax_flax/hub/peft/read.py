@@ -14,12 +14,13 @@ from lorax_flax.errors import LoraxError, listing, nearest, prefixed
 from lorax_flax.hub.checkpoints.entries import Site, kind
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import method_of
+from lorax_flax.hub.peft.forms import method_of, options_of
 from lorax_flax.hub.peft.layout import Slot
 from lorax_flax.hub.peft.modules import HEAD
 from lorax_flax.hub.peft.tensors import Tensors
 from lorax_flax.hub.peft.write import part_of
 from lorax_flax.methods import Adapter, Delta, Rows, Tuned
+from lorax_flax.methods.axes import by_role, resolved
 
 
 @dataclass
@@ -52,14 +53,10 @@ def read(
   found: dict[str, _Sites] = {}
   for key, slot in slots.items():
     if slot.status == "own":
-      value = slot.form.to_ours(tensors.get(key).astype(np.float32))
+      value = slot.form.to_ours(_numbers(tensors, key, slot, leaves))
       sites = found.setdefault(slot.path, {})
       sites.setdefault(slot.site, _Layer(slot, {})).leaves[slot.leaf] = value
-  shared = {
-    slot.leaf: slot.form.to_ours(tensors.get(key).astype(np.float32))
-    for key, slot in slots.items()
-    if slot.status == "shared"
-  }
+  shared = _shared(tensors, slots)
   adapter = {
     path: _delta(sites, leaves[path], config, shared) for path, sites in found.items()
   }
@@ -67,6 +64,31 @@ def read(
     if slot.status in ("copy", "spare") and key in tensors.shapes:
       _check_copy(key, tensors.get(key), slot, config, adapter, leaves)
   return adapter
+
+
+def _numbers(
+  tensors: Tensors, key: str, slot: Slot, leaves: Mapping[str, Any]
+) -> np.ndarray:
+  """A tensor as float32, or as int32 where it holds places of a weight."""
+  stored = tensors.get(key)
+  if not slot.form.holds_places:
+    return stored.astype(np.float32)
+  bounds, places = _kernel(slot, leaves)[::-1], stored.astype(np.int32)
+  for row, bound in zip(places, bounds, strict=True):
+    if not (row >= 0).all() or not (row < bound).all():
+      raise LoraxError(f"{key} holds places outside of a weight of shape {bounds}")
+  return places
+
+
+def _shared(tensors: Tensors, slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
+  """The leaves that all targets share, by name."""
+  found: dict[str, np.ndarray] = {}
+  for key, slot in slots.items():
+    if slot.status == "shared":
+      value = slot.form.to_ours(tensors.get(key).astype(np.float32))
+      if not np.array_equal(found.setdefault(slot.leaf, value), value):
+        raise LoraxError(f"{key} differs from another tensor, which it should repeat")
+  return found
 
 
 def base_tables(
@@ -94,20 +116,18 @@ def _shapes(
   factored = [
     slot
     for slot in slots.values()
-    if slot.status == "own" and slot.method is method_of(config)
+    if slot.status == "own" and slot.method not in (None, Rows, Tuned)
   ]
   for key, slot in slots.items():
     if slot.status == "echo":
       continue
     if slot.status == "shared":
-      each = [_leaf_shape(s, config, leaves, slot.leaf) for s in factored]
+      each = [_kernel(s, leaves) for s in factored]
       widest = tuple(max(sizes) for sizes in zip(*each, strict=True))
-      shapes[key] = slot.form.stored_shape(widest)
+      shapes[key] = slot.form.stored_shape(_leaf_shape(slot, config, widest, slot.leaf))
       continue
-    if slot.path not in leaves:
-      raise LoraxError(f"the base has no {slot.path}, which {key} changes")
+    inner = _kernel(slot, leaves)
     shape = tuple(leaves[slot.path].shape)
-    inner = shape[len(slot.site.index) :]
     if slot.method in (None, Tuned):
       ours = slot.site.shape(shape)
     elif slot.method is Rows:
@@ -120,22 +140,26 @@ def _shapes(
         )
       ours = (len(slot.rows), inner[1 - axis])
     else:
-      ours = _leaf_shape(slot, config, leaves, slot.leaf)
+      ours = _leaf_shape(slot, config, inner, slot.leaf)
     shapes[key] = slot.form.stored_shape(ours)
   return shapes
 
 
-def _leaf_shape(
-  slot: Slot, config: PeftConfig, leaves: Mapping[str, Any], name: str
-) -> tuple[int, ...]:
-  """The shape of a leaf of the delta at one site."""
+def _kernel(slot: Slot, leaves: Mapping[str, Any]) -> tuple[int, ...]:
+  """The shape of the base's leaf at one site."""
   if slot.path not in leaves:
     raise LoraxError(f"the base has no {slot.path}, which {slot.module} is")
+  return tuple(leaves[slot.path].shape)[len(slot.site.index) :]
+
+
+def _leaf_shape(
+  slot: Slot, config: PeftConfig, kernel: tuple[int, ...], name: str
+) -> tuple[int, ...]:
+  """The shape of a leaf of the delta of a kernel of this shape."""
   method = method_of(config)
-  inner = tuple(leaves[slot.path].shape)[len(slot.site.index) :]
-  sizes = {"rank": config.rank(slot.module), **method.options, **config.options}
+  sizes = {"rank": config.rank(slot.module), **options_of(config, slot.module)}
   with prefixed(slot.module):
-    return method.leaf_shape(name, inner, slot.roles, sizes)
+    return method.leaf_shape(name, kernel, slot.roles, sizes)
 
 
 def _axis(slot: Slot) -> int:
@@ -170,6 +194,8 @@ def _check(
         f"{key} has the shape {found[key]}, and {shape} was expected"
         + ": where a vocabulary was resized, load the base with its vocab_size" * table
       )
+    if slots[key].form.holds_places:
+      continue
     if key in found and not jnp.issubdtype(tensors.dtypes[key], jnp.floating):
       dtype = tensors.dtypes[key]
       raise LoraxError(f"{key} holds {dtype}, not floating-point numbers")
@@ -221,12 +247,20 @@ def _delta(
     return Rows.of(jnp.asarray(rows), *given)
   layers = {site.index: layer.leaves for site, layer in sites.items()}
   scales = [config.scale(layer.slot.module) for layer in sites.values()]
-  at = {slot.path: leaf}
-  own = {
-    name: x[tuple(map(slice, _leaf_shape(slot, config, at, name)))]
-    for name, x in shared.items()
-  }
-  method = method_of(config)
+  method, options = method_of(config), options_of(config, slot.module)
+  kernel, named = _kernel(slot, {slot.path: leaf}), by_role(slot.roles)
+  own = {}
+  for name, x in shared.items():
+    axes = resolved(method.axes[name], named)
+    cuts = (slice(None if isinstance(i, str) else kernel[i]) for i in axes)
+    own[name] = x[tuple(cuts)]
+  for layer in sites.values():
+    if options_of(config, layer.slot.module) != options:
+      raise LoraxError(
+        f"{peft_config.CONFIG_FILE}: {slot.module} and {layer.slot.module} differ in "
+        f"{listing(method.selections)}, and their layers are stacked here: load the "
+        "base with its layers apart: scan=False (--config.model.scan=false)"
+      )
   with prefixed(slot.path):
     return stacking.stack(
       method,
@@ -235,7 +269,7 @@ def _delta(
       slot.roles,
       leaf.shape,
       config.lora_dropout,
-      {**method.options, **config.options},
+      options,
       own,
     )
 

@@ -7,10 +7,10 @@ from typing import Any
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft.config import PeftConfig
-from lorax_flax.hub.peft.forms import method_of
+from lorax_flax.hub.peft.forms import alone, form_of, soft_form_of
 from lorax_flax.hub.peft.layout import Slot, layout, resolve
 from lorax_flax.hub.peft.modules import places
-from lorax_flax.methods import METHODS, Rows
+from lorax_flax.methods import METHODS, LoRA, Rows, Tuned
 
 
 def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
@@ -20,16 +20,20 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
     LoraxError: as `layout`.
   """
   slots = [slot for slot in layout(config, keymap).values() if slot.status == "own"]
-  method = method_of(config)
+  if soft_form_of(config) is not None:
+    return LoraConfig(targets=(), tuned=tuple(sorted({slot.path for slot in slots})))
   # Of the several tensors of a module, one.
-  first = method.trained[0]
-  factors = [s for s in slots if s.method is method and s.leaf == first]
+  kernels = [s for s in slots if s.method not in (None, Rows, Tuned)]
+  method = (kernels[0].method if kernels else None) or LoRA
+  factors = [s for s in kernels if s.leaf == method.trained[0]]
   of_all: dict[str, Any] = {"rank": config.r, "alpha": config.lora_alpha}
-  whole = resolve(config, keymap, places(keymap)).saved
+  targets = resolve(config, keymap, places(keymap))
+  whole = {*targets.saved, *(targets.modules if alone(config.peft_type) else ())}
+  in_full = [s for s in slots if s.method is Tuned and s.module in whole]
   return LoraConfig(
     targets=tuple(dict.fromkeys(slot.path for slot in factors)),
     **{name: x for name, x in of_all.items() if x is not None},
-    options=dict(config.options),
+    options=dict(config.options) | _selections(config, factors),
     rank_pattern=_pattern(factors, keymap, config.rank, config.r or 0, 0),
     alpha_pattern=_pattern(
       factors, keymap, config.alpha, config.lora_alpha, config.lora_alpha
@@ -37,8 +41,8 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
     use_rslora=config.use_rslora,
     method=next(name for name, m in METHODS.items() if m is method),
     # LoraConfig.bias trains the other leaves.
-    tuned=tuple(sorted({slot.path for slot in slots if slot.module in whole})),
-    tuned_layers=_tuned_layers((s for s in slots if s.module in whole), keymap),
+    tuned=tuple(sorted({slot.path for slot in in_full})),
+    tuned_layers=_tuned_layers(in_full, keymap),
     rows={slot.path: slot.rows for slot in slots if slot.method is Rows},
     bias=config.bias,
     dropout=config.lora_dropout,
@@ -49,6 +53,17 @@ def to_lora_config(config: PeftConfig, keymap: KeyMap) -> LoraConfig:
       if slot.roles[0] == "stack"
     },
   )
+
+
+def _selections(config: PeftConfig, factors: Iterable[Slot]) -> dict[str, Any]:
+  """The options that name modules, by our paths."""
+  selected = form_of(config.peft_type).selected
+  return {
+    name: tuple(
+      dict.fromkeys(s.path for s in factors if config.selects(name, s.module))
+    )
+    for name in selected
+  }
 
 
 def _tuned_layers(saved: Iterable[Slot], keymap: KeyMap) -> dict[str, tuple[int, ...]]:

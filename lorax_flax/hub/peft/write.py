@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
 from lorax_flax.hub.peft import config as peft_config
+from lorax_flax.hub.peft import soft
 from lorax_flax.hub.peft.config import PeftConfig
 from lorax_flax.hub.peft.forms import ROLES, fields_of
 from lorax_flax.hub.peft.layout import Slot, Targets, resolve
@@ -27,7 +29,7 @@ from lorax_flax.hub.peft.modules import (
   tied_to,
 )
 from lorax_flax.hub.peft.names import shortest_ends
-from lorax_flax.methods import Adapter, KernelDelta, Rows, Tuned
+from lorax_flax.methods import Adapter, Delta, KernelDelta, Rows, Tuned
 from lorax_flax.methods.peft_form import PeftForm
 
 
@@ -60,13 +62,31 @@ def to_peft_config(
   Raises:
     LoraxError: a delta or a tuned leaf that PEFT has no form for.
   """
+  if (soft_form := soft.of_adapter(adapter, keymap)) is not None:
+    rest = {path: d for path, d in adapter.items() if path != soft_form.path}
+    whole = _saved_modules(rest, keymap, config)
+    result = PeftConfig(
+      r=None,
+      lora_alpha=None,
+      peft_type=soft_form.peft.type,
+      options=soft_form.options(adapter[soft_form.path].leaves()["value"].shape),
+      modules_to_save=tuple(whole) or None,
+      task_type=task_type,
+      base_model_name_or_path=base_name,
+      revision=revision,
+    )
+    is_classifier = task_type == peft_config.SEQ_CLS
+    return _with_head(result, whole, (), keymap) if is_classifier else result
   found = places(keymap)
+  whole = _saved_modules(adapter, keymap, config)
+  if not any(isinstance(delta, KernelDelta) for delta in adapter.values()):
+    base = {"base_model_name_or_path": base_name, "revision": revision}
+    return _alone(adapter, keymap, found, whole, {**base, "task_type": task_type})
   factored = _factored(adapter, keymap, found)
   modules = {n: f for n, f in factored.items() if n in found}
   raw = [name for name in factored if name not in found]
   others = [key for key in parameters(keymap) if key not in raw]
   shared = [tied for name in modules for tied in tied_to(found, name)]
-  whole = _saved_modules(adapter, keymap, config)
   ties_saved = [name for name in whole if tied_to(found, name)]
   saved = [_known_to_tie(name, found) if name in ties_saved else name for name in whole]
   form = _form(adapter)
@@ -78,9 +98,10 @@ def to_peft_config(
   if "lora_alpha" in known:
     alphas = {n: _alpha(f.scale, f.rank, config) for n, f in factored.items()}
     patterns |= _patterns("lora_alpha", "alpha_pattern", alphas)
+  selections = _selections(adapter, modules, form, keymap)
   result = PeftConfig(
     peft_type=form.type,
-    options=_options(adapter, config, form),
+    options=_options(adapter, config, form) | selections,
     **patterns,
     lora_dropout=_dropout(adapter),
     modules_to_save=tuple(saved) or None,
@@ -98,12 +119,58 @@ def to_peft_config(
   result = replace(result, **flags)
   if task_type == peft_config.SEQ_CLS:
     result = _with_head(result, saved, factored, keymap)
+  # PEFT wants what other fields name among the targets, in the same words.
+  names = [*_names(modules, found, result, keymap), *chain(*selections.values())]
   result = replace(
     result,
-    target_modules=tuple(_names(modules, found, result, keymap)),
+    target_modules=tuple(dict.fromkeys(names)),
     target_parameters=tuple(shortest_ends(raw, others)) or None,
   )
   _check(result, factored, resolve(result, keymap, found))
+  return result
+
+
+def _alone(
+  adapter: Adapter,
+  keymap: KeyMap,
+  found: Mapping[str, Place],
+  whole: Sequence[str],
+  names: Mapping[str, Any],
+) -> PeftConfig:
+  """The config of an adapter in which no kernel has a delta: trained rows, or norms.
+
+  Args:
+    whole: the modules trained in full.
+    names: of the base and of the task.
+  """
+  tables = {p: d.indices for p, d in adapter.items() if isinstance(d, Rows)}
+  modules = [
+    name
+    for name, place in found.items()
+    if (place.site.path in tables and place.main is None)
+    or (not tables and place.kind == "norm" and name in whole)
+  ]
+  if len({*tables.values()}) > 1 or not modules:
+    raise LoraxError(
+      "PEFT's LoRA folder needs one low-rank delta at least; none here. PEFT has types "
+      "of their own for the same rows of each table, and for norms trained in full"
+    )
+  method: type[Delta] = Rows if tables else Tuned
+  form = method.alone or PeftForm()
+  saved = [name for name in whole if name not in modules]
+  others = [name for name in module_names(keymap) if name not in modules]
+  result = PeftConfig(
+    peft_type=form.type,
+    r=None,
+    lora_alpha=None,
+    target_modules=tuple(shortest_ends(modules, others)),
+    modules_to_save=tuple(saved) or None,
+    trainable_token_indices=next(iter(tables.values()), None),
+    **names,
+  )
+  if result.task_type == peft_config.SEQ_CLS and "modules_to_save" not in form.lacks:
+    result = _with_head(result, saved, modules, keymap)
+  assert {*resolve(result, keymap, found).modules} == {*modules}
   return result
 
 
@@ -157,7 +224,7 @@ def part_of(
   if not isinstance(delta, KernelDelta):
     return slot.form.to_stored(_at(leaf, site))
   axes = delta.leaf_axes(slot.leaf)[len(site.index) :]
-  value = np.asarray(leaf, np.float32)[site.index]
+  value = stacking.numbers(leaf)[site.index]
   return slot.form.to_stored(stacking.trimmed(value, axes, config.rank(slot.module)))
 
 
@@ -247,11 +314,25 @@ def _options(adapter: Adapter, config: LoraConfig, form: PeftForm) -> dict[str, 
   deltas = [delta for delta in adapter.values() if isinstance(delta, KernelDelta)]
   given = {**deltas[0].options, **config.options}
   found = {}
-  for name in form.options.values():
+  for name in form.options.values() - form.selected.keys():
     values = {getattr(delta, name, given[name]) for delta in deltas}
     if len(values) > 1:
       raise LoraxError(f"PEFT has one {name} for all targets, not {sorted(values)}")
     (found[name],) = values
+  return found
+
+
+def _selections(
+  adapter: Adapter, modules: Mapping[str, _Factored], form: PeftForm, keymap: KeyMap
+) -> dict[str, tuple[str, ...]]:
+  """The options that name modules: the shortest ends that mean these alone."""
+  found = {}
+  for option in form.selected:
+    chosen = [
+      n for n, f in modules.items() if getattr(adapter[f.place.site.path], option)
+    ]
+    others = [name for name in module_names(keymap) if name not in chosen]
+    found[option] = tuple(shortest_ends(chosen, others))
   return found
 
 

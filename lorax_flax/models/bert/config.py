@@ -3,6 +3,7 @@
 import dataclasses
 
 from lorax_flax.models import hf_config as fields
+from lorax_flax.models.soft import SoftSettings
 
 # Fields that change the numbers, with the one value that is supported.
 UNSUPPORTED = {
@@ -21,6 +22,7 @@ class EncoderConfig:
     model_type: "bert", "roberta" or "xlm-roberta".
     num_labels: width of the classifier's output; 1 for regression.
     classifier_dropout: None takes hidden_dropout_prob.
+    soft: trained states beside the weights; not in config.json.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
@@ -40,6 +42,7 @@ class EncoderConfig:
   initializer_range: fields.Positive = 0.02
   layer_norm_eps: fields.Positive = 1e-12
   num_labels: fields.Size = 2
+  soft: SoftSettings | None = None
 
   def __post_init__(self):
     fields.check_fields(self)

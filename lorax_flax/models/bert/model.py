@@ -15,40 +15,48 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers, ops, stacking
+from lorax_flax.models import layers, ops, soft, stacking
 from lorax_flax.models.bert import keys as bert_keys
 from lorax_flax.models.bert.config import UNSUPPORTED, EncoderConfig
+from lorax_flax.models.cache import KeyValues, Layout
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layers import Part, TextClassifier, check_length
 
 
-def positions(input_ids_BxT: jax.Array, config: EncoderConfig) -> jax.Array:
-  """The number of each token's position, BxT.
+def positions(
+  input_ids_BxT: jax.Array, config: EncoderConfig, before: soft.Before
+) -> jax.Array:
+  """The number of each token's position, BxT, the prompt's before the tokens'.
 
   BERT's are 0, 1, 2, …, padding included. RoBERTa counts tokens from pad + 1, and
   padding stays at pad.
   """
   if config.model_type == "bert":
-    positions_T = jnp.arange(input_ids_BxT.shape[1], dtype=jnp.int32)
-    return jnp.broadcast_to(positions_T[None, :], input_ids_BxT.shape)
+    positions_T = jnp.arange(before.mask_BxT.shape[1], dtype=jnp.int32)
+    return jnp.broadcast_to(before.first + positions_T[None], before.mask_BxT.shape)
   real_BxT = (input_ids_BxT != config.pad_token_id).astype(jnp.int32)
-  return jnp.cumsum(real_BxT, axis=1) * real_BxT + config.pad_token_id
+  real_BxT = before.fill(real_BxT, 1)
+  count_BxT = before.first + jnp.cumsum(real_BxT, axis=1)
+  return count_BxT * real_BxT + config.pad_token_id
 
 
 class Attention(Part[EncoderConfig]):
   """Self-attention, its output added to its input and normed."""
 
   @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+  def __call__(
+    self, x_BxTxD: jax.Array, mask_BxT: jax.Array, prefix: KeyValues | None
+  ) -> jax.Array:
     c = self.config
     qkv_BxTxD = [
       self.dense(c.hidden_size, ("embed", "heads"), name)(x_BxTxD)
       for name in ("query", "key", "value")
     ]
     heads, rate = c.num_attention_heads, c.attention_probs_dropout_prob
-    y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, heads, rate)
+    y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, heads, rate, prefix)
     y_BxTxD = self.dense(c.hidden_size, ("heads", "embed"), "output")(y_BxTxD)
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
+    y_BxTxD = soft.adapted(self, "attention", y_BxTxD)
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
 
 
@@ -56,14 +64,17 @@ class Layer(Part[EncoderConfig]):
   """One encoder layer, in the form of nn.scan."""
 
   @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
+  def __call__(
+    self, x_BxTxD: jax.Array, mask_BxT: jax.Array, *, kept: KeyValues | None = None
+  ):
     c = self.config
     attend = Attention(c, self.dtype, self.deterministic, name="attention")
-    x_BxTxD = attend(x_BxTxD, mask_BxT)
+    x_BxTxD = attend(x_BxTxD, mask_BxT, kept)
     up = self.dense(c.intermediate_size, ("embed", "mlp"), "intermediate")
     down = self.dense(c.hidden_size, ("mlp", "embed"), "output")
     y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
+    y_BxTxD = soft.adapted(self, "mlp", y_BxTxD)
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD), None
 
 
@@ -71,17 +82,19 @@ class Embeddings(Part[EncoderConfig]):
   """Token, position and type embeddings, summed and normed."""
 
   @nn.compact
-  def __call__(self, input_ids_BxT, token_type_ids_BxT) -> jax.Array:
+  def __call__(
+    self, input_ids_BxT, token_type_ids_BxT, before: soft.Before
+  ) -> jax.Array:
     c = self.config
 
     def look_up(name, rows, axis, ids_BxT):
       return self.table(rows, c.hidden_size, name, axis)(ids_BxT).astype(self.dtype)
 
-    positions_BxT = positions(input_ids_BxT, c)
+    positions_BxT = positions(input_ids_BxT, c, before)
     x_BxTxD = look_up("word_embeddings", c.vocab_size, "vocab", input_ids_BxT)
-    x_BxTxD += look_up(
-      "token_type_embeddings", c.type_vocab_size, "types", token_type_ids_BxT
-    )
+    x_BxTxD = before.put(x_BxTxD)
+    types_BxT = before.fill(token_type_ids_BxT, 0)
+    x_BxTxD += look_up("token_type_embeddings", c.type_vocab_size, "types", types_BxT)
     x_BxTxD += look_up(
       "position_embeddings", c.max_position_embeddings, "positions", positions_BxT
     )
@@ -95,12 +108,16 @@ class SequenceClassifier(TextClassifier[EncoderConfig]):
   @nn.compact
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
     c, args = self.config, (self.config, self.dtype, deterministic)
-    check_length(input_ids, max_length(c))
-    x_BxTxD = Embeddings(*args, name="embeddings")(input_ids, token_type_ids)
+    check_length(input_ids, max_length(c) - soft.places(c.soft))
+    size = c.hidden_size // c.num_attention_heads
+    layout = Layout(c.num_attention_heads, size, (None,) * c.num_hidden_layers)
+    before = soft.before(self, layout, c.hidden_size, attention_mask)
+    x_BxTxD = Embeddings(*args, name="embeddings")(input_ids, token_type_ids, before)
     encoder = stacking.Stack(
       Layer, args, c.num_hidden_layers, self.scan, self.remat, name="encoder"
     )
-    x_BxTxD = encoder(x_BxTxD, attention_mask)
+    x_BxTxD = encoder(x_BxTxD, before.mask_BxT, **before.each)
+    # The first of a prompt's, where there is one, as PEFT has it.
     x_BxD = layers.first_token(x_BxTxD)
     if c.model_type != "bert":
       return RobertaHead(*args, name="classifier")(x_BxD)

@@ -6,6 +6,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models.cache import Layout
 from lorax_flax.models.ops import Rope
+from lorax_flax.models.soft import SoftSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class DecoderConfig:
       included; None: all before it.
     ropes: the kinds of rotary positions.
     rope_of: for each layer, the index of its kind.
+    soft: trained states beside the weights.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
@@ -82,6 +84,7 @@ class DecoderConfig:
   windows: tuple[int | None, ...] = ()
   ropes: tuple[Rope, ...] = (Rope(),)
   rope_of: tuple[int, ...] = ()
+  soft: SoftSettings | None = None
 
   def __post_init__(self):
     fields.check_fields(self)

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.errors import LoraxError
 from lorax_flax.models import head as heads
-from lorax_flax.models import layers, ops, stacking
+from lorax_flax.models import layers, ops, soft, stacking
 from lorax_flax.models.cache import Cache, Chunk, KeyValues
 from lorax_flax.models.layers import Model, Module, Part
 from lorax_flax.models.llama import moe
@@ -123,10 +124,12 @@ class Layer(Part[DecoderConfig]):
     before, after, before_mlp, after_mlp = c.layer_norms
     attend = Attention(c, self.dtype, self.deterministic, name="self_attn")
     y_BxTxD, kept = attend(normed(before, x_BxTxD), tokens, rotations, own, kept)
-    x_BxTxD += dropped(normed(after, y_BxTxD))
+    y_BxTxD = dropped(normed(after, y_BxTxD))
+    x_BxTxD += soft.adapted(self, "attention", y_BxTxD)
     feed = FeedForward if c.num_experts is None else moe.Mixture
     y_BxTxD = feed(c, self.dtype, name="mlp")(normed(before_mlp, x_BxTxD))
-    return x_BxTxD + dropped(normed(after_mlp, y_BxTxD)), kept
+    y_BxTxD = dropped(normed(after_mlp, y_BxTxD))
+    return x_BxTxD + soft.adapted(self, "mlp", y_BxTxD), kept
 
 
 def _stacked(*kinds: jax.Array) -> jax.Array:
@@ -141,7 +144,7 @@ class Decoder(Part[DecoderConfig]):
 
   @nn.compact
   def __call__(
-    self, input_ids_BxT, tokens, positions_BxT, lengths_BxT, kept
+    self, input_ids_BxT, before: soft.Before, tokens, positions_BxT, lengths_BxT
   ) -> tuple[jax.Array, jax.Array, Any]:
     """x_BxTxD, the table of token embeddings, VxD, and what the layers keep."""
     c, dtype = self.config, self.dtype
@@ -149,11 +152,12 @@ class Decoder(Part[DecoderConfig]):
     x_BxTxD = words(input_ids_BxT).astype(dtype)
     if c.embed_scaled:
       x_BxTxD *= jnp.asarray(c.hidden_size**0.5, dtype)
+    x_BxTxD = before.put(x_BxTxD)
     rotations = [
       ops.rotations(rope, c.head_size, positions_BxT, lengths_BxT, dtype)
       for rope in c.ropes
     ]
-    each: dict[str, Any] = {} if kept is None else {"kept": kept}
+    each = dict(before.each)
     turned = rotations[0]
     if c.ropes_differ:
       turned = jax.tree.map(_stacked, *rotations)
@@ -197,31 +201,42 @@ class CausalLM(Model[DecoderConfig]):
       readout: makes the outputs of the head and of what it takes.
     """
     c, dtype = self.config, self.dtype
-    seen_BxT = attention_mask != 0
+    before = soft.before(
+      self, c.cache_layout, c.hidden_size, attention_mask, position_ids, cache
+    )
+    mask_BxT, position_ids, cache = before.mask_BxT, before.position_ids, before.cache
+    seen_BxT = mask_BxT != 0
     # Each text's own: an answer must not depend on padding or on the texts beside it.
-    tokens: Any = attention_mask
+    tokens: Any = mask_BxT
     if cache is not None:
-      tokens = cache.chunk(attention_mask, deterministic, position_ids)
+      tokens = cache.chunk(mask_BxT, deterministic, position_ids)
       # Keys stay as they were written: a scaling that looks at the length does not
       # reach back, as in transformers, which for Phi-3 alone computes all anew.
       position_ids, lengths_BxT = tokens.positions_BxT, tokens.ends_B[:, None]
     elif position_ids is None:
-      position_ids = jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None, :]
+      columns_T = jnp.arange(mask_BxT.shape[1], dtype=jnp.int32)
+      position_ids = before.first + columns_T[None, :]
       first_Bx1 = jnp.argmax(seen_BxT, axis=1, keepdims=True).astype(jnp.int32)
       ends_BxT = jnp.where(seen_BxT, position_ids + 1, 0)
       lengths_BxT = jnp.max(ends_BxT, axis=1, keepdims=True) - first_Bx1
     else:
-      same_BxTxT = attention_mask[:, :, None] == attention_mask[:, None, :]
+      if c.soft and soft.places(c.soft) and any(c.windows):
+        raise LoraxError(
+          f"soft.method={c.soft.method} with packed texts: a window of attention"
+          " counts columns, and would lose what is before a text that begins later"
+        )
+      same_BxTxT = mask_BxT[:, :, None] == mask_BxT[:, None, :]
       ends_BxTxT = jnp.where(same_BxTxT, position_ids[:, None, :] + 1, 0)
       lengths_BxT = jnp.max(ends_BxTxT, axis=2)
     decoder = Decoder(c, dtype, deterministic, self.scan, self.remat, name="model")
     x_BxTxD, table_VxD, kept = decoder(
-      input_ids, tokens, position_ids, lengths_BxT, cache and cache.layers
+      input_ids, before, tokens, position_ids, lengths_BxT
     )
     if c.tie_word_embeddings:
       head = heads.tied(table_VxD)
     else:
       std = c.initializer_range
       head = heads.Linear(c.vocab_size, std, name="lm_head")(c.hidden_size)
-    outputs = readout(heads.capped(head, c.final_logit_softcapping), x_BxTxD)
+    head = heads.capped(head, c.final_logit_softcapping)
+    outputs = readout(head, before.cut(x_BxTxD))
     return outputs if cache is None else (outputs, cache.grown(kept, tokens))

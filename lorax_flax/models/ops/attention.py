@@ -27,6 +27,7 @@ def attention(
   softcap: float | None = None,
   dropout_rate: float = 0.0,
   dropout_rng: jax.Array | None = None,
+  shared: bool = False,
 ) -> jax.Array:
   """Softmax attention, softmax in float32, by what suits the platform.
 
@@ -44,6 +45,7 @@ def attention(
     scale: of the logits, by default 1/sqrt(K).
     softcap: bound c of the scaled logits: c · tanh(logits / c) (Gemma 2).
     dropout_rate: of the attention weights; applied when `dropout_rng` is given.
+    shared: keys of a negative number are there for every segment, which no kernel has.
 
   Returns:
     BxTxHxK, in v's dtype. A row whose keys are all masked attends uniformly.
@@ -58,9 +60,8 @@ def attention(
     raise LoraxError("attention: a window needs causal attention")
   scale = float(size**-0.5 if scale is None else scale)
   dropout = dropout_rng is not None and dropout_rate > 0.0
-  if _platform() == "tpu" and splash.takes(
-    q_BxTxHxK.shape, k_BxSxGxK.shape, window, dropout
-  ):
+  taken = splash.takes(q_BxTxHxK.shape, k_BxSxGxK.shape, window, dropout)
+  if _platform() == "tpu" and taken and not shared:
     return splash.attention(
       q_BxTxHxK,
       k_BxSxGxK,
@@ -81,9 +82,10 @@ def attention(
       visible_RxS &= back_RxS < window
     own_BxR = jnp.tile(mask_BxS[:, s - t :], (1, h // g))
     # A query that is padding has no segment, and no use.
-    same_BxRxS = (own_BxR[:, :, None] == mask_BxS[:, None, :]) | (own_BxR == 0)[
-      ..., None
-    ]
+    same_BxRxS = own_BxR[:, :, None] == mask_BxS[:, None, :]
+    same_BxRxS |= (own_BxR == 0)[..., None]
+    if shared:
+      same_BxRxS |= (mask_BxS < 0)[:, None, :]
     seen = seen & (visible_RxS[None] & same_BxRxS)[:, None]
   # Added rather than selected, so that a compiler may fuse it into the product; the
   # most negative float rather than -inf, so that a fully masked row stays finite.

@@ -67,6 +67,8 @@ def load(base, folder):
     # a pattern's parameter.
     warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
     warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+    # It knows a linear layer's number of inputs and outputs, and here is a norm.
+    warnings.filterwarnings("ignore", "Unsupported layer type")
     # BOFT has an extension of its own, and one factor without it.
     warnings.filterwarnings("ignore", "Failed to load the CUDA extension")
     warnings.filterwarnings("ignore", "Setting boft_n_butterfly_factor to 1")

@@ -2,12 +2,16 @@
 
 import json
 
+import peft
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import lorax_flax as lx
 from lorax_flax.hub.peft import config_file
+from lorax_flax.hub.peft import folder as hub_peft
 from tests.hub.peft import peers
+from tests.methods import peft_methods
 from tests.methods.peft_methods import PEERS
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -22,8 +26,8 @@ def bert():
 def adapted(base, name, **fields):
   """A PEFT model, everything that trains made random."""
   peer = PEERS[name]
-  given = {"task_type": "SEQ_CLS", "target_modules": TARGETS, **peer.theirs, **fields}
-  return peers.moved(base, peer.config(**given))
+  given = {"task_type": "SEQ_CLS", "target_modules": TARGETS, **peer.theirs}
+  return peers.moved(base, peer.config(**given | peer.in_bert | fields))
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["looped", "scanned"])
@@ -45,7 +49,8 @@ def test_a_folder_is_read_merged_and_written_as_peft_does(name, scan, bert, tmp_
     json.loads((folder / peers.CONFIG).read_text())
     for folder in (tmp_path / "ours", theirs)
   )
-  same = ("r", "alpha", *lx.METHODS[name].peft.options, "bias", "peft_type")
+  form = lx.METHODS[peft_methods.method(name)].peft
+  same = ("r", "alpha", *form.options, "bias", "peft_type")
   assert {n: written[n] for n in same if n in written} == {
     n: read[n] for n in same if n in read
   }
@@ -66,6 +71,7 @@ def test_a_folder_is_read_merged_and_written_as_peft_does(name, scan, bert, tmp_
     ),
     ({"peft_type": "OFT", "peft_version": "0.17.1"}, "something else before 0.18"),
     ({"peft_type": "VERA", "bias": "lora_only"}, "bias='lora_only' is not what PEFT"),
+    ({"peft_type": "RANDLORA", "save_projection": False}, "save_projection=False chan"),
     ({"peft_type": "VERA", "rank_pattern": {"q": 4}}, "rank_pattern=.*cannot honour"),
   ],
 )
@@ -84,3 +90,105 @@ def test_a_start_that_differs_from_ours_is_refused_for_training_alone():
 def test_biases_of_the_targets_have_the_types_own_name():
   read = config_file.parse({"peft_type": "FOURIERFT", "bias": "fourier_only"})
   assert read.bias == "lora_only"
+
+
+def test_modules_that_ia3_names_by_default_are_those_of_the_model_type(bert, tmp_path):
+  model = peers.moved(bert, peft.IA3Config(task_type="SEQ_CLS"))
+  theirs = peers.save(model, tmp_path / "theirs")
+  file = theirs / peers.CONFIG
+  raw = json.loads(file.read_text())
+  file.write_text(
+    json.dumps(raw | {"target_modules": None, "feedforward_modules": None})
+  )
+  keymap = peers.bert_keymap(bert, scan=True)
+  tree = peers.params(bert, keymap)
+  adapter, config = hub_peft.read_adapter(theirs, tree, keymap)
+  assert {path.split("/", 2)[-1] for path in config.options["feedforward"]} == {
+    "attention/output/kernel",
+    "output/kernel",
+  }
+  merged = peers.params(model.merge_and_unload(), keymap)
+  peers.assert_same_leaves(lx.merge(tree, adapter), merged, atol=1e-5)
+
+
+def test_layers_that_are_stacked_scale_the_same_side(bert, tmp_path):
+  inputs = ["layer.0.output.dense"]
+  config = peft.IA3Config(
+    target_modules=[*inputs, "output.dense"], feedforward_modules=inputs
+  )
+  theirs = peers.save(peers.moved(bert, config), tmp_path / "theirs")
+  keymap = peers.bert_keymap(bert, scan=True)
+  with pytest.raises(lx.LoraxError, match=r"differ in feedforward.*scan=False"):
+    hub_peft.read_adapter(theirs, peers.params(bert, keymap), keymap)
+
+
+def test_places_outside_of_the_weight_are_refused(bert, tmp_path):
+  theirs = peers.save(adapted(bert, "shira"), tmp_path / "theirs")
+  tensors = load_file(theirs / peers.WEIGHTS)
+  key = next(key for key in tensors if key.endswith("shira_indices"))
+  tensors[key][0, 0] = 999
+  save_file(tensors, theirs / peers.WEIGHTS)
+  keymap = peers.bert_keymap(bert)
+  with pytest.raises(lx.LoraxError, match="holds places outside of a weight of shape"):
+    hub_peft.read_adapter(theirs, peers.params(bert, keymap), keymap)
+
+
+def test_the_copies_of_what_all_modules_share_are_equal(bert, tmp_path):
+  theirs = peers.save(adapted(bert, "randlora"), tmp_path / "theirs")
+  tensors = load_file(theirs / peers.WEIGHTS)
+  key = next(key for key in tensors if key.endswith("randlora_A"))
+  save_file(tensors | {key: tensors[key] + 1}, theirs / peers.WEIGHTS)
+  keymap = peers.bert_keymap(bert)
+  with pytest.raises(lx.LoraxError, match="randlora_A differs from another tensor"):
+    hub_peft.read_adapter(theirs, peers.params(bert, keymap), keymap)
+
+
+ALONE = {
+  "LN_TUNING": peft.LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS"),
+  "some norms": peft.LNTuningConfig(
+    target_modules=["0.output.LayerNorm", "embeddings.LayerNorm"]
+  ),
+  "TRAINABLE_TOKENS": peft.TrainableTokensConfig(
+    token_indices=[3, 5], task_type="SEQ_CLS"
+  ),
+}
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["looped", "scanned"])
+@pytest.mark.parametrize("name", ALONE)
+def test_types_in_which_no_kernel_has_a_delta(name, scan, bert, tmp_path):
+  keymap = peers.bert_keymap(bert, scan)
+  model = peers.moved(bert, ALONE[name])
+  theirs = peers.save(model, tmp_path / "theirs")
+  tree = peers.params(bert, keymap)
+  adapter = peers.round_trip(theirs, tmp_path / "ours", tree, keymap)
+  with torch.no_grad():
+    want = peers.bert_logits(model)
+    torch.testing.assert_close(
+      peers.bert_logits(peers.load(bert, tmp_path / "ours")), want
+    )
+    assert not torch.allclose(want, peers.bert_logits(bert), atol=1e-3)
+  unloaded = model.merge_and_unload()
+  if hasattr(unloaded.classifier, "modules_to_save"):  # which LN_TUNING leaves there
+    unloaded.classifier = unloaded.classifier.modules_to_save["default"]
+  merged = peers.params(unloaded, keymap)
+  peers.assert_same_leaves(lx.merge(tree, adapter), merged, atol=1e-6)
+  written, read = (
+    json.loads((folder / peers.CONFIG).read_text())
+    for folder in (tmp_path / "ours", theirs)
+  )
+  assert written["peft_type"] == read["peft_type"]
+  assert written.keys() | {"peft_version"} == read.keys()
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    (peft.LNTuningConfig(target_modules=["query"]), "read here for norms.*is a linear"),
+    (peft.LNTuningConfig(target_modules=["LayerNrom"]), "did you mean|nearest"),
+  ],
+)
+def test_what_a_type_of_norms_does_not_mean_is_refused(config, message, bert):
+  raw = config.to_dict() | {"target_modules": [*config.target_modules]}
+  with pytest.raises(lx.LoraxError, match=message):
+    hub_peft.from_peft(raw, peers.bert_keymap(bert))
