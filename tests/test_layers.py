@@ -96,7 +96,7 @@ PLAIN = {"jax", "flax", "equinox", "haiku", "optax", "numpy", "pytest", "lorax_f
 
 @pytest.mark.parametrize("path", imports.files("tests/adapt"), ids=imports.module)
 def test_the_transforms_tests_need_no_peer(path):
-  own = ("tests.adapt", "tests.methods.layers")
+  own = ("tests.adapt", "tests.compiles", "tests.methods.layers")
   for name in imports.imports(path):
     known = name.split(".")[0] in PLAIN | sys.stdlib_module_names
     assert known or within(name, *own), name
