@@ -8,14 +8,40 @@ Shapes: B batch, T tokens, D features, V vocabulary.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# x (…, D) -> logits (…, V), float32
-Head = Callable[[jax.Array], jax.Array]
+from lorax_flax.sharding import activations as spread
+
+
+@dataclass(frozen=True)
+class Head:
+  """A function of features (…, D) that gives logits (…, V), float32.
+
+  Attributes:
+    weight: VxD or DxV.
+    equation: the product's, as jnp.einsum has it.
+    cap: bound of the logits: cap · tanh(logits / cap); None for none.
+  """
+
+  weight: Any
+  equation: str
+  cap: float | None = None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = jnp.einsum(self.equation, x, self.weight.astype(x.dtype)).astype(jnp.float32)
+    return y if self.cap is None else self.cap * jnp.tanh(y / self.cap)
+
+  def gathered(self) -> "Head":
+    """The head for a loop over tokens; see `sharding.activations.gathered`."""
+    features = self.equation.split(",")[1].index("D")
+    return replace(self, weight=spread.gathered(self.weight, features))
+
+
 # The head, and x_BxTxD behind the last norm -> the model's outputs
 Readout = Callable[[Head, jax.Array], Any]
 
@@ -48,28 +74,14 @@ def last_features(mask_BxT: jax.Array) -> Readout:
   return readout
 
 
-def tied(table_VxD: jax.Array) -> Head:
+def tied(table_VxD: Any) -> Head:
   """The head that is the table of token embeddings."""
-
-  def head(x: jax.Array) -> jax.Array:
-    y = jnp.einsum("...D,VD->...V", x, table_VxD.astype(x.dtype))
-    return y.astype(jnp.float32)
-
-  return head
-
-
-def capped(head: Head, cap: float | None) -> Head:
-  """The head with its logits soft-capped, cap · tanh(logits / cap), or as it is."""
-  return head if cap is None else lambda x: cap * jnp.tanh(head(x) / cap)
+  return Head(table_VxD, "...D,VD->...V")
 
 
 def linear(kernel_DxV: Any) -> Head:
   """The head that multiplies by a kernel."""
-
-  def head(x: jax.Array) -> jax.Array:
-    return jnp.dot(x, kernel_DxV.astype(x.dtype)).astype(jnp.float32)
-
-  return head
+  return Head(kernel_DxV, "...D,DV->...V")
 
 
 class Linear(nn.Module):

@@ -45,6 +45,20 @@ def shard_rows(x: Any) -> Any:
   return jax.tree.map(cut, x)
 
 
+def gathered(weight: jax.Array, axis: int) -> jax.Array:
+  """A weight that is not sharded along an axis, and a gradient that is not either.
+
+  Given before a loop that multiplies by it each time: the compiler would gather it each
+  time. Without a mesh: the weight.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(ROWS) <= set(mesh.axis_names) or num_shards(mesh.shape) == 1:
+    return weight
+  spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * weight.ndim
+  spec[axis] = None
+  return jax.lax.with_sharding_constraint(weight, PartitionSpec(*spec))
+
+
 def shard_experts(x_ExNxD: jax.Array) -> jax.Array:
   """Tokens of each expert, sharded as its weights are.
 

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of a row, c tokens of a chunk, D features, V vocabulary
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -51,10 +52,11 @@ def token_scores(
     label_smoothing: share of the other tokens in `smoothed`.
     room: largest number of logits of a device at a time.
   """
+  frozen = head.gathered()
 
   def add(sums: TokenScores, chunk: tuple[jax.Array, jax.Array]):
     x_BxcxD, labels_Bxc = activations.shard_rows(chunk)
-    more = _sums(head, x_BxcxD, labels_Bxc, label_smoothing)
+    more = _sums(head, frozen, x_BxcxD, labels_Bxc, label_smoothing)
     return jax.tree.map(jnp.add, sums, more), None
 
   zeros_B = jnp.zeros(labels_BxT.shape[0], jnp.float32)
@@ -81,16 +83,27 @@ def count(labels_BxT: jax.Array) -> jax.Array:
 
 
 def _sums(
-  head: Head, x_BxcxD: jax.Array, labels_Bxc: jax.Array, label_smoothing: float
+  head: Head,
+  frozen: Head,
+  x_BxcxD: jax.Array,
+  labels_Bxc: jax.Array,
+  label_smoothing: float,
 ) -> TokenScores:
-  def scores(x_BxcxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The sums of a chunk.
+
+  Args:
+    frozen: the head, through which no gradient flows to its weight.
+  """
+
+  def scores(head: Head, x_BxcxD: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _plain_sums(head(x_BxcxD), labels_Bxc, label_smoothing)
 
   fixed_BxcxD = jax.lax.stop_gradient(x_BxcxD)
-  smoothed_B, pull, log_prob_B = jax.vjp(scores, fixed_BxcxD, has_aux=True)
+  of_x = partial(scores, frozen)
+  smoothed_B, pull, log_prob_B = jax.vjp(of_x, fixed_BxcxD, has_aux=True)
   (slope_BxcxD,) = pull(jnp.ones_like(smoothed_B))
   known = jax.lax.stop_gradient((smoothed_B, log_prob_B, slope_BxcxD))
-  by_head_B, _ = jax.checkpoint(scores)(fixed_BxcxD)
+  by_head_B, _ = jax.checkpoint(partial(scores, head))(fixed_BxcxD)
   smoothed_B, log_prob_B, slope_BxcxD = known
   return TokenScores(
     _differentiable(smoothed_B, by_head_B, x_BxcxD, slope_BxcxD), log_prob_B

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lorax_flax.data.sequences import IGNORED
+from lorax_flax.models import head as heads
 from lorax_flax.train import losses
 from lorax_flax.train.token_scores import count, next_labels, token_scores
 
@@ -70,7 +71,8 @@ def test_next_token_is_torchs_over_a_batchs_tokens(smoothing, room):
   labels_BxT[2, 1:] = IGNORED  # Nothing is left to predict.
   next_BxT = next_labels(jnp.asarray(labels_BxT))
   logits = jnp.asarray(logits_BxTxV)
-  scores = token_scores(lambda x: x, logits, next_BxT, smoothing, room)
+  head = heads.linear(jnp.eye(logits.shape[-1]))
+  scores = token_scores(head, logits, next_BxT, smoothing, room)
   got_B = losses.next_token(scores, {})
   weights_B = count(next_BxT)
   np.testing.assert_array_equal(weights_B, [2, 3, 0, 6])

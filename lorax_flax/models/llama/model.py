@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden_size, H heads of queries, G heads of keys an
 values, K head size, M intermediate_size, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -237,6 +238,6 @@ class CausalLM(Model[DecoderConfig]):
     else:
       std = c.initializer_range
       head = heads.Linear(c.vocab_size, std, name="lm_head")(c.hidden_size)
-    head = heads.capped(head, c.final_logit_softcapping)
+    head = replace(head, cap=c.final_logit_softcapping)
     outputs = readout(head, before.cut(x_BxTxD))
     return outputs if cache is None else (outputs, cache.grown(kept, tokens))
