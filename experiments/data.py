@@ -17,6 +17,7 @@ from absl import flags
 
 from experiments.cli import command as cli
 from experiments.cli import config_dict, config_flag
+from lorax_flax.data.config import DataSettings
 from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.jobs import outline
@@ -31,7 +32,7 @@ TASKS: Mapping[str, str] = {
   "seq2seq-lm": "seq2seq",
   "image-classification": "images",
 }
-_CONFIG = "classify.py"
+_CONFIG, _KIND = "classify.py", "sequence-classification"
 
 FLAGS = flags.FlagValues()
 config_flag.define(FLAGS)
@@ -70,6 +71,9 @@ def chosen() -> Settings:
     task = registry.of(registry.read_config(resolve(path))).task
     check_known("kind of model with data of your own", task, TASKS)
     values = config_dict.change(found.values, "data.task", TASKS[task])
+    if task != _KIND and "data.buckets" not in found.overridden:
+      # That of the config is for its own kind of model.
+      values = config_dict.change(values, "data.buckets", DataSettings.buckets)
     return config_dict.settings(values, found.overridden)
   return found.settings()
 

@@ -116,9 +116,9 @@ def test_nothing_is_compiled_after_the_first_answers(folder):
   job = run.prepare({folder / "unused": _settings(folder)})
   adapter = job.runs[0].adapter
   first = job.samples.answer(job.model.params, adapter)
-  size = sampling._next._cache_size()
+  size = sampling.advance._cache_size()
   assert job.samples.answer(job.model.params, adapter) == first
-  assert sampling._next._cache_size() == size
+  assert sampling.advance._cache_size() == size
 
 
 def test_several_devices_answer_what_one_does(trained, folder, tmp_path):
