@@ -119,9 +119,10 @@ def test_the_flops_needed_are_those_of_the_formula(wanted):
 def test_the_costs_of_a_step_are_those_of_its_parts(measured, name, sizes):
   c = measured(name, *sizes)
   chip = _topology(name).chip
-  # What is recomputed is the forward pass, less its last product and the head.
+  # What is recomputed is the forward pass, less its last product and the head; and by
+  # attention's kernel its logits, twice, and their gradient.
   assert c.useful <= 0.85 * c.flops
-  assert c.flops <= 1.5 * c.useful
+  assert c.flops <= 1.55 * c.useful
   assert c.compute == c.flops / chip.flops
   assert c.seconds == max(c.compute, c.memory, c.network) > 0
   assert 0 < c.utilization <= 1
