@@ -12,7 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from launch.dryrun import hlo, jaxpr_flops
 from launch.dryrun import topology as topologies
 from launch.dryrun.hlo import program
+from lorax_flax.models import head as heads
+from lorax_flax.models import ops
 from lorax_flax.sharding import mesh as meshes
+from lorax_flax.train.token_scores import token_scores
 
 pytest.importorskip("libtpu")
 
@@ -211,3 +214,46 @@ def test_the_traced_count_is_what_the_compiler_does_where_it_recomputes_nothing(
 def test_text_that_is_no_program_is_refused():
   with pytest.raises(ValueError, match="not the text of a compiled program"):
     hlo.matmul_flops("nothing")
+
+
+def test_kernels_of_attention_are_counted_by_their_operands():
+  def step(q, k, v, mask):
+    attend = functools.partial(ops.attention, mask_BxS=mask, causal=True)
+    y, pull = jax.vjp(attend, q, k, v)
+    return pull(y)
+
+  mesh = _mesh("v5e:2x2", 1, 2, 2)
+  q, k = (2, 256, 4, 64), (2, 256, 2, 64)
+  put = NamedSharding(mesh, P())
+  arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=put) for s in (q, k, k)]
+  mask = jax.ShapeDtypeStruct((2, 256), jnp.int32, sharding=put)
+  with jax.set_mesh(mesh), topologies.quiet():
+    traced = jax.jit(step).trace(*arrays, mask)
+    text = traced.lower().compile().as_text()
+  one = 2 * 2 * 4 * 256 * 256 * 64  # Of every query with every key.
+  assert "splash_mha" in text
+  # And a sum over features that the rule takes as a product.
+  few = 2 * 2 * 4 * 256 * 64
+  assert jaxpr_flops.matmul_flops(traced.jaxpr) == 6 * one + few
+  assert hlo.matmul_flops(text) == 9 * one // 4  # On each of four chips.
+
+
+def test_a_head_is_gathered_once_for_all_chunks_of_a_loss():
+  def step(kernel, x, labels):
+    def loss(x):
+      return token_scores(heads.linear(kernel), x, labels, room=8 * 512).smoothed.sum()
+
+    return jax.grad(loss)(x)
+
+  mesh = _mesh("v5e:2x2", 1, 4, 1)
+  struct = lambda shape, dtype, *spec: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=NamedSharding(mesh, P(*spec))
+  )
+  kernel = struct((256, 512), jnp.bfloat16, "fsdp")
+  x = struct((4, 64, 256), jnp.bfloat16, "fsdp")
+  with jax.set_mesh(mesh), topologies.quiet():
+    lowered = jax.jit(step).lower(kernel, x, struct((4, 64), jnp.int32, "fsdp"))
+    text = lowered.compile().as_text()
+  gathers = [c for c in hlo.collectives(text) if c.kind == "all-gather"]
+  assert "while" in text
+  assert sum(c.times for c in gathers) == 1
