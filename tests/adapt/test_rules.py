@@ -555,3 +555,31 @@ def test_remat_keeps_its_policy():
     e for e in jaxpr.jaxpr.eqns if e.primitive.name in ("remat2", "checkpoint")
   ]
   assert remat.params["policy"] is not None
+
+
+def test_a_loop_over_an_array_is_one_over_its_places():
+  """Newer versions of JAX have a primitive for it."""
+
+  def iterated(p, x):
+    for w in p["w"]:
+      x = jnp.tanh(x @ w)
+    return x
+
+  def indexed(p, x):
+    for i in range(3):
+      x = jnp.tanh(x @ p["w"][i])
+    return x
+
+  params = {"w": jax.random.normal(jax.random.key(0), (3, 6, 6)) / 2}
+  x = jax.random.normal(jax.random.key(1), (4, 6))
+  config = lx.LoraConfig(targets="w", rank=2, dropout=0.5)
+  found = []
+  for fn in (iterated, indexed):
+    lora = lx.adapt(fn, config)
+    adapter = perturbed(lora.init(jax.random.key(2), params, x))
+    run = lambda adapter, lora=lora: jnp.sum(
+      lora.apply(params, adapter, x, lora_dropout_key=jax.random.key(3)) ** 2
+    )
+    found.append(jax.value_and_grad(run)(adapter))
+  for got, want in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

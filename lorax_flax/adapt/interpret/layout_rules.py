@@ -276,6 +276,23 @@ def _split(eqn, operands, out):
   return parts
 
 
+def _unstack(eqn, operands, out):
+  """The places of an axis, each without it: what a loop over an array makes."""
+  (view,) = operands
+  axis, parts = jx.param(eqn, "axis"), []
+  for place, value in enumerate(out):
+
+    def cut(t, i, place=place):
+      return lax.slice_in_dim(t, place, place + 1, axis=i)
+
+    starts = [place if i == axis else 0 for i in range(len(view.dims))]
+    sizes = [1 if i == axis else n for i, n in enumerate(view.shape)]
+    part = _slice_axes(view, starts, sizes, cut, value)
+    dims = [d for i, d in enumerate(view.dims) if i != axis]
+    parts.append(part.on_all(lambda t: t.squeeze(axis), value, dims))
+  return parts
+
+
 def _rev(eqn, operands, out):
   (view,) = operands
   axes = jx.param(eqn, "dimensions")
@@ -530,6 +547,7 @@ RULES: dict[str, Callable[[Any, list, list], list[View]]] = {
   "sub": _shift,
   "tile": _tile,
   "transpose": _transpose,
+  "unstack": _unstack,
 }
 
 # Those that are given other operands without the axes along which these are constant.

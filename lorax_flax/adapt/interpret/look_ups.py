@@ -93,6 +93,7 @@ _MOVES = {
   "split",
   "squeeze",
   "transpose",
+  "unstack",
 }
 
 
