@@ -426,7 +426,7 @@ def test_program_equals_merged(name):
 ELSEWHERE = {
   "checkpoint", "closed_call", "copy", "copy_p", "core_call", "custom_jvp_call",
   "custom_vjp_call", "custom_vmap_call", "pcast", "pjit", "pvary", "reduce_sum",
-  "remat2", "stack", "stop_gradient", "while",
+  "remat2", "stack", "stop_gradient", "unstack", "while",
 }  # fmt: skip
 
 
