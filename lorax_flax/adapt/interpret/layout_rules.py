@@ -6,7 +6,7 @@ every value is a ShapeDtypeStruct. A rule that cannot follow raises `Unsupported
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -178,8 +178,13 @@ def _broadcast(eqn, operands, out):
 def _squeeze(eqn, operands, out):
   (view,) = operands
   gone = {d % len(view.dims) for d in jx.param(eqn, "dimensions")}
+  return [_without(view, gone, out[0])]
+
+
+def _without(view: View, gone: Collection[int], out) -> View:
+  """A view without these axes, of size 1 each."""
   dims = [d for i, d in enumerate(view.dims) if i not in gone]
-  return [view.on_all(lambda t: t.squeeze(tuple(gone)), out[0], dims)]
+  return view.on_all(lambda t: t.squeeze(tuple(gone)), out, dims)
 
 
 def _at(view: View, axis: int, start: Any) -> Any:
@@ -210,6 +215,17 @@ def _slice_axes(view: View, starts, sizes, cut: Callable, out) -> View:
     if sizes[i] == 1:
       sliced = replace(sliced, index=_at(view, i, starts[i]))
   return sliced
+
+
+def _part(view: View, axis: int, start: int, size: int, out) -> View:
+  """A slice on one axis."""
+
+  def cut(t, i):
+    return lax.slice_in_dim(t, start, start + size, axis=i)
+
+  starts = [start if i == axis else 0 for i in range(len(view.dims))]
+  sizes = [size if i == axis else n for i, n in enumerate(view.shape)]
+  return _slice_axes(view, starts, sizes, cut, out)
 
 
 def _slice(eqn, operands, out):
@@ -266,12 +282,7 @@ def _split(eqn, operands, out):
   (view,) = operands
   axis, offset, parts = jx.param(eqn, "axis"), 0, []
   for value, size in zip(out, jx.param(eqn, "sizes"), strict=True):
-
-    def cut(t, i, offset=offset, size=size):
-      return lax.slice_in_dim(t, offset, offset + size, axis=i)
-
-    starts = [offset if i == axis else 0 for i in range(len(view.dims))]
-    parts.append(_slice_axes(view, starts, value.shape, cut, value))
+    parts.append(_part(view, axis, offset, size, value))
     offset += size
   return parts
 
@@ -279,18 +290,9 @@ def _split(eqn, operands, out):
 def _unstack(eqn, operands, out):
   """The places of an axis, each without it: what a loop over an array makes."""
   (view,) = operands
-  axis, parts = jx.param(eqn, "axis"), []
-  for place, value in enumerate(out):
-
-    def cut(t, i, place=place):
-      return lax.slice_in_dim(t, place, place + 1, axis=i)
-
-    starts = [place if i == axis else 0 for i in range(len(view.dims))]
-    sizes = [1 if i == axis else n for i, n in enumerate(view.shape)]
-    part = _slice_axes(view, starts, sizes, cut, value)
-    dims = [d for i, d in enumerate(view.dims) if i != axis]
-    parts.append(part.on_all(lambda t: t.squeeze(axis), value, dims))
-  return parts
+  axis = jx.param(eqn, "axis")
+  places = (_part(view, axis, i, 1, value) for i, value in enumerate(out))
+  return [_without(x, {axis}, value) for x, value in zip(places, out, strict=True)]
 
 
 def _rev(eqn, operands, out):

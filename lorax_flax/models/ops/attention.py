@@ -60,8 +60,8 @@ def attention(
     raise LoraxError("attention: a window needs causal attention")
   scale = float(size**-0.5 if scale is None else scale)
   dropout = dropout_rng is not None and dropout_rate > 0.0
-  taken = splash.takes(q_BxTxHxK.shape, k_BxSxGxK.shape, window, dropout)
-  if _platform() == "tpu" and taken and not shared:
+  shapes = q_BxTxHxK.shape, k_BxSxGxK.shape
+  if not shared and _platform() == "tpu" and splash.takes(*shapes, window, dropout):
     return splash.attention(
       q_BxTxHxK,
       k_BxSxGxK,
