@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lorax_flax.data.config import DataSettings
-from lorax_flax.data.own import forms, image_folders, summary
+from lorax_flax.data.own import image_folders, summary
 from lorax_flax.data.own import labels as own_labels
 from lorax_flax.data.own.labels import CLASSES, Labels
 from lorax_flax.data.own.settings import OwnSettings
 from lorax_flax.data.own.splits import TRAIN
-from lorax_flax.data.own.table import Row, Table, text, usable
+from lorax_flax.data.own.table import Row, Table, text
+from lorax_flax.data.own.usable import usable
 from lorax_flax.data.pixels import INPUT, Pixels
 from lorax_flax.errors import LoraxError, prefixed
 from lorax_flax.tasks.task import OwnTask, Splits, Task
@@ -153,11 +154,8 @@ def _open(settings: ImagesSettings) -> Task:
     "which folder with a folder of images for each class, or which file of paths and "
     "labels?"
   )
-  skip = settings.skips
-  tables = image_folders.read_splits(path, settings.held_out, skip=skip)
-  _, chosen = forms.find(tables, settings.columns, (_FORM,), skip=skip)
-  if skip:
-    chosen = {split: usable(table, _check) for split, table in chosen.items()}
+  tables = image_folders.read_splits(path, settings.held_out, skip=settings.skips)
+  chosen = usable(tables, settings, _FORM, _check)
   labels = own_labels.find(chosen, CLASSES)
   images = {split: _opened(table) for split, table in chosen.items()}
 
@@ -169,7 +167,7 @@ def _open(settings: ImagesSettings) -> Task:
     ]
     return [
       *summary.of_files(tables, _FORM, settings.columns),
-      *(x for t in chosen.values() for x in summary.of_skipped(t.file, t.bad)),
+      *summary.of_skipped((table.file, table.bad) for table in chosen.values()),
       *shown,
     ]
 

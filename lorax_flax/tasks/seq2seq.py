@@ -12,9 +12,10 @@ import numpy as np
 
 from lorax_flax.data import pipeline
 from lorax_flax.data.examples import Example
-from lorax_flax.data.own import forms, summary
+from lorax_flax.data.own import summary
 from lorax_flax.data.own.splits import TRAIN, read_splits
-from lorax_flax.data.own.table import Bad, Row, Table, text, usable
+from lorax_flax.data.own.table import Bad, Row, Table, text
+from lorax_flax.data.own.usable import usable
 from lorax_flax.data.pairs import Pairs, pairs
 from lorax_flax.data.sequences import IGNORED
 from lorax_flax.data.tokenize import load_tokenizer, tokenize, uncut_lengths
@@ -75,11 +76,8 @@ def _open(settings: Seq2SeqSettings) -> Task:
     "which file of prompts and completions, or which folder with train and validation "
     "files?"
   )
-  skip = settings.skips
-  tables = read_splits(path, settings.held_out, skip=skip)
-  _, chosen = forms.find(tables, settings.columns, (_FORM,), skip=skip)
-  if skip:
-    chosen = {name: usable(table, _check) for name, table in chosen.items()}
+  tables = read_splits(path, settings.held_out, skip=settings.skips)
+  chosen = usable(tables, settings, _FORM, _check)
   splits = {
     name: _Split(tables[name], table.bad, *(_column(table, n) for n in _COLUMNS))
     for name, table in chosen.items()
@@ -199,7 +197,7 @@ def _describe(
     *summary.of_files(
       {name: split.table for name, split in splits.items()}, _FORM, settings.columns
     ),
-    *(x for s in splits.values() for x in summary.of_skipped(s.table.file, s.bad)),
+    *summary.of_skipped((split.table.file, split.bad) for split in splits.values()),
     summary.of_lengths(
       np.concatenate([each.prompt_lengths_N for each in tokens.values()]),
       settings.max_length,

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lorax_flax.data.examples import Example
-from lorax_flax.data.own import forms, summary
 from lorax_flax.data.own import labels as own_labels
+from lorax_flax.data.own import summary
 from lorax_flax.data.own.labels import CLASSES, KINDS, NUMBER, SEVERAL, Labels
 from lorax_flax.data.own.settings import OwnSettings
 from lorax_flax.data.own.splits import TRAIN, read_splits
-from lorax_flax.data.own.table import Row, Table, text, usable
+from lorax_flax.data.own.table import Row, Table, text
+from lorax_flax.data.own.usable import usable
 from lorax_flax.data.tokenize import load_tokenizer, tokenize, uncut_lengths
 from lorax_flax.data.tokens import Tokens
 from lorax_flax.errors import check_known, prefixed
@@ -74,11 +75,9 @@ def _open(settings: TextsSettings) -> Task:
   path = settings.required_path(
     "which file of texts and labels, or which folder with train and validation files?"
   )
-  skip, check = settings.skips, functools.partial(_check, kind=settings.labels)
-  tables = read_splits(path, settings.held_out, skip=skip)
-  _, chosen = forms.find(tables, settings.columns, (_FORM,), skip=skip)
-  if skip:
-    chosen = {split: usable(table, check) for split, table in chosen.items()}
+  tables = read_splits(path, settings.held_out, skip=settings.skips)
+  check = functools.partial(_check, kind=settings.labels)
+  chosen = usable(tables, settings, _FORM, check)
   examples = {
     split: [_example(table, row) for row in table.rows]
     for split, table in chosen.items()
@@ -181,7 +180,7 @@ def _describe(
     examples.append(f"example: {shown} -> {_label(found.labels, number)}")
   return [
     *summary.of_files(found.tables, _FORM, settings.columns),
-    *(x for t in found.chosen.values() for x in summary.of_skipped(t.file, t.bad)),
+    *summary.of_skipped((table.file, table.bad) for table in found.chosen.values()),
     *summary.of_labels(found.labels),
     summary.of_lengths(np.concatenate(lengths), most),
     *examples,

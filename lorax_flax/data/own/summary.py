@@ -1,7 +1,7 @@
 """Lines that show what was found in a user's files."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,16 @@ def of_files(
   ]
 
 
-def of_skipped(file: Path, skipped: Sequence[Bad]) -> list[str]:
-  """The reasons of the most rows with the place of the first, and the other rows."""
+def of_skipped(files: Iterable[tuple[Path, Sequence[Bad]]]) -> list[str]:
+  """The reasons of a file's most rows with the place of the first, and the other rows.
+
+  Args:
+    files: each with its rows that are skipped.
+  """
+  return [line for file, skipped in files for line in _of_skipped(file, skipped)]
+
+
+def _of_skipped(file: Path, skipped: Sequence[Bad]) -> list[str]:
   first = {bad.why: bad.place for bad in reversed(skipped)}
   reasons = Counter(bad.why for bad in skipped).most_common()
   lines = [

@@ -9,7 +9,7 @@ import csv
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,32 +95,9 @@ def sorted_out(
 
 
 def none_of_use(file: Path, bad: Sequence[Bad]) -> str:
-  """What is wrong with a file of which no row is left."""
+  """The message about a file of which no row is left."""
   first = f"{bad[0].place}: {bad[0].why}" if bad else "it has none"
   return f"{file}: no row is of use: {first}"
-
-
-def usable(table: Table, check: Callable[[Table, Row], object]) -> Table:
-  """The table with the rows that a check refuses among the bad ones.
-
-  Args:
-    check: raises LoraxError for a row that is of no use, with the row's place.
-
-  Raises:
-    LoraxError: no row is left.
-  """
-  rows, bad = [], list(table.bad)
-  for row in table.rows:
-    try:
-      check(table, row)
-    except LoraxError as error:
-      why = str(error).removeprefix(f"{table.file}: {row.place}").lstrip(": ")
-      bad.append(Bad(row.place, why))
-    else:
-      rows.append(row)
-  if not rows:
-    raise LoraxError(none_of_use(table.file, bad))
-  return replace(table, rows=rows, bad=tuple(bad))
 
 
 def text(table: Table, row: Row, name: str) -> str:

@@ -85,7 +85,7 @@ def load(base: str | Path, adapter: str | Path | None = None) -> Tokenizer:
   config = base / "config.json"
   hf_config = strict_json.read_object(config) if config.is_file() else {}
   own = Path(adapter).expanduser() if adapter is not None else None
-  folder = own if own is not None and beside.has_tokenizer(own) else base
+  folder = beside.tokenizer_folder(base, own)
   file = gguf_header.find(folder)
   if file is not None and not (folder / JSON).is_file():
     backend, special = gguf_tokenizer.load(file), gguf_tokenizer.special(file)

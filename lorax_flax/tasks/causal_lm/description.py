@@ -33,11 +33,7 @@ def describe(
     *summary.of_files(found.tables, found.form, settings.columns),
     *_windows(settings, found),
     summary.of_lengths(lengths_N, settings.max_length),
-    *(
-      line
-      for each in found.rows.values()
-      for line in summary.of_skipped(each.file, each.skipped)
-    ),
+    *summary.of_skipped((each.file, each.skipped) for each in found.rows.values()),
     f"learnt: {_predicted(rows).sum():,} of {len(rows.labels_S):,} tokens in {TRAIN} "
     f"({_predicted(rows).mean():.1%}), which are in ⟦…⟧ below",
     *_padding(settings, rows, trained),
