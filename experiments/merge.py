@@ -103,7 +103,7 @@ def _write_gguf(
   loaded = model.loaded
   described = gguf.describe(loaded)
   tokenizer = tokenizers.load(loaded.folder, adapter)
-  own = adapter if beside.has_tokenizer(adapter) else loaded.folder
+  own = beside.tokenizer_folder(loaded.folder, adapter)
   vocabulary = gguf_vocabulary.metadata(
     tokenizer.backend,
     tokenizer.special,

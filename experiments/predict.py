@@ -30,11 +30,10 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.progress import track
-from scipy import special
 
 from experiments.cli import command as cli
 from experiments.cli import model_flags
-from experiments.inference import lines, merged, results
+from experiments.inference import lines, merged, probabilities, results
 from experiments.inference import logits as inference
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.resolve import resolve
@@ -133,12 +132,11 @@ def _named(
   logits_C: np.ndarray, labels: Sequence[str], problem_type: str | None
 ) -> dict[str, Any]:
   """The most probable label, and the probability of each where they are many."""
-  logits_C, best = logits_C.astype(np.float64), int(logits_C.argmax())
+  scores_C, best = probabilities.scores(logits_C, problem_type), int(logits_C.argmax())
+  found = {"label": labels[best], "score": float(scores_C[best])}
   if problem_type == "multi_label_classification":
-    scores_C = special.expit(logits_C)
-    scores = dict(zip(labels, scores_C.tolist(), strict=True))
-    return {"label": labels[best], "score": float(scores_C[best]), "scores": scores}
-  return {"label": labels[best], "score": float(special.softmax(logits_C)[best])}
+    found["scores"] = dict(zip(labels, scores_C.tolist(), strict=True))
+  return found
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ def load(
   """
   model = merged.load(base, adapter, apply=True, quant=quant)
   loaded = model.loaded
-  own = adapter is not None and beside.has_tokenizer(Path(adapter).expanduser())
-  folder = Path(adapter).expanduser() if adapter is not None and own else loaded.folder
-  has_tokenizer = own or beside.has_tokenizer(loaded.folder)
-  tokenizer = load_tokenizer(loaded.folder, adapter) if has_tokenizer else None
+  own = None if adapter is None else Path(adapter).expanduser()
+  folder, tokenizer = beside.tokenizer_folder(loaded.folder, own), None
+  if beside.has_tokenizer(folder):
+    tokenizer = load_tokenizer(loaded.folder, adapter)
   return generation.writer(loaded, model.rest, tokenizer), folder

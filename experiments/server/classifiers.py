@@ -2,14 +2,13 @@
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
 
-from experiments.inference import merged
+from experiments.inference import merged, probabilities
 from experiments.inference.merged import Merged
 from experiments.server import folder
 from lorax_flax.adapt.paths import flatten, map_with_path
@@ -123,7 +122,9 @@ class Classifiers:
       self._room.release()
     if not np.isfinite(logits_NxC).all():
       raise LoraxError("the model gives logits that are not finite")
-    return Scored(own.labels, _SCORES[own.problem_type](logits_NxC), tokens)
+    return Scored(
+      own.labels, probabilities.scores(logits_NxC, own.problem_type), tokens
+    )
 
   def warm(self) -> None:
     """Compiles what a first short request needs."""
@@ -150,10 +151,3 @@ class Classifiers:
     if own is None or own.shape != leaf.shape or own.dtype != leaf.dtype:
       return leaf
     return own if np.array_equal(own, leaf) else leaf
-
-
-_SCORES: Mapping[str | None, Any] = {
-  "single_label_classification": lambda x: special.softmax(x.astype(np.float64), -1),
-  "multi_label_classification": lambda x: special.expit(x.astype(np.float64)),
-  "regression": lambda x: x,
-}

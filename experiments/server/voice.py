@@ -55,8 +55,7 @@ def load(
   Raises:
     LoraxError: no tokenizer.
   """
-  own = adapter is not None and beside.has_tokenizer(adapter)
-  folder = adapter if adapter is not None and own else base
+  folder = beside.tokenizer_folder(base, adapter)
   return Voice(load_tokenizer(base, adapter), folder, vocab_size, chat_template)
 
 

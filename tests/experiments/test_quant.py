@@ -12,10 +12,9 @@ from experiments.predict import predict
 from lorax_flax import quant
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError
-from lorax_flax.hub.checkpoints import export
-from lorax_flax.models import registry
 from lorax_flax.serve.settings import Decoding
 from tests.experiments import own_text, peers
+from tests.quant import checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 STEPS = 3
@@ -32,17 +31,7 @@ def root(tmp_path_factory):
   """A base, it with kernels that nf4 has made, an adapter of a quantised run."""
   root = tmp_path_factory.mktemp("quant")
   own_text.decoder(root / "base", width=128)
-  loaded = registry.load(root / "base", quant="nf4")
-  export.write_checkpoint(
-    root / "dense",
-    loaded.params,
-    loaded.keymap,
-    loaded.hf_config,
-    architecture=loaded.family.architecture,
-    labels=None,
-    base=root / "base",
-    overwrite=False,
-  )
+  checkpoints.write_dense(root / "dense", root / "base", "nf4")
   data = own_text.write(root / "data", own_text.completions)
   made = {"lora.targets": "all-linear", "train.learning_rate": 0.1, "data.prompts": 2}
   run.run(_settings(root / "base", data, **made), root / "run")

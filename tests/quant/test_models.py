@@ -14,10 +14,11 @@ import lorax_flax as lx
 from experiments import run
 from lorax_flax import quant
 from lorax_flax.adapt.paths import flatten, map_with_path
-from lorax_flax.hub.checkpoints import export, quantized
+from lorax_flax.hub.checkpoints import quantized
 from lorax_flax.models import registry
 from tests.experiments import own_text
 from tests.models import family
+from tests.quant import checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -87,17 +88,7 @@ def settings(base, data, **changes):
 
 
 def test_three_steps_are_those_of_the_dequantised_base(llama, tmp_path):
-  loaded = registry.load(llama, quant="nf4")
-  export.write_checkpoint(
-    tmp_path / "dense",
-    loaded.params,
-    loaded.keymap,
-    loaded.hf_config,
-    architecture=loaded.family.architecture,
-    labels=None,
-    base=llama,
-    overwrite=False,
-  )
+  checkpoints.write_dense(tmp_path / "dense", llama, "nf4")
   data = own_text.write(tmp_path / "data", own_text.completions)
   losses = {}
   for base, name in ((llama, "nf4"), (tmp_path / "dense", None)):

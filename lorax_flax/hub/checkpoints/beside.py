@@ -54,6 +54,11 @@ def has_tokenizer(folder: Path) -> bool:
   return stored or gguf_header.find(folder) is not None
 
 
+def tokenizer_folder(folder: Path, adapter: Path | None) -> Path:
+  """An adapter's folder where it has a tokenizer of its own, else the checkpoint's."""
+  return adapter if adapter is not None and has_tokenizer(adapter) else folder
+
+
 def tokenizer_files(folder: Path) -> list[Path]:
   """The files that a tokenizer is read from."""
   return [path for path in _entries(folder) if _matches(path, _TOKENIZER)]
