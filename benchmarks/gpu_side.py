@@ -128,7 +128,9 @@ def _decode_ours(case: Case) -> dict[str, Any]:
   model = registry.outline(common.decoder_config(shape), dtype="bfloat16")
   ids_BxT = np.random.default_rng(0).integers(3, shape.vocab, (shape.batch, PROMPT))
   inputs = decoder.prompts(ids_BxT[:, :4].tolist(), 16)
-  lora = lx.adapt(decoder.forward_of(model), lx.LoraConfig("all-linear", rank=shape.rank))
+  lora = lx.adapt(
+    decoder.forward_of(model), lx.LoraConfig("all-linear", rank=shape.rank)
+  )
 
   @jax.jit
   def make():

@@ -92,7 +92,7 @@ def test_what_cudnn_does_not_compute_is_left_to_the_other_form(monkeypatch):
 
 def test_gpus_get_it(monkeypatch):
   module = sys.modules["lorax_flax.models.ops.attention"]
-  monkeypatch.setattr(module, "_platform", lambda: "gpu")
+  monkeypatch.setattr(module.devices, "platform", lambda: "gpu")
   monkeypatch.setattr(cudnn, "_capability", lambda: 9.0)
   monkeypatch.setattr(cudnn, "attention", lambda *args, **options: options)
   q = jnp.zeros((1, 8, 2, 8), jnp.bfloat16)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lorax_flax import devices
 from lorax_flax.errors import LoraxError
 from lorax_flax.models.ops import cudnn, order, splash
 
@@ -65,7 +66,7 @@ def attention(
   scale = float(size**-0.5 if scale is None else scale)
   dropout = dropout_rng is not None and dropout_rate > 0.0
   form = {"causal": causal, "window": window, "softcap": softcap}
-  kernel = None if shared else KERNELS.get(_platform())
+  kernel = None if shared else KERNELS.get(devices.platform())
   if kernel is not None and kernel.takes(q_BxTxHxK, k_BxSxGxK, **form, dropout=dropout):
     return kernel.attention(
       q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxS, **form, scale=scale
@@ -96,12 +97,6 @@ def attention(
     kept_BxGxRxS = kept_BxHxTxS.reshape(b, g, -1, s)
   settings = (rate, scale, softcap)
   return _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings)
-
-
-def _platform() -> str:
-  """The platform that is compiled for: the mesh's, of devices that may not be here."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
 
 
 def attention_by_place(
