@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.gpu_side import NEW, PROMPT, Case, Shape
+from benchmarks.common import Shape
+from benchmarks.gpu_case import NEW, PROMPT, Case
 
 SIDES = ("lorax_flax", "peft")
 # FLOP/s of dense bfloat16 products, by what a card's name begins with.
