@@ -58,6 +58,8 @@ class Costs:
     hbm: bytes read from and written to main memory.
     sent: bytes that the chip sends, by kind of collective.
     runs: number of collectives that run, by kind.
+    kernels: number of runs of attention's kernels, by name; none where attention is
+      made of plain products.
     compute, memory, network: seconds that flops, hbm and sent take at the peak rates,
       with the collectives one after another.
   """
@@ -72,6 +74,7 @@ class Costs:
   hbm: float
   sent: Mapping[str, float]
   runs: Mapping[str, int]
+  kernels: Mapping[str, int]
   compute: float
   memory: float
   network: float
@@ -189,6 +192,7 @@ def read(job: Any, topology: Topology, useful: float, text: str, memory: Any) ->
     hbm=moved,
     sent=sent,
     runs=runs,
+    kernels=hlo.kernel_runs(text),
     compute=flops / chip.flops if chip.timed else 0.0,
     memory=moved / chip.hbm_bandwidth if chip.timed else 0.0,
     network=network,

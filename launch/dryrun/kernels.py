@@ -26,9 +26,15 @@ ATTENTION = {
 }
 
 
+def known(name: str) -> str | None:
+  """The key of `ATTENTION` of an instruction's or a call's name; None for any other."""
+  return next((start for start in ATTENTION if name.startswith(start)), None)
+
+
 def products(name: str) -> Products | None:
   """The products of a kernel of attention; None for any other name."""
-  return next((n for start, n in ATTENTION.items() if name.startswith(start)), None)
+  start = known(name)
+  return None if start is None else ATTENTION[start]
 
 
 def flops(shapes: Sequence[tuple[int, ...]]) -> int:

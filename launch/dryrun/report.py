@@ -74,7 +74,9 @@ def _time(c: Costs, job: Any, topology: Topology) -> list[tuple[str, str, str]]:
   recomputed = c.flops / c.useful - 1
   rows, length = job.batch["input_ids"].shape
   rate = rows * length / c.seconds / topology.size
+  kernels = [f"{name} × {runs:,}" for name, runs in c.kernels.items()]
   return [
+    ("attention", "kernel" if kernels else "products", ", ".join(kernels)),
     (
       "interconnect",
       size(sum(c.sent.values())),

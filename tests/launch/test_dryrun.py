@@ -191,6 +191,7 @@ def test_the_command_prints_the_table_and_nothing_on_standard_error(config):
   assert done.stderr == ""
   for words in (
     *("tiny.py on v5e:2x2", "weights", "adapter", "optimiser", "activations"),
+    "attention",
     *("peak HBM", "of 16.00 GiB", "matmul FLOPs", "all-gather", "all-reduce"),
     *("bound by", "utilisation (MFU)", "tokens/s", "8 × 128 a step, 4 chips"),
   ):
@@ -260,7 +261,7 @@ def pretend(monkeypatch):
         raise costs.TooLarge(gib * 2**30, 16 * 2**30)
       parts = costs.Arguments(gib * 2**30, 0.0, 0.0, 0.0)
       times = (seconds, seconds / 2, seconds / 3)
-      return costs.Costs(parts, 0, 0, 0, 0, useful, useful, 1, {}, {}, *times), ""
+      return costs.Costs(parts, 0, 0, 0, 0, useful, useful, 1, {}, {}, {}, *times), ""
 
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(suggest, "abstract", job)

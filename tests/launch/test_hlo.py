@@ -231,7 +231,8 @@ def test_kernels_of_attention_are_counted_by_their_operands():
     traced = jax.jit(step).trace(*arrays, mask)
     text = traced.lower().compile().as_text()
   one = 2 * 2 * 4 * 256 * 256 * 64  # Of every query with every key.
-  assert "splash_mha" in text
+  names = ("splash_mha_fwd", "splash_mha_dkv", "splash_mha_dq")
+  assert hlo.kernel_runs(text) == dict.fromkeys(names, 1)
   # And a sum over features that the rule takes as a product.
   few = 2 * 2 * 4 * 256 * 64
   assert jaxpr_flops.matmul_flops(traced.jaxpr) == 6 * one + few

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 
 from launch.dryrun import kernels
 from launch.dryrun.hlo import loops, program
@@ -27,6 +28,18 @@ def matmul_flops(text: str) -> int:
     for name, times in runs.items()
     for instruction in found.computations[name].instructions.values()
   )
+
+
+def kernel_runs(text: str) -> Counter[str]:
+  """Number of runs of each of `kernels.ATTENTION` that the program has."""
+  found = program.parse(text)
+  runs: Counter[str] = Counter()
+  for name, times in loops.count(found).all.items():
+    for instruction in found.computations[name].instructions.values():
+      is_call = instruction.op == "custom-call"
+      if is_call and (start := kernels.known(instruction.name)):
+        runs[start] += times
+  return runs
 
 
 def flops(instruction: Instruction, inside: Computation) -> int:
