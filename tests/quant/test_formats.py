@@ -65,20 +65,24 @@ def test_int8_is_bitsandbytes():
 
 
 BOUNDS = {"int8": 0.501 / 127, "int4": 0.501 / 7, "nf4": 0.2, "nf4_single": 0.16}
+# A step of these may be cut by its float16, and Q4_0 reaches no further than 7 of 8.
+BOUNDS |= {"q8_0": 0.57 / 127, "q4_0": 0.126, "q4_1": 0.07}
+SMALLER = {"int8": 3.9, "q8_0": 3.7, "q4_1": 6.3}
+MADE = [name for name in quant.CHOICES if name != quant.AS_STORED]
 
 
-@pytest.mark.parametrize("name", quant.FORMATS)
+@pytest.mark.parametrize("name", MADE)
 def test_errors_are_within_half_a_step(name):
   w = weight().T
   leaf = quant.quantize(w, name)
   assert (leaf.shape, leaf.size, leaf.ndim) == (w.shape, w.size, w.ndim)
-  assert leaf.nbytes < w.nbytes / (3.9 if name == "int8" else 6.9)
+  assert leaf.nbytes < w.nbytes / SMALLER.get(name, 6.9)
   blocks = np.abs(w).reshape(-1, IN if name == "int8" else 64, OUT).max(1)
   error = np.abs(leaf.dense() - w).reshape(-1, IN if name == "int8" else 64, OUT)
   assert (error.max(1) <= BOUNDS[name] * blocks + 0.6 * (name == "nf4") + 1e-6).all()
 
 
-@pytest.mark.parametrize("name", quant.FORMATS)
+@pytest.mark.parametrize("name", MADE)
 def test_places_of_a_stack_are_quantised_by_themselves(name):
   kernels = jax.random.normal(jax.random.key(0), (2, 3, 128, 48))
   leaf, one = quant.quantize(kernels, name), quant.quantize(kernels[1, 2], name)
