@@ -34,7 +34,9 @@ class Ggml(Quantized):
   @classmethod
   def of_rows(cls, rows: np.ndarray, dtype: Any) -> Self:
     """The leaf of a file's rows, (*stack, out, bytes) uint8; arrays of NumPy."""
-    row, found, start = blocks.split(rows, cls.row_bytes(cls.block)), {}, 0
+    row = rows.reshape((*rows.shape[:-1], -1, cls.row_bytes(cls.block)))
+    found: dict[str, Any] = {}
+    start = 0
     for name, (kind, n) in cls.parts.items():
       stop = start + n * np.dtype(kind).itemsize
       field = np.ascontiguousarray(row[..., start:stop]).view(kind)
@@ -52,7 +54,7 @@ class Ggml(Quantized):
   def struct(cls, shape: tuple[int, ...], dtype: Any) -> Self:
     *stack, fan_in, fan_out = shape
     number = fan_in // cls.block
-    arrays = {
+    arrays: dict[str, Any] = {
       name: jax.ShapeDtypeStruct((*stack, fan_out, number * n), jnp.dtype(kind))
       for name, (kind, n) in cls.parts.items()
     }

@@ -1,6 +1,7 @@
 """The quantised kernels of a model: which they are, and how they are filled."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -133,14 +134,14 @@ def _filled(
   leaf: quant.Quantized, parts: Iterator[tuple[tuple[Any, ...], quant.Quantized]]
 ) -> quant.Quantized:
   """A leaf of parts, each of which goes to its index in each array."""
-  filled = None
+  filled: quant.Quantized | None = None
   for place, part in parts:
     if filled is None:
-      of_part = {name: x.dtype for name, x in part.arrays().items()}
-      made = {
-        name: np.empty(x.shape, of_part[name]) for name, x in leaf.arrays().items()
+      dtypes = {name: x.dtype for name, x in part.arrays().items()}
+      made: dict[str, Any] = {
+        name: np.empty(x.shape, dtypes[name]) for name, x in leaf.arrays().items()
       }
-      filled = type(part)(**made, dtype=part.dtype)
+      filled = replace(part, **made)
     for name, array in filled.arrays().items():
       array[place] = part.arrays()[name]
   assert filled is not None  # A kernel has tensors.
