@@ -22,8 +22,8 @@ class ModelSettings:
     dtype: dtype of computing; weights that train are float32.
     param_dtype: dtype of frozen weights in memory; None leaves each as it is stored.
     quant: format of the frozen kernels of the layers in memory: "int8", "int4", "nf4",
-      "nf4_single", "q8_0", "q4_0", "q4_1", or "as_stored" in a GGUF file; None: they
-      are not quantised.
+      "nf4_single", "fp8", "q8_0", "q4_0", "q4_1", or "as_stored" in a GGUF file;
+      None: they are not quantised.
     scan: whether the layers are stacked and scanned: compiles faster, runs slower on a
       CPU.
     remat: what is recomputed in the backward pass: "none", "full", "dots".

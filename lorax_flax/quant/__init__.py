@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.errors import check_known
+from lorax_flax.quant.fp8 import Fp8
 from lorax_flax.quant.int4 import Int4
 from lorax_flax.quant.int8 import Int8
 from lorax_flax.quant.nf4 import NF4, DoubleNF4
@@ -32,6 +33,7 @@ FORMATS: dict[str, type[Quantized]] = {
   "int4": Int4,
   "nf4": DoubleNF4,
   "nf4_single": NF4,
+  "fp8": Fp8,
   "q8_0": Q8_0,
   "q4_0": Q4_0,
   "q4_1": Q4_1,

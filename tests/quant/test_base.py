@@ -105,7 +105,7 @@ def check_equal(a, b):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["int8", "nf4", "fp8"])
 def test_logits_and_gradients_are_the_dense_kernels(case, name):
   lora, q, dense, adapter = start(case, name)
   assert lora.plan(q, X).targets == lora.plan(dense, X).targets
