@@ -13,7 +13,7 @@ from lorax_flax.errors import LoraxError, check_known, prefixed
 from lorax_flax.hub.checkpoints import shards
 from lorax_flax.hub.checkpoints.entries import Site, kind
 from lorax_flax.hub.checkpoints.keymap import KeyMap
-from lorax_flax.hub.files.safetensors import Reader
+from lorax_flax.hub.files import safetensors
 from lorax_flax.quant.ggml import Ggml
 
 
@@ -111,7 +111,7 @@ def fill(
 
 
 def fill_stored(
-  leaf: Ggml, reader: Reader, keys: Mapping[str, Site], dtype: Any
+  leaf: Ggml, reader: safetensors.Reader, keys: Mapping[str, Site], dtype: Any
 ) -> quant.Quantized:
   """A leaf of NumPy arrays, of the blocks of its tensors as they are stored.
 
@@ -139,7 +139,8 @@ def _filled(
     if filled is None:
       dtypes = {name: x.dtype for name, x in part.arrays().items()}
       made: dict[str, Any] = {
-        name: np.empty(x.shape, dtypes[name]) for name, x in leaf.arrays().items()
+        name: safetensors.empty(x.shape, dtypes[name])
+        for name, x in leaf.arrays().items()
       }
       filled = replace(part, **made)
     for name, array in filled.arrays().items():
