@@ -26,6 +26,7 @@ from lorax_flax.models import with_adapter
 
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
+QUANT = model_flags.quant(FLAGS)
 ADAPTERS = flags.DEFINE_multi_string(
   "adapter",
   None,
@@ -73,6 +74,7 @@ def combine(
   majority: str | None = None,
   seed: int | None = None,
   overwrite: bool = False,
+  quant: str | None = None,
 ) -> algebra.Combined:
   """Combines and writes; see the flags."""
   folder = Path(out).expanduser()
@@ -82,7 +84,7 @@ def combine(
   is_random = combination.startswith("dare_")
   if seed is not None and not is_random:
     raise LoraxError(f"--seed does nothing in {combination}: dare alone draws")
-  loaded, several = with_adapter.load_all(base, sources)
+  loaded, several = with_adapter.load_all(base, sources, quant=quant)
   combined = algebra.combine_adapters(
     loaded.params,
     [each.adapter for each in several],
@@ -143,6 +145,7 @@ def main() -> None:
     majority=MAJORITY.value,
     seed=SEED.value,
     overwrite=OVERWRITE.value,
+    quant=QUANT.value,
   )
   print(report(combined))
   print(f"Adapter (peft): {OUT.value}")

@@ -37,6 +37,7 @@ FORMATS = ("orbax", "peft", "loralib", "vllm", "gguf")
 
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
+QUANT = model_flags.quant(FLAGS)
 FROM = model_flags.adapter(FLAGS, "from", note="Or a loralib file.")
 TO = model_flags.out(FLAGS, "to")
 FORMAT = flags.DEFINE_string(
@@ -71,6 +72,7 @@ def convert(
   enable_lora: Sequence[bool] | None = None,
   max_rank: int | None = None,
   overwrite: bool = False,
+  quant: str | None = None,
 ) -> tuple[Saved, KeyMap, list[str]]:
   """Converts; see the flags.
 
@@ -91,6 +93,7 @@ def convert(
     alpha=alpha,
     # For reading where the source is loralib's, else for writing.
     enable_lora=enable_lora if is_loralib or form != "loralib" else None,
+    quant=quant,
   )
   if is_loralib:
     saved = dataclasses.replace(saved, base_name=base)
@@ -193,6 +196,7 @@ def main() -> None:
     enable_lora=_bools(ENABLE_LORA.value),
     max_rank=MAX_RANK.value,
     overwrite=OVERWRITE.value,
+    quant=QUANT.value,
   )
   print(table(saved, keymap))
   for line in (*notes, f"Adapter ({FORMAT.value}): {TO.value}"):

@@ -76,6 +76,8 @@ def evaluate(
   full = workdir / "model"
   base = str(full) if full.is_dir() else settings.model.path
   adapter = None if full.is_dir() else str(workdir / "adapter")
+  # A model that was written in full has the numbers of the quantised base.
+  quant = None if full.is_dir() else settings.model.quant
   groups = data.spread(task.groups(settings.data, split), rows)
   tokenizer = load_tokenizer(resolve(base))
   folder = workdir / split
@@ -86,7 +88,13 @@ def evaluate(
   references = [group.references for group in groups]
   scored.write_references(folder / "references.txt", references)
   generate.generate(
-    base, adapter, str(prompts), str(outputs), decoding, batch_size=batch_size
+    base,
+    adapter,
+    str(prompts),
+    str(outputs),
+    decoding,
+    batch_size=batch_size,
+    quant=quant,
   )
   found = dict(texts.scores(scored.outputs(outputs), references))
   write_json(folder / "scores.json", found)

@@ -9,11 +9,22 @@ its tokenizer (or the adapter's own), templates, settings; and a model card of i
 in the place of the base's. transformers loads it as it
 would any other, and so does --base here. It is written atomically.
 
+receipt.json says how much of the adapter's change is left after rounding to the stored
+numbers, and how far logits of a few random inputs are from those of the adapter beside
+the base. A change of which less than --min_kept is left is refused.
+
+With --quant=nf4 the kernels are those that nf4 makes of the base, as an adapter knows
+them that was trained beside such; what is written is dense, in the base's dtype, which
+transformers loads. The receipt also says what would be left were it quantised again.
+
 --format=gguf writes model.gguf instead, which llama.cpp loads, with the tokenizer and
 the chat template inside. Its matrices keep their dtype unless --dtype names another.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -27,8 +38,9 @@ from lorax_flax.files import atomic
 from lorax_flax.hub import card
 from lorax_flax.hub.checkpoints import beside, export, export_gguf
 from lorax_flax.hub.files import gguf_vocabulary, gguf_writer
+from lorax_flax.jobs import receipt as receipts
 from lorax_flax.jobs import usage
-from lorax_flax.models import gguf
+from lorax_flax.models import gguf, registry
 
 FORMATS = ("transformers", "gguf")
 
@@ -49,6 +61,15 @@ DTYPE = flags.DEFINE_string(
   " as they are).",
   flag_values=FLAGS,
 )
+QUANT = model_flags.quant(FLAGS)
+MIN_KEPT = flags.DEFINE_float(
+  "min_kept",
+  0.99,
+  "The least share of the adapter's change that the stored numbers may keep.",
+  lower_bound=0.0,
+  upper_bound=1.0,
+  flag_values=FLAGS,
+)
 OVERWRITE = model_flags.overwrite(FLAGS, "a checkpoint in --out that was written here")
 
 
@@ -59,9 +80,11 @@ def merge(
   form: str = "transformers",
   *,
   dtype: str | None = None,
+  quant: str | None = None,
+  min_kept: float = 0.99,
   overwrite: bool = False,
-) -> Path:
-  """Merges and writes; see the flags. Returns the folder written."""
+) -> dict[str, Any]:
+  """Merges and writes; see the flags. Returns the content of receipt.json."""
   check_known("--format", form, FORMATS)
   if dtype is not None:
     check_known("--dtype", dtype, gguf_writer.KINDS)
@@ -70,37 +93,62 @@ def merge(
   folder = Path(out).expanduser()
   atomic.refuse_inputs(folder, (Path(base).expanduser(), Path(adapter).expanduser()))
   atomic.refuse_unless_free(folder, overwrite=overwrite)
-  model = merged.load(base, adapter)
+  loaded, deltas = merged.read(base, adapter, quant)
+  store: receipts.Store = lambda path, leaf: leaf
+  if dtype is not None:
+    about = gguf.describe(loaded)
+    store = export_gguf.stored(loaded.keymap, about.architecture, about.config, dtype)
+  stores = {"stored": store}
+  if quant is not None:
+    stores["requantized"] = receipts.requantized(loaded)
+  params, figures = receipts.merge(loaded, deltas, stores)
+  _check(figures["stored"], min_kept)
+  receipt: dict[str, Any] = {"base": base, "adapter": adapter, "quant": quant}
+  receipt |= {name: dataclasses.asdict(found) for name, found in figures.items()}
+  loaded = dataclasses.replace(loaded, params=params)
   source = Path(adapter).expanduser()
-  text = _card(base, adapter, model, form)
+  text = _card(base, adapter, loaded, form)
   if form == "gguf":
-    _write_gguf(folder, base, source, model, dtype, text, overwrite)
-    return folder
+    _write_gguf(folder, base, source, loaded, dtype, text, receipt, overwrite)
+    return receipt
   export.write_checkpoint(
     folder,
-    model.loaded.params,
-    model.loaded.keymap,
-    model.loaded.hf_config,
-    architecture=model.loaded.family.architecture,
+    loaded.params,
+    loaded.keymap,
+    loaded.hf_config,
+    architecture=loaded.family.architecture,
     labels=None,
-    base=model.loaded.folder,
+    base=loaded.folder,
     adapter=source,
     card=text,
+    receipt=receipt,
     overwrite=overwrite,
   )
-  return folder
+  return receipt
+
+
+def _check(found: receipts.Figures, min_kept: float) -> None:
+  """Refuses a change that rounding takes away, or enlarges."""
+  if abs(1 - found.kept) > 1 - min_kept and found.least is not None:
+    share, path = found.least
+    raise LoraxError(
+      f"the stored numbers would keep {found.kept:.1%} of the adapter's change, the"
+      f" rest is rounded away; the least, {share:.1%}, of {path}. On the probe, logits"
+      f" would differ by up to {found.largest_logit_difference:.3g}."
+      f" --min_kept={max(0, 1 - abs(1 - found.kept)):.2f} writes them all the same"
+    )
 
 
 def _write_gguf(
   folder: Path,
   base: str,
   adapter: Path,
-  model: merged.Merged,
+  loaded: registry.Loaded,
   dtype: str | None,
   text: str,
+  receipt: Mapping[str, Any],
   overwrite: bool,
 ) -> None:
-  loaded = model.loaded
   described = gguf.describe(loaded)
   tokenizer = tokenizers.load(loaded.folder, adapter)
   own = beside.tokenizer_folder(loaded.folder, adapter)
@@ -121,16 +169,17 @@ def _write_gguf(
     tensors=described.tensors,
     dtype=dtype,
     card=text,
+    receipt=receipt,
     overwrite=overwrite,
   )
 
 
-def _card(base: str, adapter: str, model: merged.Merged, form: str) -> str:
-  task = model.loaded.family.task
+def _card(base: str, adapter: str, model: registry.Loaded, form: str) -> str:
+  task = model.family.task
   data = {
     "base_model": card.base_model(base),
     "library_name": "transformers" if form == "transformers" else "llama.cpp",
-    **card.license_of(base, model.loaded.folder),
+    **card.license_of(base, model.folder),
     "pipeline_tag": usage.PIPELINES[task],
     "tags": ["lorax_flax", "lora", "merged"],
   }
@@ -144,15 +193,23 @@ def _card(base: str, adapter: str, model: merged.Merged, form: str) -> str:
 
 
 def main() -> None:
-  folder = merge(
+  receipt = merge(
     BASE.value,
     ADAPTER.value,
     OUT.value,
     FORMAT.value,
     dtype=DTYPE.value,
+    quant=QUANT.value,
+    min_kept=MIN_KEPT.value,
     overwrite=OVERWRITE.value,
   )
-  print(f"Merged checkpoint: {folder}")
+  for name, found in receipt.items():
+    if isinstance(found, dict):
+      print(
+        f"{name}: {found['kept']:.1%} of the change is kept, logits differ by up to"
+        f" {found['largest_logit_difference']:.3g}"
+      )
+  print(f"Merged checkpoint: {OUT.value}")
 
 
 if __name__ == "__main__":

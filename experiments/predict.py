@@ -93,7 +93,7 @@ def predict(
     raise LoraxError(f"--all_positions: a {hf_config['model_type']} has no positions")
   known = lines.names(family, family.configure(hf_config))
   read = lines.read(Path(source).expanduser(), known)
-  model = merged.load(base, adapter, apply=True, quant=quant)
+  model = merged.load(base, adapter, quant)
   try:
     rows = lines.rows(read, model.loaded, known, max_length, adapter)
     results.write(target, _results(rows, model, batch_size, all_positions))

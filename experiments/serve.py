@@ -77,6 +77,7 @@ MAX_RANK = flags.DEFINE_integer(
   flag_values=FLAGS,
 )
 CHAT_TEMPLATE = model_flags.chat_template(FLAGS)
+QUANT = model_flags.quant(FLAGS)
 
 _MOST_CONNECTIONS = 2048
 
@@ -95,9 +96,10 @@ def main() -> None:
   keys = start.keys(API_KEYS.value, API_KEY_FILE.value)
   folder = Path(BASE.value).expanduser()
   served = start.served(
-    registry.load(resolve(BASE.value)),
+    registry.load(resolve(BASE.value), quant=QUANT.value),
     folder.resolve().name if folder.exists() else folder.name,
     Path(ADAPTERS.value).expanduser() if ADAPTERS.value else None,
+    quant=QUANT.value,
     language={
       "rows": ROWS.value,
       "length": MAX_LENGTH.value,

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from lorax_flax.quant import FORMATS
+from lorax_flax.quant import CHOICES
 
 
 def base(values: flags.FlagValues) -> flags.FlagHolder:
@@ -21,8 +21,9 @@ def quant(values: flags.FlagValues) -> flags.FlagHolder:
   return flags.DEFINE_enum(
     "quant",
     None,
-    [*FORMATS],
-    "A format for the base's kernels in memory; an adapter then stays beside them.",
+    [*CHOICES],
+    "A format for the base's kernels in memory, or as_stored in a GGUF file; an adapter"
+    " then stays beside them.",
     flag_values=values,
   )
 

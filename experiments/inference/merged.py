@@ -1,4 +1,4 @@
-"""A base with an adapter merged into it: what `merge` writes and `predict` runs."""
+"""A base with an adapter merged into it, for `predict` and its like."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -49,26 +49,23 @@ class Merged:
     return self.loaded.hf_config.get("problem_type") or by_count
 
 
-def load(
-  base: str, adapter: str | None, *, apply: bool = False, quant: str | None = None
-) -> Merged:
+def load(base: str, adapter: str | None, quant: str | None = None) -> Merged:
   """Loads a base by folder, alias or hub name, and merges an adapter into it.
 
+  Deltas that have no place in the base are kept beside it.
+
   Args:
-    apply: keep the deltas that have no place in the base; otherwise an error.
-    quant: a format for the base's kernels in memory, beside which the deltas are kept;
-      it needs `apply`.
+    quant: a format for the base's kernels in memory, beside which the deltas are kept.
 
   Raises:
     LoraxError: besides what the readers raise, weights that neither of the two has.
   """
-  kept: _Kept = without_place if apply else lambda params, deltas: {}
-  return _loaded(base, adapter, kept if quant is None else _followed, quant)
+  return _loaded(base, adapter, _followed if quant else without_place, quant)
 
 
-def headed(base: str, adapter: str | None) -> Merged:
+def headed(base: str, adapter: str | None, quant: str | None = None) -> Merged:
   """`load` that merges what was trained in full alone, and keeps the other deltas."""
-  return _loaded(base, adapter, _followed, None)
+  return _loaded(base, adapter, _followed, quant)
 
 
 def _followed(params: Any, deltas: Adapter) -> Adapter:
@@ -78,18 +75,32 @@ def _followed(params: Any, deltas: Adapter) -> Adapter:
 
 def _loaded(base: str, adapter: str | None, kept: _Kept, quant: str | None) -> Merged:
   """A base with an adapter merged in, but for the deltas that are kept."""
-  brought: set[str] = set()
-  rest: Adapter = {}
+  loaded, deltas = read(base, adapter, quant)
+  rest = kept(loaded.params, deltas)
+  deltas = {path: delta for path, delta in deltas.items() if path not in rest}
+  loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
+  return Merged(loaded, rest if rest or quant is not None else None)
+
+
+def read(
+  base: str, adapter: str | None, quant: str | None = None
+) -> tuple[registry.Loaded, Adapter]:
+  """A base with the outputs' names of an adapter, and the adapter.
+
+  Args:
+    quant: as of `registry.load`.
+
+  Raises:
+    LoraxError: as of `load`.
+  """
+  deltas: Adapter = {}
   own, problem_type = None, None
   if adapter is None:
     loaded = registry.load(resolve(base), quant=quant)
   else:
     loaded, saved = with_adapter.load(base, adapter, quant=quant)
     deltas, own, problem_type = saved.adapter, saved.labels, saved.problem_type
-    brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
-    rest = kept(loaded.params, deltas)
-    deltas = {path: delta for path, delta in deltas.items() if path not in rest}
-    loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
+  brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
   if absent := set(loaded.new_paths) - brought:
     hint = f"nor does the adapter {adapter}" if adapter else "and no adapter is given"
     raise LoraxError(
@@ -100,7 +111,7 @@ def _loaded(base: str, adapter: str | None, kept: _Kept, quant: str | None) -> M
   if adapter and loaded.family.has_labels:
     hf_config = _with_labels(loaded, adapter, own, problem_type)
     loaded = dataclasses.replace(loaded, hf_config=hf_config)
-  return Merged(loaded, rest if rest or quant is not None else None)
+  return loaded, deltas
 
 
 def _with_labels(

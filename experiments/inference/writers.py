@@ -23,7 +23,7 @@ def load(
   Raises:
     LoraxError: what the readers raise; a model that doesn't generate.
   """
-  model = merged.load(base, adapter, apply=True, quant=quant)
+  model = merged.load(base, adapter, quant)
   loaded = model.loaded
   own = None if adapter is None else Path(adapter).expanduser()
   folder, tokenizer = beside.tokenizer_folder(loaded.folder, own), None

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.inference import merged, probabilities
-from experiments.inference.merged import Merged
 from experiments.server import folder
 from lorax_flax.adapt.paths import flatten, map_with_path
 from lorax_flax.data.tokenize import load_tokenizer
 from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.models.registry import Loaded
+from lorax_flax.quant import is_quantized
 from lorax_flax.serve.classifier import Classifier
 from lorax_flax.serve.request import Busy, Closed
 
@@ -51,26 +51,33 @@ class Classifiers:
   """
 
   def __init__(
-    self, loaded: Loaded, name: str, root: Path | None, *, waiting: int = 64
+    self,
+    loaded: Loaded,
+    name: str,
+    root: Path | None,
+    *,
+    waiting: int = 64,
+    quant: str | None = None,
   ):
     """Loads the adapters of a folder; those that don't fit are logged and left out.
 
     Args:
       loaded: the base.
       waiting: number of requests that are answered or wait at once.
+      quant: with which the base was loaded.
 
     Raises:
       LoraxError: nothing that answers.
     """
     self.base = name
     self.task: str = loaded.family.task
-    self._loaded, self._root = loaded, root
+    self._loaded, self._root, self._quant = loaded, root, quant
     self._shared = flatten(loaded.params)
     self._served: dict[str, _Served] = {}
     self._turn, self._room = threading.Lock(), threading.BoundedSemaphore(waiting)
     self._waiting, self._closed = waiting, False
     if not loaded.new_paths:
-      self._served[name] = self._made(merged.headed(str(loaded.folder), None), None)
+      self._served[name] = self._made(None)
     for each in folder.names(root):
       try:
         self.load(each, each)
@@ -93,8 +100,7 @@ class Classifiers:
     if name == self.base:
       raise LoraxError(f"{name} is the name of the base")
     found = folder.find(self._root, path)
-    model = merged.headed(str(self._loaded.folder), str(found))
-    self._served = {**self._served, name: self._made(model, found)}
+    self._served = {**self._served, name: self._made(found)}
 
   def unload(self, name: str) -> None:
     """Forgets an adapter."""
@@ -137,9 +143,11 @@ class Classifiers:
     with self._turn:
       pass
 
-  def _made(self, model: Merged, adapter: Path | None) -> _Served:
+  def _made(self, adapter: Path | None) -> _Served:
+    source = None if adapter is None else str(adapter)
+    model = merged.headed(str(self._loaded.folder), source, self._quant)
     loaded = model.loaded
-    tokenizer = load_tokenizer(loaded.folder, adapter and str(adapter))
+    tokenizer = load_tokenizer(loaded.folder, source)
     params = map_with_path(self._one, loaded.params)
     classifier = Classifier(loaded, params, model.rest or {}, tokenizer)
     assert model.labels is not None
@@ -147,7 +155,16 @@ class Classifiers:
 
   def _one(self, path: str, leaf: Any) -> Any:
     """The base's own array in place of its copy: one base for all."""
-    own = self._shared.get(path)
-    if own is None or own.shape != leaf.shape or own.dtype != leaf.dtype:
+    own = self._shared.get(path, leaf)
+    ours, theirs = _arrays(own), _arrays(leaf)
+    if ours.keys() != theirs.keys():
       return leaf
-    return own if np.array_equal(own, leaf) else leaf
+    same = (
+      x.dtype == theirs[name].dtype and np.array_equal(x, theirs[name])
+      for name, x in ours.items()
+    )
+    return own if all(same) else leaf
+
+
+def _arrays(leaf: Any) -> dict[str, Any]:
+  return leaf.arrays() if is_quantized(leaf) else {"": leaf}

@@ -76,9 +76,9 @@ class Language:
     self.task: str = loaded.family.task
     self._loaded, self._root, self._chat_template = loaded, root, chat_template
     self._voices = {name: self._voice(None)}
-    writer = generation.writer(loaded)
+    writer = generation.writer(loaded, {})
     self._adapters: Adapters | None = None
-    self._params: Bank | Alone = Alone(loaded.params)
+    self._params: Bank | Alone = Alone(writer.params)
     if root is not None:
       if capacity < rows:
         raise LoraxError(f"capacity={capacity}: the {rows} rows may need as many slots")

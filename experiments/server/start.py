@@ -14,7 +14,12 @@ log = logging.getLogger(__name__)
 
 
 def served(
-  loaded: Loaded, name: str, root: Path | None, *, language: Mapping[str, Any]
+  loaded: Loaded,
+  name: str,
+  root: Path | None,
+  *,
+  language: Mapping[str, Any],
+  quant: str | None = None,
 ) -> Language | Classifiers:
   """Makes what answers for a base.
 
@@ -22,13 +27,14 @@ def served(
     root: the folder of adapters.
     language: settings of a language model, as of `Language`; a `length` beyond the
       model's is the model's.
+    quant: with which the base was loaded.
 
   Raises:
     LoraxError: a model of another task.
   """
   task = loaded.family.task
   if task == "sequence-classification":
-    return Classifiers(loaded, name, root, waiting=language["waiting"])
+    return Classifiers(loaded, name, root, waiting=language["waiting"], quant=quant)
   if task != "causal-lm":
     kind = loaded.hf_config["model_type"]
     raise LoraxError(

@@ -34,6 +34,7 @@ from lorax_flax.adapt.stacking import Index
 from lorax_flax.errors import LoraxError, check_known, unknown
 from lorax_flax.methods import Adapter, Delta, KernelDelta, LoRA
 from lorax_flax.methods.axes import by_role
+from lorax_flax.quant import dense
 
 # What each merge does before it sums: the pruning, and whether signs are elected.
 _MERGES = {
@@ -327,7 +328,9 @@ def _layers(delta: KernelDelta, leaf: Any) -> Iterator[tuple[Index, tuple]]:
     stack[0] = delta.layers
   indices = itertools.product(*stack)
   if not _is_lora(delta):
-    change = np.asarray(delta.matrices(delta.merged(leaf) - leaf.astype(jnp.float32)))
+    before = dense(leaf)
+    after = delta.merged(before)
+    change = np.asarray(delta.matrices(after - before.astype(jnp.float32)))
     yield from ((i, (change[stacking.place_of(delta, i)],)) for i in indices)
     return
   for index in indices:

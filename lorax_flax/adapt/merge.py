@@ -1,5 +1,8 @@
 """Deltas into the base and out again, in float32."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
 from lorax_flax.adapt.paths import PyTree, arrays, beside, map_with_path
@@ -50,6 +53,34 @@ def without_place(params: PyTree, adapter: Adapter) -> Adapter:
     for path, delta in adapter.items()
     if delta.has_bias and beside(path, delta.bias_name) not in leaves
   }
+
+
+def kept(
+  params: PyTree, adapter: Adapter, stored: Callable[[str, jax.Array], jax.Array]
+) -> dict[str, tuple[float, float]]:
+  """What is left of each delta where the merged weights are rounded as they are stored.
+
+  Args:
+    stored: (path, a leaf) -> that leaf after it was stored and read again.
+
+  Returns:
+    By path, of each leaf that changes: the product of its change and of that which is
+    left, and the change's square. The sum of the first over that of the second is the
+    share that is kept.
+  """
+  leaves, found = arrays(params), {}
+  for path, delta in adapter.items():
+    if path not in leaves:
+      raise LoraxError(unknown("adapter path", path, leaves))
+    names = {path, beside(path, delta.bias_name)} & leaves.keys()
+    before = {name: dense(leaves[name]).astype(jnp.float32) for name in names}
+    for name, after in merge(before, {path: delta}).items():
+      change = after - before[name]
+      left = stored(name, after) - stored(name, before[name])
+      product = float(jnp.vdot(left, change)), float(jnp.vdot(change, change))
+      if product[1]:
+        found[name] = product
+  return found
 
 
 def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:

@@ -198,8 +198,9 @@ def load(
       that change the uses apart need that.
     vocab_size: number of tokens, where it is not the checkpoint's. New rows are the
       mean of the others, as transformers starts them but for its noise of 1e-5.
-    quant: a format of `lorax_flax.quant.FORMATS` for the kernels of the layers, which
-      are quantised as they are read. `lx.adapt` runs such a model.
+    quant: one of `lorax_flax.quant.CHOICES` for the kernels of the layers, which are
+      quantised as they are read, or kept in the blocks of a GGUF file. `lx.adapt` runs
+      such a model.
     soft: trained states beside the weights: new leaves, to be named in
       `LoraConfig.tuned` as a new head is (`Outline.soft_paths`).
 
@@ -217,7 +218,9 @@ def load(
     model = outline_of(hf_config, untie=untie, vocab_size=vocab_size)
   # The keys first: a config that claims a thousand layers takes long to trace.
   found = hub_load.find(_open(folder), model.keymap, ties)
-  shapes = quantized.shapes(_shapes(stored), stored.keymap, quant)
+  blocks = functools.partial(hub_load.blocks, found)
+  formats = quantized.formats(found.keymap, quant, blocks)
+  shapes = quantized.shapes(_shapes(stored), formats)
   axes = model.family.logical_axes
   weights = hub_load.load(
     found,
@@ -230,13 +233,13 @@ def load(
   )
   params = weights.params
   if model is not stored:
-    shapes = quantized.shapes(_shapes(model), model.keymap, quant)
+    shapes = quantized.shapes(_shapes(model), formats)
     resharded = shardings and shardings(axes(model.module), shapes)
     params = hub_load.resized(params, shapes, resharded)
   new_paths = weights.new_paths
   if soft is not None and soft.method is not None:
     model = outline_of(hf_config, untie=untie, vocab_size=vocab_size, soft=soft)
-    shapes = quantized.shapes(_shapes(model), model.keymap, quant)
+    shapes = quantized.shapes(_shapes(model), formats)
     resharded = shardings and shardings(axes(model.module), shapes)
     stds = {path: _std(model, path) for path in model.soft_paths}
     params = hub_load.extended(params, shapes, stds, seed=seed, shardings=resharded)
@@ -303,7 +306,7 @@ def abstract_params(
     return jax.ShapeDtypeStruct(leaf.shape, dtype if path in known else jnp.float32)
 
   tree = map_with_path(struct, _shapes(model))
-  return quantized.shapes(tree, model.keymap, quant)
+  return quantized.shapes(tree, quantized.formats(model.keymap, quant))
 
 
 def _with_soft(config: Any, soft: SoftSettings, model_type: str) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorax_flax.errors import LoraxError, check_known, unknown
-from lorax_flax.quant import FORMATS
+from lorax_flax.quant import CHOICES
 
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
@@ -22,7 +22,8 @@ class ModelSettings:
     dtype: dtype of computing; weights that train are float32.
     param_dtype: dtype of frozen weights in memory; None leaves each as it is stored.
     quant: format of the frozen kernels of the layers in memory: "int8", "int4", "nf4",
-      "nf4_single"; None: they are not quantised.
+      "nf4_single", "fp8", "q8_0", "q4_0", "q4_1", or "as_stored" in a GGUF file;
+      None: they are not quantised.
     scan: whether the layers are stacked and scanned: compiles faster, runs slower on a
       CPU.
     remat: what is recomputed in the backward pass: "none", "full", "dots".
@@ -50,7 +51,7 @@ class ModelSettings:
     if self.param_dtype is not None:
       check_known("model.param_dtype", self.param_dtype, DTYPES)
     if self.quant is not None:
-      check_known("model.quant", self.quant, FORMATS)
+      check_known("model.quant", self.quant, CHOICES)
     if self.vocab_size is not None and self.vocab_size < 1:
       raise LoraxError(f"model.vocab_size is {self.vocab_size}, not 1 or more")
     if self.remat not in REMAT:

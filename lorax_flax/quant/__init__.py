@@ -17,9 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.errors import check_known
+from lorax_flax.quant.fp8 import Fp8
 from lorax_flax.quant.int4 import Int4
 from lorax_flax.quant.int8 import Int8
 from lorax_flax.quant.nf4 import NF4, DoubleNF4
+from lorax_flax.quant.q4_0 import Q4_0
+from lorax_flax.quant.q4_1 import Q4_1
+from lorax_flax.quant.q4_k import Q4_K
+from lorax_flax.quant.q6_k import Q6_K
+from lorax_flax.quant.q8_0 import Q8_0
 from lorax_flax.quant.quantized import Quantized, dense, is_quantized
 
 FORMATS: dict[str, type[Quantized]] = {
@@ -27,9 +33,24 @@ FORMATS: dict[str, type[Quantized]] = {
   "int4": Int4,
   "nf4": DoubleNF4,
   "nf4_single": NF4,
+  "fp8": Fp8,
+  "q8_0": Q8_0,
+  "q4_0": Q4_0,
+  "q4_1": Q4_1,
+  "q4_k": Q4_K,
+  "q6_k": Q6_K,
 }
+# The format of each weight in a GGUF file.
+AS_STORED = "as_stored"
+# What a base may be loaded as: formats that are made of numbers, or found.
+CHOICES = (
+  *(n for n, kind in FORMATS.items() if "of_matrices" in vars(kind)),
+  AS_STORED,
+)
 
 __all__ = [
+  "AS_STORED",
+  "CHOICES",
   "FORMATS",
   "Quantized",
   "dense",
@@ -51,9 +72,9 @@ def quantize(kernel: Any, name: str) -> Quantized:
   """
   check_known("quant", name, FORMATS)
   FORMATS[name].check(tuple(kernel.shape))
-  made = functools.partial(_quantize, name=name)
-  is_shape = isinstance(kernel, jax.ShapeDtypeStruct)
-  return jax.eval_shape(made, kernel) if is_shape else made(kernel)
+  if isinstance(kernel, jax.ShapeDtypeStruct):
+    return FORMATS[name].struct(kernel.shape, kernel.dtype)
+  return _quantize(kernel, name=name)
 
 
 @functools.partial(jax.jit, static_argnames="name")

@@ -56,6 +56,13 @@ class Quantized:
         f" {cls.block}"
       )
 
+  @classmethod
+  def struct(cls, shape: tuple[int, ...], dtype: Any) -> Self:
+    """The leaf of a kernel (*stack, in, out), of ShapeDtypeStructs."""
+    *stack, fan_in, fan_out = shape
+    m = jax.ShapeDtypeStruct((*stack, fan_out, fan_in), jnp.float32)
+    return jax.eval_shape(lambda m: cls.of_matrices(m, jnp.dtype(dtype)), m)
+
   @property
   def shape(self) -> tuple[int, ...]:
     *stack, out, packed = self.codes.shape

@@ -74,6 +74,4 @@ def _logits(
   def forward(params: Any, inputs: Mapping[str, Any]) -> jax.Array:
     return module.apply({"params": params}, **inputs, deterministic=True)
 
-  if not deltas:
-    return forward(params, inputs)
   return adapt(forward, LoraConfig()).apply(params, deltas, inputs)

@@ -20,7 +20,7 @@ def embedder(model: Outline, mixed: bool) -> Callable[..., jax.Array]:
   """(params, inputs) -> BxD float32, each of length 1; compiled once for each shape.
 
   Args:
-    mixed: params are those of `decoder.many`, and not the model's own.
+    mixed: params are those of `decoder.many`, and not of `decoder.adapted`.
   """
 
   def forward(params: Any, inputs: Any) -> jax.Array:
@@ -31,12 +31,15 @@ def embedder(model: Outline, mixed: bool) -> Callable[..., jax.Array]:
 
   lora = adapt(forward, LoraConfig())
 
-  def one(params: Any, inputs: Any) -> jax.Array:
+  def adapted(params: Any, inputs: Any) -> jax.Array:
+    base, adapter = params
+    found: jax.Array = lora.apply(base, lora.used(base, adapter, inputs), inputs)
+    return found
+
+  def many(params: Any, inputs: Any) -> jax.Array:
     base, slots, ids_B = params
-    run = lambda adapter, inputs: lora.apply(
-      base, lora.used(base, adapter, inputs), inputs
-    )
+    run = lambda adapter, inputs: adapted((base, adapter), inputs)
     found: jax.Array = each(run, slots, ids_B, (inputs,))
     return found
 
-  return jax.jit(one if mixed else forward)
+  return jax.jit(many if mixed else adapted)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pycocoevalcap  # noqa: F401 (left out where it is not installed)
 import pytest
@@ -9,7 +11,7 @@ import sacrebleu  # noqa: F401
 import torch
 import transformers
 
-from experiments import e2e, run
+from experiments import e2e, generate, run
 from experiments.cli import config_flag
 from experiments.inference import scored
 from lorax_flax.errors import LoraxError
@@ -88,6 +90,22 @@ def test_another_task_or_split_is_refused(base, tmp_path):
   other = config_flag.choose("quickstart.py").settings()
   with pytest.raises(LoraxError, match=r"data\.task is headlines, and e2e is needed"):
     e2e.evaluate(other, tmp_path, DECODING)
+
+
+def test_texts_are_written_on_the_quantised_base_of_the_run(
+  base, tmp_path, monkeypatch
+):
+  settings = _settings("e2e_gpt2_medium.py", base, tmp_path / "data")
+  settings = replace(settings, model=replace(settings.model, quant="int8"))
+  monkeypatch.setattr(generate, "generate", lambda *_, quant, **__: found.append(quant))
+  monkeypatch.setattr(scored, "outputs", lambda file: [])
+  monkeypatch.setattr(texts, "scores", lambda *_: {})
+  found = []
+  for _ in range(2):
+    e2e.evaluate(settings, tmp_path, DECODING)
+    shutil.copytree(base, tmp_path / "model", dirs_exist_ok=True)
+  # A model in full has the quantised numbers in it.
+  assert found == ["int8", None]
 
 
 def test_score_reads_groups_by_their_mr_and_one_reference_a_line(tmp_path):

@@ -94,3 +94,14 @@ def test_the_sweeps_launch_says_where_it_went():
   assert (
     "python -m launch.sweep --config=… --workdir=… -- slurm --nodes=2" in done.stderr
   )
+
+
+@pytest.mark.parametrize(
+  "module", [m for name, m in main.COMMANDS.items() if not name.startswith("launch ")]
+)
+def test_what_takes_a_base_takes_a_quantised_one(module):
+  if importlib.util.find_spec(module).submodule_search_locations:
+    module += ".__main__"
+  flags = importlib.import_module(module).FLAGS
+  # A run's is --config.model.quant.
+  assert ("base" in flags) == ("quant" in flags)

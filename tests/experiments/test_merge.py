@@ -11,6 +11,7 @@ from experiments.merge import merge
 from lorax_flax.errors import LoraxError
 from tests.experiments import peers
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 LINES = [{"text": "a man a plan"}, {"text": "was it a cat", "text_pair": "i saw"}]
 
 
@@ -193,7 +194,7 @@ def test_what_lies_beside_the_weights_is_carried(base, adapter, tmp_path):
   assert {name: found[name].decode() for name in carried} == dict(
     zip(carried, carried, strict=True)
   )
-  ours = {"model.safetensors", ".lorax_flax.json", "README.md"}
+  ours = {"model.safetensors", ".lorax_flax.json", "README.md", "receipt.json"}
   assert found.keys() - ours == _everything(base).keys() - {
     *left,
     "onnx/config.json",

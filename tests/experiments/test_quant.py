@@ -73,9 +73,7 @@ def test_texts_are_those_of_the_dense_kernels(root, tmp_path, fields):
 
 
 def test_the_kernels_stay_quantised_beside_the_adapter(root):
-  model = merged.load(
-    str(root / "base"), str(root / "run/adapter"), apply=True, quant="int8"
-  )
+  model = merged.load(str(root / "base"), str(root / "run/adapter"), "int8")
   stored = {p for p, x in flatten(model.loaded.params).items() if quant.is_quantized(x)}
   assert model.rest is not None
   assert stored <= set(model.rest)

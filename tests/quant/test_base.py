@@ -8,6 +8,7 @@ import pytest
 
 import lorax_flax as lx
 from lorax_flax import quant
+from lorax_flax.adapt import algebra
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from tests.adapt.checks import all_equations, perturbed
 from tests.methods import peft_methods as peers
@@ -105,7 +106,7 @@ def check_equal(a, b):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["int8", "nf4", "fp8"])
 def test_logits_and_gradients_are_the_dense_kernels(case, name):
   lora, q, dense, adapter = start(case, name)
   assert lora.plan(q, X).targets == lora.plan(dense, X).targets
@@ -230,6 +231,13 @@ def test_merging_makes_the_targets_dense():
   run = lx.adapt(scanned, lx.LoraConfig()).apply
   got = lora.apply(q, adapter, X)
   np.testing.assert_allclose(run(merged, {}, X), got, rtol=1e-3, atol=1e-4)
+
+
+def test_a_method_of_the_kernels_values_becomes_the_same_lora():
+  _, q, dense, adapter = start("scanned", "int8", method="hira", rank=2)
+  found, expected = (algebra.as_lora(params, adapter, 4) for params in (q, dense))
+  assert {*found.adapter} == {"up", "down"}
+  check_equal(found.adapter, expected.adapter)
 
 
 LORAS = ("lora", "dora", "lora_bias", "fused_lora", "pissa", "olora")

@@ -13,12 +13,14 @@ from safetensors.numpy import save_file
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.files import atomic
+from lorax_flax.files.workdir import write_json
 from lorax_flax.hub.checkpoints import beside
 from lorax_flax.hub.checkpoints.keymap import KeyMap, file_key
 from lorax_flax.hub.files import gguf_header, gguf_tokenizer
 from lorax_flax.quant import dense
 
 WEIGHTS_FILE = "model.safetensors"
+RECEIPT = "receipt.json"
 
 
 def write_checkpoint(
@@ -33,6 +35,7 @@ def write_checkpoint(
   base: Path,
   adapter: Path | None = None,
   card: str | None = None,
+  receipt: Mapping[str, Any] | None = None,
   overwrite: bool,
 ) -> None:
   """Writes config.json, model.safetensors and what lies beside these; all or nothing.
@@ -50,6 +53,7 @@ def write_checkpoint(
       is converted.
     adapter: a folder whose tokenizer takes the place of the base's, if it has one.
     card: the text of README.md, in the place of the base's.
+    receipt: the content of receipt.json.
     overwrite: whether to replace a folder that was written here.
 
   Raises:
@@ -68,6 +72,8 @@ def write_checkpoint(
     beside.copy(base, scratch, adapter)
     if card is not None:
       (scratch / atomic.README).write_text(card, encoding="utf-8")
+    if receipt is not None:
+      write_json(scratch / RECEIPT, receipt)
     file = gguf_header.find(base)
     if file is not None and not (scratch / "tokenizer.json").is_file():
       gguf_tokenizer.write(file, scratch)

@@ -1,14 +1,15 @@
 """A model written as a GGUF file, which llama.cpp loads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorax_flax.files import atomic
+from lorax_flax.files.workdir import write_json
 from lorax_flax.hub.checkpoints import export
-from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.hub.checkpoints.keymap import KeyMap, file_key
 from lorax_flax.hub.files import gguf_writer
 from lorax_flax.hub.files.gguf_architectures import Architecture
 from lorax_flax.hub.files.gguf_blocks import Kind
@@ -28,6 +29,7 @@ def write(
   tensors: Mapping[str, np.ndarray],
   dtype: str | None,
   card: str,
+  receipt: Mapping[str, Any] | None = None,
   overwrite: bool,
 ) -> None:
   """Writes a folder with model.gguf and README.md, all or nothing.
@@ -40,6 +42,7 @@ def write(
     tensors: beside the weights, float32.
     dtype: of matrices: a name of `gguf_writer.KINDS`; None keeps each one's own.
     card: the text of README.md.
+    receipt: the content of receipt.json.
     overwrite: whether to replace a folder that was written here.
 
   Raises:
@@ -56,3 +59,29 @@ def write(
   with atomic.new_folder(folder, overwrite=overwrite) as scratch:
     gguf_writer.write(scratch / FILE, architecture.name, found, outputs)
     (scratch / atomic.README).write_text(card, encoding="utf-8")
+    if receipt is not None:
+      write_json(scratch / export.RECEIPT, receipt)
+
+
+def stored(
+  keymap: KeyMap, architecture: Architecture, config: Mapping[str, Any], dtype: str
+) -> Callable[[str, Any], np.ndarray]:
+  """(path, a leaf) -> the leaf as the file of `write` has it, float32.
+
+  Arguments as of `write`.
+  """
+
+  def read_again(path: str, leaf: Any) -> np.ndarray:
+    leaf = np.array(leaf, np.float32)
+    for bare in keymap.keys[path]:
+      site = keymap.sites[bare]
+      value = site.entry.form.to_stored(leaf[site.place(leaf.shape)])
+      module, name = architecture.file_name(file_key(keymap, bare))
+      # The order of rows, and what is added to norms, change nothing.
+      turned = architecture.form(module, config, value.ndim).transposed
+      value = value.T if turned else value
+      kind = gguf_writer.kind_of(name, value, dtype)
+      value[...] = gguf_writer.decoded(name, Output(value, kind))
+    return leaf
+
+  return read_again

@@ -18,7 +18,8 @@ from lorax_flax.hub.checkpoints import quantized, shards
 from lorax_flax.hub.checkpoints.entries import kind
 from lorax_flax.hub.files import safetensors
 from lorax_flax.hub.files.safetensors import Reader
-from lorax_flax.quant import is_quantized
+from lorax_flax.quant import Quantized, is_quantized, name_of
+from lorax_flax.quant.ggml import Ggml
 
 _GROUP = 64 << 20  # bytes that are transferred to a device at once
 _THREADS = 2  # more readers wait for one another's new pages
@@ -117,7 +118,7 @@ def load(
   def read(path, leaf):
     block = lambda block: _leaf(found, path, leaf.shape, dtype, block)
     if is_quantized(leaf):
-      return lambda: quantized.fill(leaf, block)
+      return lambda: _quantized(found, path, leaf, dtype, block)
     return lambda: block(shards.full(leaf.shape))
 
   def fill(path, leaf, sharding=None):
@@ -142,6 +143,28 @@ def load(
   new = tuple(path for path in leaves if path in absent)
   rest = () if shardings is None else (shardings,)
   return Weights(map_with_path(fill, shapes, *rest), new, ignored)
+
+
+def blocks(found: Found, path: str) -> dict[str, str | None]:
+  """The blocks in which each tensor of a leaf is stored, by key; None: numbers."""
+  keys = [found.keys[bare] for bare in found.keymap.keys[path] if bare in found.keys]
+  return {key: found.reader.blocks(key) for key in keys}
+
+
+def _quantized(
+  found: Found,
+  path: str,
+  leaf: Quantized,
+  dtype: Any,
+  read: Callable[[shards.Block], np.ndarray],
+) -> Quantized:
+  """A quantised leaf: blocks as they are stored, or else made of numbers."""
+  if isinstance(leaf, Ggml) and {*blocks(found, path).values()} == {name_of(leaf)}:
+    sites = {
+      found.keys[bare]: found.keymap.sites[bare] for bare in found.keymap.keys[path]
+    }
+    return quantized.fill_stored(leaf, found.reader, sites, dtype or leaf.dtype)
+  return quantized.fill(leaf, read)
 
 
 def unstacked(

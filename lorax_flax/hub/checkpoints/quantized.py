@@ -1,6 +1,7 @@
 """The quantised kernels of a model: which they are, and how they are filled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -8,10 +9,12 @@ import numpy as np
 
 from lorax_flax import quant
 from lorax_flax.adapt.paths import map_with_path
-from lorax_flax.errors import prefixed
+from lorax_flax.errors import LoraxError, check_known, prefixed
 from lorax_flax.hub.checkpoints import shards
-from lorax_flax.hub.checkpoints.entries import kind
+from lorax_flax.hub.checkpoints.entries import Site, kind
 from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.hub.files import safetensors
+from lorax_flax.quant.ggml import Ggml
 
 
 def kernels(keymap: KeyMap) -> set[str]:
@@ -26,19 +29,64 @@ def kernels(keymap: KeyMap) -> set[str]:
   }
 
 
-def shapes(tree: Any, keymap: KeyMap, name: str | None) -> Any:
-  """A tree of ShapeDtypeStructs with its kernels in a format; None leaves it as it is.
+def formats(
+  keymap: KeyMap,
+  name: str | None,
+  stored: Callable[[str], Mapping[str, str | None]] | None = None,
+) -> dict[str, str]:
+  """The format of each kernel that is quantised, by path.
+
+  Args:
+    name: of `quant.CHOICES`; None: no kernel is.
+    stored: path -> the blocks of each of its tensors in a file, by key, or None where
+      it is numbers there.
 
   Raises:
-    LoraxError: an unknown format; a kernel that it does not take, which is named.
+    LoraxError: an unknown name; blocks as they are stored where there is no file, or
+      where a kernel's are of no format, or of several.
   """
   if name is None:
-    return tree
+    return {}
+  check_known("quant", name, quant.CHOICES)
   chosen = kernels(keymap)
+  if name != quant.AS_STORED:
+    return dict.fromkeys(chosen, name)
+  if stored is None:
+    raise LoraxError(f"quant {name}: without its file a model has no stored blocks")
+  found = {path: _format(path, stored(path)) for path in sorted(chosen)}
+  if not any(found.values()):
+    raise LoraxError(f"quant {name}: the checkpoint has no quantised kernel")
+  return {path: each for path, each in found.items() if each is not None}
+
+
+def _format(path: str, blocks: Mapping[str, str | None]) -> str | None:
+  """The format of a kernel as it is stored; None: it is numbers."""
+  if len({*blocks.values()}) > 1:
+    names = ", ".join(f"{key} is {each or 'numbers'}" for key, each in blocks.items())
+    raise LoraxError(
+      f"quant {quant.AS_STORED}: {path!r} is one kernel of several tensors, and"
+      f" {names}: scan=False keeps layers apart"
+    )
+  found = next(iter(blocks.values()))
+  if found is not None:
+    known = [name for name, each in quant.FORMATS.items() if issubclass(each, Ggml)]
+    with prefixed(f"quant {quant.AS_STORED}: {path!r}"):
+      check_known("format", found, known)
+  return found
+
+
+def shapes(tree: Any, formats: Mapping[str, str]) -> Any:
+  """A tree of ShapeDtypeStructs with its kernels in their formats, by path.
+
+  Raises:
+    LoraxError: a kernel that its format does not take, which is named.
+  """
 
   def shape(path, leaf):
-    with prefixed(f"quant {name}: {path!r}"):
-      return quant.quantize(leaf, name) if path in chosen else leaf
+    if path not in formats:
+      return leaf
+    with prefixed(f"quant {formats[path]}: {path!r}"):
+      return quant.quantize(leaf, formats[path])
 
   return map_with_path(shape, tree)
 
@@ -53,19 +101,49 @@ def fill(
     read: a block of the kernel, all of its axes.
   """
   stack, full = leaf.shape[:-2], shards.full(leaf.shape[-2:])
-  places = list(np.ndindex(*stack))
 
-  def quantised(place):
+  def quantised(place: tuple[int, ...]) -> quant.Quantized:
     block = (*((i, i + 1) for i in place), *full)
-    return quant.quantize(read(block), quant.name_of(leaf))
+    made = quant.quantize(read(block), quant.name_of(leaf))
+    return jax.tree.map(lambda x: np.asarray(x)[(0,) * len(stack)], made)
 
-  def empty(x):
-    return np.empty((*stack, *x.shape[len(stack) :]), x.dtype)
+  return _filled(leaf, ((place, quantised(place)) for place in np.ndindex(*stack)))
 
-  first = quantised(places[0])
-  filled = jax.tree.map(empty, first)
-  for place in places:
-    made = first if place == places[0] else quantised(place)
-    for array, x in zip(jax.tree.leaves(filled), jax.tree.leaves(made), strict=True):
-      array[place] = np.asarray(x)[(0,) * len(stack)]
+
+def fill_stored(
+  leaf: Ggml, reader: safetensors.Reader, keys: Mapping[str, Site], dtype: Any
+) -> quant.Quantized:
+  """A leaf of NumPy arrays, of the blocks of its tensors as they are stored.
+
+  Args:
+    leaf: of ShapeDtypeStructs.
+    keys: stored keys of its tensors, with their sites.
+    dtype: of the dense kernel.
+  """
+
+  def part(key: str, site: Site) -> tuple[tuple[Any, ...], quant.Quantized]:
+    # The last axis of a kernel is the rows' of its arrays.
+    place, depth = site.place(leaf.shape), len(leaf.shape) - 2
+    rows = place[-1:] if len(place) > depth + 1 else ()
+    return (*site.index, *rows), type(leaf).of_rows(reader.rows(key), dtype)
+
+  return _filled(leaf, (part(key, site) for key, site in keys.items()))
+
+
+def _filled(
+  leaf: quant.Quantized, parts: Iterator[tuple[tuple[Any, ...], quant.Quantized]]
+) -> quant.Quantized:
+  """A leaf of parts, each of which goes to its index in each array."""
+  filled: quant.Quantized | None = None
+  for place, part in parts:
+    if filled is None:
+      dtypes = {name: x.dtype for name, x in part.arrays().items()}
+      made: dict[str, Any] = {
+        name: safetensors.empty(x.shape, dtypes[name])
+        for name, x in leaf.arrays().items()
+      }
+      filled = replace(part, **made)
+    for name, array in filled.arrays().items():
+      array[place] = part.arrays()[name]
+  assert filled is not None  # A kernel has tensors.
   return filled

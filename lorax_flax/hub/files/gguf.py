@@ -43,6 +43,12 @@ class Stored:
     return self.tensor.shape[::-1] if self.form.transposed else self.tensor.shape
 
   @property
+  def blocks(self) -> str | None:
+    """The name of its blocks; None: it is numbers."""
+    kind = self.tensor.kind
+    return None if kind in gguf_blocks.FLOATS else kind.name.lower()
+
+  @property
   def array_dtype(self) -> np.dtype:
     return gguf_blocks.dtype(self.tensor)
 
@@ -55,7 +61,7 @@ def open_file(path: Path) -> safetensors.Reader:
   """
   header = gguf_header.read(path)
   gguf_blocks.check_readable(header)
-  file = safetensors.File(path, _named(header), header.status, _fill)
+  file = safetensors.File(path, _named(header), header.status, _fill, _rows)
   return safetensors.of_file(file)
 
 
@@ -83,6 +89,13 @@ def _named(header: Header) -> dict[str, Stored]:
       )
     found[key] = Stored(tensor, form)
   return found
+
+
+def _rows(descriptor: int, stored: Stored) -> np.ndarray:
+  """The bytes of a tensor in blocks, its rows in Hugging Face's order."""
+  count = stored.tensor.shape[0]
+  data = gguf_blocks.raw(descriptor, stored.tensor, 0, count)
+  return data[np.argsort(stored.form.row_order(count))]
 
 
 def _fill(

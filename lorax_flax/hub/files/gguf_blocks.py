@@ -41,11 +41,17 @@ def dtype(stored: Tensor) -> np.dtype:
   return np.dtype(FLOATS.get(stored.kind, np.float32))
 
 
-def rows(descriptor: int, stored: Tensor, low: int, high: int) -> np.ndarray:
-  """Rows of an open file's tensor as floats; a vector is one row."""
+def raw(descriptor: int, stored: Tensor, low: int, high: int) -> np.ndarray:
+  """The bytes of rows of an open file's tensor, (rows, bytes); a vector is one row."""
   start = stored.start + low * stored.row_bytes
   data = np.empty((high - low, stored.row_bytes), np.uint8)
   safetensors.read_bytes(descriptor, start, data)
+  return data
+
+
+def rows(descriptor: int, stored: Tensor, low: int, high: int) -> np.ndarray:
+  """Rows of an open file's tensor as floats; a vector is one row."""
+  data = raw(descriptor, stored, low, high)
   if stored.kind in FLOATS:
     return data.view(FLOATS[stored.kind])
   # A damaged block can hold infinities, and their products with zero.

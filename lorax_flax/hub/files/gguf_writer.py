@@ -119,6 +119,14 @@ _ADDS = (
 )
 
 
+def decoded(name: str, output: Output) -> np.ndarray:
+  """A tensor's numbers as they are read again, float32; errors as of `write`."""
+  found = _encoded(name, output)
+  if output.kind in FLOATS:
+    return found.astype(np.float32)
+  return gguf.quants.dequantize(found, output.kind)
+
+
 def _encoded(name: str, output: Output) -> np.ndarray:
   value, kind = output
   if kind not in FLOATS:

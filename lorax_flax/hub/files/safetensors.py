@@ -5,6 +5,7 @@ under a mapping ends the process, and every page that was touched would count as
 process's memory beside the array that it was copied to.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,15 +39,29 @@ class File:
     tensors: by key, each with its `shape`, and the `array_dtype` of its arrays.
     status: of the file when its header was read.
     fill: (descriptor, tensor, index, out): `read` of the open file, by its format.
+    fill_rows: (descriptor, tensor) -> the bytes of a tensor that is stored in blocks,
+      (rows, bytes) uint8; of a format that has such.
   """
 
   path: Path
   tensors: Mapping[str, Any]
   status: os.stat_result
   fill: Callable[[int, Any, Index, np.ndarray], None]
+  fill_rows: Callable[[int, Any], np.ndarray] | None = None
 
   def read(self, key: str, index: Index, out: np.ndarray) -> None:
     """Fills `out`, of any strides and dtype, with a part of a tensor."""
+    with self._opened(key) as descriptor:
+      self.fill(descriptor, self.tensors[key], index, out)
+
+  def rows(self, key: str) -> np.ndarray:
+    """The bytes of a tensor in blocks."""
+    assert self.fill_rows is not None  # Otherwise there are no blocks.
+    with self._opened(key) as descriptor:
+      return self.fill_rows(descriptor, self.tensors[key])
+
+  @contextlib.contextmanager
+  def _opened(self, key: str) -> Iterator[int]:
     with prefixed(f"cannot read {key!r} of {self.path}", OSError):
       descriptor = os.open(self.path, os.O_RDONLY)
       try:
@@ -57,7 +72,7 @@ class File:
           self.status.st_mtime_ns,
         ):
           raise LoraxError("it was written to since it was opened")
-        self.fill(descriptor, self.tensors[key], index, out)
+        yield descriptor
       finally:
         os.close(descriptor)
 
@@ -103,6 +118,15 @@ class Reader(Mapping[str, np.ndarray]):
     """
     self._stored(key)
     self._files[key].read(key, index, out)
+
+  def blocks(self, key: str) -> str | None:
+    """The name of the blocks in which a tensor is stored; None: it is numbers."""
+    stored = self._stored(key)
+    return stored.blocks if self._files[key].fill_rows is not None else None
+
+  def rows(self, key: str) -> np.ndarray:
+    """The bytes of a tensor that is stored in blocks, (rows, bytes) uint8."""
+    return self._files[key].rows(key)
 
   def same(self, key: str, other: str) -> bool:
     """True where two tensors are equal in shape and in every number."""

@@ -1,0 +1,119 @@
+"""A merge and its receipt: how much of an adapter's change the stored weights keep."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lorax_flax as lx
+from lorax_flax import quant
+from lorax_flax.adapt.merge import kept
+from lorax_flax.adapt.paths import arrays, map_with_path
+from lorax_flax.methods import Adapter
+from lorax_flax.models.registry import Loaded
+
+# (path, a merged leaf in the base's dtype) -> the leaf that is read where it was stored
+Store = Callable[[str, jax.Array], Any]
+
+_ROWS, _TOKENS = 2, 8
+
+
+@dataclass(frozen=True)
+class Figures:
+  """Losses of merged weights that were stored.
+
+  Attributes:
+    kept: share of the adapter's change that is left after rounding, weighted by its
+      square; above 1 where rounding enlarges it.
+    least: the share of the weight that keeps least, and its path; None where nothing
+      changes.
+    largest_logit_difference: from the adapter beside the base, over the `probe`.
+  """
+
+  kept: float
+  least: tuple[float, str] | None
+  largest_logit_difference: float
+
+
+def merge(
+  loaded: Loaded, deltas: Adapter, stores: Mapping[str, Store]
+) -> tuple[Any, dict[str, Figures]]:
+  """Merges an adapter, and compares what is stored with the adapter beside the base.
+
+  Args:
+    loaded: the base.
+    deltas: the adapter.
+    stores: by name, forms of the merged weights.
+
+  Returns:
+    The merged weights in the base's dtypes, and the figures of each of `stores`.
+
+  Raises:
+    LoraxError: as of `lx.merge`.
+  """
+  leaves = arrays(loaded.params)
+  in_base = {p: delta for p, delta in deltas.items() if p not in loaded.new_paths}
+  shares = {}
+  for name, store in stores.items():
+
+    def stored(path: str, leaf: jax.Array, store: Store = store) -> jax.Array:
+      found = store(path, leaf.astype(leaves[path].dtype))
+      return jnp.asarray(quant.dense(found), jnp.float32)
+
+    shares[name] = kept(loaded.params, in_base, stored)
+  expected = _logits(loaded, loaded.params, deltas)
+  merged = lx.merge(loaded.params, deltas)
+  found = {}
+  for name, store in stores.items():
+    params = map_with_path(
+      lambda path, leaf, store=store: store(path, quant.dense(leaf)), merged
+    )
+    error = np.abs(_logits(loaded, params, {}) - expected).max()
+    found[name] = _figures(shares[name], float(error))
+  return merged, found
+
+
+def requantized(loaded: Loaded) -> Store:
+  """The form of a base whose kernels are quantised as they are in `loaded`."""
+  leaves = arrays(loaded.params)
+
+  def store(path: str, leaf: jax.Array) -> Any:
+    base = leaves[path]
+    is_stored = quant.is_quantized(base)
+    return quant.quantize(leaf, quant.name_of(base)) if is_stored else leaf
+
+  return store
+
+
+def probe(model: Loaded) -> dict[str, np.ndarray]:
+  """Inputs of a model, the same each time: random tokens, or random pixels."""
+  draws = np.random.default_rng(0)
+
+  def draw(name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
+    if jnp.issubdtype(like.dtype, jnp.floating):
+      return draws.standard_normal((_ROWS, *like.shape[1:])).astype(like.dtype)
+    shape = _ROWS, min(_TOKENS, model.max_length)
+    if name.endswith("mask"):
+      return np.ones(shape, like.dtype)
+    return draws.integers(model.config.vocab_size, size=shape, dtype=like.dtype)
+
+  inputs = model.family.inputs(model.config)
+  return {name: draw(name, like) for name, like in inputs.items()}
+
+
+def _logits(model: Loaded, params: Any, adapter: Adapter) -> np.ndarray:
+  def forward(params: Any, inputs: Any) -> Any:
+    return model.module.apply({"params": params}, **inputs)
+
+  apply = jax.jit(lx.adapt(forward, lx.LoraConfig()).apply)
+  return np.asarray(apply(params, adapter, probe(model)), np.float32)
+
+
+def _figures(shares: Mapping[str, tuple[float, float]], error: float) -> Figures:
+  total = sum(square for _, square in shares.values())
+  share = sum(product for product, _ in shares.values()) / total if total else 1.0
+  each = [(product / square, path) for path, (product, square) in shares.items()]
+  return Figures(share, min(each, default=None), error)
