@@ -1,5 +1,6 @@
 """The transform: knows paths, shapes and axes, never a model."""
 
+from lorax_flax.adapt.activations import init_from_activations
 from lorax_flax.adapt.algebra import as_lora, combine_adapters
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.gradients import init_from_gradients
@@ -26,6 +27,7 @@ __all__ = [
   "combine",
   "combine_adapters",
   "freeze",
+  "init_from_activations",
   "init_from_gradients",
   "many",
   "merge",

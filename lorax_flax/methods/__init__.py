@@ -7,6 +7,7 @@ way: `METHODS["mine"] = Mine`.
 
 from lorax_flax.methods.boft import BOFT
 from lorax_flax.methods.c3a import C3A
+from lorax_flax.methods.corda import CorDA
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.dora import DoRA
 from lorax_flax.methods.fourier_ft import FourierFT
@@ -44,6 +45,7 @@ METHODS = Methods(
   pissa=PiSSA,
   olora=OLoRA,
   lora_ga=LoRAGA,
+  corda=CorDA,
   loha=LoHa,
   lokr=LoKr,
   vera=VeRA,
