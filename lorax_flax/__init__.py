@@ -22,6 +22,8 @@ from lorax_flax.adapt import (
   merge,
   params_mask,
   partition,
+  penalty,
+  scheduled,
   trainable_mask,
   unmerge,
 )
@@ -72,6 +74,8 @@ __all__ = [
   "merge",
   "params_mask",
   "partition",
+  "penalty",
+  "scheduled",
   "trainable_mask",
   "unmerge",
 ]

@@ -14,6 +14,7 @@ from lorax_flax.adapt.partition import (
   trainable_mask,
 )
 from lorax_flax.adapt.plan import Plan, Target
+from lorax_flax.adapt.training import penalty, scheduled
 from lorax_flax.adapt.transform import Adapted, adapt
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
   "merge",
   "params_mask",
   "partition",
+  "penalty",
+  "scheduled",
   "trainable_mask",
   "unmerge",
 ]

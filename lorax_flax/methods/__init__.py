@@ -5,6 +5,7 @@
 way: `METHODS["mine"] = Mine`.
 """
 
+from lorax_flax.methods.adalora import AdaLoRA
 from lorax_flax.methods.boft import BOFT
 from lorax_flax.methods.c3a import C3A
 from lorax_flax.methods.corda import CorDA
@@ -46,6 +47,7 @@ METHODS = Methods(
   olora=OLoRA,
   lora_ga=LoRAGA,
   corda=CorDA,
+  adalora=AdaLoRA,
   loha=LoHa,
   lokr=LoKr,
   vera=VeRA,
