@@ -91,7 +91,7 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   """Builds what is trained; arguments as in `train`."""
   from lorax_flax.distributed import processes
   from lorax_flax.jobs import about as describe
-  from lorax_flax.jobs import build, fingerprint
+  from lorax_flax.jobs import build, fingerprint, starts
   from lorax_flax.jobs.export import export
   from lorax_flax.tasks import task as tasks
   from lorax_flax.train.loop import Job
@@ -108,12 +108,14 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   splits, lengths = build.rows(first.data, task, model)
   objective = task.objective(first.train.label_smoothing)
   _, forward = build.adapt(model, first.model, first.lora, objective)
+  batches = functools.partial(build.train_batches, splits.train, lengths, first.train)
   made = []
   for workdir, own in runs.items():
     mine = model if own.train.seed == seed else model.reseeded(own.train.seed)
     lora, _ = build.adapt(model, own.model, own.lora, objective)
     plan = build.plan(lora, mine, splits, lengths)
-    adapter = build.adapter(plan, mine, own.train.seed, own.init_adapter)
+    start = starts.started(plan, lora, mine, own.train.seed, objective, batches, mesh)
+    adapter = build.adapter(start, mine, own.init_adapter)
     about = describe.about(own, task, mine, plan, adapter, splits, lengths, workdir)
     card = functools.partial(describe.card, own, task, mine, adapter, about)
     write = export(own.lora, own.model.path, task, mine, card)

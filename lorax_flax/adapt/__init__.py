@@ -1,5 +1,6 @@
 """The transform: knows paths, shapes and axes, never a model."""
 
+from lorax_flax.adapt.activations import init_from_activations
 from lorax_flax.adapt.algebra import as_lora, combine_adapters
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.gradients import init_from_gradients
@@ -13,6 +14,7 @@ from lorax_flax.adapt.partition import (
   trainable_mask,
 )
 from lorax_flax.adapt.plan import Plan, Target
+from lorax_flax.adapt.training import penalty, scheduled
 from lorax_flax.adapt.transform import Adapted, adapt
 
 __all__ = [
@@ -26,11 +28,14 @@ __all__ = [
   "combine",
   "combine_adapters",
   "freeze",
+  "init_from_activations",
   "init_from_gradients",
   "many",
   "merge",
   "params_mask",
   "partition",
+  "penalty",
+  "scheduled",
   "trainable_mask",
   "unmerge",
 ]

@@ -5,13 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.methods import METHODS, KernelDelta
+from lorax_flax.errors import LoraxError, check_known, listing, unknown
+from lorax_flax.methods import METHODS, KernelDelta, eva
 
 BIAS = ("none", "all", "lora_only")
 ON_UNSUPPORTED = ("error", "materialize")
-# The last ones are PEFT's, kept for its folders; nothing starts so here.
-INIT = ("uniform", "gaussian", "eva", "orthogonal", "mica")
+# What `init_options` may hold, by start. "mica" is PEFT's, kept for its folders.
+INIT: Mapping[str, Mapping[str, Any]] = {
+  **{name: {} for name in ("uniform", "gaussian", "orthogonal", "mica")},
+  "eva": eva.OPTIONS,
+}
 
 
 class KnowsPeft(Protocol):
@@ -65,8 +68,10 @@ class LoraConfig:
       columns.
     bias: "none", "all" biases trained, or "lora_only", those beside a target.
     dropout: rate on the input of each delta; acts only where a key is given to `apply`.
-    init: "uniform" (PEFT's default), "gaussian" or "orthogonal". "eva" and "mica" say
-      how PEFT started an adapter that was read.
+    init: "uniform" (PEFT's default), "gaussian", "orthogonal", or "eva", which looks at
+      a few batches (`init_from_activations`). "mica" says how PEFT started an adapter
+      that was read. Starts that change the kernel are methods: "pissa", "corda", ….
+    init_options: the start's own options by name: `methods.eva.OPTIONS`.
     stack_axes: regular expression (whole path) to axes that hold separate weights, for
       experts that no scan or batch axis gives away.
     on_unsupported: where a target is used by a primitive that has no rule, "error", or
@@ -92,6 +97,7 @@ class LoraConfig:
   bias: str = "none"
   dropout: float = 0.0
   init: str = "uniform"
+  init_options: Mapping[str, Any] = field(default_factory=dict)
   stack_axes: Mapping[str, Sequence[int]] = field(default_factory=dict)
   on_unsupported: str = "error"
 
@@ -104,7 +110,13 @@ class LoraConfig:
       ("init", INIT),
     ):
       if getattr(self, name) not in options:
-        raise LoraxError(unknown(f"LoraConfig.{name}", getattr(self, name), options))
+        is_method = name == "init" and self.init in METHODS
+        hint = f". {self.init!r} is a method: give method={self.init!r}" * is_method
+        raise LoraxError(
+          unknown(f"LoraConfig.{name}", getattr(self, name), options) + hint
+        )
+    for name in self.init_options:
+      check_known(f"option of init={self.init!r}", name, INIT[self.init])
     for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
       each, least = (rank, 0) if isinstance(rank, Sequence) else ((rank,), 1)
       if not all(isinstance(n, int) and n >= least for n in each) or not any(each):
@@ -138,7 +150,7 @@ class LoraConfig:
       raise LoraxError("LoraConfig.layers_pattern needs one group, the layer's number")
 
   def _check_used(self, method: type[KernelDelta]) -> None:
-    """Refuses a rank or a scale that the method would not look at."""
+    """Refuses a rank, a scale or a start that the method would not look at."""
     default = LoraConfig.__dataclass_fields__
     if not method.has_rank and (
       self.rank_pattern or self.rank != default["rank"].default
@@ -146,6 +158,10 @@ class LoraConfig:
       raise LoraxError(
         f"LoraConfig.rank does nothing in {self.method}, which has no rank: leave it"
         f" out. Its options: {listing(method.options) or 'none'}"
+      )
+    if not method.takes_init and self.init != "uniform":
+      raise LoraxError(
+        f"LoraConfig.init={self.init!r} does nothing in {self.method}: leave it out"
       )
     given = self.alpha not in (default["alpha"].default, self.rank)
     if "scale" not in method.axes and (given or self.alpha_pattern or self.use_rslora):

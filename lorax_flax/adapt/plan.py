@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax import text_table
-from lorax_flax.adapt import choice
+from lorax_flax.adapt import choice, measured
 from lorax_flax.adapt import targets as tg
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.interpret import roles as disc
@@ -35,6 +35,7 @@ class Target:
     options: of the method, all of them.
     bias: the name, in the weight's module, of the base's bias that a method with a bias
       of its own is merged into.
+    measured: what a start that looks at data was given; None of others.
   """
 
   path: str
@@ -50,6 +51,14 @@ class Target:
   method: str = "lora"
   options: Mapping[str, Any] = field(default_factory=dict)
   bias: str = "bias"
+  measured: Any = None
+
+  @property
+  def starts_from(self) -> str:
+    """The source of the first factors; see `KernelDelta.starts_from`."""
+    if self.style == "eva":
+      return "inputs"
+    return METHODS.of_targets(self.method, self.options).starts_from
 
   def key(self, key: jax.Array) -> jax.Array:
     """A key of this target alone, whatever the others are."""
@@ -392,32 +401,47 @@ def start(
   plan: Plan,
   key: jax.Array,
   leaves: Mapping[str, Any],
-  gradients: Mapping[str, Any] | None = None,
+  seen: Mapping[str, Any] | None = None,
 ) -> Adapter:
   """The adapter of a plan, a function of (key, path) for each target.
 
   Args:
     leaves: the parameters by path.
-    gradients: of a loss, by path, for the methods that start from them.
+    seen: what was measured over data, by path, for the starts that look at it:
+      gradients of a loss, or what `adapt.measured` makes of the inputs.
 
   Raises:
-    LoraxError: a method that starts from gradients, without them.
+    LoraxError: a start that looks at data, without it.
   """
   adapter: Adapter = {}
   for t in plan.targets:
+    if t.starts_from != "kernel":
+      if seen is None:
+        raise LoraxError(_NEEDS_DATA[t.starts_from].format(t.method))
+      t = replace(t, measured=seen[t.path])
     method = METHODS.of_targets(t.method, t.options)
-    given = leaves
-    if method.starts_from == "gradient":
-      if gradients is None:
-        raise LoraxError(
-          f"{t.method} starts from gradients of the loss, which are not given: use "
-          "lorax_flax.init_from_gradients, or pissa or olora, which start from the "
-          "kernel alone"
-        )
-      given = gradients
-    adapter[t.path] = method.start(key, given[t.path], t, plan)
+    adapter[t.path] = method.start(key, leaves[t.path], t, plan)
   for r in plan.rows:
     adapter[r.path] = Rows.start(dense(leaves[r.path]), r.indices, r.roles, r.axis)
   for path in plan.tuned:
     adapter[path] = Tuned.start(dense(leaves[path]), plan.tuned_layers.get(path))
   return adapter
+
+
+def abstract_start(plan: Plan, leaves: Mapping[str, Any]) -> Adapter:
+  """The adapter of a plan as ShapeDtypeStructs; the leaves may be such too."""
+
+  def made(leaves):
+    blanks = {t.path: measured.blank(t, leaves[t.path]) for t in plan.targets}
+    return start(plan, jax.random.key(0), leaves, blanks)
+
+  return jax.eval_shape(made, dict(leaves))
+
+
+_NEEDS_DATA = {
+  "gradient": "{} starts from gradients of the loss, which are not given: use"
+  " lorax_flax.init_from_gradients, or pissa or olora, which start from the kernel"
+  " alone",
+  "inputs": "{} starts from the inputs of its targets, which are not given: use "
+  "lorax_flax.init_from_activations, or a start that looks at no data",
+}

@@ -45,15 +45,31 @@ def settle(
     )
   ranks = _each("rank_pattern", rank, path, shape, roles)
   alphas = _each("alpha_pattern", alpha, path, shape, roles)
-  layers = tuple(i for i, rank in enumerate(ranks) if rank)
-  ranks, alphas = (tuple(x[i] for i in layers) for x in (ranks, alphas))
-  scales = tuple(_scale(config, *pair) for pair in zip(ranks, alphas, strict=True))
+  return of_layers(config, ranks, alphas, range(len(ranks)), len(ranks))
+
+
+def of_layers(
+  config: LoraConfig,
+  ranks: Sequence[int],
+  alphas: Sequence[float],
+  layers: Sequence[int],
+  length: int,
+) -> Ranks:
+  """The ranks of stacked layers; those of rank 0 have no delta.
+
+  Args:
+    ranks, alphas, layers: of each layer, and its index on the stack axis.
+    length: of that axis.
+  """
+  kept = [i for i, rank in enumerate(ranks) if rank]
+  own = tuple(ranks[i] for i in kept)
+  scales = tuple(_scale(config, ranks[i], alphas[i]) for i in kept)
   return Ranks(
-    max(ranks),
-    _same(alphas),
+    max(own),
+    _same(tuple(alphas[i] for i in kept)),
     _same(scales),
-    None if len(set(ranks)) == 1 else ranks,
-    None if len(layers) == shape[roles.index("stack")] else layers,
+    None if len(set(own)) == 1 else own,
+    None if len(kept) == length else tuple(layers[i] for i in kept),
   )
 
 

@@ -17,9 +17,10 @@ from lorax_flax.adapt.interpret.view import Dim, View, is_view
 from lorax_flax.adapt.interpret.weights import Stored
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.adapt.paths import PyTree, arrays, beside, flatten, is_array
-from lorax_flax.adapt.plan import Plan, make_plan, start
+from lorax_flax.adapt.plan import Plan, abstract_start, make_plan, start
 from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, Followed, Parts
+from lorax_flax.methods.probe import Observe
 from lorax_flax.quant import dense, is_quantized
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,7 @@ class Adapted:
     Both are traced for their shapes. What JAX refuses to differentiate without any
     delta as well (a while loop) may still be run.
     """
-    adapter = jax.eval_shape(
-      # Of gradients too, the shapes alone count.
-      lambda leaves: start(plan, jax.random.key(0), leaves, leaves),
-      traced.leaves,
-    )
+    adapter = abstract_start(plan, traced.leaves)
     followed = {p: adapter[p] for p in paths if isinstance(adapter[p], Followed)}
     trained, rest = partition(followed, trainable_mask(followed))
 
@@ -135,6 +132,17 @@ class Adapted:
       p: d for p, d in adapter.items() if p in found or not isinstance(d, Followed)
     }
 
+  def observed(
+    self, params: PyTree, adapter: Adapter, observe: Observe, /, *args, **kwargs
+  ) -> list[Any]:
+    """The flat results of a call, each product with a first factor shown to `observe`.
+
+    Args:
+      adapter: followed deltas alone.
+    """
+    traced = _trace(self.apply_fn, params, args, kwargs)
+    return self._run(traced, traced.values, adapter, None, observe)[0]
+
   def _evaluated(
     self,
     traced: "_Traced",
@@ -158,9 +166,10 @@ class Adapted:
     values: Sequence[Any],
     adapter: Adapter,
     dropout_key: jax.Array | None,
+    observe: Observe | None = None,
   ) -> tuple[list[Any], set[str]]:
     """The results, and the paths whose deltas were used."""
-    run = Run(dropout_key, self.config.on_unsupported == "materialize")
+    run = Run(dropout_key, self.config.on_unsupported == "materialize", observe)
     operands, index = list(values), {path: i for i, path in enumerate(traced.leaves)}
     for i, path in enumerate(traced.leaves):
       delta = adapter.get(path)

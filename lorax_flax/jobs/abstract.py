@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 import lorax_flax as lx
 from lorax_flax.adapt.paths import flatten
-from lorax_flax.adapt.plan import start
+from lorax_flax.adapt.plan import abstract_start
 from lorax_flax.jobs import build, outline
 from lorax_flax.jobs.settings import Settings
 from lorax_flax.models import registry
@@ -92,9 +92,7 @@ def abstract(
   objective = task.objective(settings.train.label_smoothing)
   lora, forward = build.adapt(model, settings.model, settings.lora, objective)
   plan = lora.plan(params, {name: x[:1] for name, x in example.items()})
-  adapter = jax.eval_shape(
-    lambda leaves: start(plan, jax.random.key(0), leaves), flatten(params)
-  )
+  adapter = abstract_start(plan, flatten(params))
   program = steps.program(
     settings.train,
     DURATIONS,

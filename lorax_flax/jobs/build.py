@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import lorax_flax as lx
 from lorax_flax import quant
 from lorax_flax.adapt.config import LoraConfig, with_tuned
 from lorax_flax.adapt.paths import flatten
-from lorax_flax.adapt.plan import Plan, start
+from lorax_flax.adapt.plan import Plan
 from lorax_flax.adapt.transform import Adapted
 from lorax_flax.data import pipeline, tokens
 from lorax_flax.data.config import DataSettings
@@ -189,6 +189,14 @@ def padded_lengths(
   return tuple(sorted({min(length, model.max_length) for length in chosen}))
 
 
+def train_batches(
+  train: Rows, lengths: tuple[int, ...], config: TrainConfig
+) -> Iterator[pipeline.Batch]:
+  """Training batches without end, in the order of a seed."""
+  shape = pipeline.Shape(config.batch_size, lengths)
+  return pipeline.training(train, shape, seed=config.seed)
+
+
 def batches(
   splits: Splits[Rows], lengths: tuple[int, ...], configs: Sequence[TrainConfig]
 ) -> Data:
@@ -198,7 +206,7 @@ def batches(
   eval_shape = pipeline.Shape(first.eval_batch_size, lengths)
   seeds = [config.seed for config in configs]
   return Data(
-    pipeline.training(splits.train, shape, seed=first.seed)
+    train_batches(splits.train, lengths, first)
     if len(configs) == 1
     else pipeline.together(splits.train, shape, seeds=seeds),
     pipeline.steps_per_epoch(len(splits.train), first.batch_size),
@@ -275,17 +283,17 @@ def plan(
 
 
 def adapter(
-  plan: Plan, model: registry.Loaded, seed: int, init_from: str | None = None
+  made: Adapter, model: registry.Loaded, init_from: str | None = None
 ) -> Adapter:
   """The adapter before the first step.
 
   Args:
+    made: as it starts by itself.
     init_from: a PEFT folder whose weights it starts from.
 
   Raises:
     LoraxError: a new head that would not be trained; a folder that does not fit.
   """
-  made = start(plan, jax.random.key(seed), flatten(model.params))
   _check_new(model.new_paths, made)
   return made if init_from is None else start_from(init_from, made, model)
 

@@ -5,8 +5,10 @@
 way: `METHODS["mine"] = Mine`.
 """
 
+from lorax_flax.methods.adalora import AdaLoRA
 from lorax_flax.methods.boft import BOFT
 from lorax_flax.methods.c3a import C3A
+from lorax_flax.methods.corda import CorDA
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.dora import DoRA
 from lorax_flax.methods.fourier_ft import FourierFT
@@ -44,6 +46,8 @@ METHODS = Methods(
   pissa=PiSSA,
   olora=OLoRA,
   lora_ga=LoRAGA,
+  corda=CorDA,
+  adalora=AdaLoRA,
   loha=LoHa,
   lokr=LoKr,
   vera=VeRA,

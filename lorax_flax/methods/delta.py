@@ -6,13 +6,14 @@ an axis of the method's own: "rank", or an option whose value is its size. Shape
 counts, shardings, padding, stacking and checks are read off that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods.axes import LeafAxes, Shape, resolved, shape_of
@@ -86,6 +87,22 @@ class Delta:
     """The change of the base's own bias beside w."""
     del w
     return OnBias()
+
+  @classmethod
+  def penalty(cls, deltas: Sequence[Self]) -> jax.Array | float:
+    """What the method's deltas add to the loss in training."""
+    del deltas
+    return 0.0
+
+  @classmethod
+  def scheduled(
+    cls, optimizer: optax.GradientTransformation
+  ) -> optax.GradientTransformation:
+    """The optimiser, with what the method does to its deltas after each step.
+
+    It is given adapters, dicts of path to delta, in which other methods may be too.
+    """
+    return optimizer
 
   def in_peft(self) -> "Delta":
     """The delta of the method that PEFT's folder has for it."""

@@ -36,6 +36,7 @@ class FromStart(LowRank):
   }
   per_trial = ("scale", "start_a", "start_b")
   takes_tables = False
+  takes_init = False
 
   @classmethod
   def axis_sizes(cls, shape, roles, sizes):
@@ -65,14 +66,12 @@ class FromStart(LowRank):
     """The factors of the kernel's own, whose change is zero.
 
     Raises:
-      LoraxError: another start is asked for; dropout, which would drop what is taken
-        off too.
+      LoraxError: dropout, which would drop what is taken off too.
     """
-    name = target.method
-    if target.style != "uniform":
-      raise LoraxError(f"init={target.style!r} does nothing in {name}: leave it out")
     if plan.dropout:
-      raise LoraxError(f"{name} has no dropout, not {plan.dropout}: leave it out")
+      raise LoraxError(
+        f"{target.method} has no dropout, not {plan.dropout}: leave it out"
+      )
     w = matrices(dense(kernel), target.roles, target.layers)
     scale = jnp.asarray(target.scale, jnp.float32)
     scale = scale.reshape(scale.shape + (1,) * (w.ndim - scale.ndim))

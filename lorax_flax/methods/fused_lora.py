@@ -67,8 +67,6 @@ class FusedLoRA(MethodDelta):
   def start(cls, key, kernel, target, plan) -> Self:
     """LoRA's start, which is loralib's: a uniform, b zero."""
     del kernel
-    if target.style != "uniform":
-      raise LoraxError(f"fused_lora starts with init='uniform', not {target.style!r}")
     shapes = cls.layer_shapes(target)
     fan_in = math.prod(shapes["a"][:-2])
 

@@ -27,6 +27,7 @@ class HiRA(MethodDelta):
 
   axes: ClassVar = {"a": ("stack", "in", "rank"), "b": ("stack", "rank", "out")}
   trained = ("a", "b")
+  takes_init = True
   per_trial = ()
   peft = PeftForm(
     type="HIRA",

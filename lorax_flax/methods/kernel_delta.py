@@ -116,8 +116,10 @@ class KernelDelta(Followed):
     pads_rank: whether zeros beyond its rank change nothing, so that layers and trials
       of other ranks can be stacked.
     takes_tables: whether it is defined for weights whose rows are looked up.
-    starts_from: what `start` is given: the "kernel", or the "gradient" that
-      `adapt.gradients` takes of a loss.
+    starts_from: what `start` looks at: the "kernel", or what was measured over a few
+      batches and is `target.measured`: the "gradient" of a loss by the kernel, or the
+      `Moments` of its "inputs".
+    takes_init: whether `LoraConfig.init` means something to the method.
     selections: options that name targets, as `LoraConfig.targets` does; of one target,
       whether it is named.
   """
@@ -127,6 +129,7 @@ class KernelDelta(Followed):
   pads_rank: ClassVar[bool] = True
   takes_tables: ClassVar[bool] = True
   starts_from: ClassVar[str] = "kernel"
+  takes_init: ClassVar[bool] = False
   selections: ClassVar[tuple[str, ...]] = ()
 
   @classmethod
@@ -136,12 +139,25 @@ class KernelDelta(Followed):
     Args:
       key: the adapter's. `target.key(key)` is the target's own, a function of the key
         and the path; what all targets share is drawn from `key` itself.
-      kernel: the base's leaf, or as `starts_from` says. Read its values only where they
-        are needed.
-      target: shape, roles, rank, scale, options … of this kernel.
+      kernel: the base's leaf. Read its values only where they are needed.
+      target: shape, roles, rank, scale, options, `measured` … of this kernel.
       plan: all targets, and the dropout, as `adapt.plan.Plan`.
     """
     raise NotImplementedError
+
+  @staticmethod
+  def weigh(
+    x: jax.Array, weights: jax.Array, axes: tuple[int, ...]
+  ) -> tuple[jax.Array, jax.Array]:
+    """The weights of inputs in their `Moments`, and the total of a use.
+
+    Args:
+      x: (…, n).
+      weights: (…,), those of the rows of data.
+      axes: those of (…,) that hold rows; the others are of a stack.
+    """
+    del x
+    return weights, weights.sum(axes)
 
   @classmethod
   def drawn(

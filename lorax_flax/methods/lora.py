@@ -50,6 +50,7 @@ class LoRA(LowRank):
     kaiming_uniform with a = sqrt 5). "gaussian": a normal with std 1 / r, b zero.
     "orthogonal": normal rows of a and columns of b, in ranks orthogonal to each other.
     "embedding": a zero, b normal with std 1 (PEFT's Embedding).
+    "eva": a the directions of the inputs, b zero.
 
     Raises:
       LoraxError: a start of PEFT's that isn't built here; an orthogonal one of an odd
@@ -61,14 +62,20 @@ class LoRA(LowRank):
         f"init='orthogonal' needs an even rank, the same in all layers, not"
         f" {target.ranks or target.rank} at {target.path!r}"
       )
-    if target.style not in ("uniform", "gaussian", "orthogonal", "embedding"):
+    if target.style == "mica":
       raise LoraxError(
         f"init={target.style!r} is how PEFT starts an adapter, and not built here: "
-        "choose init='uniform', 'gaussian' or 'orthogonal', or read PEFT's adapter "
-        "with its start"
+        "choose init='uniform', 'gaussian', 'orthogonal' or 'eva', or read PEFT's "
+        "adapter with its start"
       )
     shapes = cls.layer_shapes(target)
     a_shape, b_shape = shapes["a"], shapes["b"]
+    if target.style == "eva":
+      vectors = target.measured.vectors[..., : target.rank]
+      stack = vectors.shape[:-2]
+      leaves = {"a": vectors.reshape(*stack, *a_shape)}
+      leaves["b"] = jnp.zeros((*stack, *b_shape))
+      return cls.of_target(cls.within_ranks(leaves, target), target, plan)
 
     def draw(key):
       if target.style == "embedding":

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.methods.axes import fans
 from lorax_flax.methods.from_start import FromStart
+from lorax_flax.methods.kernel_delta import matrices
 
 _SCALINGS = ("stable", "gd_scale", "unit")
 
@@ -41,8 +42,9 @@ class LoRAGA(FromStart):
 
   @classmethod
   def of_matrices(cls, key, w, scale, target):
-    """Singular directions of the gradients w."""
-    del key
+    """Singular directions of the gradients."""
+    del key, w
+    w = matrices(target.measured, target.roles, target.layers)
     rank, scaling = target.rank, target.options["scaling"]
     check_known("lora_ga: scaling", scaling, _SCALINGS)
     u, s, v = jnp.linalg.svd(w, full_matrices=False)

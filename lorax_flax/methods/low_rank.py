@@ -41,6 +41,7 @@ class LowRank(KernelDelta):
     "scale": ("stack",),
   }
   trained: ClassVar[tuple[str, ...]] = ("a", "b")
+  takes_init: ClassVar[bool] = True
 
   def factors(self, shape: Shape) -> tuple[jax.Array, jax.Array]:
     """a and b in the layout of `Parts`, the scale folded into b."""

@@ -85,6 +85,7 @@ class PeftForm:
     options: PEFT's field to the method's option. One of the method's `selections` holds
       names of modules, or an expression.
     selected: what such an option is by model type, where PEFT's field is null.
+    extends_lora: whether its config has LORA's fields too.
     lacks: fields that all other types have.
     off: fields, each with the values that are computed here; the first is written.
     training: fields that change how an adapter starts or trains and not what it
@@ -92,6 +93,8 @@ class PeftForm:
     only: PEFT's bias= for the biases of the targets; None: by the type's name.
     since: the oldest peft_version whose folders mean what they mean now.
     targets: the default target_modules by model type, where they are the type's own.
+    pruned_by: the end of the key whose tensor has zeros where a rank is pruned, and of
+      the names in the config's rank_pattern, which says the rows that are there.
     own_targets: whether they are all that it has, and LORA's are not its defaults.
   """
 
@@ -103,12 +106,14 @@ class PeftForm:
   fields: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
   options: Mapping[str, str] = field(default_factory=dict)
   selected: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+  extends_lora: bool = False
   lacks: tuple[str, ...] = ()
   off: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
   training: Mapping[str, Any] = field(default_factory=dict)
   only: str | None = None
   since: str = "0"
   targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+  pruned_by: str = ""
   own_targets: bool = False
 
   @property

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from lorax_flax.adapt.partition import partition, trainable_mask
+from lorax_flax.adapt.training import penalty, scheduled
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import optim
@@ -107,7 +108,7 @@ def program(
     LoraxError: a leaf that no rule says how to shard.
   """
   mesh = model.mesh
-  optimizer, rate = optimizer_of(config, plan)
+  optimizer, rate = optimizer_of(config, plan, adapter)
   placed = meshes.of_adapter(mesh, model.axes, adapter)
 
   def create(params, adapter):
@@ -144,11 +145,15 @@ def program(
 
 
 def optimizer_of(
-  config: TrainConfig, plan: Durations, own: Mapping[str, Any] | None = None
+  config: TrainConfig,
+  plan: Durations,
+  adapter: Adapter,
+  own: Mapping[str, Any] | None = None,
 ) -> tuple[optax.GradientTransformation, Schedule]:
   """The optimiser and its learning rate by step.
 
   Args:
+    adapter: whose methods may have schedules of their own.
     own: fields that replace those of `config`; they may be traced.
   """
   fields = vars(config) | dict(own or {})
@@ -158,7 +163,8 @@ def optimizer_of(
   names = ("weight_decay", "grad_clip", "lora_plus_ratio")
   reads = optim.OPTIMIZERS[config.optimizer].reads
   chosen = {name: fields[name] for name in (*names, *reads)}
-  return optim.optimizer(rate, name=config.optimizer, **chosen), rate
+  optimizer = optim.optimizer(rate, name=config.optimizer, **chosen)
+  return scheduled(optimizer, adapter), rate
 
 
 def create_state(
@@ -209,8 +215,10 @@ def train_step(
   """
 
   def microbatch_loss(trained, base, batch, weight, key):
-    outputs = forward(base.params, base.adapter(trained), batch, key)
-    return jnp.sum(loss(outputs, batch) * batch["weights"]) / weight
+    adapter = base.adapter(trained)
+    outputs = forward(base.params, adapter, batch, key)
+    value = jnp.sum(loss(outputs, batch) * batch["weights"]) / weight
+    return value + penalty(adapter) / accumulation
 
   def gradients(trained, base, batch, key):
     # Differentiated by the trained leaves alone: no other gradient is formed.

@@ -165,7 +165,7 @@ def program(
   ranks, mesh, config = _largest_ranks(adapters), model.mesh, runs[0].config
   at_once = _width(mesh) if width is None else lambda tokens: width
   placed = meshes.of_adapter(mesh, model.axes, adapters[0])
-  optimizer, _ = steps.optimizer_of(config, plan)
+  optimizer, _ = steps.optimizer_of(config, plan, adapters[0])
   replicated = meshes.replicated(mesh)
 
   def create(adapter: Adapter, seed: int) -> tuple[TrainState, Base]:
@@ -227,7 +227,7 @@ def train_step(
   loss, accumulation = objective.loss, config.accumulation
 
   def one(bases, state, alive, own, numbers, batch):
-    optimizer, rate = steps.optimizer_of(config, plan, numbers)
+    optimizer, rate = steps.optimizer_of(config, plan, state.trained, numbers)
     step = steps.train_step(forward, loss, optimizer, rate, accumulation, "skip")
     new, metrics = step(state, bases.of(own), batch)
     new = steps.select(alive, new, state)

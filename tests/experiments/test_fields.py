@@ -63,13 +63,15 @@ def test_a_default_is_the_dataclasss():
     ("tuned_layers.encoder/x/bias=1", "tuned_layers", {"encoder/x/bias": (1,)}),
     ("stack_axes.experts/.*=0,1", "stack_axes", {"experts/.*": (0, 1)}),
     ("init=gaussian", "init", "gaussian"),
+    ("init_options.rho=1.5", "init_options", {"rho": 1.5}),
     ("on_unsupported=materialize", "on_unsupported", "materialize"),
     ("use_rslora", "use_rslora", True),
     ("alpha=4", "alpha", 4.0),
   ],
 )
 def test_a_field_of_any_type_is_reached_by_a_flag(argument, field, value):
-  extra = ["--config.lora.layers=0"] if field == "layers_pattern" else []
+  needs = {"layers_pattern": ["layers=0"], "init_options": ["init=eva"]}
+  extra = [f"--config.lora.{each}" for each in needs.get(field, ())]
   found = getattr(_lora(f"--config.lora.{argument}", *extra), field)
   assert found == value
   assert type(found) is type(value)

@@ -74,6 +74,11 @@ PEERS = {
     {"r": 3, "randlora_alpha": 6},
     {"rank": 3, "alpha": 6},
   ),
+  "adalora": Peer(
+    peft.AdaLoraConfig,
+    {"init_r": 2, "lora_alpha": 6, "target_r": 1, "total_step": 9},
+    {"rank": 2, "alpha": 6, "options": {"target_r": 1, "total_step": 9}},
+  ),
   "ia3": Peer(peft.IA3Config, {"feedforward_modules": []}),
   "ia3 of inputs": Peer(
     peft.IA3Config,

@@ -130,7 +130,7 @@ def test_mean_gradients_are_of_the_chosen_leaves_of_a_quantised_base_too():
     mean_gradients(loss, params, [], ["kernel"])
 
 
-@pytest.mark.parametrize("name", [*NAMES, "lora_ga"])
+@pytest.mark.parametrize("name", [*NAMES, "lora_ga", "corda"])
 def test_a_folder_is_a_lora_of_twice_the_rank(name, tmp_path):
   bert = peers.tiny_classifier("bert")
   keymap = peers.bert_keymap(bert, scan=True)

@@ -19,7 +19,7 @@ from tests.methods import peft_methods as peers
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 LAYERS, WIDTH = 3, 12
-LORAS = ("lora", "dora", "fused_lora", "pissa", "olora", "lora_ga")
+LORAS = ("lora", "dora", "fused_lora", "pissa", "olora", "lora_ga", "corda")
 OLD = {name: {"rank": 2, "alpha": 3.0} for name in LORAS}
 NAMES = [*OLD, *peers.PEERS]
 # The gradient of a rotation, or of a factor of full rank, has the inputs' size twice,
@@ -83,7 +83,10 @@ def start(name, case):
   config = lx.LoraConfig(targets="kernel", method=method(name), **own, **fields)
   lora = lx.adapt(fn, config)
   key = jax.random.key(2)
-  if lx.METHODS[method(name)].starts_from == "gradient":
+  starts_from = lx.METHODS[method(name)].starts_from
+  if starts_from == "inputs":
+    return lora, fn, params, lx.init_from_activations(lora, key, params, [(X,)])
+  if starts_from == "gradient":
     loss = lambda params, x: jnp.sin(fn(params, x)).sum()
     return lora, fn, params, lx.init_from_gradients(lora, key, params, loss, [X], X)
   adapter = jax.jit(lambda key, params: lora.init(key, params, X))
@@ -231,6 +234,8 @@ def test_a_mesh_of_eight_devices_makes_no_difference():
     ("pissa", {"dropout": 0.1}, "pissa has no dropout, not 0.1"),
     ("lora_ga", {"rank": 2}, "starts from gradients .*init_from_gradients, or pissa"),
     ("lora_ga", {"rank": 7}, "takes 14 directions of.*which has 12: choose 6 or less"),
+    ("corda", {"rank": 2}, "starts from the inputs .*init_from_activations"),
+    ("corda", {"rank": 13}, "rank 13 is above the smaller side.*choose 12 or less"),
     ("olora", {"init": "gaussian"}, "init='gaussian' does nothing in olora"),
     ("lora", {"init": "orthogonal", "rank": 3}, "needs an even rank.*not 3 at 'kern"),
     ("shira", {"rank": 7}, "rank 7 is 168 numbers, above the 144.*choose 6 or less"),

@@ -21,6 +21,7 @@ from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import View, is_view
 from lorax_flax.adapt.paths import path_key
 from lorax_flax.errors import LoraxError
+from lorax_flax.methods.probe import Observe
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Run:
   Attributes:
     dropout_key: LoRA's dropout acts only where there is one.
     may_materialize: whether W + delta may be formed where a delta cannot follow.
+    observe: sees each product with a delta's first factor; None: nothing does.
     inside: the rule that is being followed, for messages.
     strict: where a delta cannot follow, raise `Unsupported` whatever is allowed.
     spread: of the variables met so far, those that were broadcast: `encoding.spread`.
@@ -48,6 +50,7 @@ class Run:
 
   dropout_key: jax.Array | None
   may_materialize: bool
+  observe: Observe | None = None
   inside: str = ""
   strict: bool = False
   used: set[str] = field(default_factory=set)
@@ -113,7 +116,9 @@ class Run:
           return weights.product(eqn, [w.value if is_view(w) else x for w in operands])
 
         with jx.scope(eqn):
-          result = product_rules.RULES[name](eqn, operands, product, self.drop)
+          result = product_rules.RULES[name](
+            eqn, operands, product, self.drop, self.observe
+          )
         self.used |= views[0].paths()
         return [result]
     except Unsupported as e:

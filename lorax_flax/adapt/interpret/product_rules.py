@@ -2,7 +2,8 @@
 
 Each has two halves: `axes_of`, which axes of the weight the primitive contracts, shares
 with x, and keeps (this is how roles are found), and a product rule. A rule is given
-`product`, the primitive as a function of x with W itself, and adds the delta's part.
+`product`, the primitive as a function of x with W itself, and adds the delta's part;
+and `observe`, which sees each product with the contracted factor, or None.
 """
 
 import math
@@ -162,7 +163,7 @@ def _no_bias(view: View):
     raise Unsupported("a bias of its own where the weight is used the other way round")
 
 
-def dot_general(eqn, operands, product, drop) -> jax.Array:
+def dot_general(eqn, operands, product, drop, observe) -> jax.Array:
   """The product for a weight on either side, with any batch and free axes."""
   axes = axes_of(eqn, operands)
   side = 0 if is_view(operands[0]) else 1
@@ -198,6 +199,7 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   other, other_names = _named(other, w)
   middle = [c for c in xs if c not in summed]
   middle += [c for c in contracted_names if c not in (*summed, *middle, "z")]
+  rows = tuple(n for j, n in enumerate(x.shape) if j not in shared)
   dropped = drop(view, x)
   kept, base = (None, base) if scaled else _kept(base, x, dropped, view, product)
   x = dropped
@@ -212,6 +214,10 @@ def dot_general(eqn, operands, product, drop) -> jax.Array:
   )
   if view.choice is not None:
     z = view.choice.mask(z)
+  if observe is not None:
+    if turned or not set(other_names) <= {*middle, "z"}:
+      raise Unsupported("the inputs of joined or tied weights are not told apart")
+    z = observe(z, other, "".join([*middle, "z"]), other_names, rows)
   # An axis of size 1 that neither factor names plays no part in the product.
   told = set(middle) | set(other_names)
   y = jnp.einsum(
@@ -268,7 +274,7 @@ def _named_keeping(t, letters, always) -> tuple[jax.Array, str]:
   return t.reshape(shape), "".join(letters[i] for i in keep) + "z"
 
 
-def conv(eqn, operands, product, drop) -> jax.Array:
+def conv(eqn, operands, product, drop, observe) -> jax.Array:
   """base + conv(x, contracted) other, the window on the factor that carries it.
 
   That is the same window into r channels and then 1 x 1, or, in the gradient by the
@@ -277,6 +283,8 @@ def conv(eqn, operands, product, drop) -> jax.Array:
   x, view = operands
   if view.is_frozen:
     return product(x)
+  if observe is not None:
+    raise Unsupported("the inputs of a convolution are not observed")
   view = view.chosen()
   d, groups = jx.param(eqn, "dimension_numbers"), jx.param(eqn, "feature_group_count")
   out_axis, in_axis, *window = d.rhs_spec

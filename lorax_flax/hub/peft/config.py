@@ -91,6 +91,8 @@ class PeftConfig:
     ensure_weight_tying: weights that are tied to a trained one are trained too.
     auto_mapping: the class of the wrapped model, where there is no task_type.
     peft_type: PEFT's name of the type.
+    kept_ranks: of a type that prunes ranks, the name of a module's tensor to a bool for
+      each of its ranks: whether the folder's tensors have it.
     options: of the method, those that the type has fields for, by our names.
   """
 
@@ -118,6 +120,7 @@ class PeftConfig:
   base_model_name_or_path: str | None = None
   revision: str | None = None
   peft_type: str = LORA
+  kept_ranks: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
   options: Mapping[str, Any] = field(default_factory=dict)
 
   def __post_init__(self):

@@ -120,7 +120,7 @@ def dump(config: PeftConfig) -> dict[str, Any]:
   form = form_of(config.peft_type)
   known = fields_of(form)
   _check_said(config, {ours for ours, _ in known.values()})
-  raw: dict[str, Any] = dict(_OFF) if form.type == LORA else {}
+  raw: dict[str, Any] = dict(_OFF) if form.type == LORA or form.extends_lora else {}
   raw |= {name: values[0] for name, values in form.off.items()} | dict(form.training)
   raw |= {"inference_mode": True, "peft_type": form.type}
   raw |= {"peft_version": _VERSION} if form.since != "0" else {}

@@ -21,7 +21,7 @@ from lorax_flax.errors import LoraxError, listing, prefixed, unknown
 from lorax_flax.files import atomic, strict_json
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
-from lorax_flax.hub.peft import config_file
+from lorax_flax.hub.peft import config_file, pruned
 from lorax_flax.hub.peft import needs as peft_needs
 from lorax_flax.hub.peft import read as peft_read
 from lorax_flax.hub.peft.config import PeftConfig
@@ -65,7 +65,8 @@ def read_adapter(
   config, keymap = _read_config(folder, keymap)
   with prefixed(f"{folder}"):
     slots = layout(config, keymap)
-    adapter = peft_read.read(opened(folder), slots, config, flatten(params))
+    tensors = pruned.expanded(opened(folder), pruned.rows(config, slots))
+    adapter = peft_read.read(tensors, slots, config, flatten(params))
     return adapter, to_lora_config(config, keymap)
 
 
@@ -148,6 +149,7 @@ def write_adapter(
   }
   leaves = {} if params is None else flatten(params)
   tensors = to_tensors(adapter, slots, peft, leaves)
+  tensors = pruned.cut(tensors, pruned.rows(peft, slots))
   tensors = {key: _cast(key, value, dtypes) for key, value in tensors.items()}
   folder = folder if name == DEFAULT else folder / name
   with atomic.new_folder(folder, overwrite=True) as scratch:

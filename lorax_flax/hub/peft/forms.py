@@ -67,7 +67,11 @@ def form_of(peft_type: Any) -> PeftForm:
 
 def fields_of(form: PeftForm) -> dict[str, tuple[str, Any]]:
   """The fields of a type's config: PEFT's name to `PeftConfig`'s, and the default."""
-  ours = {each.name for each in fields(PeftConfig)} - {"peft_type", "options"}
+  ours = {each.name for each in fields(PeftConfig)} - {
+    "peft_type",
+    "options",
+    "kept_ranks",
+  }
   default = PeftConfig()
   if form.type == LORA:
     return {name: (name, getattr(default, name)) for name in ours}

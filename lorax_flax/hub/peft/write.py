@@ -14,7 +14,7 @@ from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.hub.checkpoints.entries import Site
 from lorax_flax.hub.checkpoints.keymap import KeyMap, module_of
 from lorax_flax.hub.peft import config as peft_config
-from lorax_flax.hub.peft import soft
+from lorax_flax.hub.peft import pruned, soft
 from lorax_flax.hub.peft.config import PeftConfig
 from lorax_flax.hub.peft.forms import ROLES, fields_of
 from lorax_flax.hub.peft.layout import Slot, Targets, resolve
@@ -99,9 +99,11 @@ def to_peft_config(
     alphas = {n: _alpha(f.scale, f.rank, config) for n, f in factored.items()}
     patterns |= _patterns("lora_alpha", "alpha_pattern", alphas)
   selections = _selections(adapter, modules, form, keymap)
+  sites = {n: (adapter[f.place.site.path], f.place.site) for n, f in modules.items()}
   result = PeftConfig(
     peft_type=form.type,
     options=_options(adapter, config, form) | selections,
+    kept_ranks=pruned.kept_ranks(sites, form.pruned_by) if form.pruned_by else {},
     **patterns,
     lora_dropout=_dropout(adapter),
     modules_to_save=tuple(saved) or None,

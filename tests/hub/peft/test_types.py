@@ -57,6 +57,39 @@ def test_a_folder_is_read_merged_and_written_as_peft_does(name, scan, bert, tmp_
   assert written.keys() | {"peft_version"} == read.keys()
 
 
+@pytest.mark.parametrize("scan", [False, True], ids=["looped", "scanned"])
+def test_pruned_ranks_are_read_and_written(scan, bert, tmp_path):
+  keymap = peers.bert_keymap(bert, scan)
+  model = adapted(bert, "adalora", init_r=3, lora_alpha=6)
+  parameters = dict(model.named_parameters())
+  names = [n for n in parameters if "lora_E" in n]
+  # Of some modules a rank is left out, of one all.
+  keep = [[i != n % 3 for i in range(3)] for n in range(len(names) - 1)] + [[False] * 3]
+  with torch.no_grad():
+    for name, kept in zip(names, keep, strict=True):
+      parameters[name][~torch.tensor(kept)] = 0
+  pattern = {
+    n.removeprefix("base_model.model."): k for n, k in zip(names, keep, strict=True)
+  }
+  model.peft_config["default"].rank_pattern = pattern
+  theirs = peers.save(model, tmp_path / "theirs")
+  tree = peers.params(bert, keymap)
+  adapter = peers.round_trip(theirs, tmp_path / "ours", tree, keymap)
+  merged = peers.params(model.merge_and_unload(), keymap)
+  peers.assert_same_leaves(lx.merge(tree, adapter), merged, atol=1e-5)
+  read, written = (
+    json.loads((tmp_path / folder / peers.CONFIG).read_text())["rank_pattern"]
+    for folder in ("theirs", "ours")
+  )
+  assert written == read
+  config = json.loads((theirs / peers.CONFIG).read_text())
+  first = next(iter(config["rank_pattern"]))
+  config["rank_pattern"][first] = [True]
+  (theirs / peers.CONFIG).write_text(json.dumps(config))
+  with pytest.raises(lx.LoraxError, match=r"rank_pattern has 1 rows for .*rank is 3"):
+    hub_peft.read_adapter(theirs, tree, keymap)
+
+
 @pytest.mark.parametrize(
   ("raw", "message"),
   [

@@ -1,0 +1,30 @@
+"""What the methods of an adapter ask of its training, beside gradients."""
+
+import jax
+import optax
+
+from lorax_flax.methods import Adapter, Delta
+
+
+def penalty(adapter: Adapter) -> jax.Array | float:
+  """What is added to the loss: AdaLoRA's distance from orthonormal factors.
+
+  Of most methods it is 0.
+  """
+  kinds: dict[type[Delta], list[Delta]] = {}
+  for delta in adapter.values():
+    kinds.setdefault(type(delta), []).append(delta)
+  return sum(kind.penalty(deltas) for kind, deltas in kinds.items())
+
+
+def scheduled(
+  optimizer: optax.GradientTransformation, adapter: Adapter
+) -> optax.GradientTransformation:
+  """The optimiser of an adapter's trained leaves, with its methods' schedules.
+
+  AdaLoRA's ranks fall by one; of most methods it is the optimiser itself.
+  """
+  kinds: dict[type[Delta], None] = {type(delta): None for delta in adapter.values()}
+  for kind in kinds:
+    optimizer = kind.scheduled(optimizer)
+  return optimizer
