@@ -200,7 +200,7 @@ def batches(
   return Data(
     pipeline.training(splits.train, shape, seed=first.seed)
     if len(configs) == 1
-    else pipeline.together(splits.train, shape, seeds=seeds),
+    else pipeline.Together(splits.train, shape, seeds=seeds),
     pipeline.steps_per_epoch(len(splits.train), first.batch_size),
     {
       name: pipeline.evaluation(split, eval_shape)
