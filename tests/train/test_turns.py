@@ -104,7 +104,7 @@ def test_a_new_run_in_a_place_compiles_nothing(turns):
   assert programs.count("jit(_put)") == 1
 
 
-@pytest.mark.parametrize("ends", [(7, 6, 9, 11)])
+@pytest.mark.parametrize("ends", [(7, 16)])
 def test_interrupted_they_end_as_if_nothing_had_happened(turns, tmp_path, ends):
   folder, results, seen, _ = turns
   for end in ends:
