@@ -11,8 +11,8 @@ The launcher follows `--`, with the flags that `python -m launch.slurm --help` l
 the machines of the jobs see it.
 
 The jobs are queued, and none is awaited: `python -m experiments.sweep --table` with the
-same --config and --workdir shows later what is over. The same command again submits the
-trials that are not submitted yet.
+same --config, --prune and --workdir shows later what is over. The same command again
+submits the trials that are not submitted yet.
 """
 
 import sys

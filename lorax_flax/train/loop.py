@@ -232,7 +232,7 @@ class _Loop:
         if evaluated or stopping or self._save_is_due(number):
           self._save(number, state)
         if evaluated and self._data.evaluation:
-          self._report(number)
+          self._report(number, evaluated)
         if stopping:
           self.checkpoints.wait()
           raise processes.Preempted(number)
@@ -457,8 +457,8 @@ class _Loop:
     for _, seat in alive:
       seat.history.answered(samples.lines(number, found))
 
-  def _report(self, number: int) -> None:
-    for _, seat in self.places.training():
+  def _report(self, number: int, due: Sequence[tuple[int, Seat]]) -> None:
+    for seat in [seat for _, seat in due if seat.trains]:
       done, total = number - seat.start, self.plan.total
       try:
         status = f"Under way: {done:,} of {total:,} steps are done."

@@ -187,32 +187,34 @@ def program(
     return steps.create_state(model.params, adapter, optimizer, seed)
 
   first, _ = jax.eval_shape(lambda adapter: create(adapter, 0), adapters[0])
-  own = jax.tree.map(sharding, states.shardings(first, placed, mesh))
-  shardings = States(own, own.trained, replicated)  # type: ignore[arg-type]
+  alone = states.shardings(first, placed, mesh)
   rest = partition(placed, trainable_mask(placed))[1]
-  of_own = jax.tree.map(sharding, own_and_shared(rest)[0])
-  both = shardings, (of_own, dict.fromkeys(NUMBERS, replicated))
-  put = jax.jit(_put, donate_argnums=0, out_shardings=both)
-  freeze = jax.jit(_freeze, out_shardings=replicated)
+  # Of a run's state, and of what its steps read and no other's; then of those of all.
+  single = (
+    States(alone, alone.trained, replicated),  # type: ignore[arg-type]
+    (own_and_shared(rest)[0], dict.fromkeys(NUMBERS, replicated)),
+  )
+  stacked = jax.tree.map(sharding, single)
+  put = jax.jit(_put, donate_argnums=0, out_shardings=stacked)
+  freeze = jax.jit(_freeze, out_shardings=sharding(replicated))
 
-  def fresh(run: Run) -> tuple[States, tuple[Adapter, dict[str, Any]], Adapter]:
-    """A run's state, what its steps read and no other run's, and what all read."""
+  def fresh(run: Run) -> tuple[PyTree, Adapter]:
+    """A run before its first step, and the untrained leaves that all share."""
     padded = meshes.place(_padded(run.adapter, ranks), placed)
     state, base = create(padded, run.config.seed)
     mine, shared = own_and_shared(base.rest)
     numbers = {n: np.float32(getattr(run.config, n)) for n in NUMBERS}
-    return States(state, state.trained, np.True_), (mine, numbers), shared  # type: ignore[arg-type]
+    own = States(state, state.trained, np.True_), (mine, numbers)  # type: ignore[arg-type]
+    return meshes.place(own, single), shared
 
   def start() -> tuple[States, Bases]:
     each = [fresh(runs[i]) for i in seated]
-    state, (mine, numbers) = meshes.place(_stack([one[:2] for one in each]), both)
-    return state, Bases(Base(model.params, each[0][2]), mine, numbers)
+    state, (mine, numbers) = meshes.place(_stack([own for own, _ in each]), stacked)
+    return state, Bases(Base(model.params, each[0][1]), mine, numbers)
 
   def seat(state: States, bases: Bases, place: int, run: Run) -> tuple[States, Bases]:
-    one = fresh(run)[:2]
-    state, (mine, numbers) = put(
-      (state, (bases.own, bases.numbers)), one, np.int32(place)
-    )
+    there = state, (bases.own, bases.numbers)
+    state, (mine, numbers) = put(there, fresh(run)[0], np.int32(place))
     return state, Bases(bases.base, mine, numbers)
 
   def vacate(state: States, place: int) -> States:
@@ -220,7 +222,7 @@ def program(
 
   return Program(
     steps.jitted(
-      train_step(model.forward, objective, config, plan, at_once), shardings
+      train_step(model.forward, objective, config, plan, at_once), stacked[0]
     ),
     jax.jit(eval_step(model.forward, objective, at_once), out_shardings=replicated),
     sharding(meshes.batch(mesh)),
