@@ -106,6 +106,7 @@ def fit(
   """
   plan = durations(job.runs[0].config, job.data.steps_per_epoch)
   count = min(job.places or len(job.runs), len(job.runs))
+  total = -(-plan.total * len(job.runs) // count)
   batches = job.data.batches
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(processes.StopRequest())
@@ -118,7 +119,7 @@ def fit(
         places.checked(own, run.folder)
         for own, run in zip(checkpoints.progress(done), job.runs, strict=True)
       ]
-      log.info("resuming after step %d of %d", done, plan.total)
+      log.info("resuming after step %d of %d", done, total)
     seats = Places(job.runs, count, plan, job.objective, progress, done)
     stack.enter_context(_closing(seats))
     seated = [0 if seat is None else seat.number for seat in seats.seats]
@@ -127,7 +128,6 @@ def fit(
     if done:
       state = checkpoints.restore(done, state)
       batches.set_state(progress[0].position)
-    total = -(-plan.total * len(job.runs) // count)
     unit, quiet = job.objective.throughput.unit, not processes.first()
     display = stack.enter_context(Display(total, done, unit, quiet))
     clock = Stopwatch("steps", progress[0].seconds)
@@ -202,6 +202,7 @@ class _Loop:
       self._arrange()
     with contextlib.suppress(_AllDiverged):
       state, base = self._take_turns(number, state, base)
+      self._watch(number)
       if not done:
         self._answer(0, state, base)
       train_step = Compiled(self.program.step, self._compiling("training step"))
@@ -240,6 +241,8 @@ class _Loop:
         # a job was interrupted.
         if logged or evaluated or judged:
           state, base = self._take_turns(number, state, base)
+        if evaluated or judged:
+          self._watch(number)
     for place, _ in self.places.seated():
       self._finish(place, number, state)
     self._watch(number)
@@ -279,7 +282,6 @@ class _Loop:
         seated = True
     if seated:
       self._arrange()
-    self._watch(number)
     return state, base
 
   def _arrange(self) -> None:
