@@ -6,6 +6,7 @@ Drawn by hand as a run's charts are: the page is written anew at each evaluation
 import html
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -64,13 +65,15 @@ class _Axis:
   ticks: Sequence[tuple[Any, str]]
 
 
-def is_geometric(values: Sequence[Any]) -> bool:
-  """True for positive numbers that span a decade, or whose ratios are all the same."""
+def is_geometric(values: Sequence[float]) -> bool:
+  """True for positive numbers whose ratios are all the same, or that crowd at 0."""
   numbers = sorted({*values})
-  if numbers[0] <= 0 or len(numbers) < 3:
-    return numbers[0] > 0 and numbers[-1] >= 10 * numbers[0]
+  low, high = numbers[0], numbers[-1]
+  if low <= 0 or len(numbers) < 3:
+    return low > 0 and high >= 10 * low
   ratios = [b / a for a, b in itertools.pairwise(numbers)]
-  return numbers[-1] >= 10 * numbers[0] or max(ratios) < 1.05 * min(ratios)
+  crowded = statistics.median(numbers) < (low + high) / 3
+  return max(ratios) < 1.05 * min(ratios) or (high >= 10 * low and crowded)
 
 
 def _axis(values: Sequence[Any], side: _Side) -> _Axis:

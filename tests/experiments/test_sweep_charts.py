@@ -37,6 +37,8 @@ def _labels(svg):
     ((1, 2, 3, 4), False),
     ((0.0, 0.1, 1.0), False),
     ((0.1, 0.2), False),
+    ((1e-4, 3e-4, 1e-3, 3e-3), True),
+    ((0.01, 0.03, 0.05, 0.08, 0.1), False),
   ],
 )
 def test_geometric_values_have_a_logarithmic_axis(values, logarithmic):
