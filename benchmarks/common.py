@@ -18,7 +18,10 @@ import jax.numpy as jnp
 import optax
 
 import lorax_flax as lx
+from lorax_flax import quant as formats
 from lorax_flax.adapt.partition import partition, trainable_mask
+from lorax_flax.adapt.paths import map_with_path
+from lorax_flax.hub.checkpoints import quantized
 from lorax_flax.models import registry
 from lorax_flax.models.bert import model as bert
 from lorax_flax.models.bert.config import EncoderConfig
@@ -36,6 +39,7 @@ class Shape:
   Attributes:
     model: a key of `MODELS`.
     kv_heads: heads of keys and values, where a model has fewer of them.
+    tied: whether a decoder's head is its table of embeddings.
   """
 
   layers: int = 12
@@ -49,10 +53,15 @@ class Shape:
   dropout: float = 0.0
   model: str = "roberta"
   kv_heads: int | None = None
+  tied: bool = True
 
 
 ROBERTA_BASE = Shape()
 SMOLLM2 = Shape(30, 576, 9, 1536, 49152, batch=4, length=256, model="llama", kv_heads=3)
+LLAMA_1B = Shape(
+  16, 2048, 32, 8192, 128256, batch=4, length=2048, rank=16, model="llama", kv_heads=8
+)
+LLAMA_8B = dataclasses.replace(LLAMA_1B, layers=32, hidden=4096, mlp=14336, tied=False)
 SHAPES = {"roberta-base": ROBERTA_BASE, "smollm2": SMOLLM2}
 
 
@@ -94,7 +103,7 @@ class Job:
     return self.lower().compile()
 
 
-def _encoder(shape: Shape, dtype: str, scan: bool) -> nn.Module:
+def _encoder(shape: Shape, dtype: str, scan: bool, remat: str) -> nn.Module:
   config = EncoderConfig(
     model_type="roberta",
     vocab_size=shape.vocab,
@@ -109,11 +118,12 @@ def _encoder(shape: Shape, dtype: str, scan: bool) -> nn.Module:
     hidden_dropout_prob=shape.dropout,
     attention_probs_dropout_prob=shape.dropout,
   )
-  return bert.SequenceClassifier(config, jnp.dtype(dtype), scan)
+  return bert.SequenceClassifier(config, jnp.dtype(dtype), scan, remat)
 
 
-def _decoder(shape: Shape, dtype: str, scan: bool) -> nn.Module:
-  return registry.outline(decoder_config(shape), dtype=dtype, scan=scan).module
+def _decoder(shape: Shape, dtype: str, scan: bool, remat: str) -> nn.Module:
+  config = decoder_config(shape)
+  return registry.outline(config, dtype=dtype, scan=scan, remat=remat).module
 
 
 def decoder_config(shape: Shape) -> dict[str, Any]:
@@ -128,7 +138,7 @@ def decoder_config(shape: Shape) -> dict[str, Any]:
     "intermediate_size": shape.mlp,
     "max_position_embeddings": max(2048, shape.length),
     "attention_dropout": shape.dropout,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": shape.tied,
   }
 
 
@@ -167,6 +177,8 @@ def job(
   *,
   dtype: str = "float32",
   scan: bool = False,
+  remat: str = "none",
+  quant: str | None = None,
   abstract: bool = False,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Job:
@@ -175,12 +187,13 @@ def job(
   Args:
     method: a key of `METHODS`.
     dtype: dtype of the computation, and of the frozen weights.
+    quant: format of a decoder's frozen kernels.
     abstract: makes shapes instead of arrays, to compile without running.
     mesh: devices to shard over as in training; only for shapes.
   """
   assert abstract or mesh is None
   made = MODELS[shape.model]
-  model = made.module(shape, dtype, scan)
+  model = made.module(shape, dtype, scan, remat)
   ids_BxT = jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32)
   columns = jax.eval_shape(lambda: _batch(shape))
 
@@ -207,11 +220,15 @@ def job(
   optimizer = optim.optimizer(
     _rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, grad_clip=1.0
   )
-  params_of = lambda: _params(model, dtype, ids_BxT)
-  plan = lora.plan(jax.eval_shape(params_of), columns)
+
+  def base_params():
+    params = params_of(model, dtype, ids_BxT)
+    return params if quant is None else _quantised(params, shape, scan, quant)
+
+  plan = lora.plan(jax.eval_shape(base_params), columns)
 
   def make():
-    params = params_of()
+    params = base_params()
     adapter = lora.init(jax.random.key(1), params, columns)
     return states.create(params, adapter, optimizer, jax.random.key(2))
 
@@ -246,13 +263,22 @@ def _with_shardings(shapes, shardings) -> Any:
   )
 
 
-def _params(model, dtype, ids_BxT) -> Any:
+def params_of(model: nn.Module, dtype: str, ids_BxT: Any) -> Any:
+  """Fresh weights of a model, all of one dtype."""
   zeros = jnp.zeros(ids_BxT.shape, ids_BxT.dtype)
   boxed = model.init(jax.random.key(0), zeros, zeros)["params"]
   unboxed = jax.tree.map(
     lambda box: box.value, boxed, is_leaf=lambda x: hasattr(x, "names")
   )
   return optax.tree.cast(unboxed, jnp.dtype(dtype))
+
+
+def _quantised(params: Any, shape: Shape, scan: bool, name: str) -> Any:
+  outline = registry.outline(decoder_config(shape), scan=scan)
+  chosen = quantized.kernels(outline.keymap)
+  return map_with_path(
+    lambda path, leaf: formats.quantize(leaf, name) if path in chosen else leaf, params
+  )
 
 
 def _batch(shape: Shape) -> dict[str, Any]:
