@@ -41,7 +41,7 @@ class Outcome:
 
   @property
   def standing(self) -> Standing:
-    """What a judge of later trials knows of it."""
+    """Its standing for the judge of later trials."""
     return Standing(self.scores, self.pruned, self.failed, self.result is not None)
 
   @property

@@ -12,7 +12,7 @@ from lorax_flax.train.evaluate import Batches
 
 @dataclass(frozen=True)
 class Standing:
-  """How far a run is, among those that share a program.
+  """Progress of a run among those that share a program.
 
   Attributes:
     scores: the primary metric by step, wherever it was judged.

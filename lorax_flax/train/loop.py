@@ -371,7 +371,7 @@ class _Loop:
     state: PyTree,
     base: PyTree,
   ) -> list[dict[str, list[Any]]]:
-    """What the evaluation step returns of these places, by split."""
+    """Results of the evaluation step for these places, by split."""
     sharding = meshes.batch(self.job.model.mesh)
     places = [place for place, _ in due]
     asked = self.program.evaluated(

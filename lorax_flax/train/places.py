@@ -62,7 +62,7 @@ def checked(own: Progress, folder: Path) -> Progress:
 
 
 class Places:
-  """Who trains in which place, who waits, and how it went for those that are over."""
+  """Runs by place, those that wait, and the progress of those that are over."""
 
   def __init__(
     self,
