@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import os
 import platform
 import re
@@ -15,12 +16,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 import lorax_flax as lx
-from lorax_flax import quant as formats
 from lorax_flax.adapt.partition import partition, trainable_mask
-from lorax_flax.adapt.paths import map_with_path
 from lorax_flax.hub.checkpoints import quantized
 from lorax_flax.models import registry
 from lorax_flax.models.bert import model as bert
@@ -220,20 +218,17 @@ def job(
   optimizer = optim.optimizer(
     _rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, grad_clip=1.0
   )
+  shapes = shapes_of(model, dtype, ids_BxT)
+  if quant is not None:
+    keymap = registry.outline(decoder_config(shape), scan=scan).keymap
+    shapes = quantized.shapes(shapes, keymap, quant)
+  plan = lora.plan(shapes, columns)
 
-  def base_params():
-    params = params_of(model, dtype, ids_BxT)
-    return params if quant is None else _quantised(params, shape, scan, quant)
-
-  plan = lora.plan(jax.eval_shape(base_params), columns)
-
-  def make():
-    params = base_params()
+  def make(params):
     adapter = lora.init(jax.random.key(1), params, columns)
     return states.create(params, adapter, optimizer, jax.random.key(2))
 
-  # One program for all of the set-up: a model's worth of small ones is slow to compile.
-  state, base = jax.eval_shape(make) if abstract else jax.jit(make)()
+  state, base = jax.eval_shape(make, shapes) if abstract else make(drawn(shapes))
   batch = columns if abstract else _batch(shape)
   shardings = None
   if mesh is not None:
@@ -263,22 +258,36 @@ def _with_shardings(shapes, shardings) -> Any:
   )
 
 
-def params_of(model: nn.Module, dtype: str, ids_BxT: Any) -> Any:
-  """Fresh weights of a model, all of one dtype."""
-  zeros = jnp.zeros(ids_BxT.shape, ids_BxT.dtype)
-  boxed = model.init(jax.random.key(0), zeros, zeros)["params"]
-  unboxed = jax.tree.map(
-    lambda box: box.value, boxed, is_leaf=lambda x: hasattr(x, "names")
+def shapes_of(model: nn.Module, dtype: str, ids_BxT: Any) -> Any:
+  """The shapes of a model's weights, all of one dtype."""
+  boxed = jax.eval_shape(model.init, jax.random.key(0), ids_BxT, ids_BxT)["params"]
+  return jax.tree.map(
+    lambda box: jax.ShapeDtypeStruct(box.value.shape, jnp.dtype(dtype)),
+    boxed,
+    is_leaf=lambda x: hasattr(x, "names"),
   )
-  return optax.tree.cast(unboxed, jnp.dtype(dtype))
 
 
-def _quantised(params: Any, shape: Shape, scan: bool, name: str) -> Any:
-  outline = registry.outline(decoder_config(shape), scan=scan)
-  chosen = quantized.kernels(outline.keymap)
-  return map_with_path(
-    lambda path, leaf: formats.quantize(leaf, name) if path in chosen else leaf, params
-  )
+def drawn(shapes: Any) -> Any:
+  """Arrays in the place of a tree's shapes: ones for a norm's scales, else random.
+
+  A program for each shape: one for all leaves takes a GPU's compiler minutes.
+  """
+  leaves, structure = jax.tree.flatten_with_path(shapes)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  names = [jax.tree_util.keystr(path[-1:], simple=True) for path, _ in leaves]
+  made = [
+    jnp.ones(leaf.shape, leaf.dtype) if name == "scale" else _draw(key, leaf)
+    for name, key, (_, leaf) in zip(names, keys, leaves, strict=True)
+  ]
+  return jax.tree.unflatten(structure, made)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  if jnp.issubdtype(leaf.dtype, jnp.integer):  # codes of a quantised weight
+    return jax.random.bits(key, leaf.shape, jnp.uint8).astype(leaf.dtype)
+  return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
 
 
 def _batch(shape: Shape) -> dict[str, Any]:

@@ -132,15 +132,14 @@ def _decode_ours(case: Case) -> dict[str, Any]:
     decoder.forward_of(model), lx.LoraConfig("all-linear", rank=shape.rank)
   )
 
-  @jax.jit
-  def make():
-    params = common.params_of(model.module, "bfloat16", inputs["input_ids"])
-    cache = model.blank_cache(len(ids_BxT), 16)
-    adapter = lora.init(jax.random.key(1), params, **inputs, cache=cache)
-    return params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter)
-
+  cache = model.blank_cache(len(ids_BxT), 16)
+  shapes = common.shapes_of(model.module, "bfloat16", inputs["input_ids"])
+  adapter = jax.eval_shape(
+    lambda params: lora.init(jax.random.key(1), params, **inputs, cache=cache), shapes
+  )
+  adapter = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), adapter)
   both = decoder.decoder_of(model, decoder.adapted(model))
-  writer = generate.Writer(model, both, make(), Ends())
+  writer = generate.Writer(model, both, common.drawn((shapes, adapter)), Ends())
   decoding = Decoding(max_new_tokens=NEW)
 
   def write():
