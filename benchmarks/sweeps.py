@@ -1,6 +1,7 @@
 """A sweep's trials together against one after another, on the quick start's task.
 
   python -m benchmarks.sweeps [--steps=30] [--trials=8] [--step]
+  python -m benchmarks.sweeps --trials=64 --prune=halving
 
 One after another is `experiments.run` for each trial, in a process of its own; together
 is `experiments.sweep`, in one process. Both train the same number of steps, evaluate
@@ -8,12 +9,18 @@ once and write all their outputs. The first table has the wall time by phase, an
 number of programs that were compiled. The second has the memory of the step of one
 trial and of all, from the compiler, and the minimum of some steps' seconds a trial.
 --step prints the second alone.
+
+With --prune each trial has the quick start's full epoch, and the sweep stops those that
+do worse; only the first table is printed, then the steps that were taken, the ratio of
+wall times, and whether the best trial is the same. More than the quick start's eight
+trials are drawn at random: learning rate, rank, alpha and seed.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import random
 import re
 import resource
 import subprocess
@@ -49,11 +56,23 @@ def sweep(add):
 
 
 def _chosen(count: int, steps: int) -> list[Trial]:
-  """The first trials of the quick start's sweep, for a number of steps."""
-  chosen = plan.of(config_flag.choose(_SPEC, {"train.steps": str(steps)}))
-  if not 1 < count <= len(chosen.changes):
-    raise SystemExit(f"--trials: at least 2, and at most {len(chosen.changes)}")
-  return chosen.make(chosen.changes[:count])
+  """Trials of the quick start, for a number of steps: its sweep's, or random ones."""
+  found = plan.of(config_flag.choose(_SPEC, {"train.steps": str(steps)}))
+  if count < 2:
+    raise SystemExit("--trials: at least 2")
+  if count <= len(found.changes):
+    return found.make(found.changes[:count])
+  rng = random.Random(0)
+  return found.make([_drawn(rng) for _ in range(count)])
+
+
+def _drawn(rng: random.Random) -> dict[str, Any]:
+  return {
+    "train.learning_rate": float(f"{10 ** rng.uniform(-4, -2):.3g}"),
+    "lora.rank": rng.choice([2, 4, 8, 16]),
+    "lora.alpha": rng.choice([8.0, 16.0, 32.0]),
+    "seed": rng.randrange(1000),
+  }
 
 
 def _command(module: str, *arguments: str) -> tuple[float, str]:
@@ -82,7 +101,7 @@ def _row(name: str, wall: float, printed: str, results: list[dict[str, Any]]) ->
   ]
 
 
-def measure(chosen: list[Trial], steps: int) -> str:
+def measure(chosen: list[Trial], steps: int, prune: str | None) -> str:
   """The first table: wall time and programs."""
   given = [f"--config={_SPEC}", f"--config.train.steps={steps}"]
   with tempfile.TemporaryDirectory() as temporary:
@@ -93,31 +112,52 @@ def measure(chosen: list[Trial], steps: int) -> str:
       here = folder / trial.name
       wall, printed = _command("run", *given, *own, f"--workdir={here}")
       walls, prints = walls + wall, prints + printed
-      results.append(_result(here))
+      results.append(_result(here, "result.json"))
     rows.append(_row("one after another", walls, prints, results))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     sweep, listed = folder / "sweep", folder / "some.py"
     listed.write_text(_SOME.format([dict(trial.changes) for trial in chosen]))
     given[0] = f"--config={listed}"
+    given += [] if prune is None else [f"--prune={prune}"]
     wall, printed = _command("sweep", *given, f"--workdir={sweep}")
-    ours = [_result(sweep / trial.name) for trial in chosen]
-    rows.append(_row("together", wall, printed, ours[:1]))
-    largest = max(
-      abs(a[name] - b[name])
-      for a, b in zip(results, ours, strict=True)
-      for name in ("accuracy", "eval_loss")
-    )
+    folders = [sweep / trial.name for trial in chosen]
+    ours = [_result(own, "result.json") for own in folders]
+    taken = [
+      steps if result else _result(own, "judged.json")["pruned"]["step"]
+      for own, result in zip(folders, ours, strict=True)
+    ]
+    # Of trials that take turns the last one's seconds are not those of all.
+    shared = [result for result in ours[:1] if prune is None]
+    rows.append(_row("together", wall, printed, shared))
   header = ["trials", "wall s", "compile", "steps", "evaluate", "save", "rest"]
   title = f"{len(chosen)} trials of {_SPEC}, {steps} steps each, {os.cpu_count()} cores"
   table = common.table(title, [*header, "programs"], rows)
+  pairs = [(a, b) for a, b in zip(results, ours, strict=True) if b]
+  largest = max(
+    abs(a[name] - b[name]) for a, b in pairs for name in ("accuracy", "eval_loss")
+  )
+  best = [_best(results), _best(ours)]
+  scores = [f"{results[i]['accuracy']:.4f}" for i in best]
   return (
-    f"{table}\nlargest difference of accuracy and eval_loss: {largest:.1e}; "
+    f"{table}\ntogether over one after another: {wall / walls:.3f} of the time, "
+    f"{sum(taken) / (steps * len(chosen)):.3f} of the steps; {len(pairs)} of "
+    f"{len(chosen)} trials to the end\n"
+    f"best trial, and its accuracy alone: one after another {chosen[best[0]].name} "
+    f"{scores[0]}, together {chosen[best[1]].name} {scores[1]}\n"
+    f"largest difference of accuracy and eval_loss: {largest:.1e}; "
     f"peak memory of one alone: {peak * 1024 / _MEGABYTE:,.0f} MB"
   )
 
 
-def _result(folder: Path) -> dict[str, Any]:
-  return json.loads((folder / "result.json").read_text())
+def _best(results: list[dict[str, Any]]) -> int:
+  """Number of the first trial with the best accuracy."""
+  return max(range(len(results)), key=lambda i: results[i].get("accuracy", 0.0))
+
+
+def _result(folder: Path, name: str) -> dict[str, Any]:
+  """The content of a trial's file; nothing where there is none."""
+  file = folder / name
+  return json.loads(file.read_text()) if file.exists() else {}
 
 
 def one_step(chosen: list[Trial]) -> str:
@@ -158,15 +198,18 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--steps", type=int, default=30, help="of each trial")
-  parser.add_argument("--trials", type=int, default=8, help="the first N of the sweep")
+  parser.add_argument("--steps", type=int, help="of each trial; 30, or 250 to prune")
+  parser.add_argument("--trials", type=int, default=8, help="number of trials")
+  parser.add_argument("--prune", help="as of experiments.sweep")
   parser.add_argument("--step", action="store_true", help="the second table alone")
   found = parser.parse_args()
   large_pages.restart()
-  chosen = _chosen(found.trials, found.steps)
+  steps = found.steps or (30 if found.prune is None else 250)
+  chosen = _chosen(found.trials, steps)
   if not found.step:
-    print(measure(chosen, found.steps), flush=True)
-  print(one_step(chosen))
+    print(measure(chosen, steps, found.prune), flush=True)
+  if found.prune is None:
+    print(one_step(chosen))
   print(common.repeat())
 
 

@@ -22,6 +22,7 @@ launch.local` starts them here, and launch.gcloud, .slurm, .xpk and .sky on clus
 workdir may lie in a bucket, gs://BUCKET/FOLDER (with the extra gcs).
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
@@ -68,13 +69,16 @@ def run(settings: "Settings", workdir: Path) -> dict[str, Any]:
   return trained
 
 
-def train(runs: Mapping[Path, "Settings"], checkpoints: Path) -> list[Any]:
+def train(
+  runs: Mapping[Path, "Settings"], checkpoints: Path, **turns: Any
+) -> list[Any]:
   """Trains N >= 1 runs in one program; see `lorax_flax.train.loop.fit`.
 
   Args:
     runs: settings by the workdir; they differ in the seed, and in what no weight or
       example depends on.
     checkpoints: folder of what they share.
+    turns: fields of the job by which they take turns: `places`, `judge`, `watch`.
   """
   from lorax_flax.jobs import claim, compile_cache
   from lorax_flax.train import loop
@@ -82,7 +86,7 @@ def train(runs: Mapping[Path, "Settings"], checkpoints: Path) -> list[Any]:
   claim.check_writable(runs)
   compile_cache.use(next(iter(runs.values())).compilation_cache)
   with claim.locked((*runs, checkpoints)):
-    job = prepare(runs)
+    job = dataclasses.replace(prepare(runs), **turns)
     claim.claim(runs, job.fingerprints)
     return loop.fit(job, checkpoints)
 
@@ -108,12 +112,15 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   splits, lengths = build.rows(first.data, task, model)
   objective = task.objective(first.train.label_smoothing)
   _, forward = build.adapt(model, first.model, first.lora, objective)
-  batches = functools.partial(build.train_batches, splits.train, lengths, first.train)
-  made = []
+  made, plans = [], {}
   for workdir, own in runs.items():
     mine = model if own.train.seed == seed else model.reseeded(own.train.seed)
-    lora, _ = build.adapt(model, own.model, own.lora, objective)
-    plan = build.plan(lora, mine, splits, lengths)
+    key = repr(own.lora)  # A plan takes a trace of the model.
+    if key not in plans:
+      lora, _ = build.adapt(model, own.model, own.lora, objective)
+      plans[key] = lora, build.plan(lora, mine, splits, lengths)
+    lora, plan = plans[key]
+    batches = functools.partial(build.train_batches, splits.train, lengths, own.train)
     start = starts.started(plan, lora, mine, own.train.seed, objective, batches, mesh)
     adapter = build.adapter(start, mine, own.init_adapter)
     about = describe.about(own, task, mine, plan, adapter, splits, lengths, workdir)

@@ -24,6 +24,11 @@ a folder as experiments.run leaves it: trial-000/ with result.json, metrics.json
 adapter/, … A trial that diverges does not stop the others. The same command goes on
 with a sweep that was interrupted. --config.NAME=VALUE is for all trials.
 
+--prune=halving (or median) judges trials while they train, stops those that do worse
+than others, and gives their places in the program to waiting ones, so that --at_once
+trials train until none is left (see experiments/sweeps/pruning.py; extra `sweep`). A
+trial that is not stopped is what it is without pruning. results.html grows meanwhile.
+
 `python -m launch.sweep` hands each program to a job of its own, on a cluster or a pod
 slice; --table then makes the table.
 """
@@ -36,8 +41,7 @@ from absl import flags
 
 from experiments.cli import command as cli
 from experiments.cli import config_flag, large_pages, run_flags
-from experiments.sweeps import trials
-from experiments.sweeps.trials import Trial
+from experiments.sweeps.trials import Pack
 from lorax_flax import text_table
 from lorax_flax.errors import LoraxError, listing
 
@@ -51,6 +55,7 @@ LIST = flags.DEFINE_bool(
   flag_values=FLAGS,
 )
 AT_ONCE = run_flags.at_once(FLAGS)
+PRUNE = run_flags.prune(FLAGS)
 JOBS = flags.DEFINE_integer(
   "jobs",
   1,
@@ -86,9 +91,9 @@ def main() -> int:
   config = config_flag.read(FLAGS)
   from experiments.sweeps import plan
 
-  found = plan.of(config)
+  found = plan.of(config, PRUNE.value)
   if LIST.value:
-    _list(found.listed(), AT_ONCE.value)
+    _list(found.packs(found.listed(), AT_ONCE.value))
     return 0
   large_pages.restart()
   from experiments.sweeps import runner
@@ -99,7 +104,7 @@ def main() -> int:
   folder = bucket.folder(WORKDIR.value or usual)
   if TRIALS.value is not None:
     processes.initialize(DISTRIBUTED.value)
-    return runner.train(found, folder, _numbers(TRIALS.value))
+    return runner.train(found, folder, _numbers(TRIALS.value), AT_ONCE.value)
   if DISTRIBUTED.value or processes.COORDINATOR in os.environ:
     raise LoraxError(
       "several processes train some trials together, and do not run a sweep: name "
@@ -117,8 +122,7 @@ def _numbers(texts: Sequence[str]) -> list[int]:
   return [int(text) for text in texts]
 
 
-def _list(found: Sequence[Trial], most: int) -> None:
-  packs = trials.packs(found, most)
+def _list(packs: Sequence[Pack]) -> None:
   rows = [
     (number, trial.name, trial, pack.why)
     if trial is pack.trials[0]
@@ -128,7 +132,8 @@ def _list(found: Sequence[Trial], most: int) -> None:
   ]
   header = ("program", "trial", "changes", "why it is not in the first program")
   print(text_table.render(header, rows))
-  print(f"{len(found)} trials in {len(packs)} program{'s' * (len(packs) != 1)}")
+  count = sum(len(pack.trials) for pack in packs)
+  print(f"{count} trials in {len(packs)} program{'s' * (len(packs) != 1)}")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@
 
 The launcher follows `--`, with the flags that `python -m launch.slurm --help` lists;
 --name is the start of the jobs' names. Before it stand flags of experiments.sweep:
---config, --config.NAME=VALUE for all trials, --at_once. DIR has to be where the
-machines of the jobs see it.
+--config, --config.NAME=VALUE for all trials, --at_once, --prune. DIR has to be where
+the machines of the jobs see it.
 
 The jobs are queued, and none is awaited: `python -m experiments.sweep --table` with the
-same --config and --workdir shows later what is over. The same command again submits the
-trials that are not submitted yet.
+same --config, --prune and --workdir shows later what is over. The same command again
+submits the trials that are not submitted yet.
 """
 
 import sys
@@ -39,6 +39,7 @@ FLAGS = flags.FlagValues()
 config_flag.define(FLAGS)
 WORKDIR = run_flags.workdir(FLAGS, "runs/CONFIG-sweep")
 AT_ONCE = run_flags.at_once(FLAGS)
+PRUNE = run_flags.prune(FLAGS)
 
 
 def run(
@@ -111,7 +112,7 @@ def main(launcher: Sequence[str], argv: Sequence[str]) -> int:
   config = config_flag.read(FLAGS)
   usual = f"{config_flag.default_workdir(config.spec)}-sweep"
   folder = bucket.folder(WORKDIR.value or usual)
-  return run(plan.of(config), folder, AT_ONCE.value, launcher, argv)
+  return run(plan.of(config, PRUNE.value), folder, AT_ONCE.value, launcher, argv)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from typing import NamedTuple
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -21,6 +22,7 @@ tbody th, .text th { font-weight: normal; }
 tr.best { background: #e6f2e6; }
 tr.best > * { font-weight: bold; }
 tr.failed > * { color: #a33; }
+tr.pruned > * { color: #666; }
 .scroll { overflow-x: auto; }
 .scroll td, .scroll thead th { overflow-wrap: normal; }
 pre { background: #f4f4f4; padding: .6em .8em; white-space: pre-wrap;
@@ -32,6 +34,16 @@ figure { display: inline-block; margin: 0 1em 1em 0; max-width: 100%; }
   pre, figure, tr { break-inside: avoid; }
   tr.best { outline: 1px solid #222; } }
 """
+
+
+class Link(NamedTuple):
+  """A cell that leads to another file."""
+
+  text: str
+  href: str
+
+
+Cell = str | Link
 
 
 def page(title: str, body: str) -> str:
@@ -66,7 +78,7 @@ def code(text: str) -> str:
 
 def table(
   header: Sequence[str],
-  lines: Sequence[Sequence[str]],
+  lines: Sequence[Sequence[Cell]],
   kinds: Sequence[str] = (),
   caption: str = "",
 ) -> str:
@@ -75,7 +87,7 @@ def table(
   Args:
     header: names of the columns.
     lines: cells; the first of each names its line.
-    kinds: "best", "failed" or "" for each line; none by default.
+    kinds: classes of the style, "best" or "failed", for each line; none by default.
     caption: a line above it.
   """
   label = html.escape(caption or header[0])
@@ -112,10 +124,16 @@ def _head(header: Sequence[str]) -> str:
   return f"<thead><tr>{cells}</tr></thead>"
 
 
-def _body(lines: Sequence[Sequence[str]], kinds: Sequence[str]) -> list[str]:
+def _body(lines: Sequence[Sequence[Cell]], kinds: Sequence[str]) -> list[str]:
   out = ["<tbody>"]
   for (name, *rest), kind in zip(lines, kinds, strict=True):
-    cells = "".join(f"<td>{html.escape(value)}</td>" for value in rest)
+    cells = "".join(f"<td>{_cell(value)}</td>" for value in rest)
     mark = f' class="{kind}"' if kind else ""
-    out.append(f'<tr{mark}><th scope="row">{html.escape(name)}</th>{cells}</tr>')
+    out.append(f'<tr{mark}><th scope="row">{_cell(name)}</th>{cells}</tr>')
   return [*out, "</tbody>"]
+
+
+def _cell(value: Cell) -> str:
+  if isinstance(value, Link):
+    return f'<a href="{html.escape(value.href)}">{html.escape(value.text)}</a>'
+  return html.escape(value)

@@ -32,3 +32,15 @@ def at_once(values: flags.FlagValues) -> flags.FlagHolder:
     lower_bound=1,
     flag_values=values,
   )
+
+
+def prune(values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines --prune."""
+  return flags.DEFINE_string(
+    "prune",
+    None,
+    "Stop trials that do worse than others, as Optuna's pruners do, and give their "
+    "places to waiting ones: halving or median, with options as "
+    "halving:reduction_factor=4,min_resource=20,examples=512.",
+    flag_values=values,
+  )

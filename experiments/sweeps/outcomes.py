@@ -1,18 +1,19 @@
 """Outcomes of a sweep's trials, read from their folders."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.sweeps.trials import Trial
 from lorax_flax.files import bucket
 from lorax_flax.files import workdir as files
-from lorax_flax.train.logs.history import Diverged
+from lorax_flax.train.judging import Standing
 from lorax_flax.train.metrics import METRICS
 
 FAILED = "failed.json"
+JUDGED = "judged.json"
 Item = TypeVar("Item")
 
 
@@ -22,17 +23,26 @@ class Outcome:
 
   Attributes:
     result: content of result.json; None unless the trial is done.
-    failed: step and reason of a trial that ended early; None for others.
+    failed: step and reason of a trial that diverged; None for others.
+    pruned: step and reason of a trial that was stopped early; None for others.
+    scores: by step, wherever it was judged; on a sample of the held-out examples.
   """
 
   trial: Trial
   result: dict[str, Any] | None
   failed: dict[str, Any] | None
+  pruned: dict[str, Any] | None = None
+  scores: Mapping[int, float] = field(default_factory=dict)
 
   @property
   def over(self) -> bool:
     """True where there is nothing left to do."""
-    return self.result is not None or self.failed is not None
+    return any(x is not None for x in (self.result, self.failed, self.pruned))
+
+  @property
+  def standing(self) -> Standing:
+    """Its standing for the judge of later trials."""
+    return Standing(self.scores, self.pruned, self.failed, self.result is not None)
 
   @property
   def metrics(self) -> dict[str, float]:
@@ -58,15 +68,26 @@ def read(trials: Sequence[Trial], folder: Path) -> list[Outcome]:
 
 
 def _read(trial: Trial, folder: Path) -> Outcome:
-  failed = folder / FAILED
-  with bucket.reaching(failed):
-    why = files.read_json(failed) if failed.exists() else None
-  return Outcome(trial, files.result(folder), why)
+  failed, judged = (_json(folder / name) for name in (FAILED, JUDGED))
+  found = judged or {"pruned": None, "scores": []}
+  scores = dict(found["scores"])
+  return Outcome(trial, files.result(folder), failed, found["pruned"], scores)
 
 
-def write_failed(folder: Path, error: Diverged) -> None:
-  """Writes down that the trial of this folder ended before its time."""
-  files.write_json(folder / FAILED, {"step": error.step, "reason": error.reason})
+def _json(file: Path) -> dict[str, Any] | None:
+  with bucket.reaching(file):
+    return files.read_json(file) if file.exists() else None
+
+
+def write(folder: Path, standing: Standing) -> None:
+  """Writes down how the trial of this folder was judged, and that it diverged."""
+  judged = {"pruned": standing.pruned, "scores": [*map(list, standing.scores.items())]}
+  for name, there, value in (
+    (FAILED, standing.failed, standing.failed),
+    (JUDGED, standing.scores, judged),
+  ):
+    if there and _json(folder / name) != value:
+      files.write_json(folder / name, value)
 
 
 def best(outcomes: Sequence[Outcome]) -> Outcome | None:

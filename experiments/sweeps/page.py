@@ -1,99 +1,204 @@
-"""results.html of a sweep: the score against each field, and the table; one file."""
+"""results.html of a sweep: curves, scores against fields, and the table; one file."""
 
-import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-
+from experiments.sweeps import charts
 from experiments.sweeps import outcomes as ends
 from experiments.sweeps import table as sweep_table
+from experiments.sweeps.charts import Point
 from experiments.sweeps.outcomes import Outcome
 from experiments.sweeps.trials import show
 from lorax_flax import html_page
+from lorax_flax.files import workdir
+from lorax_flax.html_page import Link
+from lorax_flax.train.logs.writer import lines_until
+from lorax_flax.train.metrics import METRICS
+
+# Fields of which each pair has a map.
+_MOST_MAPPED = 3
+_LEGEND = {
+  "best": "the best",
+  "done": "done",
+  "training": "under way",
+  "pruned": "stopped early, at its last score",
+  "failed": "diverged",
+}
 
 
-def page(outcomes: Sequence[Outcome], title: str) -> str:
-  """The whole page; it needs no other file."""
-  best = ends.best(outcomes)
-  primary = ends.primary(outcomes)
-  parts = []
-  if best is not None:
-    said = f"{best.score:.4f}, {best.trial.name} ({best.trial})"
-    parts.append(html_page.paragraph(f"Best {primary}: {said}"))
-    parts.append(_plots(outcomes, best, primary))
-  if any(median.count > 1 for median in sweep_table.medians(outcomes)):
-    parts.append(html_page.section("Medians over seeds", _medians(outcomes)))
-  header, lines = sweep_table.rows(outcomes)
-  kinds = [
-    "best" if o is best else "failed" if o.failed is not None else "" for o in outcomes
+def page(outcomes: Sequence[Outcome], title: str, folder: Path) -> str:
+  """The page so far; it needs no other file, and links to those of the trials.
+
+  Args:
+    folder: the sweep's, with a folder for each trial.
+  """
+  primary, best = ends.primary(outcomes), ends.best(outcomes)
+  maximize = primary not in METRICS or METRICS[primary].better(1.0, 0.0)
+  lines = {
+    o.trial.name: lines_until(folder / o.trial.name / workdir.METRICS) for o in outcomes
+  }
+  ordered = _ordered(outcomes, maximize)
+  points = [_point(o, best, primary, lines[o.trial.name]) for o in ordered]
+  kinds = [point.kind for point in points]
+  over = sum(o.over for o in outcomes)
+  said = [f"{over} of {len(outcomes)} trials are over"]
+  for kind in ("pruned", "failed"):
+    if count := kinds.count(kind):
+      said.append(f"{count} {_LEGEND[kind].split(',')[0]}")
+  parts = [html_page.paragraph(f"{', '.join(said)}.")]
+  if best is not None and best.score is not None:
+    found = f"{best.score:.3g}, {best.trial.name} ({best.trial})"
+    parts.append(html_page.paragraph(f"Best {primary}: {found}"))
+  losses = [
+    _with_curve(point, _series(lines[o.trial.name], "train/loss"))
+    for point, o in zip(points, ordered, strict=True)
   ]
-  parts.append(html_page.section("Trials", _table(header, lines, kinds)))
+  named = _varied(outcomes)
+  figures = [
+    charts.curves("training loss", losses),
+    charts.curves(primary, points),
+    *(charts.by_field(name, primary, points) for name in named or ["seed"]),
+    *(
+      charts.interaction(pair, primary, points, maximize)
+      for pair in itertools.combinations(named[:_MOST_MAPPED], 2)
+    ),
+  ]
+  if shown := [f"<figure>{figure}</figure>" for figure in figures if figure]:
+    legend = ", ".join(
+      f'<b style="color:{charts.COLORS[kind]}">{text}</b>'
+      for kind, text in _LEGEND.items()
+      if kind in kinds
+    )
+    parts.append(html_page.section("Curves and scores", f"<p>{legend}</p>", *shown))
+  rows = [_row(o, lines[o.trial.name], primary, folder / o.trial.name) for o in ordered]
+  header = ["trial", primary, "status", *sweep_table.fields(outcomes)]
+  others = list(dict.fromkeys(name for o in outcomes for name in o.metrics))
+  others = [name for name in others if name != primary]
+  header += [*others, "best step", "settings", "reason"]
+  table = [
+    [
+      *row,
+      *(_cell(o.metrics.get(name)) for name in others),
+      *_ending(o, folder / o.trial.name),
+    ]
+    for o, row in zip(ordered, rows, strict=True)
+  ]
+  parts.append(html_page.section("Trials", html_page.table(header, table, kinds)))
+  if any(median.count > 1 and median.done for median in sweep_table.medians(outcomes)):
+    parts.append(html_page.section("Medians over seeds", _medians(outcomes)))
   return html_page.page(title, "\n".join(parts))
 
 
+def _row(
+  outcome: Outcome, lines: Sequence[Mapping[str, Any]], primary: str, folder: Path
+) -> list[Any]:
+  """The start of a trial's line: its name, score, status and fields."""
+  name, report = outcome.trial.name, folder / workdir.REPORT
+  status = sweep_table.status(outcome)
+  if not outcome.over and lines:
+    status = f"at step {lines[-1]['step']}"
+  return [
+    Link(name, f"{name}/{workdir.REPORT}") if report.exists() else name,
+    _cell(_score(outcome, primary, lines)),
+    status,
+    *map(_cell, outcome.trial.fields.values()),
+  ]
+
+
+def _ending(outcome: Outcome, folder: Path) -> list[Any]:
+  """The end of a trial's line: best step, settings, reason."""
+  name = outcome.trial.name
+  there = (folder / workdir.CONFIG).exists()
+  why = outcome.failed or outcome.pruned or {}
+  return [
+    _cell((outcome.result or {}).get("best_step")),
+    Link(workdir.CONFIG, f"{name}/{workdir.CONFIG}") if there else "",
+    why.get("reason", ""),
+  ]
+
+
+def _cell(value: Any) -> str:
+  """A value in three digits."""
+  if value is None or value == "":
+    return ""
+  return f"{value:.3g}" if isinstance(value, float) else show(value)
+
+
 def _medians(outcomes: Sequence[Outcome]) -> str:
-  found, best = sweep_table.medians(outcomes), sweep_table.best_median(outcomes)
-  lines = [[*m.changes.values(), *m.cells] for m in found]
+  best = sweep_table.best_median(outcomes)
+  found = [m for m in sweep_table.medians(outcomes) if m.done]
+  lines = [[*map(_cell, (*m.changes.values(), *m.cells))] for m in found]
   kinds = ["best" if m == best else "" for m in found]
-  return _table([*found[0].changes, "median", "spread", "seeds"], lines, kinds)
+  header = [*found[0].changes, "median", "spread", "seeds"]
+  return html_page.table(header, lines, kinds)
 
 
-def _table(
-  header: Sequence[str], lines: Sequence[Sequence[Any]], kinds: Sequence[str]
-) -> str:
-  return html_page.table(header, [[show(x) for x in line] for line in lines], kinds)
+def _ordered(outcomes: Sequence[Outcome], maximize: bool) -> list[Outcome]:
+  """The best first; then what was stopped, the later the better; then the rest."""
+  sign = -1.0 if maximize else 1.0
+
+  def key(outcome: Outcome) -> tuple:
+    if outcome.score is not None:
+      return 0, 0, sign * outcome.score
+    if outcome.scores:
+      step, score = [*outcome.scores.items()][-1]
+      return 1, -step, sign * score
+    return 2 + (outcome.failed is not None), 0, 0.0
+
+  return sorted(outcomes, key=key)
 
 
-def _plots(outcomes: Sequence[Outcome], best: Outcome, primary: str) -> str:
-  """A panel for each field that takes several values; the seed is not one."""
-  named = [
+def _score(
+  outcome: Outcome, primary: str, lines: Sequence[Mapping[str, Any]]
+) -> float | None:
+  """The result's, else the last one that there is."""
+  if outcome.score is not None:
+    return outcome.score
+  found = _scores(outcome, primary, lines)
+  return found[-1][1] if found else None
+
+
+def _scores(
+  outcome: Outcome, primary: str, lines: Sequence[Mapping[str, Any]]
+) -> list[tuple[float, float]]:
+  """The primary metric by step: of evaluations, and of samples between them."""
+  metric = f"eval/{'loss' if primary == 'eval_loss' else primary}"
+  found = {float(step): score for step, score in outcome.scores.items()}
+  return sorted((found | dict(_series(lines, metric))).items())
+
+
+def _series(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+  return [(x["step"], x[name]) for x in lines if x.get(name) is not None]
+
+
+def _point(
+  outcome: Outcome,
+  best: Outcome | None,
+  primary: str,
+  lines: Sequence[Mapping[str, Any]],
+) -> Point:
+  kind = "training"
+  if outcome is best:
+    kind = "best"
+  elif outcome.over:
+    states = {"done": outcome.result, "pruned": outcome.pruned}
+    kind = next((name for name, x in states.items() if x is not None), "failed")
+  score = None if outcome.failed else _score(outcome, primary, lines)
+  about = f"{outcome.trial.name}: {outcome.trial}; {primary} {_cell(score) or 'none'}"
+  curve = _scores(outcome, primary, lines)
+  return Point(kind, about, score, dict(outcome.trial.fields), curve)
+
+
+def _with_curve(point: Point, curve: Sequence[tuple[float, float]]) -> Point:
+  return Point(point.kind, point.about, point.score, point.values, curve)
+
+
+def _varied(outcomes: Sequence[Outcome]) -> list[str]:
+  """The fields that take several values; the seed is not one."""
+  return [
     name
     for name in sweep_table.fields(outcomes)
     if name != "seed" and len({show(o.trial.fields[name]) for o in outcomes}) > 1
-  ] or ["seed"]
-  figure = Figure(figsize=(4.5 * len(named), 3.8), layout="constrained")
-  FigureCanvasSVG(figure)
-  for place, name in enumerate(named, 1):
-    axes = figure.add_subplot(1, len(named), place)
-    axes.set_xlabel(name)
-    axes.set_ylabel(primary)
-    axes.grid(alpha=0.3)
-    done = [o for o in outcomes if o.score is not None]
-    values = [o.trial.fields[name] for o in outcomes]
-    place_of = _places(axes, values)
-    axes.plot(
-      [place_of(o.trial.fields[name]) for o in done],
-      [o.score for o in done if o.score is not None],
-      "o",
-      alpha=0.6,
-      label="trial",
-    )
-    if best.score is not None:
-      at = place_of(best.trial.fields[name])
-      axes.plot([at], [best.score], "*", markersize=16, label="best")
-    for o in outcomes:
-      if o.failed is not None:
-        axes.axvline(place_of(o.trial.fields[name]), color="#a33", ls=":", lw=1)
-    axes.legend(frameon=False)
-  out = io.StringIO()
-  # The same page each time: no date, and names of parts that do not vary.
-  with mpl.rc_context({"svg.hashsalt": "sweep"}):
-    figure.savefig(out, format="svg", metadata={"Date": None})
-  text = out.getvalue()
-  return text[text.index("<svg") :]
-
-
-def _places(axes, values: Sequence[Any]):
-  """Sets the axis up for these values; returns where on it each lies."""
-  numbers = [x for x in values if isinstance(x, int | float) and x is not True]
-  if len(numbers) < len(values) or any(isinstance(x, bool) for x in values):
-    names = list(dict.fromkeys(map(show, values)))
-    axes.set_xticks(range(len(names)), names)
-    axes.set_xlim(-0.5, len(names) - 0.5)
-    return lambda value: names.index(show(value))
-  if min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
-    axes.set_xscale("log")
-  return lambda value: value
+  ]

@@ -1,13 +1,16 @@
 """Runs a sweep: its packs, here or in processes of their own, and its table."""
 
+import functools
+import logging
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import run as experiment
 from experiments.cli import training
-from experiments.sweeps import outcomes, trials
+from experiments.sweeps import outcomes, pruning, trials
 from experiments.sweeps import page as sweep_page
 from experiments.sweeps import table as sweep_table
 from experiments.sweeps.outcomes import Outcome
@@ -16,7 +19,10 @@ from experiments.sweeps.trials import Pack, Trial
 from lorax_flax.distributed import processes, subprocesses
 from lorax_flax.errors import LoraxError
 from lorax_flax.files import workdir as files
-from lorax_flax.train.logs.history import Diverged
+from lorax_flax.train.judging import Standing
+
+PAGE = "results.html"
+log = logging.getLogger("lorax_flax.sweep")
 
 
 def run(
@@ -48,7 +54,7 @@ def run(
     # A search may need other processes later, for which this one must leave the
     # devices alone.
     if len(left) == 1 and plan.space is None:
-      code = _here(left[0], folder)
+      code = _here(plan, known, left[0], folder, at_once)
     else:
       code, reasons = _elsewhere(left, folder, jobs, arguments)
     ends = outcomes.read(known, folder)
@@ -78,7 +84,7 @@ def left_of(
   plan: Plan, known: Sequence[Trial], folder: Path, at_once: int
 ) -> list[Pack]:
   """Packs of which a trial is not over."""
-  packs = [p for batch in plan.batches(known) for p in trials.packs(batch, at_once)]
+  packs = plan.packs(known, at_once)
   return [pack for pack in packs if not _over(pack, folder)]
 
 
@@ -96,8 +102,12 @@ def table(plan: Plan, folder: Path) -> int:
   return 0
 
 
-def train(plan: Plan, folder: Path, numbers: Sequence[int]) -> int:
-  """Trains these trials together in this process; returns the exit code."""
+def train(plan: Plan, folder: Path, numbers: Sequence[int], at_once: int = 8) -> int:
+  """Trains these trials together in this process; returns the exit code.
+
+  Args:
+    at_once: number of trials at the same time where they are pruned; else all are.
+  """
   files.check(folder, plan.to_json())
   known = plan.make(plan.chosen(folder))
   chosen = [trial for trial in known if trial.number in numbers]
@@ -106,15 +116,22 @@ def train(plan: Plan, folder: Path, numbers: Sequence[int]) -> int:
   found = trials.packs(chosen, len(chosen))
   if len(found) > 1:
     raise LoraxError(f"--trials: they can't train together: {found[1].why}")
-  return _here(found[0], folder)
+  return _here(plan, known, found[0], folder, at_once)
 
 
-def _here(pack: Pack, folder: Path) -> int:
-  return training.supervise(lambda: train_pack(pack, folder))
+def _here(
+  plan: Plan, known: Sequence[Trial], pack: Pack, folder: Path, at_once: int
+) -> int:
+  return training.supervise(lambda: train_pack(plan, known, pack, folder, at_once))
 
 
-def train_pack(pack: Pack, folder: Path) -> None:
+def train_pack(
+  plan: Plan, known: Sequence[Trial], pack: Pack, folder: Path, at_once: int
+) -> None:
   """Trains the trials of a pack; each one's folder records how it ended.
+
+  Args:
+    known: all trials of the sweep so far.
 
   Raises:
     LoraxError: what `experiments.run` raises, but for a trial that diverges.
@@ -126,11 +143,23 @@ def train_pack(pack: Pack, folder: Path) -> None:
   for own, settings in runs.items():
     files.check(own, settings.to_json())
   shared = folder / pack.name if len(runs) > 1 else next(iter(runs))
-  results = experiment.train(runs, shared)
-  if processes.first():
-    for own, result in zip(runs, results, strict=True):
-      if isinstance(result, Diverged):
-        outcomes.write_failed(own, result)
+
+  def watch(standings: Sequence[Standing]) -> None:
+    try:
+      for own, standing in zip(runs, standings, strict=True):
+        outcomes.write(own, standing)
+      ends = outcomes.read(known, folder)
+      files.write_text(folder / PAGE, sweep_page.page(ends, plan.config.spec, folder))
+    except OSError as error:  # A page is no reason to stop a sweep.
+      log.warning("%s: %s", PAGE, error)
+
+  turns: dict[str, Any] = {"watch": watch}
+  if plan.pruning is not None:
+    before = outcomes.read(plan.before(known, pack), folder)
+    standings = [end.standing for end in before]
+    turns["judge"] = functools.partial(pruning.judge, plan.pruning, standings)
+    turns["places"] = at_once
+  experiment.train(runs, shared, **turns)
 
 
 def _over(pack: Pack, folder: Path) -> bool:
@@ -170,10 +199,10 @@ def command(pack: Pack, folder: Path, arguments: Sequence[str]) -> list[str]:
 def report(plan: Plan, folder: Path, ends: Sequence[Outcome]) -> None:
   """Writes results.csv and results.html, and prints the table and where they are."""
   files.write_text(folder / "results.csv", sweep_table.to_csv(ends))
-  files.write_text(folder / "results.html", sweep_page.page(ends, plan.config.spec))
+  files.write_text(folder / PAGE, sweep_page.page(ends, plan.config.spec, folder))
 
   for text in (sweep_table.to_text(ends), sweep_table.medians_to_text(ends)):
     if text is not None:
       print(text, end="\n\n")
-  for name in ("results.csv", "results.html"):
+  for name in ("results.csv", PAGE):
     print(folder / name)

@@ -136,7 +136,8 @@ def ask(space: Space, seed: int, outcomes: Sequence[Outcome]) -> list[dict[str, 
     direction="maximize" if maximize else "minimize", sampler=sampler
   )
   for outcome in outcomes:
-    # Of a trial that diverged the sampler learns that it is worse than all others.
+    # Of a trial that diverged the sampler learns that it is worse than all others; of
+    # one that was pruned, how far it came.
     done = outcome.score is not None
     state = optuna.trial.TrialState
     study.add_trial(
@@ -144,6 +145,7 @@ def ask(space: Space, seed: int, outcomes: Sequence[Outcome]) -> list[dict[str, 
         params=dict(outcome.trial.changes),
         distributions=bounds,
         value=outcome.score,
+        intermediate_values=dict(outcome.scores),
         state=state.COMPLETE if done else state.PRUNED,
       )
     )

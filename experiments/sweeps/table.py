@@ -79,9 +79,10 @@ def best_median(outcomes: Sequence[Outcome]) -> Median | None:
 
 
 def status(outcome: Outcome) -> str:
-  """Outcome in words: "done", "not run", "failed at step 3"."""
-  if outcome.failed is not None:
-    return f"failed at step {outcome.failed['step']}"
+  """Outcome in words: "done", "not run", "failed at step 3", "pruned at step 9"."""
+  for verb, ended in (("failed", outcome.failed), ("pruned", outcome.pruned)):
+    if ended is not None:
+      return f"{verb} at step {ended['step']}"
   return "done" if outcome.result is not None else "not run"
 
 
@@ -106,7 +107,7 @@ def rows(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
         result.get("best_step", ""),
         result.get("trained_parameters", ""),
         *of_all.cells,
-        (outcome.failed or {}).get("reason", ""),
+        (outcome.failed or outcome.pruned or {}).get("reason", ""),
       ]
     )
   return header, lines

@@ -177,6 +177,17 @@ def packs(trials: Sequence[Trial], most: int) -> list[Pack]:
   return found
 
 
+def check_turns(trials: Sequence[Trial]) -> None:
+  """Raises LoraxError for a trial that would differ by when it has its turn."""
+  for trial in trials:
+    if _drops_by_length(trial.settings):
+      raise LoraxError(
+        f"--prune: {trial.name} has dropout, whose draws go by a batch's padded "
+        "length, and that by which trials train beside it. Pad to one length, "
+        "--config.data.buckets=1, or train without: --config.model.dropout=0.0"
+      )
+
+
 def _shape(settings: Settings) -> dict[str, Any]:
   """Everything that trials of one pack have in common, by field."""
   values = dataclasses.asdict(settings)

@@ -6,8 +6,9 @@ a run may resume with another number of processes.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import numpy as np
@@ -227,27 +228,59 @@ def training(tokens: Rows, shape: Shape, *, seed: int) -> grain.DatasetIterator[
   return _read_ahead(tokens, shape, lambda i: _assemble(tokens, shape, rows(i)))
 
 
-def together(
-  tokens: Rows, shape: Shape, *, seeds: Sequence[int]
-) -> grain.DatasetIterator[Batch]:
-  """Training batches of several runs that differ in their seed at most.
+class Together:
+  """Training batches of several runs that differ in their seed at most, without end.
 
   Each array has a leading axis, over the runs: batch i of run n has the rows that
-  `training` gives it with that seed, and all are padded to the longest of them.
+  `training` gives it with that seed, and all are padded to the longest of them. The
+  runs may start at different times, and others may take their places (`arrange`).
   """
-  _check(tokens, shape)
-  runs = {seed: _rows_of(tokens, shape, seed) for seed in seeds}
 
-  def make(number: int) -> Batch:
-    # In one batch, so that all of them have the same padded lengths.
-    rows = np.concatenate([run(number) for run in runs.values()])
-    batch = _assemble(tokens, shape, rows)
-    places = [list(runs).index(seed) for seed in seeds]
-    return {
-      name: x.reshape(len(runs), -1, *x.shape[1:])[places] for name, x in batch.items()
-    }
+  def __init__(self, tokens: Rows, shape: Shape, *, seeds: Sequence[int]):
+    """All start together: `seeds` has each run's."""
+    _check(tokens, shape)
+    self._tokens, self._shape = tokens, shape
+    self._taken = 0
+    self.arrange(seeds, [0] * len(seeds))
 
-  return _read_ahead(tokens, shape, make)
+  def arrange(self, seeds: Sequence[int], starts: Sequence[int]) -> None:
+    """Gives the places to these runs from the next batch on.
+
+    Args:
+      seeds: of the run in each place.
+      starts: number of batches that were taken before each one's first.
+    """
+    self._seeds, self._starts = [*seeds], [*starts]
+    runs = {seed: _rows_of(self._tokens, self._shape, seed) for seed in seeds}
+    places = [*zip(seeds, starts, strict=True)]
+    streams = [*dict.fromkeys(places)]  # Equal ones are made once.
+    order = [streams.index(place) for place in places]
+
+    def make(number: int) -> Batch:
+      # In one batch, so that all of them have the same padded lengths.
+      rows = np.concatenate([runs[seed](number - start) for seed, start in streams])
+      batch = _assemble(self._tokens, self._shape, rows)
+      return {
+        name: x.reshape(len(streams), -1, *x.shape[1:])[order]
+        for name, x in batch.items()
+      }
+
+    first = self._taken
+    self._batches = _read_ahead(self._tokens, self._shape, lambda i: make(first + i))
+
+  def __next__(self) -> Batch:
+    batch = next(self._batches)
+    self._taken += 1
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    """The position, JSON-able."""
+    return {"taken": self._taken, "seeds": self._seeds, "starts": self._starts}
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Goes to a position: the next batches are the very same."""
+    self._taken = state["taken"]
+    self.arrange(state["seeds"], state["starts"])
 
 
 def _read_ahead(

@@ -208,7 +208,7 @@ def batches(
   return Data(
     train_batches(splits.train, lengths, first)
     if len(configs) == 1
-    else pipeline.together(splits.train, shape, seeds=seeds),
+    else pipeline.Together(splits.train, shape, seeds=seeds),
     pipeline.steps_per_epoch(len(splits.train), first.batch_size),
     {
       name: pipeline.evaluation(split, eval_shape)

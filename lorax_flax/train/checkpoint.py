@@ -33,6 +33,11 @@ class Progress:
     tokens: number of units so far, of whatever unit the task counts in.
     skipped: number of steps that changed nothing, since they were not finite.
     failed: step and reason of a run that diverged, else None.
+    place: of the program, in which it trains; None for a run that waits or is over.
+    start: number of steps of the loop before its first; None for a run that waits.
+    seconds_before: those of `seconds` that passed before its first step.
+    scores: [step, score] of each time that it was judged, oldest first.
+    pruned: step and reason of a run that was stopped early, else None.
   """
 
   position: dict[str, Any]
@@ -43,6 +48,11 @@ class Progress:
   tokens: int = 0
   skipped: int = 0
   failed: dict[str, Any] | None = None
+  place: int | None = 0
+  start: int | None = 0
+  seconds_before: dict[str, float] = field(default_factory=dict)
+  scores: list[tuple[int, float]] = field(default_factory=list)
+  pruned: dict[str, Any] | None = None
 
   @property
   def best_step(self) -> int | None:
@@ -112,8 +122,13 @@ class Checkpoints:
         ),
       )
 
-  def restore(self, step: int, like: PyTree) -> tuple[PyTree, list[Progress]]:
-    """The state at a step and each run's progress.
+  def progress(self, step: int) -> list[Progress]:
+    """Each run's progress at a step."""
+    restored = self._restore(step, progress=ocp.args.JsonRestore()).progress
+    return [Progress(**run) for run in restored.get("runs", [restored])]
+
+  def restore(self, step: int, like: PyTree) -> PyTree:
+    """The state at a step.
 
     Args:
       like: a state with the structure, shapes, dtypes and shardings.
@@ -121,15 +136,11 @@ class Checkpoints:
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
+    return self._restore(step, state=ocp.args.StandardRestore(abstract)).state
+
+  def _restore(self, step: int, **items: Any) -> Any:
     with bucket.reaching(self._folder):
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
-        ),
-      )
-    runs = restored.progress.get("runs", [restored.progress])
-    return restored.state, [Progress(**run) for run in runs]
+      return self._manager.restore(step, args=ocp.args.Composite(**items))
 
   def wait(self) -> None:
     """Waits until all that was saved is complete."""

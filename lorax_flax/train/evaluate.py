@@ -39,6 +39,10 @@ class Evaluation:
   examples: int
   report: dict[str, Any] | None = None
 
+  def named(self) -> dict[str, float]:
+    """The metrics as a result names them: "eval_loss" is not the training loss."""
+    return {"eval_loss" if n == "loss" else n: x for n, x in self.metrics.items()}
+
 
 def evaluate(
   outputs: Mapping[str, Sequence[Output]],

@@ -168,6 +168,7 @@ def fit(
     [result] = loop.fit(job, folder)
     if isinstance(result, Diverged):
       raise result
+    assert result is not None  # There is no judge.
     lines = (folder / files.METRICS).read_text("utf-8").splitlines()
   return Fitted(kept[0], result, [json.loads(line) for line in lines])
 

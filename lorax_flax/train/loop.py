@@ -16,18 +16,19 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.files import bucket, workdir
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import mesh as meshes
+from lorax_flax.train import judging, places, trials
 from lorax_flax.train import step as steps
-from lorax_flax.train import trials
-from lorax_flax.train.checkpoint import Checkpoints, Progress
+from lorax_flax.train.checkpoint import Checkpoints
 from lorax_flax.train.compile_by_shape import Compiled
 from lorax_flax.train.config import Durations, durations
 from lorax_flax.train.evaluate import Batches, NotFinite, evaluate
+from lorax_flax.train.judging import Judge, Standing
 from lorax_flax.train.logs import confusion, curves, memory, page
-from lorax_flax.train.logs.history import Diverged, History, running
+from lorax_flax.train.logs.history import Diverged, History
 from lorax_flax.train.logs.progress_bar import Display
 from lorax_flax.train.logs.timer import Stopwatch
-from lorax_flax.train.logs.writer import Record, SilentRecord
 from lorax_flax.train.objective import Objective
+from lorax_flax.train.places import Places, Seat
 from lorax_flax.train.samples import Samples
 from lorax_flax.train.trials import Run
 
@@ -61,6 +62,11 @@ class Job:
   Attributes:
     fingerprints: digests of what the runs are made from, by name.
     samples: prompts that a run which trains alone, in one process, answers.
+    places: number of runs that train at the same time; as one ends, the next one takes
+      its place. None: all of them.
+    judge: (number of steps of a run, primary metric) -> the rule by which runs are
+      stopped early; None: none is.
+    watch: called by process 0 with the standings of all runs, whenever they change.
   """
 
   runs: Sequence[Run]
@@ -69,11 +75,14 @@ class Job:
   data: Data
   fingerprints: Mapping[str, str] = field(default_factory=dict)
   samples: Samples | None = None
+  places: int | None = None
+  judge: Callable[[int, str], Judge] | None = None
+  watch: Callable[[Sequence[Standing]], None] = lambda standings: None
 
 
 def fit(
   job: Job, folder: Path, width: int | None = None
-) -> list[dict[str, Any] | Diverged]:
+) -> list[dict[str, Any] | Diverged | None]:
   """Trains to the end, resuming from the last checkpoint in `folder`, if any.
 
   A run that was killed and resumed ends with the same weights, the same metrics and the
@@ -88,59 +97,58 @@ def fit(
   Returns:
     For each run the content of its result.json: the metrics of the best evaluation by
     name (whose adapter is exported), those of the last one, and figures. For a run
-    whose loss or gradient was not finite the error: the others go on.
+    whose loss or gradient was not finite the error: the others go on. None for a run
+    that the judge has stopped.
 
   Raises:
     LoraxError: two of the runs differ in more than they may.
     processes.Preempted: SIGTERM asked for it; everything is saved.
   """
   plan = durations(job.runs[0].config, job.data.steps_per_epoch)
-  program = program_of(job, plan, width)
-  state, base = program.start()
+  count = min(job.places or len(job.runs), len(job.runs))
+  total = -(-plan.total * len(job.runs) // count)
   batches = job.data.batches
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(processes.StopRequest())
     checkpoints = Checkpoints(folder / workdir.CHECKPOINTS)
     stack.enter_context(_closing(checkpoints))
-    progress = [Progress(position=batches.get_state()) for _ in job.runs]
     done = checkpoints.latest() or 0
+    progress = places.first(len(job.runs), count, batches.get_state())
     if done:
-      state, progress = checkpoints.restore(done, state)
+      progress = [
+        places.checked(own, run.folder)
+        for own, run in zip(checkpoints.progress(done), job.runs, strict=True)
+      ]
+      log.info("resuming after step %d of %d", done, total)
+    seats = Places(job.runs, count, plan, job.objective, progress, done)
+    stack.enter_context(_closing(seats))
+    seated = [0 if seat is None else seat.number for seat in seats.seats]
+    program = program_of(job, plan, width, seated)
+    state, base = program.start()
+    if done:
+      state = checkpoints.restore(done, state)
       batches.set_state(progress[0].position)
-      log.info("resuming after step %d of %d", done, plan.total)
-    first, histories = processes.first(), []
-    for run, own in zip(job.runs, progress, strict=True):
-      record = Record(run.folder, done) if first else SilentRecord()
-      stack.enter_context(_closing(record))
-      reaction = run.config.on_nonfinite
-      histories.append(History(record, plan, job.objective, reaction, own, run.name))
-    unit, quiet = job.objective.throughput.unit, not first
-    display = stack.enter_context(Display(plan.total, done, unit, quiet))
+    unit, quiet = job.objective.throughput.unit, not processes.first()
+    display = stack.enter_context(Display(total, done, unit, quiet))
     clock = Stopwatch("steps", progress[0].seconds)
-    loop = _Loop(job, plan, program, histories, checkpoints, display, stop, clock)
-    state = loop.train(state, base, done)
-    checkpoints.wait()
-
-    def restored() -> PyTree:
-      step = histories[0].best_and_last()[0]["step"]
-      return state if step == plan.total else checkpoints.restore(step, state)[0]
-
-    best: list[Adapter] = [{}] * len(histories)
-    if running(histories):
-      best = program.best(state, restored)
-    kept, seconds = checkpoints.latest(), clock.seconds()
-    results = [
-      _finish(run, history, trained, kept, seconds)
-      for run, history, trained in zip(job.runs, histories, best, strict=True)
-    ]
+    loop = _Loop(job, plan, program, seats, checkpoints, display, stop, clock)
+    loop.train(state, base, done)
     processes.barrier("the results are written")
-  return results
+  over = range(len(job.runs))
+  return [loop.results.get(n) or seats.ended(n) for n in over]
 
 
-def program_of(job: Job, plan: Durations, width: int | None = None) -> Program:
-  """The steps that train a job. A single run compiles without an axis over runs."""
+def program_of(
+  job: Job, plan: Durations, width: int | None = None, seated: Sequence[int] = ()
+) -> Program:
+  """The steps that train a job. A single run compiles without an axis over runs.
+
+  Args:
+    seated: number of the run in each place; all of them by default.
+  """
   if len(job.runs) > 1:
-    return trials.program(job.runs, plan, job.model, job.objective, width)
+    numbers = seated or range(len(job.runs))
+    return trials.program(job.runs, numbers, plan, job.model, job.objective, width)
   [run] = job.runs
   return steps.program(run.config, plan, job.model, job.objective, run.adapter)
 
@@ -159,7 +167,7 @@ class _Loop:
   job: Job
   plan: Durations
   program: Program
-  histories: Sequence[History]
+  places: Places
   checkpoints: Checkpoints
   display: Display
   stop: processes.StopRequest
@@ -169,51 +177,137 @@ class _Loop:
     # Of its fields, those that all runs have in common.
     self._config, self._data = self.job.runs[0].config, self.job.data
     self._pending: list[tuple[int, PyTree]] = []
-    self._logged = (self._work(), self.clock.seconds()["steps"])
+    self._tokens = self.places.tokens()
+    self._logged = (self._tokens, self.clock.seconds()["steps"])
     self._saved_at = self._total_seconds()
     self._eval_step = Compiled(
       self.program.eval_step, self._compiling("evaluation step")
     )
+    self._judge: Judge | None = None
+    self._sample: Mapping[str, Batches] = {}
+    if self.job.judge is not None:
+      self._judge = self.job.judge(self.plan.total, self.job.objective.primary)
+      self._sample = judging.sample(self._data.evaluation, self._judge.examples)
+    self.results: dict[int, dict[str, Any] | Diverged | None] = {}
 
-  def train(self, state: PyTree, base: PyTree, done: int) -> PyTree:
-    """Takes every step after `done`; returns the last state.
+  def train(self, state: PyTree, base: PyTree, done: int) -> None:
+    """Takes every step after `done`, and gives each run its result.
 
     Raises:
       processes.Preempted: SIGTERM asked for it; everything is saved.
     """
+    total, epoch = self.plan.total, self.plan.epoch
+    number = done
+    if self.places.waiting() and not done:
+      self._arrange()
     with contextlib.suppress(_AllDiverged):
-      self._check_running()
+      state, base = self._take_turns(number, state, base)
+      self._watch(number)
       if not done:
         self._answer(0, state, base)
       train_step = Compiled(self.program.step, self._compiling("training step"))
-      for number in range(done + 1, self.plan.total + 1):
+      while self.places.any():
+        number += 1
         batch = next(self._data.batches)
         if not train_step.ready(batch):
           self._drain()  # Steps still running are not to be timed as compilation.
         placed = self._place(batch, self.program.batch)
         state, metrics = train_step(state, base, placed)
         self._pending.append((number, metrics))
-        for history, own in zip(
-          self.histories, self.program.unstack(batch), strict=True
+        each = self.program.unstack(batch)
+        for place, seat in self.places.seated():
+          count = self.job.objective.throughput.count(each[place])
+          seat.history.tokens += count
+          self._tokens += count
+        self.display.step(self.places.mean_step(number))
+        if logged := self._due(
+          number, lambda n: n == total or n % self._config.log_steps == 0
         ):
-          history.tokens += self.job.objective.throughput.count(own)
-        self.display.step(number)
-        at_end = number == self.plan.total
-        if at_end or number % self._config.log_steps == 0:
-          self._log(number)
-        evaluated = at_end or number % self.plan.epoch == 0
-        if evaluated:
-          state = self._evaluate(number, state, base)
+          self._log(number, logged)
+        if evaluated := self._due(number, lambda n: n == total or n % epoch == 0):
+          state = self._evaluate(number, evaluated, state, base)
           self._answer(number, state, base)
-        stopping = not at_end and self.stop.reached(number)
+        if judged := self._due(number, self._is_judged):
+          self._judge_all(number, judged, state, base)
+        stopping = not self._at_end(number) and self.stop.reached(number)
         if evaluated or stopping or self._save_is_due(number):
           self._save(number, state)
         if evaluated and self._data.evaluation:
-          self._report(number)
+          self._report(number, evaluated)
         if stopping:
           self.checkpoints.wait()
           raise processes.Preempted(number)
-    return state
+        # Not whenever a loss happens to be looked at: the turns do not depend on when
+        # a job was interrupted.
+        if logged or evaluated or judged:
+          state, base = self._take_turns(number, state, base)
+        if evaluated or judged:
+          self._watch(number)
+    for place, _ in self.places.seated():
+      self._finish(place, number, state)
+    self._watch(number)
+
+  def _watch(self, number: int) -> None:
+    if processes.first():
+      self.job.watch(self.places.standings(number))
+
+  def _due(self, number: int, when: Callable[[int], bool]) -> list[tuple[int, Seat]]:
+    """The places whose run trains and has taken a number of steps `when` names."""
+    return [
+      (place, seat)
+      for place, seat in self.places.training()
+      if when(number - seat.start)
+    ]
+
+  def _at_end(self, number: int) -> bool:
+    """True after the last step of all."""
+    left = [s for _, s in self.places.training() if number - s.start < self.plan.total]
+    return not left and not self.places.waiting()
+
+  def _take_turns(
+    self, number: int, state: PyTree, base: PyTree
+  ) -> tuple[PyTree, PyTree]:
+    """Finishes the runs that are over, and gives their places to those that wait."""
+    seated = False
+    for place, seat in [*self.places.seated()]:
+      if seat.trains and number - seat.start < self.plan.total:
+        continue
+      self._finish(place, number, state)
+      new = self.places.next(place, number, self.clock.seconds())
+      if new is None:
+        state = self.program.vacate(state, place)
+      else:
+        assert isinstance(self.program, trials.Program)
+        state, base = self.program.seat(state, base, place, new.run)
+        seated = True
+    if seated:
+      self._arrange()
+    return state, base
+
+  def _arrange(self) -> None:
+    """Gives each place the batches of its run; an empty one gets those of another."""
+    [(_, some), *_] = self.places.seated()
+    seats = [some if seat is None else seat for seat in self.places.seats]
+    self._data.batches.arrange(
+      [seat.run.config.seed for seat in seats], [seat.start for seat in seats]
+    )
+
+  def _finish(self, place: int, number: int, state: PyTree) -> None:
+    """Writes the result of the run in a place, which is over."""
+    seat = self.places.seats[place]
+    assert seat is not None
+    self.checkpoints.wait()
+    history, kept = seat.history, self.checkpoints.latest()
+
+    def restored() -> PyTree:
+      step = history.best_and_last()[0]["step"]
+      return state if step == number else self.checkpoints.restore(step, state)
+
+    trained: Adapter = {}
+    if seat.trains:
+      trained = self.program.best(state, place, seat.run, restored)
+    seconds = seat.seconds(self.clock.seconds())
+    self.results[seat.number] = _finish(seat.run, history, trained, kept, seconds)
 
   def _place(
     self, batch: Mapping[str, Any], sharding: NamedSharding
@@ -239,32 +333,30 @@ class _Loop:
       pending, jax.device_get([metrics for _, metrics in pending]), strict=True
     ):
       each = self.program.unstack(metrics)
-      for history, own in zip(self.histories, each, strict=True):
-        history.add(number, own)
-    self._check_running()
-
-  def _check_running(self) -> None:
-    if not running(self.histories):
+      for place, seat in self.places.training():
+        seat.history.add(number - seat.start, each[place])
+    if not self.places.training() and not self.places.waiting():
       raise _AllDiverged
 
-  def _log(self, number: int) -> None:
+  def _log(self, number: int, due: Sequence[tuple[int, Seat]]) -> None:
     self._drain()
-    lines = [history.log(number) for history in running(self.histories)]
+    running = [(number - seat.start, seat) for _, seat in due if seat.trains]
+    lines = [seat.history.log(step) for step, seat in running]
     values = [line for line in lines if line is not None]
     if not values:
       return
-    work, seconds = self._work(), self.clock.seconds()["steps"]
+    seconds, mean = self.clock.seconds()["steps"], self.places.mean_step(number)
     passed = max(seconds - self._logged[1], 1e-9)
-    speed = (work - self._logged[0]) / passed
-    self._logged = (work, seconds)
-    left = (self.plan.total - number) * seconds / number
+    speed = (self._tokens - self._logged[0]) / passed
+    self._logged = (self._tokens, seconds)
+    left = (self.display.total - mean) * seconds / number
     name = f"speed/{self.job.objective.throughput.unit}_per_second"
     peak = memory.peak()
-    for history in running(self.histories):
-      history.record.events(number, {name: speed, "memory/peak_bytes": peak})
+    for step, seat in running:
+      seat.history.record.events(step, {name: speed, "memory/peak_bytes": peak})
     self.display.update(
-      number,
-      number / self.plan.epoch,
+      mean,
+      mean / self.plan.epoch,
       [line["loss"] for line in values],
       [line["learning_rate"] for line in values],
       speed,
@@ -272,39 +364,89 @@ class _Loop:
       left,
     )
 
-  def _evaluate(self, number: int, state: PyTree, base: PyTree) -> PyTree:
+  def _predict(
+    self,
+    due: Sequence[tuple[int, Seat]],
+    splits: Mapping[str, Batches],
+    state: PyTree,
+    base: PyTree,
+  ) -> list[dict[str, list[Any]]]:
+    """Results of the evaluation step for these places, by split."""
+    sharding = meshes.batch(self.job.model.mesh)
+    places = [place for place, _ in due]
+    asked = self.program.evaluated(
+      state, [place in places for place in range(self.program.places)]
+    )
+    outputs = {  # Not waited for one by one.
+      split: [
+        self._eval_step(asked, base, self._place(batch, sharding)) for batch in batches
+      ]
+      for split, batches in splits.items()
+    }
+    each = {
+      split: [self.program.unstack(output) for output in found]
+      for split, found in jax.device_get(outputs).items()
+    }
+    return [
+      {split: [parts[place] for parts in found] for split, found in each.items()}
+      for place in places
+    ]
+
+  def _evaluate(
+    self, number: int, due: Sequence[tuple[int, Seat]], state: PyTree, base: PyTree
+  ) -> PyTree:
     self._drain()
-    splits, improved = self._data.evaluation, [False] * len(self.histories)
-    objective = self.job.objective
+    splits, objective = self._data.evaluation, self.job.objective
     if not splits:
       return state
+    improved = [False] * self.program.places
     with self.clock.on("evaluate"):
-      sharding = meshes.batch(self.job.model.mesh)
-      outputs = {  # Not waited for one by one.
-        split: [
-          self._eval_step(state.trained, base, self._place(batch, sharding))
-          for batch in batches
-        ]
-        for split, batches in splits.items()
-      }
-      each = {
-        split: [self.program.unstack(output) for output in found]
-        for split, found in jax.device_get(outputs).items()
-      }
-      for i, history in enumerate(self.histories):
-        if history.failed is None:
-          own = {split: [parts[i] for parts in found] for split, found in each.items()}
-          try:
-            found = evaluate(own, splits, objective.metrics, objective.report)
-          except NotFinite as error:
-            history.fail(number, f"{error} at step {number}")
-          else:
-            improved[i] = history.evaluated(number, found)
+      outputs = self._predict(due, splits, state, base)
+      for (place, seat), own in zip(due, outputs, strict=True):
+        if not seat.trains:
+          continue
+        step, history = number - seat.start, seat.history
+        try:
+          found = evaluate(own, splits, objective.metrics, objective.report)
+        except NotFinite as error:
+          history.fail(step, f"{error} at step {step}")
+        else:
+          improved[place] = history.evaluated(step, found)
     return self.program.keep_best(state, improved)
+
+  def _is_judged(self, step: int) -> bool:
+    return self._judge is not None and step in self._judge.steps
+
+  def _judge_all(
+    self, number: int, due: Sequence[tuple[int, Seat]], state: PyTree, base: PyTree
+  ) -> None:
+    """Scores runs on a sample of the held-out examples, and stops those that lose."""
+    judge, objective = self._judge, self.job.objective
+    assert judge is not None
+    self._drain()
+    with self.clock.on("evaluate"):
+      outputs = self._predict(due, self._sample, state, base)
+      for (_, seat), own in zip(due, outputs, strict=True):
+        if not seat.trains:
+          continue
+        step = number - seat.start
+        try:
+          found = evaluate(own, self._sample, objective.metrics)
+        except NotFinite as error:
+          seat.history.fail(step, f"{error} at step {step}")
+        else:
+          seat.history.scores.append((step, found.named()[objective.primary]))
+    for _, seat in due:
+      if not seat.trains:
+        continue
+      step, score = seat.history.scores[-1]
+      if judge.prunes(self.places.standings(number), seat.number):
+        shown = f"{objective.primary} {score:.4f} of a sample"
+        seat.history.prune(step, f"{judge.name} stops it at {shown}")
 
   def _answer(self, number: int, state: PyTree, base: PyTree) -> None:
     """Answers the prompts, before the step's checkpoint: it is never without them."""
-    samples, [*alive] = self.job.samples, running(self.histories)
+    samples, alive = self.job.samples, self.places.training()
     if samples is None or not alive:
       return
     self._drain()
@@ -314,20 +456,17 @@ class _Loop:
       except LoraxError as error:  # An answer is no reason to stop a run.
         log.warning("the prompts are not answered at step %d: %s", number, error)
         return
-    for history in alive:
-      history.answered(samples.lines(number, found))
+    for _, seat in alive:
+      seat.history.answered(samples.lines(number, found))
 
-  def _report(self, number: int) -> None:
-    status = f"Under way: {number:,} of {self.plan.total:,} steps are done."
-    for run, history in zip(self.job.runs, self.histories, strict=True):
-      if history.failed is None:
-        try:
-          _report(run, history, status)
-        except OSError as error:  # A page is no reason to stop a run.
-          log.warning("%s: %s", workdir.REPORT, error)
-
-  def _work(self) -> int:
-    return sum(history.tokens for history in self.histories)
+  def _report(self, number: int, due: Sequence[tuple[int, Seat]]) -> None:
+    for seat in [seat for _, seat in due if seat.trains]:
+      done, total = number - seat.start, self.plan.total
+      try:
+        status = f"Under way: {done:,} of {total:,} steps are done."
+        _report(seat.run, seat.history, status)
+      except OSError as error:  # A page is no reason to stop a run.
+        log.warning("%s: %s", workdir.REPORT, error)
 
   def _total_seconds(self) -> float:
     return sum(self.clock.seconds().values())
@@ -345,17 +484,16 @@ class _Loop:
     self._drain()  # Nothing that is not finite is saved.
     with self.clock.on("save"):
       position, seconds = self._data.batches.get_state(), self.clock.seconds()
-      each = [history.progress(position, seconds) for history in self.histories]
-      for history in self.histories:
-        history.record.flush()
-      self.checkpoints.save(number, state, each)
+      for _, seat in self.places.seated():
+        seat.history.record.flush()
+      self.checkpoints.save(number, state, self.places.progress(position, seconds))
     self._saved_at = self._total_seconds()
 
 
 def _finish(
   run: Run, history: History, trained: Adapter, kept: int | None, seconds: Seconds
-) -> dict[str, Any] | Diverged:
-  """Writes a run's result and exports its best adapter.
+) -> dict[str, Any] | Diverged | None:
+  """Writes a run's result and exports its best adapter; of one that was pruned nothing.
 
   Args:
     trained: the trained leaves at the best evaluation.
@@ -367,6 +505,10 @@ def _finish(
     diverged = Diverged(**history.failed, kept=f". {advice}")
     _report(run, history, f"Ended at step {diverged.step:,}: {diverged}")
     return diverged
+  if history.pruned is not None:
+    step, reason = history.pruned["step"], history.pruned["reason"]
+    _report(run, history, f"Stopped at step {step:,}: {reason}")
+    return None
   rest = partition(run.adapter, trainable_mask(run.adapter))[1]
   adapter = meshes.gather(combine(trained, rest))
   size = sum(x.size for x in jax.tree.leaves(trained))
@@ -396,7 +538,7 @@ def _report(
 
 
 @contextlib.contextmanager
-def _closing(resource: Checkpoints | Record | SilentRecord) -> Iterator[None]:
+def _closing(resource: Checkpoints | Places) -> Iterator[None]:
   """Closes it on exit; after an error, that error is the one raised."""
   try:
     yield

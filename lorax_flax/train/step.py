@@ -4,7 +4,7 @@ The loop and an ahead-of-time compilation make the step here, so that what is co
 without devices or weights is the very step that trains.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -76,19 +76,33 @@ class Program:
   start: Callable[[], tuple[TrainState, Base]]
   abstract: Callable[[], tuple[TrainState, Base]]
 
+  places = 1
+
   def unstack(self, tree: PyTree) -> list[PyTree]:
     """The part of each run in a tree that a step takes or returns."""
     return [tree]
 
-  def keep_best(self, state: TrainState, improved: list[bool]) -> TrainState:
+  def evaluated(self, state: TrainState, due: Sequence[bool]) -> Adapter:
+    """The first argument of `eval_step`."""
+    del due
+    return state.trained
+
+  def keep_best(self, state: TrainState, improved: Sequence[bool]) -> TrainState:
     """The state after an evaluation: the best one is kept by its checkpoint."""
     del improved
     return state
 
-  def best(self, last: TrainState, restored: Callable[[], TrainState]) -> list[Adapter]:
-    """The trained leaves of each run's best evaluation, from its checkpoint."""
-    del last
-    return [restored().trained]
+  def vacate(self, state: TrainState, place: int) -> TrainState:
+    """The state after the run's end."""
+    del place
+    return state
+
+  def best(
+    self, last: TrainState, place: int, run: Any, restored: Callable[[], TrainState]
+  ) -> Adapter:
+    """The trained leaves of the run's best evaluation, from its checkpoint."""
+    del last, place, run
+    return restored().trained
 
 
 def program(

@@ -117,36 +117,50 @@ class Bases:
 
 @dataclass(frozen=True)
 class Program:
-  """The steps of N runs, with the interface of `lorax_flax.train.step.Program`.
+  """The steps of runs in N places, with the interface of `train.step.Program`.
 
   Every leaf of the state, of a training batch and of what a step returns has a leading
   axis N. An evaluation batch has none, and is the same for all.
+
+  Attributes:
+    seat: (state, bases, place, run) -> (state, bases) with that run, before its first
+      step, in the place of another. Nothing is compiled again, and both are donated.
+    vacate: (state, place) -> the state after which that place takes no steps.
   """
 
   step: Any
   eval_step: Any
   batch: NamedSharding
   start: Callable[[], tuple[States, Bases]]
-  adapters: Sequence[Adapter]
+  seat: Callable[[States, Bases, int, Run], tuple[States, Bases]]
+  vacate: Callable[[States, int], States]
+  places: int
 
   def unstack(self, tree: PyTree) -> list[PyTree]:
-    """The part of each run in a tree that a step takes or returns."""
-    return [_one(tree, i) for i in range(len(self.adapters))]
+    """The part of each place in a tree that a step takes or returns."""
+    return [_one(tree, i) for i in range(self.places)]
+
+  def evaluated(self, state: States, due: Sequence[bool]) -> tuple[Adapter, np.ndarray]:
+    """The first argument of `eval_step`, which skips the places that are not due."""
+    return state.trained, np.array(due)
 
   def keep_best(self, state: States, improved: Sequence[bool]) -> States:
-    """The state after an evaluation, with the best of each run so far."""
+    """The state after an evaluation, with the best of each place so far."""
     best = _chosen(state.best, state.trained, np.array(improved))
     return dataclasses.replace(state, best=best)
 
-  def best(self, last: States, restored: Callable[[], States]) -> list[Adapter]:
-    """The trained leaves of each run's best evaluation, from the last state."""
+  def best(
+    self, last: States, place: int, run: Run, restored: Callable[[], States]
+  ) -> Adapter:
+    """The trained leaves of a run's best evaluation, from the last state."""
     del restored
-    best = meshes.gather(last.best)
-    return [_trimmed(_one(best, i), like) for i, like in enumerate(self.adapters)]
+    best = jax.device_get(meshes.gather(last.best))
+    return _trimmed(_one(best, place), run.adapter)
 
 
 def program(
   runs: Sequence[Run],
+  seated: Sequence[int],
   plan: Durations,
   model: steps.Model,
   objective: Objective,
@@ -155,6 +169,7 @@ def program(
   """The program of several runs.
 
   Args:
+    seated: number of the run in each place at the start.
     width: as in `lorax_flax.train.loop.fit`.
 
   Raises:
@@ -172,35 +187,60 @@ def program(
     return steps.create_state(model.params, adapter, optimizer, seed)
 
   first, _ = jax.eval_shape(lambda adapter: create(adapter, 0), adapters[0])
-  own = jax.tree.map(sharding, states.shardings(first, placed, mesh))
-  shardings = States(own, own.trained, replicated)  # type: ignore[arg-type]
+  alone = states.shardings(first, placed, mesh)
+  rest = partition(placed, trainable_mask(placed))[1]
+  # Of a run's state, and of what its steps read and no other's; then of those of all.
+  single = (
+    States(alone, alone.trained, replicated),  # type: ignore[arg-type]
+    (own_and_shared(rest)[0], dict.fromkeys(NUMBERS, replicated)),
+  )
+  stacked = jax.tree.map(sharding, single)
+  put = jax.jit(_put, donate_argnums=0, out_shardings=stacked)
+  freeze = jax.jit(_freeze, out_shardings=sharding(replicated))
+
+  def fresh(run: Run) -> tuple[PyTree, Adapter]:
+    """A run before its first step, and the untrained leaves that all share."""
+    padded = meshes.place(_padded(run.adapter, ranks), placed)
+    state, base = create(padded, run.config.seed)
+    mine, shared = own_and_shared(base.rest)
+    numbers = {n: np.float32(getattr(run.config, n)) for n in NUMBERS}
+    own = States(state, state.trained, np.True_), (mine, numbers)  # type: ignore[arg-type]
+    return meshes.place(own, single), shared
 
   def start() -> tuple[States, Bases]:
-    pairs = [
-      create(meshes.place(_padded(run.adapter, ranks), placed), run.config.seed)
-      for run in runs
-    ]
-    state = _stack([state for state, _ in pairs])
-    rests = [own_and_shared(base.rest) for _, base in pairs]
-    numbers = {
-      name: jnp.array([getattr(run.config, name) for run in runs], jnp.float32)
-      for name in NUMBERS
-    }
-    best = jax.tree.map(jnp.copy, state.trained)
-    return (
-      meshes.place(States(state, best, jnp.ones(len(runs), bool)), shardings),
-      Bases(Base(model.params, rests[0][1]), _stack([x for x, _ in rests]), numbers),
-    )
+    each = [fresh(runs[i]) for i in seated]
+    state, (mine, numbers) = meshes.place(_stack([own for own, _ in each]), stacked)
+    return state, Bases(Base(model.params, each[0][1]), mine, numbers)
+
+  def seat(state: States, bases: Bases, place: int, run: Run) -> tuple[States, Bases]:
+    there = state, (bases.own, bases.numbers)
+    state, (mine, numbers) = put(there, fresh(run)[0], np.int32(place))
+    return state, Bases(bases.base, mine, numbers)
+
+  def vacate(state: States, place: int) -> States:
+    return dataclasses.replace(state, alive=freeze(state.alive, np.int32(place)))
 
   return Program(
     steps.jitted(
-      train_step(model.forward, objective, config, plan, at_once), shardings
+      train_step(model.forward, objective, config, plan, at_once), stacked[0]
     ),
     jax.jit(eval_step(model.forward, objective, at_once), out_shardings=replicated),
     sharding(meshes.batch(mesh)),
     start,
-    adapters,
+    seat,
+    vacate,
+    len(seated),
   )
+
+
+def _put(stacked: PyTree, one: PyTree, place: jax.Array) -> PyTree:
+  """The stacked trees with one more in the place of another."""
+  update = jax.lax.dynamic_update_index_in_dim
+  return jax.tree.map(lambda x, y: update(x, y, place, 0), stacked, one)
+
+
+def _freeze(alive: jax.Array, place: jax.Array) -> jax.Array:
+  return alive.at[place].set(False)
 
 
 def _stack(trees: Sequence[PyTree]) -> PyTree:
@@ -229,8 +269,9 @@ def train_step(
   def one(bases, state, alive, own, numbers, batch):
     optimizer, rate = steps.optimizer_of(config, plan, state.trained, numbers)
     step = steps.train_step(forward, loss, optimizer, rate, accumulation, "skip")
-    new, metrics = step(state, bases.of(own), batch)
-    new = steps.select(alive, new, state)
+    new, metrics = _where(
+      alive, step, lambda none: (state, none[1]), state, bases.of(own), batch
+    )
     if config.on_nonfinite == "stop":
       for mean in metrics.values():
         alive &= jnp.isfinite(mean.total)
@@ -248,26 +289,44 @@ def train_step(
 
 
 def eval_step(forward: steps.Forward, objective: Objective, width: Width) -> Any:
-  """Makes (trained, Bases, batch) -> (predictions, mean loss), with an axis N each.
+  """Makes ((trained, due), Bases, batch) -> (predictions, mean loss), with an axis N.
 
-  The batch has none: it is the same for all.
+  The batch has none: it is the same for all. What is not due is zero.
   """
   loss = objective.eval_loss or objective.loss
   evaluate = steps.eval_step(forward, loss, objective.predictions)
 
-  def step(trained: Adapter, bases: Bases, batch: steps.Batch):
-    def one(trained, own):
-      return evaluate(trained, bases.of(own), batch)
+  def step(
+    trained_and_due: tuple[Adapter, jax.Array], bases: Bases, batch: steps.Batch
+  ):
+    def one(trained, due, own):
+      return _where(due, evaluate, lambda none: none, trained, bases.of(own), batch)
 
-    return _each(one, (trained, bases.own), width(objective.throughput.padded(batch)))
+    return _each(
+      one, (*trained_and_due, bases.own), width(objective.throughput.padded(batch))
+    )
 
   return step
+
+
+def _where(flag: jax.Array, function: Any, otherwise: Any, *args: Any) -> Any:
+  """The function's result where the flag is set, else `otherwise(zeros like it)`.
+
+  Trials one by one do not compute what is not asked for.
+  """
+  traced = jax.jit(function)  # Once, for its shapes and its branch.
+  none = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(traced, *args)
+  )
+  return jax.lax.cond(flag, traced, lambda *_: otherwise(none), *args)
 
 
 def _each(function: Any, trees: tuple[PyTree, ...], width: int) -> PyTree:
   """The function over the trials' axis of the trees, `width` of them at once."""
   if width >= len(jax.tree.leaves(trees)[0]):
     return jax.vmap(function)(*trees)
+  if width == 1:  # A batch of one would compute both branches of `_where`.
+    return jax.lax.map(lambda one: function(*one), trees)
   return jax.lax.map(lambda parts: function(*parts), trees, batch_size=width)
 
 

@@ -140,11 +140,15 @@ def test_the_table_has_each_trial_and_medians_over_seeds(swept):
   assert float(rows[0]["spread"]) == pytest.approx(np.std(pair, ddof=1))
   assert [row["seeds"] for row in rows] == ["2 of 2"] * 4 + ["1 of 1", "0 of 1"]
   page = (swept / "results.html").read_text()
-  assert page.count("<svg") == 1
+  # Losses, scores, four fields that vary, and the pairs of the first three of them.
+  assert page.count("<svg") == 2 + 4 + 3
   for what in ("src=", 'href="http', "<link", "<script"):  # It needs no other file.
     assert what not in page
   best = max(rows[:5], key=lambda row: float(row["accuracy"]))
-  assert f'<tr class="best"><th scope="row">{best["trial"]}' in page
+  name = best["trial"]
+  link = f'<a href="{name}/report.html">{name}</a>'
+  assert f'<tr class="best"><th scope="row">{link}</th><td>' in page
+  assert f'<a href="{name}/config.json">' in page
 
 
 def test_a_finished_sweep_is_not_run_again(config, swept, capfd):

@@ -176,7 +176,7 @@ def test_a_metric_that_is_better_when_it_is_small(tmp_path):
   ]
   assert outcomes.best(ends) is ends[1]
   assert sweep_table.best_median(ends).median == 3.0
-  page = sweep_page.page(ends, "a < b")
+  page = sweep_page.page(ends, "a < b", tmp_path)
   assert "a &lt; b" in page
   assert '<tr class="best"><th scope="row">trial-001' in page
 
@@ -185,7 +185,7 @@ def test_an_unfinished_sweep_has_a_table_too(tmp_path):
   found = _plan(tmp_path, _sweep({"seed": 0}, {"seed": 1})).listed()
   ends = outcomes.read(found, tmp_path)
   assert "not run" in sweep_table.to_csv(ends)
-  assert "<svg" not in sweep_page.page(ends, "title")
+  assert "<svg" not in sweep_page.page(ends, "title", tmp_path)
 
 
 def test_commands_run_some_at_a_time_and_say_whose_line_it_is(capfd):

@@ -78,7 +78,7 @@ def test_the_result_and_the_export_are_the_best_evaluations(whole):
   assert result["best_step"] != 24
   checkpoints = Checkpoints(whole / "checkpoints")
   like = _fresh_state()
-  state, _ = checkpoints.restore(result["best_step"], like)
+  state = checkpoints.restore(result["best_step"], like)
   checkpoints.close()
   exported = json.loads((whole / "adapter.json").read_text())
   np.testing.assert_array_equal(
@@ -177,7 +177,8 @@ def test_a_step_that_is_not_finite_is_skipped_where_that_is_asked_for(
   assert logged == [step for step in range(1, 25) if step not in (2, 3, 12)]
   assert all(np.isfinite(x) for line in _lines(tmp_path) for x in line.values())
   checkpoints = Checkpoints(tmp_path / "checkpoints")
-  state, [progress] = checkpoints.restore(24, _fresh_state())
+  state = checkpoints.restore(24, _fresh_state())
+  [progress] = checkpoints.progress(24)
   checkpoints.close()
   assert int(state.step) == 21  # The steps that were taken.
   assert progress.skipped == 3

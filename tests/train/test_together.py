@@ -40,7 +40,7 @@ def _trials(folder, **changes):
   runs = [job.runs[0] for job in jobs]
   shape = pipeline.Shape(toy.CONFIG.batch_size, (24,))
   seeds = [run.config.seed for run in runs]
-  batches = pipeline.together(toy.tokens(60, 1), shape, seeds=seeds)
+  batches = pipeline.Together(toy.tokens(60, 1), shape, seeds=seeds)
   job = toy.with_batches(jobs[0], lambda _: batches)
   return dataclasses.replace(job, runs=runs)
 

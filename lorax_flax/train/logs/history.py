@@ -46,6 +46,8 @@ class History:
     tokens: number of units so far, of the throughput.
     skipped: number of steps that changed nothing, since they were not finite.
     failed: step and reason of a run that diverged, else None.
+    scores: [step, score] of each time that it was judged.
+    pruned: step and reason of a run that was stopped early, else None.
   """
 
   def __init__(
@@ -65,7 +67,8 @@ class History:
     self._best = progress.best
     self._skipped_in_a_row = 0
     self.tokens, self.skipped = progress.tokens, progress.skipped
-    self.failed = progress.failed
+    self.failed, self.pruned = progress.failed, progress.pruned
+    self.scores = list(progress.scores)
 
   def add(self, number: int, metrics: Mapping[str, Mean]) -> None:
     """Adds a step's metrics, which are on the host already; one may be skipped.
@@ -103,6 +106,11 @@ class History:
     if self.name:
       self.info("%s: it ends here, the others go on", reason)
 
+  def prune(self, number: int, reason: str) -> None:
+    """Ends the run, which does worse than others."""
+    self.pruned = {"step": number, "reason": reason}
+    self.info("step %d: %s", number, reason)
+
   def info(self, message: str, *values: object) -> None:
     """Logs a line about the run, with its name where there are several."""
     prefix = f"{self.name}  ".replace("%", "%%") if self.name else ""
@@ -127,10 +135,7 @@ class History:
     self.record.write(
       number, epoch, {f"eval/{name}": value for name, value in found.metrics.items()}
     )
-    metrics = {
-      "eval_loss" if name == "loss" else name: value
-      for name, value in found.metrics.items()
-    }
+    metrics = found.named()
     self._evaluations.append(
       {"step": number, "epoch": epoch, "metrics": metrics, "examples": found.examples}
     )
@@ -168,7 +173,7 @@ class History:
     return self._evaluations[self._best], self._evaluations[-1]
 
   def progress(
-    self, position: Mapping[str, Any], seconds: Mapping[str, float]
+    self, position: Mapping[str, Any], seconds: Mapping[str, float], **where: Any
   ) -> Progress:
     """The part of a checkpoint that describes this run; arguments are its fields."""
     pending = self._pending.items()
@@ -181,6 +186,9 @@ class History:
       tokens=self.tokens,
       skipped=self.skipped,
       failed=self.failed,
+      scores=self.scores,
+      pruned=self.pruned,
+      **where,
     )
 
   def result(
@@ -206,8 +214,3 @@ class History:
       f"{self._unit}_per_second": speed,
       **({"report": best["report"]} if "report" in best else {}),
     }
-
-
-def running(histories: Sequence[History]) -> list[History]:
-  """The runs that have not diverged."""
-  return [history for history in histories if history.failed is None]

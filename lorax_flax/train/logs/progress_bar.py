@@ -18,7 +18,7 @@ class Display:
 
   def __init__(self, total: int, done: int, unit: str, quiet: bool = False):
     """Starts at `done` of `total` steps; `unit` is what speed is counted in."""
-    self._total, self._unit = total, unit
+    self.total, self._unit = total, unit
     self._console = rich_console.Console(quiet=True) if quiet else console.CONSOLE
     self._bar = rich_progress.Progress(
       rich_progress.TextColumn("step {task.completed}/{task.total}"),
@@ -64,7 +64,7 @@ class Display:
     self._bar.update(self._task, completed=step, status=status)
     if not self._console.is_terminal:
       rate = _span(rates, ".2e")
-      line = f"step {step}/{self._total}  epoch {epoch:.2f}  lr {rate}  {status}"
+      line = f"step {step}/{self.total}  epoch {epoch:.2f}  lr {rate}  {status}"
       self._console.print(line, markup=False)
 
 

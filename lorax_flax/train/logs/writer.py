@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,10 +28,10 @@ class Record:
 
   def __init__(self, workdir: Path, step: int):
     """Resumes after `step`: drops later lines, of a process that was killed."""
-    self.lines: list[dict[str, Any]] = _lines_until(workdir / files.METRICS, step)
+    self.lines: list[dict[str, Any]] = lines_until(workdir / files.METRICS, step)
     # Those of step 0 are written anew where nothing was saved.
     samples = workdir / files.SAMPLES
-    self.samples = _lines_until(samples, step) if step else []
+    self.samples = lines_until(samples, step) if step else []
     self._mirror = bucket.Mirror(workdir) if bucket.holds(workdir) else None
     if self._mirror is not None:
       workdir = self._mirror.folder
@@ -102,7 +103,7 @@ def _dump(line: Mapping[str, Any]) -> str:
   return strict_json.dump(line) + "\n"
 
 
-def _lines_until(file: Path, step: int) -> list[dict[str, Any]]:
+def lines_until(file: Path, step: float = math.inf) -> list[dict[str, Any]]:
   """The lines up to a step; the last one may have been cut off by a kill."""
   lines: list[dict[str, Any]] = []
   with bucket.reaching(file):
