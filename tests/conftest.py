@@ -9,7 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from tests import compiler
 
-# Most of the suite's time is XLA's, of which a fourth is left. torch's threads would wait
+# Most of the time is XLA's, of which a fourth is left. torch's threads would wait
 # for one another more than they compute. Both hold in a test's own processes too.
 os.environ.setdefault("XLA_FLAGS", compiler.QUICK)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
