@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import os
 import platform
 import re
@@ -15,10 +16,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 import lorax_flax as lx
 from lorax_flax.adapt.partition import partition, trainable_mask
+from lorax_flax.hub.checkpoints import quantized
 from lorax_flax.models import registry
 from lorax_flax.models.bert import model as bert
 from lorax_flax.models.bert.config import EncoderConfig
@@ -36,6 +37,7 @@ class Shape:
   Attributes:
     model: a key of `MODELS`.
     kv_heads: heads of keys and values, where a model has fewer of them.
+    tied: whether a decoder's head is its table of embeddings.
   """
 
   layers: int = 12
@@ -49,10 +51,15 @@ class Shape:
   dropout: float = 0.0
   model: str = "roberta"
   kv_heads: int | None = None
+  tied: bool = True
 
 
 ROBERTA_BASE = Shape()
 SMOLLM2 = Shape(30, 576, 9, 1536, 49152, batch=4, length=256, model="llama", kv_heads=3)
+LLAMA_1B = Shape(
+  16, 2048, 32, 8192, 128256, batch=4, length=2048, rank=16, model="llama", kv_heads=8
+)
+LLAMA_8B = dataclasses.replace(LLAMA_1B, layers=32, hidden=4096, mlp=14336, tied=False)
 SHAPES = {"roberta-base": ROBERTA_BASE, "smollm2": SMOLLM2}
 
 
@@ -94,7 +101,7 @@ class Job:
     return self.lower().compile()
 
 
-def _encoder(shape: Shape, dtype: str, scan: bool) -> nn.Module:
+def _encoder(shape: Shape, dtype: str, scan: bool, remat: str) -> nn.Module:
   config = EncoderConfig(
     model_type="roberta",
     vocab_size=shape.vocab,
@@ -109,11 +116,12 @@ def _encoder(shape: Shape, dtype: str, scan: bool) -> nn.Module:
     hidden_dropout_prob=shape.dropout,
     attention_probs_dropout_prob=shape.dropout,
   )
-  return bert.SequenceClassifier(config, jnp.dtype(dtype), scan)
+  return bert.SequenceClassifier(config, jnp.dtype(dtype), scan, remat)
 
 
-def _decoder(shape: Shape, dtype: str, scan: bool) -> nn.Module:
-  return registry.outline(decoder_config(shape), dtype=dtype, scan=scan).module
+def _decoder(shape: Shape, dtype: str, scan: bool, remat: str) -> nn.Module:
+  config = decoder_config(shape)
+  return registry.outline(config, dtype=dtype, scan=scan, remat=remat).module
 
 
 def decoder_config(shape: Shape) -> dict[str, Any]:
@@ -128,7 +136,7 @@ def decoder_config(shape: Shape) -> dict[str, Any]:
     "intermediate_size": shape.mlp,
     "max_position_embeddings": max(2048, shape.length),
     "attention_dropout": shape.dropout,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": shape.tied,
   }
 
 
@@ -167,6 +175,8 @@ def job(
   *,
   dtype: str = "float32",
   scan: bool = False,
+  remat: str = "none",
+  quant: str | None = None,
   abstract: bool = False,
   mesh: jax.sharding.Mesh | None = None,
 ) -> Job:
@@ -175,12 +185,13 @@ def job(
   Args:
     method: a key of `METHODS`.
     dtype: dtype of the computation, and of the frozen weights.
+    quant: format of a decoder's frozen kernels.
     abstract: makes shapes instead of arrays, to compile without running.
     mesh: devices to shard over as in training; only for shapes.
   """
   assert abstract or mesh is None
   made = MODELS[shape.model]
-  model = made.module(shape, dtype, scan)
+  model = made.module(shape, dtype, scan, remat)
   ids_BxT = jax.ShapeDtypeStruct((shape.batch, shape.length), jnp.int32)
   columns = jax.eval_shape(lambda: _batch(shape))
 
@@ -207,16 +218,17 @@ def job(
   optimizer = optim.optimizer(
     _rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, grad_clip=1.0
   )
-  params_of = lambda: _params(model, dtype, ids_BxT)
-  plan = lora.plan(jax.eval_shape(params_of), columns)
+  shapes = shapes_of(model, dtype, ids_BxT)
+  if quant is not None:
+    keymap = registry.outline(decoder_config(shape), scan=scan).keymap
+    shapes = quantized.shapes(shapes, keymap, quant)
+  plan = lora.plan(shapes, columns)
 
-  def make():
-    params = params_of()
+  def make(params):
     adapter = lora.init(jax.random.key(1), params, columns)
     return states.create(params, adapter, optimizer, jax.random.key(2))
 
-  # One program for all of the set-up: a model's worth of small ones is slow to compile.
-  state, base = jax.eval_shape(make) if abstract else jax.jit(make)()
+  state, base = jax.eval_shape(make, shapes) if abstract else make(drawn(shapes))
   batch = columns if abstract else _batch(shape)
   shardings = None
   if mesh is not None:
@@ -246,13 +258,36 @@ def _with_shardings(shapes, shardings) -> Any:
   )
 
 
-def _params(model, dtype, ids_BxT) -> Any:
-  zeros = jnp.zeros(ids_BxT.shape, ids_BxT.dtype)
-  boxed = model.init(jax.random.key(0), zeros, zeros)["params"]
-  unboxed = jax.tree.map(
-    lambda box: box.value, boxed, is_leaf=lambda x: hasattr(x, "names")
+def shapes_of(model: nn.Module, dtype: str, ids_BxT: Any) -> Any:
+  """The shapes of a model's weights, all of one dtype."""
+  boxed = jax.eval_shape(model.init, jax.random.key(0), ids_BxT, ids_BxT)["params"]
+  return jax.tree.map(
+    lambda box: jax.ShapeDtypeStruct(box.value.shape, jnp.dtype(dtype)),
+    boxed,
+    is_leaf=lambda x: hasattr(x, "names"),
   )
-  return optax.tree.cast(unboxed, jnp.dtype(dtype))
+
+
+def drawn(shapes: Any) -> Any:
+  """Arrays in the place of a tree's shapes: ones for a norm's scales, else random.
+
+  A program for each shape: one for all leaves takes a GPU's compiler minutes.
+  """
+  leaves, structure = jax.tree.flatten_with_path(shapes)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  names = [jax.tree_util.keystr(path[-1:], simple=True) for path, _ in leaves]
+  made = [
+    jnp.ones(leaf.shape, leaf.dtype) if name == "scale" else _draw(key, leaf)
+    for name, key, (_, leaf) in zip(names, keys, leaves, strict=True)
+  ]
+  return jax.tree.unflatten(structure, made)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  if jnp.issubdtype(leaf.dtype, jnp.integer):  # codes of a quantised weight
+    return jax.random.bits(key, leaf.shape, jnp.uint8).astype(leaf.dtype)
+  return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
 
 
 def _batch(shape: Shape) -> dict[str, Any]:

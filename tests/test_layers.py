@@ -12,6 +12,7 @@ from tests import imports
 ROOMS = (
   "lorax_flax.version",
   "lorax_flax.errors",
+  "lorax_flax.devices",
   "lorax_flax.text_table",
   "lorax_flax.html_page",
   "lorax_flax.metrics",

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax_flax import devices
 from lorax_flax.data.sequences import IGNORED
 from lorax_flax.sharding import activations
 
 if TYPE_CHECKING:  # --help and mistakes in flags need not wait for it.
   from lorax_flax.models.head import Head
 
-# Largest number of logits of a chunk on one device: 64 MiB in float32.
-ROOM = 2**24
+# Largest number of logits of a chunk on one device: 64 MiB in float32. A GPU needs more
+# tokens to a chunk, or it waits for the head, which each chunk reads.
+ROOM = {"cpu": 2**24, "gpu": 2**27, "tpu": 2**24}
 
 
 class TokenScores(NamedTuple):
@@ -39,7 +41,7 @@ def token_scores(
   x_BxTxD: jax.Array,
   labels_BxT: jax.Array,
   label_smoothing: float = 0.0,
-  room: int = ROOM,
+  room: int | None = None,
 ) -> TokenScores:
   """Scores of the labels that the head is to give at each position.
 
@@ -50,7 +52,7 @@ def token_scores(
   Args:
     labels_BxT: token ids, or IGNORED.
     label_smoothing: share of the other tokens in `smoothed`.
-    room: largest number of logits of a device at a time.
+    room: largest number of logits of a device at a time; None: `ROOM`.
   """
   frozen = head.gathered()
 
@@ -61,7 +63,7 @@ def token_scores(
 
   zeros_B = jnp.zeros(labels_BxT.shape[0], jnp.float32)
   sums = TokenScores(zeros_B, zeros_B)
-  size = _chunk_size(head, x_BxTxD, room)
+  size = _chunk_size(head, x_BxTxD, room or ROOM[devices.platform()])
   if size >= x_BxTxD.shape[1]:
     sums, _ = add(sums, (x_BxTxD, labels_BxT))
   else:

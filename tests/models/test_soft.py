@@ -266,7 +266,7 @@ def test_no_kernel_takes_keys_that_every_segment_has(monkeypatch):
   mask = jnp.ones((1, 128), jnp.int32)
   expected = ops.attention(q, q, q, mask, causal=True)
   module = sys.modules["lorax_flax.models.ops.attention"]
-  monkeypatch.setattr(module, "_platform", lambda: "tpu")
+  monkeypatch.setattr(module.devices, "platform", lambda: "tpu")
   kernel = lambda *args, **options: pytest.fail("the kernel")
   monkeypatch.setattr(module.splash, "attention", kernel)
   mask = mask.at[:, :3].set(layers.EVERY_SEGMENT)

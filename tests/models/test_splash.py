@@ -55,6 +55,13 @@ def interpreted(options):
   )
 
 
+def takes(kernel=splash, batch=B, t=S, size=K, dtype=jnp.bfloat16, **options):
+  options = {"causal": True, "window": None, "softcap": None} | options
+  q = jax.ShapeDtypeStruct((batch, t, H, size), dtype)
+  k = jax.ShapeDtypeStruct((batch, S, G, size), dtype)
+  return kernel.takes(q, k, **{"dropout": False, **options})
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_the_other_forms(case):
   q, k, v, mask, gradient, options = operands(case)
@@ -70,12 +77,12 @@ def test_values_and_gradients_are_the_other_forms(case):
 
 
 def test_what_the_kernel_does_not_compute_is_left_to_the_other_form():
-  q, k = (B, S, H, K), (B, S, G, K)
-  assert splash.takes(q, k, 3, dropout=False)
-  assert splash.takes((B, 128, H, K), k, None, dropout=False)
-  assert not splash.takes(q, k, None, dropout=True)
-  assert not splash.takes((B, 127, H, K), k, None, dropout=False)
-  assert not splash.takes(q, k, jnp.int32(3), dropout=False)
+  assert takes(window=3)
+  assert takes(t=128)
+  assert takes(causal=False, softcap=2.0)
+  assert not takes(dropout=True)
+  assert not takes(t=127)
+  assert not takes(window=jnp.int32(3))
 
 
 def on_meshes():
@@ -91,8 +98,8 @@ def on_meshes():
     axes = (AxisType.Auto,) * 4
     mesh = jax.make_mesh(sizes, AXES, axes, devices=jax.devices()[:count])
     with jax.set_mesh(mesh):
-      assert splash.takes(q.shape, k.shape, None, dropout=False)
-      assert not splash.takes((3, *q.shape[1:]), k.shape, None, dropout=False)
+      assert takes()
+      assert not takes(batch=3)
       found = jax.jit(run)(q, k, v, mask)
     for x, y in zip(found, want, strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)

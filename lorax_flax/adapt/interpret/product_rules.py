@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax_flax import devices
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import View, is_view
@@ -242,7 +243,7 @@ def _narrowed(view: View, axes: Axes, x: jax.Array) -> View:
     return view
   slots, examples = view.choice.slots, view.choice.examples
   places = x.size // math.prod(view.shape[i] for i in (*axes.contracted, *axes.shared))
-  side_by_side = slots + examples * places * slots / SPEED[jax.default_backend()]
+  side_by_side = slots + examples * places * slots / SPEED[devices.platform()]
   return view.scaled_as_chosen() if side_by_side < 3 * examples else view.chosen()
 
 

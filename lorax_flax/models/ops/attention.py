@@ -6,13 +6,18 @@ that share a head of keys, K head size.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lorax_flax import devices
 from lorax_flax.errors import LoraxError
-from lorax_flax.models.ops import order, splash
+from lorax_flax.models.ops import cudnn, order, splash
+
+# Kernels by platform, of what their `takes` says. There nothing BxHxTxS exists.
+KERNELS: dict[str, Any] = {"gpu": cudnn, "tpu": splash}
 
 
 def attention(
@@ -31,9 +36,9 @@ def attention(
 ) -> jax.Array:
   """Softmax attention, softmax in float32, by what suits the platform.
 
-  On TPUs a kernel computes what `splash.takes`; nothing BxHxTxS exists there.
-  Elsewhere one such array is kept for the gradient, in v's dtype, dropout included,
-  beside q, k, v and the result; with `softcap` the logits are computed a second time.
+  Where no kernel of `KERNELS` does, one array BxHxTxS is kept for the gradient, in v's
+  dtype, dropout included, beside q, k, v and the result; with `softcap` the logits are
+  computed a second time.
 
   Args:
     mask_BxS: nonzero where a key is attended to. Causal attention keeps to segments:
@@ -60,17 +65,11 @@ def attention(
     raise LoraxError("attention: a window needs causal attention")
   scale = float(size**-0.5 if scale is None else scale)
   dropout = dropout_rng is not None and dropout_rate > 0.0
-  shapes = q_BxTxHxK.shape, k_BxSxGxK.shape
-  if not shared and _platform() == "tpu" and splash.takes(*shapes, window, dropout):
-    return splash.attention(
-      q_BxTxHxK,
-      k_BxSxGxK,
-      v_BxSxGxK,
-      mask_BxS,
-      causal=causal,
-      window=window,  # type: ignore[arg-type]
-      scale=scale,
-      softcap=softcap,
+  form = {"causal": causal, "window": window, "softcap": softcap}
+  kernel = None if shared else KERNELS.get(devices.platform())
+  if kernel is not None and kernel.takes(q_BxTxHxK, k_BxSxGxK, **form, dropout=dropout):
+    return kernel.attention(
+      q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxS, **form, scale=scale
     )
   wide = order.wide(q_BxTxHxK.dtype)
   seen = mask_BxS[:, None, None, :] != 0
@@ -98,12 +97,6 @@ def attention(
     kept_BxGxRxS = kept_BxHxTxS.reshape(b, g, -1, s)
   settings = (rate, scale, softcap)
   return _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings)
-
-
-def _platform() -> str:
-  """The platform that is compiled for: the mesh's, of devices that may not be here."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
 
 
 def attention_by_place(

@@ -7,10 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from lorax_flax.models.ops import order
-from lorax_flax.sharding.activations import ROWS, num_shards
+from lorax_flax.models.ops import order, sharded
 
 _LANES = 128
 # Numbers of rows and columns of the kernel's blocks, of which the largest that divides
@@ -19,25 +17,20 @@ _BLOCKS = (512, 256, _LANES)
 
 
 def takes(
-  q_shape: tuple[int, ...], k_shape: tuple[int, ...], window: Any, dropout: bool
+  q: Any, k: Any, *, causal: bool, window: Any, softcap: float | None, dropout: bool
 ) -> bool:
   """True for what the kernel computes, on the mesh of the context.
 
   Args:
-    q_shape, k_shape: BxTxHxK and BxSxGxK.
+    q, k: BxTxHxK and BxSxGxK, arrays or their shapes and dtypes.
     window: of `attention`; a traced one is of layers that are scanned and differ.
     dropout: whether weights are dropped.
   """
-  mesh = jax.sharding.get_abstract_mesh()
+  del causal, softcap  # Either is computed.
   is_static = window is None or isinstance(window, int)
-  if dropout or not is_static or min(q_shape[1], k_shape[1]) < _LANES:
+  if dropout or not is_static or min(q.shape[1], k.shape[1]) < _LANES:
     return False
-  if mesh.empty or mesh.size == 1:
-    return True
-  if not {*ROWS, "tensor"} <= set(mesh.axis_names):
-    return False
-  apart = num_shards(mesh.shape)
-  return q_shape[0] % apart == 0 and k_shape[2] % mesh.shape["tensor"] == 0
+  return sharded.fits(q.shape[0], k.shape[2])
 
 
 def attention(
@@ -85,7 +78,7 @@ def attention(
     *(_filled(x) for x in (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK)),
     *(_filled(x) for x in (queries_BxT, keys_BxS)),
   ]
-  return _on_mesh(run)(*operands)[:, :t].astype(dtype)
+  return sharded.on_mesh(run, 2)(*operands)[:, :t].astype(dtype)
 
 
 def _kernel(
@@ -120,17 +113,6 @@ def _kernel(
     block_sizes=sizes,
     attn_logits_soft_cap=softcap,
     interpret=interpret,
-  )
-
-
-def _on_mesh(run: Any) -> Any:
-  """`run` with rows and heads sharded, where the context has a mesh: each is alone."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return run
-  heads, ids = PartitionSpec(ROWS, None, "tensor", None), PartitionSpec(ROWS, None)
-  return jax.shard_map(
-    run, in_specs=(heads,) * 3 + (ids,) * 2, out_specs=heads, check_vma=False
   )
 
 
