@@ -7,6 +7,13 @@ import subprocess
 # processes neither.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from tests import compiler
+
+# Most of the time is XLA's, of which a fourth is left. torch's threads would wait
+# for one another more than they compute. Both hold in a test's own processes too.
+os.environ.setdefault("XLA_FLAGS", compiler.QUICK)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import jax
@@ -48,16 +55,6 @@ def pytest_runtest_setup(item):
 def real_data():
   """Folder of published files, for the tests marked real_data."""
   return Path(REAL_DATA)
-
-
-@pytest.fixture(scope="module")
-def quick_to_compile():
-  """Programs of this module's tests are compiled in less time, and are slower."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  jax.clear_caches()
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-  jax.clear_caches()  # The other tests' programs are to be their own.
 
 
 @pytest.fixture

@@ -43,12 +43,7 @@ def test_shards_drop_their_own_places_and_replicated_values_the_same():
   done = subprocess.run(
     [sys.executable, "-c", PROGRAM],
     cwd=root,
-    env=os.environ
-    | {
-      "PYTHONPATH": str(root),
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    },
+    env=os.environ | {"PYTHONPATH": str(root), "JAX_NUM_CPU_DEVICES": "4"},
     capture_output=True,
     text=True,
     timeout=120,

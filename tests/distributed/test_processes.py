@@ -18,9 +18,6 @@ from experiments.cli import config_dict, config_flag
 from lorax_flax.distributed import processes
 from tests.train import tiny
 
-# One worker runs them all: what they share is made once.
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
@@ -48,7 +45,7 @@ def _launch(config, workdir, count, *flags, sabotage="-1 none 0"):
       *(f"--config={config}", f"--workdir={workdir}", *flags),
     ],
     cwd=tiny.ROOT,
-    env=os.environ | tiny.QUICK_TO_COMPILE | {"SABOTAGE": sabotage},
+    env=os.environ | {"SABOTAGE": sabotage},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

@@ -15,10 +15,6 @@ from lorax_flax.serve.settings import Decoding
 from tests.experiments import own_text, peers, test_seq2seq
 from tests.train.stopping import interrupt
 
-pytestmark = [
-  pytest.mark.xdist_group("answers"),  # Runs that several tests look at.
-  pytest.mark.usefixtures("quick_to_compile"),
-]
 PROMPTS, NEW, STEPS = 2, 6, 10  # 18 rows in batches of 4: evaluated at 5 and at 10
 
 

@@ -22,7 +22,6 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.serve.settings import Decoding
 from tests.experiments import own_text, peers
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 NEW, SYSTEM = 5, "two"
 QUESTIONS = ("one", "three four")
 

@@ -20,7 +20,6 @@ from lorax_flax.serve.settings import Decoding
 from tests.data import test_e2e as data
 from tests.experiments import own_text, token_ids
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 DECODING = Decoding(max_new_tokens=12, beams=2, no_repeat_ngram=4)
 
 

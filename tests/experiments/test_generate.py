@@ -11,7 +11,6 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.serve.settings import Decoding
 from tests.experiments import peers
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 TEMPLATE = (
   "{% for m in messages %}<s> {{ m.content }} {% endfor %}"
   "{% if add_generation_prompt %}a man{% endif %}"

@@ -22,10 +22,6 @@ from lorax_flax.jobs.abstract import abstract
 from tests.experiments import peers
 from tests.train.stopping import interrupt
 
-pytestmark = [
-  pytest.mark.xdist_group("images"),  # Runs that several tests look at.
-  pytest.mark.usefixtures("quick_to_compile"),
-]
 CLASSES = ("dark", "light", "striped")
 STEPS = 40
 

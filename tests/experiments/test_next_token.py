@@ -32,11 +32,6 @@ from tests.experiments.token_ids import (
 )
 from tests.train.stopping import interrupt
 
-pytestmark = [
-  pytest.mark.xdist_group("next_token"),  # Runs that several tests look at.
-  pytest.mark.usefixtures("quick_to_compile"),
-]
-
 # Of each family: the config that is shrunk, and what PEFT adapts.
 FAMILIES = {
   "llama": ("llama3_8b_instruct.py", {"target_modules": "all-linear"}),

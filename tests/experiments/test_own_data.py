@@ -18,8 +18,6 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.jobs.abstract import abstract
 from tests.experiments import peers
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 WORDS = [word for word in peers.WORDS.split() if word.isalpha() and word != "cat"]
 STEPS = 60
 

@@ -18,11 +18,6 @@ from experiments import run
 from lorax_flax.errors import LoraxError
 from tests.experiments import own_text
 
-pytestmark = [
-  pytest.mark.xdist_group("own_text"),  # Runs that several tests look at.
-  pytest.mark.usefixtures("quick_to_compile"),
-]
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

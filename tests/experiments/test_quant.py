@@ -16,7 +16,6 @@ from lorax_flax.serve.settings import Decoding
 from tests.experiments import own_text, peers
 from tests.quant import checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 STEPS = 3
 LINES = [{"input_ids": [3, 7, 9]}, {"input_ids": [5]}, {"input_ids": [1, 2, 3, 4]}]
 

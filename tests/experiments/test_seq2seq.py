@@ -28,11 +28,6 @@ from lorax_flax.models import registry
 from tests.experiments import own_text, peers
 from tests.train.stopping import interrupt
 
-pytestmark = [
-  pytest.mark.xdist_group("seq2seq"),  # Runs that several tests look at.
-  pytest.mark.usefixtures("quick_to_compile"),
-]
-
 STEPS, RATE, CLIP, DECAY = 8, 5e-3, 1.0, 0.1
 ALPHA = 1.5
 VERSIONS = {

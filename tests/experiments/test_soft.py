@@ -20,8 +20,6 @@ from tests.experiments.token_ids import rows, shrunk, write
 from tests.train.stopping import interrupt
 
 pytestmark = [
-  pytest.mark.xdist_group("soft_runs"),  # Runs that several tests look at.
-  pytest.mark.usefixtures("quick_to_compile"),
   pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 

@@ -19,12 +19,6 @@ from lorax_flax.distributed import subprocesses
 from lorax_flax.errors import LoraxError
 from tests.train import tiny
 
-# One worker runs them all: what they share is made once.
-pytestmark = [
-  pytest.mark.xdist_group("sweep"),
-  pytest.mark.usefixtures("quick_to_compile"),
-]
-
 # Four of two rates and seeds, one of another rank and scale, and one that diverges.
 SWEEP = """
 
@@ -165,7 +159,6 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_table(config, swept, tmp_pa
       *(f"--config={config}", f"--workdir={tmp_path}"),
     ],
     cwd=tiny.ROOT,
-    env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     stdout=subprocess.DEVNULL,
   )
   metrics = tmp_path / "trial-000" / "metrics.jsonl"

@@ -97,7 +97,6 @@ def test_processes_share_a_bucket_for_workdir_and_programs_and_one_goes_on(
   code, said = _run(
     *("-m", "launch.local", "--processes=2", "--grace=60", "--"),
     *("-m", "tests.distributed.saboteur", *flags),
-    **tiny.QUICK_TO_COMPILE,
     SABOTAGE="1 term 4",
   )
   assert code == 143, said
@@ -105,7 +104,7 @@ def test_processes_share_a_bucket_for_workdir_and_programs_and_one_goes_on(
   assert told, said
   assert any(name.startswith("compiled/jit") for name in bucket.names())
 
-  code, said = _run("-m", "experiments.run", *flags, **tiny.QUICK_TO_COMPILE)
+  code, said = _run("-m", "experiments.run", *flags)
   assert code == 0, said
   assert f"resuming after step {told[1]} of 12" in said
   assert "gs://bucket/shared/adapter/\n" in said

@@ -50,7 +50,7 @@ def test_a_slurm_job_that_is_told_to_stop_is_queued_again_and_ends(tmp_path):
       f"--workdir={tmp_path / 'run'}",
     ],
     cwd=tiny.ROOT,
-    env=os.environ | tiny.QUICK_TO_COMPILE | environment,
+    env=os.environ | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

@@ -15,7 +15,6 @@ from tests.methods import peft_methods as peers
 from tests.methods.layers import FUNCTIONS
 from tests.methods.steps import trained_beside
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 IN, OUT, LEARNING_RATE = 12, 8, 1e-2
 
 

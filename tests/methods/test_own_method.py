@@ -32,11 +32,6 @@ from lorax_flax.models import registry
 from tests.adapt.checks import check_equals_merged, check_no_dense_gradient, perturbed
 from tests.train import tiny
 
-# One worker runs them all: what they share is made once.
-pytestmark = [
-  pytest.mark.xdist_group("own_method"),
-  pytest.mark.usefixtures("quick_to_compile"),
-]
 STATIC: Any = {"static": True}
 
 
@@ -283,11 +278,10 @@ run.run(found, Path(folder))
 def _process(config, folder, **mesh):
   """A run in a process of its own, on as many devices as the mesh has."""
   devices = int(np.prod([*mesh.values()], initial=1))
-  xla = f"{tiny.QUICK_TO_COMPILE['XLA_FLAGS']} --xla_force_host_platform_device_count"
   return subprocess.Popen(
     [sys.executable, "-c", _RUN, str(config), str(folder), json.dumps(mesh)],
     cwd=tiny.ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{xla}={devices}"},
+    env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
   )
 
 

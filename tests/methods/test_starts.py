@@ -22,7 +22,6 @@ from tests.adapt.checks import check_no_dense_gradient, perturbed
 from tests.hub.peft import peers
 from tests.methods.steps import trained_beside
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 IN, OUT, RANK, ALPHA, LEARNING_RATE = 12, 8, 3, 6, 1e-2
 NAMES = ("pissa", "olora")
 X = np.random.default_rng(0).normal(size=(5, IN)).astype("f4")

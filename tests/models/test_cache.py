@@ -13,8 +13,6 @@ from lorax_flax.models import registry
 from tests.adapt import checks
 from tests.models import test_decoder, test_packing, test_t5
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 # Scalings that look at a text's length rotate a key by the length when it was written,
 # so that one call with all tokens differs: these are compared with transformers alone.
 BY_LENGTH = ("llama, dynamic", "phi3")

@@ -20,8 +20,6 @@ from tests.models import (
   test_vit,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 FAMILIES = {
   "bert": (peers.save, peers.batch),
   "deberta": (

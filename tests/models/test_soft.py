@@ -27,7 +27,6 @@ from tests.models import decoders, family, soft_peers
 from tests.models.soft_peers import LENGTH, settings
 
 pytestmark = [
-  pytest.mark.usefixtures("quick_to_compile"),
   # PEFT calls transformers by names that these are about.
   pytest.mark.filterwarnings("ignore::FutureWarning"),
   pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT"),

@@ -12,7 +12,6 @@ from lorax_flax.models.soft import SoftSettings
 from tests.models import decoders, family, peers, soft_peers
 
 pytestmark = [
-  pytest.mark.usefixtures("quick_to_compile"),
   # PEFT calls transformers by names that these are about.
   pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]

@@ -13,7 +13,6 @@ from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from tests.adapt.checks import all_equations, perturbed
 from tests.methods import peft_methods as peers
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 LAYERS, D, HIDDEN = 3, 64, 128
 X = jax.random.normal(jax.random.key(1), (5, D))
 

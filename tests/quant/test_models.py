@@ -20,7 +20,6 @@ from tests.experiments import own_text
 from tests.models import family
 from tests.quant import checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "vocab_size": 40, "max_position_embeddings": 16}
 

@@ -10,8 +10,6 @@ from lorax_flax.serve.adapters import Adapters, SlotsInUse
 from tests import compiles
 from tests.adapt import checks
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 PARAMS = {"up": jnp.full((4, 5), 0.3), "down": jnp.full((5, 3), 0.2)}
 X = jnp.arange(8.0).reshape(2, 4)
 ONE = 4 * (4 * 2 + 2 * 5) + 4  # bytes of a LoRA of rank 2 on up

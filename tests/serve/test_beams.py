@@ -11,7 +11,6 @@ from lorax_flax.serve import beams, history, rules
 from lorax_flax.serve.settings import Decoding
 from tests.serve.models import Recomputed, left_padded, table_step, take
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 RNG = np.random.default_rng(0)
 # No token of a prompt; not 0, for which transformers puts an end.
 PAD = 39

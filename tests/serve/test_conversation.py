@@ -16,7 +16,6 @@ from tests.serve import talker
 from tests.serve.conftest import save
 from tests.serve.test_generate import PROMPTS
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 WINDOW, MOST = 19, 512
 NEW = Decoding(max_new_tokens=6, repetition_penalty=1.2)
 MODELS = {

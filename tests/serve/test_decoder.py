@@ -12,8 +12,6 @@ from lorax_flax.serve import decoder
 from tests.adapt import checks
 from tests.models import test_decoder, test_packing, test_t5
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 NEW = 12
 LONG, SHORT = np.arange(3, 13).tolist(), [5, 3]
 

@@ -16,7 +16,6 @@ from lorax_flax.serve.settings import Decoding
 from lorax_flax.serve.waiting import Waiting
 from tests.serve import talker as talkers
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 RNG = np.random.default_rng(0)
 LENGTH = 64
 

@@ -20,7 +20,6 @@ from lorax_flax.serve.settings import Decoding
 from tests.serve import talker as talkers
 from tests.serve.conftest import CONFIGS, VOCAB, save
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 RNG = np.random.default_rng(0)
 PAD, NEW = 39, 10
 PROMPTS = [RNG.integers(3, PAD, n).tolist() for n in (5, 18, 1, 7, 2)]

@@ -11,7 +11,6 @@ from lorax_flax.serve import history, rules, sampling
 from lorax_flax.serve.settings import Decoding
 from tests.serve.models import left_padded, table_step
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 PROMPTS = [[5, 9, 7, 30, 12], [8], [21, 4, 21], [6, 6]]
 PAD = 39
 

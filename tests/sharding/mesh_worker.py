@@ -44,15 +44,15 @@ DECODER = {
   "lora.dropout": 0.0,
 }
 MIXTURE = DECODER | {"model.path": "MIXTURE", "lora.targets": "all-linear"}
-# data, fsdp, tensor: every way to cut eight devices, and what is on fewer.
+# data, fsdp, tensor: each alone, all, and each pair, which are on fewer than there are.
+# A way of 2 or 4 shards what one of 8 does.
 MESHES = (
-  *((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)),
-  *((4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2)),
-  *((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)),
+  *((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)),
+  *((2, 2, 1), (2, 1, 2), (1, 2, 2)),
 )
 # And expert.
 OF_EXPERTS = (
-  *((1, 1, 1), (2, 2, 2), (8, 1, 1), (1, 1, 1, 2), (1, 1, 1, 4)),
+  *((1, 1, 1), (2, 2, 2), (1, 1, 1, 4)),
   *((2, 1, 1, 4), (1, 2, 1, 4), (1, 1, 2, 4), (1, 2, 2, 2)),
 )
 CASES = {
@@ -61,7 +61,7 @@ CASES = {
   "dropped": (DROPPED, ((1, 1, 1), (2, 2, 2))),
   "full": (FULL, ((8, 1, 1),)),
   "mixture": (MIXTURE, OF_EXPERTS),
-  "decoder": (DECODER, tuple(m for m in MESHES if max(m) != 4 and m != (2, 1, 2))),
+  "decoder": (DECODER, MESHES[:5]),
 }
 STEPS = 3
 

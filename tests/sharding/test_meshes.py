@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -15,9 +14,6 @@ from tests.sharding import mesh_worker
 from tests.train import tiny
 
 LAYERS = {"plain": 1, "scanned": 2}
-
-# One worker runs them all: what they share is made once.
-pytestmark = pytest.mark.xdist_group("meshes")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +31,6 @@ def cases(tmp_path_factory):
       *(config, folder / "deep", folder / "decoder", folder / "mixture"),
     ],
     cwd=tiny.ROOT,
-    env=os.environ | tiny.QUICK_TO_COMPILE,
     capture_output=True,
     text=True,
     check=False,

@@ -16,7 +16,6 @@ from lorax_flax.sharding.mesh import MeshConfig
 from tests.train.stopping import Stopped
 
 IN, HIDDEN, OUT = 6, 16, 3
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 SETTINGS = {"steps": 30, "learning_rate": 0.03, "log_steps": 5, "save_steps": 4}
 
 

@@ -18,7 +18,6 @@ TRIALS = [
   (0.05, 0, 0.02, 1e-3, 5),
   (0.1, 1, 0.01, 0.05, 3),
 ]
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 def _config(number, **changes):

@@ -59,9 +59,8 @@ def test_chunks_have_the_plain_losss_value_and_gradient(tmp_path, name, method):
       lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape),
       adapter,
     )
-    return jax.value_and_grad(
-      lambda adapter: lora.apply(model.params, adapter, batch).sum()
-    )(adapter)
+    total = lambda adapter: lora.apply(model.params, adapter, batch).sum()
+    return jax.jit(jax.value_and_grad(total))(adapter)
 
   want, want_grads = loss(None)
   # 37 tokens in the vocabulary and 3 rows: 13, 5 and 1 of a row's tokens at a time.

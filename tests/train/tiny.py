@@ -15,11 +15,6 @@ from lorax_flax.hub.checkpoints import export
 from lorax_flax.models import registry
 
 ROOT = Path(__file__).parents[2]
-# The compiler takes a fourth of the time, and does not optimise.
-QUICK_TO_COMPILE = {
-  "XLA_FLAGS": "--xla_backend_optimization_level=0"
-  " --xla_llvm_disable_expensive_passes=true"
-}
 WORDS = (
   "[PAD] [CLS] [SEP] [UNK] a man plan canal panama was it cat i saw no lemon melon"
 )

@@ -12,7 +12,6 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.models import registry
 from tests.experiments import peers
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 TEXTS = ["was it a cat i saw", "no lemon", "a man a plan a canal panama", "melon"]
 
 

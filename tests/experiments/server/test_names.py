@@ -15,8 +15,6 @@ from lorax_flax.models import registry
 from tests.experiments import peers
 from tests.experiments.server.conftest import SETTINGS, language
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 def _load(client, name, path=None):
   fields = {"lora_name": name} | ({} if path is None else {"lora_path": str(path)})

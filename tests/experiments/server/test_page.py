@@ -13,7 +13,6 @@ from tests.experiments import peers
 from tests.experiments.server import browser as browsers
 
 pytestmark = [
-  pytest.mark.usefixtures("quick_to_compile"),
   pytest.mark.skipif(browsers.BINARY is None, reason="there is no Chromium"),
 ]
 

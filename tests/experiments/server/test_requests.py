@@ -8,7 +8,6 @@ from starlette.testclient import TestClient
 
 from experiments.server import app, schemas
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 VALID = {
   "/v1/completions": (
     schemas.Completion,

@@ -17,7 +17,6 @@ from starlette.testclient import TestClient
 from experiments.server import app
 from tests.experiments.server.conftest import language
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 NEW = 12
 MESSAGES = [{"role": "user", "content": "three four"}]
 

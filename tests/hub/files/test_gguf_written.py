@@ -26,7 +26,6 @@ from tests.experiments import peers
 from tests.hub.files import test_gguf
 from tests.models import decoders, family
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 Kind = gguf.GGMLQuantizationType
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 LLAMA3 = {

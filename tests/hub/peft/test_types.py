@@ -14,7 +14,6 @@ from tests.hub.peft import peers
 from tests.methods import peft_methods
 from tests.methods.peft_methods import PEERS
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 TARGETS = ["query", "intermediate.dense"]
 
 
