@@ -9,7 +9,6 @@ import lorax_flax as lx
 from lorax_flax.adapt.activations import input_moments
 from tests.adapt.checks import perturbed
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 12)).astype("f4")
 KERNELS = jnp.asarray(RNG.normal(size=(3, 2, 6, 12)) / 3, jnp.float32)

@@ -11,7 +11,6 @@ from experiments.merge import merge
 from lorax_flax.errors import LoraxError
 from tests.experiments import peers
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 LINES = [{"text": "a man a plan"}, {"text": "was it a cat", "text_pair": "i saw"}]
 
 

@@ -16,8 +16,6 @@ from lorax_flax.models import registry, with_adapter
 from tests.experiments import own_text, peers
 from tests.quant import checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):

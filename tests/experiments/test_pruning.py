@@ -16,10 +16,7 @@ from tests.train.stopping import Stopped, Stopping
 from tests.train.toy import with_batches
 
 # One worker runs them all: what they share is made once.
-pytestmark = [
-  pytest.mark.xdist_group("sweep"),
-  pytest.mark.usefixtures("quick_to_compile"),
-]
+pytestmark = []
 
 
 def _optunas(text, total, curves, direction):

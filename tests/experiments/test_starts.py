@@ -8,10 +8,7 @@ from lorax_flax.models import with_adapter
 from tests.experiments import peers
 from tests.experiments.token_ids import rows, shrunk, write
 
-pytestmark = [
-  pytest.mark.usefixtures("quick_to_compile"),
-  pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 @pytest.fixture(scope="module")

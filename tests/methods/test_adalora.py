@@ -14,7 +14,6 @@ import torch
 import lorax_flax as lx
 from tests.adapt.checks import perturbed
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 RANK, ALPHA, LEARNING_RATE, STEPS = 4, 6, 5e-2, 9
 # Choices at 4, 6, and, the last one, 7; two more steps stay with it.
 OPTIONS = {"target_r": 2, "tinit": 2, "tfinal": 2, "deltaT": 2, "total_step": STEPS}

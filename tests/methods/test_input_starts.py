@@ -18,7 +18,6 @@ import lorax_flax as lx
 from tests.adapt.checks import check_no_dense_gradient, perturbed
 from tests.methods.steps import trained_beside
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 WIDTH, RANK, ALPHA, LEARNING_RATE = 12, 3, 6, 1e-2
 RNG = np.random.default_rng(0)
 X = (RNG.normal(size=(64, WIDTH)) * np.linspace(0.5, 1.5, WIDTH) + 1).astype("f4")

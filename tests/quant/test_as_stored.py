@@ -14,7 +14,6 @@ from lorax_flax.models.settings import ModelSettings
 from tests.hub.files import test_gguf
 from tests.models import family
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 KERNEL = "model/layer_1/mlp/up_proj/kernel"
 Kind = gguf.GGMLQuantizationType
 INPUTS = dict(

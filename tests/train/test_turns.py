@@ -16,8 +16,6 @@ from tests.train import toy
 from tests.train.stopping import Stopped, Stopping
 from tests.train.test_together import _check_same, _exported, _lines
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 # learning rate, seed, rank.
 TRIALS = [(0.1, 0, 2), (0.02, 1, 2), (0.05, 0, 5), (0.1, 1, 3), (0.07, 2, 4)]
 PRUNED = {1: 10, 2: 5}  # After how many steps, by number.

@@ -16,7 +16,6 @@ from tests.experiments import peers
 from tests.experiments.server.conftest import SETTINGS
 from tests.quant import checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 PROMPT, NEW = "one two", 6
 
 
