@@ -1,11 +1,12 @@
 """Reads an adapter of any form and writes it in another.
 
   python -m experiments.convert --base=B --from=A --to=DIR \
-    [--format=peft|loralib|vllm|orbax|gguf|mlx]
+    [--format=peft|loralib|vllm|orbax|gguf|mlx|torchtune]
 
 A is a PEFT folder, a folder that this command wrote, a GGUF file, a folder of mlx-lm,
-or a state dict of loralib (.bin, .pt, .safetensors; it does not hold --alpha, nor
---enable_lora where layers are merged). Its form is found.
+torchtune's adapter_model.pt (it does not hold --alpha), or a state dict of loralib
+(.bin, .pt, .safetensors; it does not hold --alpha, nor --enable_lora where layers are
+merged). Its form is found.
 The adapter read is printed, and written to DIR atomically. Our own form, orbax, keeps
 all that PEFT's says: the way back gives the same tensors.
 """
@@ -43,7 +44,7 @@ FORMAT = flags.DEFINE_string(
   "format", "orbax", f"What to write: {', '.join(FORMATS)}.", flag_values=FLAGS
 )
 ALPHA = flags.DEFINE_float(
-  "alpha", None, "lora_alpha of a loralib file.", flag_values=FLAGS
+  "alpha", None, "lora_alpha of a loralib or torchtune file.", flag_values=FLAGS
 )
 ENABLE_LORA = flags.DEFINE_list(
   "enable_lora",
@@ -115,6 +116,8 @@ def convert(
     factors = plain.of_adapter(theirs.adapter, loaded.keymap, module.TOOL)
     with atomic.new_folder(folder, overwrite=True) as scratch:
       module.write(scratch, factors, target)
+    if not module.HAS_ALPHA:
+      notes.append(_alpha_note(folder / module.FILE, factors.alpha))
   elif form == "vllm":
     vllm.write_adapter(
       folder, theirs, loaded.keymap, max_rank=max_rank or vllm.DEFAULT_MAX_RANK
@@ -137,10 +140,12 @@ def convert(
     used = loralib.write_adapter(
       folder, theirs.adapter, loaded.keymap, enable_lora=enable_lora or parts
     )
-    notes.append(
-      f"{folder / loralib.FILE} is for lora_alpha={used:g}, not stored there"
-    )
+    notes.append(_alpha_note(folder / loralib.FILE, used))
   return saved, loaded.keymap, notes
+
+
+def _alpha_note(file: Path, alpha: float) -> str:
+  return f"{file} is for lora_alpha={alpha:g}, not stored there"
 
 
 def table(saved: Saved, keymap: KeyMap) -> str:

@@ -33,7 +33,7 @@ class Plain(NamedTuple):
 
 
 class Base(NamedTuple):
-  """What a form depends on of the base.
+  """The base, as far as a form depends on it.
 
   Attributes:
     keymap: of the base.

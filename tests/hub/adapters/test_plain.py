@@ -18,14 +18,15 @@ import lorax_flax as lx
 from experiments.convert import convert
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.adapters import any as adapters
-from lorax_flax.hub.adapters import mlx, plain
+from lorax_flax.hub.adapters import mlx, plain, torchtune
+from lorax_flax.hub.files import torch_file
 from lorax_flax.methods import Tuned
 from lorax_flax.models import gguf, registry, with_adapter
 from tests.hub.adapters.written import base as described
 
 WRITTEN = Path(__file__).parent / "written"
 # What a tool's file does not say.
-ALPHA = {"mlx": None}
+ALPHA = {"mlx": None, "torchtune": 3.0}
 QUERY = "model/layer_1/self_attn/q_proj/kernel"
 
 
@@ -67,16 +68,51 @@ def test_a_tools_adapter_has_its_logits(theirs, base):
 @pytest.mark.parametrize("form", ["peft", "loralib", *adapters.PLAIN])
 def test_each_form_to_each_has_equal_logits(form, theirs, base, tmp_path):
   name, folder, got, _, saved = theirs
-  alpha = ALPHA[name]
-  convert(base, str(folder), str(tmp_path / "x"), form, alpha=alpha)
-  assert adapters.form(tmp_path / "x") == form
-  config = saved.config
-  given = config.alpha if form == "loralib" or ALPHA.get(form) else None
-  again, _ = _logits(base, tmp_path / "x", given)
+  alpha, to = ALPHA[name], tmp_path / "x"
+  if (name, form) == ("mlx", "torchtune"):
+    with pytest.raises(LoraxError, match=r"unknown torchtune module 'model\.embed_tok"):
+      convert(base, str(folder), str(to), form)
+    return
+  convert(base, str(folder), str(to), form, alpha=alpha)
+  assert adapters.form(to) == form
+  given = saved.config.alpha if form in ("loralib", "torchtune") else None
+  again, _ = _logits(base, to, given)
   np.testing.assert_allclose(again, got, atol=1e-5)
-  convert(base, str(tmp_path / "x"), str(tmp_path / "back"), name, alpha=given)
+  convert(base, str(to), str(tmp_path / "back"), name, alpha=given)
   again, _ = _logits(base, tmp_path / "back", alpha)
   np.testing.assert_allclose(again, got, atol=1e-5)
+
+
+def test_torchtunes_own_file_comes_back(base, tmp_path):
+  source = WRITTEN / "torchtune"
+  *_, notes = convert(base, str(source), str(tmp_path / "x"), "torchtune", alpha=3.0)
+  assert "lora_alpha=3, not stored there" in notes[0]
+  want, got = (torch_file.read(f / torchtune.FILE) for f in (source, tmp_path / "x"))
+  assert got.keys() == want.keys()
+  for key, tensor in want.items():
+    np.testing.assert_array_equal(got[key], tensor, err_msg=key)
+  with pytest.raises(LoraxError, match="torchtune's, which does not store alpha"):
+    with_adapter.load(base, source)
+  # Its checkpointer of Hugging Face's models writes PEFT's files beside it.
+  (tmp_path / "x" / "adapter_config.json").write_text("{}")
+  assert adapters.form(tmp_path / "x") == "peft"
+
+
+@pytest.mark.parametrize(
+  ("left_out", "message"),
+  [
+    ("layers.0.attn.q_proj", r"same modules in all layers, and layer 0 lacks attn\.q"),
+    ("mlp.w2", r"all of mlp\.w1, mlp\.w2, mlp\.w3 or none"),
+  ],
+)
+def test_torchtunes_recipes_cannot_name_every_module(left_out, message, base, tmp_path):
+  loaded, _ = with_adapter.load(base, WRITTEN / "torchtune", alpha=3.0)
+  target = plain.Base(loaded.keymap, gguf.heads(loaded.config))
+  tensors, _ = torchtune.read(WRITTEN / "torchtune", target)
+  theirs = {"layers.0.attn.q_proj": "layers.0.self_attn.q_proj", "mlp.w2": "down_proj"}
+  kept = {k: v for k, v in tensors.items() if theirs[left_out] not in k}
+  with pytest.raises(LoraxError, match=message):
+    torchtune.write(tmp_path, plain.Plain(kept, 3.0), target)
 
 
 def test_mlx_lms_own_file_comes_back(base, tmp_path):
@@ -119,7 +155,7 @@ def test_what_a_form_cannot_hold_is_refused_by_name(form, base):
 
 @pytest.mark.parametrize("form", ALPHA)
 def test_a_tool_with_one_rank_refuses_others(form, base, tmp_path):
-  loaded, saved = with_adapter.load(base, WRITTEN / "mlx")
+  loaded, saved = with_adapter.load(base, WRITTEN / form, alpha=ALPHA[form])
   lora = saved.adapter[QUERY]
   adapter = {QUERY.replace("1", "0"): replace(lora, a=lora.a[:, :1], b=lora.b[:1])}
   target = plain.Base(loaded.keymap, gguf.heads(loaded.config))
