@@ -290,8 +290,8 @@ def to_state_dict(
           factors[km.module_of(key)] = found
       else:
         raise LoraxError(
-          f"the {type(delta).__name__} of {path} is neither of a linear layer nor of an"
-          " embedding, which alone have LoRA's two factors there"
+          f"no layer for the {type(delta).__name__} of {path}: such a file holds LoRA's"
+          " two factors of linear layers and embeddings alone"
         )
   if not factors:
     raise LoraxError("loralib's file needs one low-rank delta at least; none here")

@@ -179,3 +179,14 @@ def test_mlx_lms_settings_that_are_not_read_are_named(fields, message, base, tmp
   file.write_text(json.dumps(json.loads(file.read_text()) | fields))
   with pytest.raises(LoraxError, match=message):
     with_adapter.load(base, tmp_path / "x")
+
+
+def test_experts_are_refused_where_a_module_has_two_matrices():
+  sizes = {**described.CONFIG, "model_type": "mixtral", "num_local_experts": 2}
+  sizes |= {"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 1}
+  keymap = registry.outline(sizes).keymap
+  path = "model/layer_0/mlp/experts/down_proj"
+  a, b = jnp.ones((2, 6, 3)), jnp.ones((2, 3, 8))
+  delta = lx.LoRA(a=a, b=b, scale=jnp.ones(2), roles=("stack", "in", "out"))
+  with pytest.raises(LoraxError, match=f"no layer for the LoRA of {path}: "):
+    plain.of_adapter({path: delta}, keymap, "mlx-lm")
