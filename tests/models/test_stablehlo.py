@@ -57,8 +57,7 @@ def test_a_text_longer_than_the_models_is_refused():
 def test_a_quantised_weight_is_a_dense_argument():
   model = registry.outline({"model_type": "llama", **LAYERS})
   program = stablehlo.of_model(model, registry.abstract_params(model, quant="nf4"))
-  dense = _program(model)
-  assert program.in_avals == dense.in_avals
+  assert str(program.in_avals) == str(_program(model).in_avals)
 
 
 class _AtTrace(nn.Module):
