@@ -83,11 +83,12 @@ def _stablehlo(
 ) -> None:
   del base, dtype
   has_labels = model.family.has_labels
+  # First, since it refuses what no weight holds.
+  leaves = export.leaves(model.params, model.keymap)
   export_stablehlo.write(
     folder,
     stablehlo.of_model(model, model.params),
-    model.params,
-    model.keymap,
+    leaves,
     labels=model.hf_config.get("id2label") if has_labels else None,
     base=model.folder,
     adapter=adapter,

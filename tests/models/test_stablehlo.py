@@ -1,4 +1,4 @@
-"""Programs of StableHLO, of every family; experiments/test_merge_stablehlo runs some."""
+"""Programs of StableHLO, of every family; tests of the merge command run some."""
 
 import dataclasses
 

@@ -12,7 +12,6 @@ from safetensors.numpy import save_file
 from lorax_flax.files import atomic
 from lorax_flax.files.workdir import write_json
 from lorax_flax.hub.checkpoints import export
-from lorax_flax.hub.checkpoints.keymap import KeyMap
 
 FILE = "model.stablehlo"
 ARGUMENTS = "params.json"
@@ -21,8 +20,7 @@ ARGUMENTS = "params.json"
 def write(
   folder: Path,
   program: Exported,
-  params: Any,
-  keymap: KeyMap,
+  leaves: Mapping[str, np.ndarray],
   *,
   labels: Mapping[str, str] | None,
   base: Path,
@@ -39,15 +37,14 @@ def write(
 
   Args:
     program: (weights by path, inputs by name) -> logits; see `models.stablehlo`.
-    params: the model's tree; quantised weights are written dense.
+    leaves: the weights, by path; see `export.leaves`.
     labels: names of the outputs by index; None where they are a vocabulary.
-    keymap, base, adapter, card, receipt, overwrite: as of `export.write_checkpoint`.
+    base, adapter, card, receipt, overwrite: as of `export.write_checkpoint`.
 
   Raises:
     LoraxError: the destination is taken, or can't be written; a weight that is not
-      finite, or that no checkpoint has.
+      finite.
   """
-  leaves = export.leaves(params, keymap)
   for path, value in leaves.items():
     export.check_finite(path, value)
   (weights, inputs), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
