@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flatbuffers  # noqa: F401
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
