@@ -14,7 +14,7 @@ PROMPT, NEW = 512, 128
 
 @dataclass(frozen=True)
 class Case:
-  """What a side computes.
+  """One computation of a side.
 
   Attributes:
     side: "lorax_flax" or "peft".

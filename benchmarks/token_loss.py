@@ -53,7 +53,7 @@ def main() -> None:
   args = parser.parse_args()
   device = topology.describe(args.topology).devices[0]
   rows = []
-  for name, room in (("at once", 2**62), ("in chunks", token_scores.ROOM["tpu"])):
+  for name, room in (("at once", 2**62), ("in chunks", token_scores.room_of("tpu"))):
     program = compiled(device, args.tokens, args.features, args.vocabulary, room)
     size = program.memory_analysis().temp_size_in_bytes
     rows.append((name, f"{size / 2**20:,.1f}"))

@@ -1,4 +1,4 @@
-"""What a start that looks at data is given for each of its targets."""
+"""Measurements that a start which looks at data is given for each of its targets."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -58,7 +58,7 @@ def without_place(params: PyTree, adapter: Adapter) -> Adapter:
 def kept(
   params: PyTree, adapter: Adapter, stored: Callable[[str, jax.Array], jax.Array]
 ) -> dict[str, tuple[float, float]]:
-  """What is left of each delta where the merged weights are rounded as they are stored.
+  """Measures what is left of each delta where merged weights are rounded to be stored.
 
   Args:
     stored: (path, a leaf) -> that leaf after it was stored and read again.

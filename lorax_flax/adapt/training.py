@@ -1,4 +1,4 @@
-"""What the methods of an adapter ask of its training, beside gradients."""
+"""Wishes of an adapter's methods for its training, beside gradients."""
 
 import jax
 import optax
@@ -7,7 +7,7 @@ from lorax_flax.methods import Adapter, Delta
 
 
 def penalty(adapter: Adapter) -> jax.Array | float:
-  """What is added to the loss: AdaLoRA's distance from orthonormal factors.
+  """The term that is added to the loss: AdaLoRA's distance from orthonormal factors.
 
   Of most methods it is 0.
   """

@@ -224,7 +224,7 @@ class Allocation(NamedTuple):
     return Allocation(self.inner, steps, sensitivity, uncertainty, kept)
 
   def masks(self) -> jax.Array:
-    """Whether the step that led here is one after which entries of e become zero."""
+    """True where the step that led here is one after which entries of e become zero."""
     first = next(iter(self.sensitivity.values()))
     end = first.total_step - first.tfinal
     left = jnp.asarray(self._budget())[jnp.minimum(self.steps, end)]

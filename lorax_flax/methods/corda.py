@@ -27,7 +27,7 @@ class CorDA(FromStart):
 
   @staticmethod
   def weigh(x, weights, axes):
-    """As PEFT: the inputs of each use over their largest; the number of uses."""
+    """The inputs of each use over their largest, as PEFT has it; the number of uses."""
     rows = weights[..., None] > 0
     largest = jnp.where(rows, x, -jnp.inf).max((*axes, x.ndim - 1), keepdims=True)
     largest = jnp.where(largest == 0, 1.0, largest)  # of a layer that has no delta

@@ -90,7 +90,7 @@ class Delta:
 
   @classmethod
   def penalty(cls, deltas: Sequence[Self]) -> jax.Array | float:
-    """What the method's deltas add to the loss in training."""
+    """The term that the method's deltas add to the loss in training."""
     del deltas
     return 0.0
 

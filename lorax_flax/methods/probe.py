@@ -74,7 +74,7 @@ def _sizes(target: Any) -> list[list[int]]:
 
 
 def observer(weigh: Weigh, weights: Sequence[jax.Array]) -> Observe:
-  """What is to be called with each product with a probe's first factor.
+  """The function to call with each product with a probe's first factor.
 
   Args:
     weights: of the rows of data, in the shape of their leading axes, (B, T) say; the

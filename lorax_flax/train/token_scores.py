@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # --help and mistakes in flags need not wait for it.
 
 # Largest number of logits of a chunk on one device: 64 MiB in float32. A GPU needs more
 # tokens to a chunk, or it waits for the head, which each chunk reads.
-ROOM = {"cpu": 2**24, "gpu": 2**27, "tpu": 2**24}
+_ROOM, _ROOM_OF_GPU = 2**24, 2**27
 
 
 class TokenScores(NamedTuple):
@@ -52,7 +52,8 @@ def token_scores(
   Args:
     labels_BxT: token ids, or IGNORED.
     label_smoothing: share of the other tokens in `smoothed`.
-    room: largest number of logits of a device at a time; None: `ROOM`.
+    room: largest number of logits of a device at a time; None: `room_of` the
+      platform that is compiled for.
   """
   frozen = head.gathered()
 
@@ -63,7 +64,7 @@ def token_scores(
 
   zeros_B = jnp.zeros(labels_BxT.shape[0], jnp.float32)
   sums = TokenScores(zeros_B, zeros_B)
-  size = _chunk_size(head, x_BxTxD, room or ROOM[devices.platform()])
+  size = _chunk_size(head, x_BxTxD, room or room_of(devices.platform()))
   if size >= x_BxTxD.shape[1]:
     sums, _ = add(sums, (x_BxTxD, labels_BxT))
   else:
@@ -71,6 +72,11 @@ def token_scores(
     sums, _ = jax.lax.scan(add, sums, chunks)
   number_B = jnp.maximum(count(labels_BxT), 1.0)
   return TokenScores(*(sum_B / number_B for sum_B in sums))
+
+
+def room_of(platform: str) -> int:
+  """Largest number of logits of a chunk on a device of a platform."""
+  return _ROOM_OF_GPU if platform == "gpu" else _ROOM
 
 
 def next_labels(labels_BxT: jax.Array) -> jax.Array:

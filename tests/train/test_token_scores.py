@@ -1,5 +1,7 @@
 """Losses over chunks of tokens, against the plain loss of all logits."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import lorax_flax as lx
 from lorax_flax.data.sequences import IGNORED
+from lorax_flax.models import head as heads
 from lorax_flax.models import registry
 from lorax_flax.train.token_scores import next_labels, token_scores
 from tests.models import decoders
@@ -74,3 +77,15 @@ def test_chunks_have_the_plain_losss_value_and_gradient(tmp_path, name, method):
         np.testing.assert_allclose(
           got_grad, right, rtol=1e-5, atol=atol, err_msg=err_msg
         )
+
+
+def test_a_platform_that_is_not_known_has_room_too(monkeypatch):
+  """Any plugin of JAX may be one; it is as a CPU."""
+  head, x = heads.linear(jnp.ones((4, 8))), jnp.ones((1, 3, 4))
+  labels = jnp.zeros((1, 3), jnp.int32)
+  expected = token_scores(head, x, labels)
+  module = sys.modules["lorax_flax.train.token_scores"]
+  monkeypatch.setattr(module.devices, "platform", lambda: "another")
+  assert module.room_of("another") == module.room_of("cpu") < module.room_of("gpu")
+  found = token_scores(head, x, labels)
+  np.testing.assert_array_equal(found.smoothed, expected.smoothed)

@@ -91,7 +91,7 @@ def cut(
 def kept_ranks(
   sites: Mapping[str, tuple[Delta, Site]], end: str
 ) -> dict[str, tuple[bool, ...]]:
-  """What `PeftConfig.kept_ranks` says of deltas; nothing where no rank is pruned.
+  """`PeftConfig.kept_ranks` of deltas; empty where no rank is pruned.
 
   Args:
     sites: a delta and the place in it, by PEFT's name of the module.
