@@ -146,14 +146,12 @@ def test_a_sample_does_not_read_a_large_weight_in_full(tmp_path, monkeypatch):
   assert sum(len(range(count)[cut]) for cut in rows) == count
 
 
-def test_a_sharded_run_of_stacked_quantised_layers_is_verified(root, tmp_path):
+def test_a_run_on_stacked_quantised_layers_is_verified(root, tmp_path):
   changes = {
     "train.steps": 1,
     "model.scan": True,
     "model.quant": "int8",
     "model.dtype": "bfloat16",
-    "mesh.fsdp": 2,
-    "lora.method": "lokr",
     "train.learning_rate": 0.5,
   }
   settings = own_text.shrunk("chat.py", root / "base", root / "data", **changes)
