@@ -74,7 +74,7 @@ class Classifiers:
     self.base = name
     self.task: str = loaded.family.task
     self._loaded, self._root = loaded, root
-    self._options = {"quant": quant, "other_base": other_base}
+    self._quant, self._other_base = quant, other_base
     self._shared = flatten(loaded.params)
     self._served: dict[str, _Served] = {}
     self._turn, self._room = threading.Lock(), threading.BoundedSemaphore(waiting)
@@ -148,7 +148,8 @@ class Classifiers:
 
   def _made(self, adapter: Path | None) -> _Served:
     source = None if adapter is None else str(adapter)
-    model = merged.headed(str(self._loaded.folder), source, **self._options)
+    folder = str(self._loaded.folder)
+    model = merged.headed(folder, source, self._quant, self._other_base)
     loaded = model.loaded
     tokenizer = load_tokenizer(loaded.folder, source)
     params = map_with_path(self._one, loaded.params)

@@ -36,8 +36,14 @@ def served(
   """
   task = loaded.family.task
   if task == "sequence-classification":
-    options = {"quant": quant, "other_base": other_base}
-    return Classifiers(loaded, name, root, waiting=language["waiting"], **options)
+    return Classifiers(
+      loaded,
+      name,
+      root,
+      waiting=language["waiting"],
+      quant=quant,
+      other_base=other_base,
+    )
   if task != "causal-lm":
     kind = loaded.hf_config["model_type"]
     raise LoraxError(

@@ -30,7 +30,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Verdict:
-  """What of an adapter's proof holds, and what fails; sentences."""
+  """Sentences on what of an adapter's proof holds, and on what fails."""
 
   holds: tuple[str, ...]
   fails: tuple[str, ...]
@@ -133,11 +133,10 @@ def _logits(base: str, folder: Path, about: Mapping[str, Any]) -> tuple[str, boo
   if list(got.shape) != probe.get("shape"):
     return f"its logits have shape {got.shape}, and had {probe.get('shape')}", True
   expected = np.asarray(probe["logits"], np.float32)
-  error, largest = np.abs(_chosen(got) - expected).max(), np.abs(expected).max()
-  line = (
-    f"logits of the probe differ by up to {error:.3g}, the largest is {largest:.3g}"
-  )
-  return line, not error <= TOLERANCE * largest
+  largest = np.abs(expected).max()
+  difference = np.abs(_chosen(got) - expected).max()
+  line = f"logits of the probe differ by up to {difference:.3g} of {largest:.3g}"
+  return line, not difference <= TOLERANCE * largest
 
 
 def _records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -168,7 +167,7 @@ def _plan(delta: Delta) -> dict[str, Any]:
 
 
 def _chosen(logits: Any) -> np.ndarray:
-  """At most 256 logits at equal distances."""
+  """Logits at equal distances, at most 256."""
   flat = np.asarray(logits, np.float32).reshape(-1)
   return flat[:: -(-flat.size // _LOGITS)]
 
