@@ -1,11 +1,12 @@
 """Reads an adapter of any form and writes it in another.
 
   python -m experiments.convert --base=B --from=A --to=DIR \
-    [--format=peft|loralib|vllm|orbax|gguf]
+    [--format=peft|loralib|vllm|orbax|gguf|mlx|torchtune]
 
-A is a PEFT folder, a folder that this command wrote, a GGUF file, or a state dict of
-loralib (.bin, .pt, .safetensors; it does not hold --alpha, nor --enable_lora where
-layers are merged).
+A is a PEFT folder, a folder that this command wrote, a GGUF file, a folder of mlx-lm,
+torchtune's adapter_model.pt (it does not hold --alpha), or a state dict of loralib
+(.bin, .pt, .safetensors; it does not hold --alpha, nor --enable_lora where layers are
+merged). Its form is found.
 The adapter read is printed, and written to DIR atomically. Our own form, orbax, keeps
 all that PEFT's says: the way back gives the same tensors.
 """
@@ -24,8 +25,7 @@ from lorax_flax import text_table
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.files import atomic
 from lorax_flax.hub.adapters import any as adapters
-from lorax_flax.hub.adapters import fused, loralib, vllm
-from lorax_flax.hub.adapters import gguf as gguf_adapter
+from lorax_flax.hub.adapters import fused, loralib, plain, vllm
 from lorax_flax.hub.adapters import native as orbax_adapter
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap, path_to_modules
@@ -33,7 +33,7 @@ from lorax_flax.hub.peft import folder as peft
 from lorax_flax.methods import Delta, KernelDelta, Tuned
 from lorax_flax.models import gguf, registry, with_adapter
 
-FORMATS = ("orbax", "peft", "loralib", "vllm", "gguf")
+FORMATS = ("orbax", "peft", "loralib", "vllm", *adapters.PLAIN)
 
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
@@ -45,7 +45,7 @@ FORMAT = flags.DEFINE_string(
   "format", "orbax", f"What to write: {', '.join(FORMATS)}.", flag_values=FLAGS
 )
 ALPHA = flags.DEFINE_float(
-  "alpha", None, "lora_alpha of a loralib file.", flag_values=FLAGS
+  "alpha", None, "lora_alpha of a loralib or torchtune file.", flag_values=FLAGS
 )
 ENABLE_LORA = flags.DEFINE_list(
   "enable_lora",
@@ -102,23 +102,25 @@ def convert(
     saved = dataclasses.replace(saved, base_name=base)
   notes = []
   parts, theirs = fused.parts_of(saved.adapter), fused.widened(saved)
-  if parts is not None and form in ("peft", "vllm", "gguf"):
+  if parts is not None and form not in ("orbax", "loralib"):
     notes.append(
       "the parts of each fused kernel are one LoRA there, with zeros outside of their "
       "blocks; trained further, it changes the whole kernel"
     )
   if form == "orbax":
     orbax_adapter.write_adapter(folder, saved)
-  elif form == "gguf":
+  elif form in adapters.PLAIN:
     # As it is stored: reading the adapter may have given each use a weight of its own.
     stored = registry.outline(registry.read_config(loaded.folder))
-    gguf_adapter.write_adapter(
-      folder,
-      theirs.adapter,
-      loaded.keymap,
-      gguf.heads(loaded.config),
-      tied=bool(stored.keymap.ties),
+    target = plain.Base(
+      loaded.keymap, gguf.heads(loaded.config), bool(stored.keymap.ties)
     )
+    module = adapters.PLAIN[form]
+    factors = plain.of_adapter(theirs.adapter, loaded.keymap, module.TOOL)
+    with atomic.new_folder(folder, overwrite=True) as scratch:
+      module.write(scratch, factors, target)
+    if not module.HAS_ALPHA:
+      notes.append(_alpha_note(folder / module.FILE, factors.alpha))
   elif form == "vllm":
     vllm.write_adapter(
       folder, theirs, loaded.keymap, max_rank=max_rank or vllm.DEFAULT_MAX_RANK
@@ -141,10 +143,12 @@ def convert(
     used = loralib.write_adapter(
       folder, theirs.adapter, loaded.keymap, enable_lora=enable_lora or parts
     )
-    notes.append(
-      f"{folder / loralib.FILE} is for lora_alpha={used:g}, not stored there"
-    )
+    notes.append(_alpha_note(folder / loralib.FILE, used))
   return saved, loaded.keymap, notes
+
+
+def _alpha_note(file: Path, alpha: float) -> str:
+  return f"{file} is for lora_alpha={alpha:g}, not stored there"
 
 
 def table(saved: Saved, keymap: KeyMap) -> str:

@@ -1,4 +1,4 @@
-"""Writes a base with an adapter merged in, as a Hugging Face checkpoint or as GGUF.
+"""Writes a base with an adapter merged in: a Hugging Face checkpoint, GGUF, StableHLO.
 
   python -m experiments.merge --base=minilm --adapter=RUN/adapter --out=DIR
   python -m experiments.merge --base=smollm2 --adapter=RUN/adapter --out=DIR \
@@ -19,10 +19,14 @@ transformers loads. The receipt also says what would be left were it quantised a
 
 --format=gguf writes model.gguf instead, which llama.cpp loads, with the tokenizer and
 the chat template inside. Its matrices keep their dtype unless --dtype names another.
+
+--format=stablehlo writes model.stablehlo, which jax.export reads in a process without
+this package, on CPUs, GPUs and TPUs: weights and inputs to logits, of any batch and of
+texts of any length up to the model's. model.safetensors has the weights and params.json
+the order of the arguments; the code that runs it is in README.md.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +35,15 @@ from absl import flags
 from experiments.cli import command as cli
 from experiments.cli import model_flags
 from experiments.inference import merged
-from lorax_flax.data.chat import files as chat_files
-from lorax_flax.data.tokenizers import tokenizer as tokenizers
+from experiments.inference.forms import FORMS
 from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.files import atomic
 from lorax_flax.hub import card
-from lorax_flax.hub.checkpoints import beside, export, export_gguf
-from lorax_flax.hub.files import gguf_vocabulary, gguf_writer
+from lorax_flax.hub.checkpoints import export_gguf
+from lorax_flax.hub.files import gguf_writer
 from lorax_flax.jobs import receipt as receipts
 from lorax_flax.jobs import usage
 from lorax_flax.models import gguf, registry
-
-FORMATS = ("transformers", "gguf")
 
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
@@ -51,7 +52,7 @@ OUT = model_flags.out(FLAGS)
 FORMAT = flags.DEFINE_string(
   "format",
   "transformers",
-  f"The form of what is written: {', '.join(FORMATS)}.",
+  f"The form of what is written: {', '.join(FORMS)}.",
   flag_values=FLAGS,
 )
 DTYPE = flags.DEFINE_string(
@@ -87,7 +88,7 @@ def merge(
   overwrite: bool = False,
 ) -> dict[str, Any]:
   """Merges and writes; see the flags. Returns the content of receipt.json."""
-  check_known("--format", form, FORMATS)
+  check_known("--format", form, FORMS)
   if dtype is not None:
     check_known("--dtype", dtype, gguf_writer.KINDS)
     if form != "gguf":
@@ -108,21 +109,13 @@ def merge(
   receipt: dict[str, Any] = {"base": base, "adapter": adapter, "quant": quant}
   receipt |= {name: dataclasses.asdict(found) for name, found in figures.items()}
   loaded = dataclasses.replace(loaded, params=params)
-  source = Path(adapter).expanduser()
-  text = _card(base, adapter, loaded, form)
-  if form == "gguf":
-    _write_gguf(folder, base, source, loaded, dtype, text, receipt, overwrite)
-    return receipt
-  export.write_checkpoint(
+  FORMS[form].write(
     folder,
-    loaded.params,
-    loaded.keymap,
-    loaded.hf_config,
-    architecture=loaded.family.architecture,
-    labels=None,
-    base=loaded.folder,
-    adapter=source,
-    card=text,
+    loaded,
+    base,
+    Path(adapter).expanduser(),
+    dtype,
+    card=_card(base, adapter, loaded, form),
     receipt=receipt,
     overwrite=overwrite,
   )
@@ -141,57 +134,17 @@ def _check(found: receipts.Figures, min_kept: float) -> None:
     )
 
 
-def _write_gguf(
-  folder: Path,
-  base: str,
-  adapter: Path,
-  loaded: registry.Loaded,
-  dtype: str | None,
-  text: str,
-  receipt: Mapping[str, Any],
-  overwrite: bool,
-) -> None:
-  described = gguf.describe(loaded)
-  tokenizer = tokenizers.load(loaded.folder, adapter)
-  own = beside.tokenizer_folder(loaded.folder, adapter)
-  vocabulary = gguf_vocabulary.metadata(
-    tokenizer.backend,
-    tokenizer.special,
-    chat_files.texts(own),
-    loaded.config.vocab_size,
-  )
-  named = {"general.type": "model", "general.name": Path(base).stem}
-  export_gguf.write(
-    folder,
-    loaded.params,
-    loaded.keymap,
-    described.architecture,
-    described.config,
-    metadata=named | described.metadata | vocabulary,
-    tensors=described.tensors,
-    dtype=dtype,
-    card=text,
-    receipt=receipt,
-    overwrite=overwrite,
-  )
-
-
 def _card(base: str, adapter: str, model: registry.Loaded, form: str) -> str:
-  task = model.family.task
   data = {
     "base_model": card.base_model(base),
-    "library_name": "transformers" if form == "transformers" else "llama.cpp",
+    "library_name": FORMS[form].library,
     **card.license_of(base, model.folder),
-    "pipeline_tag": usage.PIPELINES[task],
+    "pipeline_tag": usage.PIPELINES[model.family.task],
     "tags": ["lorax_flax", "lora", "merged"],
   }
   parts = {"Parts": {"base": base, "adapter": adapter}}
   title = f"{base} with an adapter merged in"
-  if form == "gguf":
-    code = {"Run": f"llama-cli -m {export_gguf.FILE}"}
-  else:
-    code = usage.of_model(task, ".")
-  return card.text(title, data, parts, code)
+  return card.text(title, data, parts, FORMS[form].usage(model))
 
 
 def main() -> None:

@@ -1,6 +1,9 @@
 """Code that loads, merges and serves what a run has made."""
 
 import shlex
+from collections.abc import Mapping
+
+import jax
 
 from lorax_flax.models.family import Task
 
@@ -64,3 +67,32 @@ def of_model(task: Task, folder: str, heading: str = "Serve") -> dict[str, str]:
     return {heading: f"from transformers import {CLASSES[task]}\n\n{load}"}
   load = f"answer = pipeline({PIPELINES[task]!r}, model={folder!r})"
   return {heading: f"from transformers import pipeline\n\n{load}"}
+
+
+def of_stablehlo(inputs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
+  """Code that runs a program as `hub.checkpoints.export_stablehlo` writes it.
+
+  Args:
+    inputs: of the program, by name. Examples are of 2 rows of 8 tokens.
+  """
+
+  def example(like: jax.ShapeDtypeStruct) -> str:
+    sizes = {"batch": 2}
+    shape = [n if isinstance(n, int) else sizes.get(str(n), 8) for n in like.shape]
+    return f"np.ones(({', '.join(map(str, shape))}), np.{like.dtype})"
+
+  rows = (f"  {name!r}: {example(like)},\n" for name, like in inputs.items())
+  code = f"""\
+# pip install jax numpy safetensors flatbuffers
+import numpy as np
+from jax import export, jit
+from safetensors.flax import load_file
+
+with open("model.stablehlo", "rb") as file:
+  model = jit(export.deserialize(bytearray(file.read())).call)
+params = load_file("model.safetensors")
+inputs = {{
+{"".join(rows)}}}
+logits = model(params, inputs)
+"""
+  return {"Run": code}

@@ -218,8 +218,8 @@ def load(
     model = outline_of(hf_config, untie=untie, vocab_size=vocab_size)
   # The keys first: a config that claims a thousand layers takes long to trace.
   found = hub_load.find(_open(folder), model.keymap, ties)
-  blocks = functools.partial(hub_load.blocks, found)
-  formats = quantized.formats(found.keymap, quant, blocks)
+  stored_as = functools.partial(hub_load.stored_as, found)
+  formats = quantized.formats(found.keymap, quant, stored_as)
   shapes = quantized.shapes(_shapes(stored), formats)
   axes = model.family.logical_axes
   weights = hub_load.load(

@@ -226,5 +226,5 @@ def test_transformers_loads_the_merged_checkpoint_to_the_same_logits(
   for mine, wanted in zip(got, peers.logits(adapted, rows), strict=True):
     np.testing.assert_allclose(mine, wanted, atol=TOLERANCE)
   names = {path.name for path in (folder / "base").iterdir()}
-  names |= {atomic.MANIFEST, "README.md"}
+  names |= {atomic.MANIFEST, "README.md", "receipt.json"}
   assert {path.name for path in out.iterdir()} == names

@@ -118,8 +118,9 @@ def test_a_conversation_goes_on_after_the_prefix(files, both):
 
 def test_what_has_no_place_elsewhere_is_refused_by_name(files, both, tmp_path):
   base, adapter = str(files / "base"), str(both[1] / "adapter")
-  with pytest.raises(LoraxError, match="no place for prefix/states"):
-    merge.merge(base, adapter, str(tmp_path / "merged"))
+  for form in ("transformers", "stablehlo"):
+    with pytest.raises(LoraxError, match="no place for prefix/states"):
+      merge.merge(base, adapter, str(tmp_path / "merged"), form)
   for form, message in (
     ("peft", "PREFIX_TUNING and other deltas in one"),
     ("vllm", "prefix/states"),

@@ -69,7 +69,7 @@ def test_a_file_is_its_own_quantised_base(model, tmp_path, scan, monkeypatch):
   }
   for name, leaf in leaves.items():
     np.testing.assert_allclose(quant.dense(leaf), expected[name], atol=1e-6)
-  np.testing.assert_allclose(logits(loaded), logits(dense), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(logits(loaded), logits(dense), rtol=1e-4, atol=3e-5)
 
 
 def test_what_can_not_be_kept_is_named(model, tmp_path):

@@ -14,12 +14,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lorax_flax.adapt.config import LoraConfig
-from lorax_flax.adapt.paths import flatten
-from lorax_flax.errors import LoraxError, check_known, listing, prefixed
-from lorax_flax.files import atomic
-from lorax_flax.hub.adapters import loralib
-from lorax_flax.hub.checkpoints.keymap import KeyMap
+from lorax_flax.errors import LoraxError, check_known, listing
+from lorax_flax.hub.adapters.plain import Base, Plain
 from lorax_flax.hub.files import (
   gguf_architectures,
   gguf_blocks,
@@ -30,9 +26,9 @@ from lorax_flax.hub.files import (
 from lorax_flax.hub.files.gguf_blocks import Kind
 from lorax_flax.hub.files.gguf_header import Header
 from lorax_flax.hub.files.gguf_writer import Output
-from lorax_flax.methods import Adapter, LoRA
 
-# The file of a folder that we write.
+TOOL = "llama.cpp"
+HAS_ALPHA = True
 FILE = "adapter.gguf"
 _TYPE, _ADAPTER = gguf.Keys.General.TYPE, gguf.GGUFType.ADAPTER
 _KIND, _ALPHA = gguf.Keys.Adapter.TYPE, gguf.Keys.Adapter.LORA_ALPHA
@@ -53,38 +49,25 @@ def is_adapter(source: Path) -> bool:
   return gguf_header.read(file).metadata.get(_TYPE) == _ADAPTER
 
 
-def read_adapter(
-  source: str | Path, params: Any, keymap: KeyMap, config: Mapping[str, Any]
-) -> tuple[Adapter, LoraConfig]:
+def read(source: Path, base: Base) -> tuple[Mapping[str, np.ndarray], float]:
   """Reads a file, or the one in a folder.
 
-  Args:
-    params: the base's tree.
-    keymap: of the base.
-    config: its config.json's fields with the numbers of heads.
-
-  Returns:
-    The adapter, float32, and a config that describes it.
-
   Raises:
-    LoraxError: a damaged file, one of another architecture or with other tensors than
-      LoRA's, or of another base.
+    LoraxError: a damaged file, or one of another architecture or with other tensors
+      than LoRA's.
   """
-  header = gguf_header.read(file_of(Path(source).expanduser()))
-  with prefixed(str(header.path)):
-    gguf_blocks.check_readable(header)
-    architecture = gguf_config.architecture_of(header)
-    check_known("base", keymap.family, architecture.model_types)
-    kind, alpha = header.metadata.get(_KIND), header.metadata.get(_ALPHA)
-    if kind != "lora" or not isinstance(alpha, float) or not alpha > 0:
-      raise LoraxError(
-        f"{_KIND} is {kind!r} and {_ALPHA} {alpha!r}: a LoRA has 'lora' and a number"
-        " above 0"
-      )
-    tensors = dict(
-      _renamed(header, name, architecture, config) for name in header.tensors
+  header = gguf_header.read(file_of(source))
+  gguf_blocks.check_readable(header)
+  architecture = gguf_config.architecture_of(header)
+  check_known("base", base.keymap.family, architecture.model_types)
+  kind, alpha = header.metadata.get(_KIND), header.metadata.get(_ALPHA)
+  if kind != "lora" or not isinstance(alpha, float) or not alpha > 0:
+    raise LoraxError(
+      f"{_KIND} is {kind!r} and {_ALPHA} {alpha!r}: a LoRA has 'lora' and a number"
+      " above 0"
     )
-    return loralib.of_tensors(tensors, flatten(params), keymap, alpha)
+  named = (_renamed(header, n, architecture, base.heads) for n in header.tensors)
+  return dict(named), alpha
 
 
 def _renamed(
@@ -122,48 +105,26 @@ def _check_module(
     )
 
 
-def write_adapter(
-  folder: str | Path,
-  adapter: Adapter,
-  keymap: KeyMap,
-  config: Mapping[str, Any],
-  *,
-  tied: bool,
-) -> None:
-  """Writes a folder with adapter.gguf, float32, whole or not at all.
-
-  Args:
-    adapter: of LoRA alone.
-    keymap: of the base.
-    config: its config.json's fields with the numbers of heads.
-    tied: in the base's own file one table is the token embeddings and the head.
+def write(folder: Path, plain: Plain, base: Base) -> None:
+  """Writes a new folder's adapter.gguf, float32.
 
   Raises:
-    LoraxError: a delta or a module that llama.cpp has no form for, by name.
+    LoraxError: a module that llama.cpp has no form for, by name.
   """
-  architecture = gguf_architectures.of_model(keymap.family)
-  for path, delta in adapter.items():
-    if type(delta) is not LoRA:
-      raise LoraxError(
-        f"llama.cpp applies the two factors of LoRA alone, and {path} has a"
-        f" {type(delta).__name__} (no DoRA, biases, other methods, or weights trained"
-        " in full). Merge the adapter instead (experiments.merge --format=gguf)"
-      )
-  tensors, alpha = loralib.to_state_dict(adapter, keymap)
-  for key in tensors:
-    _check_module(architecture, key, tied)
+  architecture = gguf_architectures.of_model(base.keymap.family)
+  for key in plain.tensors:
+    _check_module(architecture, key, base.tied)
   outputs = {}
-  for key, value in tensors.items():
+  for key, value in plain.tensors.items():
     stem, _, factor = key.rpartition(".")
     module, name = architecture.file_name(f"{stem}.weight")
     end = f".{factor.lower()}"
     if end == ".lora_b":
-      form = architecture.form(module, config, 1)
+      form = architecture.form(module, base.heads, 1)
       value = value[form.row_order(len(value))]
     elif module == _EMBEDDING:
       value = value.T
     outputs[name + end] = Output(value, Kind.F32)
-  metadata = {_TYPE: _ADAPTER, _KIND: "lora", _ALPHA: float(alpha)}
+  metadata = {_TYPE: _ADAPTER, _KIND: "lora", _ALPHA: plain.alpha}
   metadata |= gguf_writer.about(outputs.values())
-  with atomic.new_folder(Path(folder).expanduser(), overwrite=True) as scratch:
-    gguf_writer.write(scratch / FILE, architecture.name, metadata, outputs)
+  gguf_writer.write(folder / FILE, architecture.name, metadata, outputs)

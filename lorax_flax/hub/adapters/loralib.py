@@ -35,6 +35,7 @@ from lorax_flax.methods import Adapter, LoRA, Tuned
 # The file of a folder that we write.
 FILE = "lora.bin"
 _FACTORS = re.compile(r"(.+)\.lora_([AB])")
+_KINDS = ("linear", "embedding")
 # The leaf of ours that each of the two is.
 _LEAVES = {x: LoRA.peft.keys["linear"][f"lora_{x}.weight"][0] for x in "AB"}
 
@@ -171,7 +172,7 @@ def _target(
   km.module_to_path(keymap, module)  # or an error that names the nearest
   site = keymap.sites[keymap.leaves[module.removeprefix(keymap.prefix)]]
   kind = rows.kind(site.entry)
-  if kind not in ("linear", "embedding") or len(site.index) > 1:
+  if kind not in _KINDS or len(site.index) > 1:
     raise LoraxError(
       f"{module} is a {kind}: of loralib's layers, Linear, MergedLinear and Embedding"
       " are read"
@@ -282,14 +283,15 @@ def to_state_dict(
       if isinstance(delta, Tuned):
         value = np.asarray(delta.now(), np.float32)
         rest[key] = site.entry.form.to_stored(value[site.place(value.shape)])
-      elif type(delta) is LoRA and delta.roles[-2:] == ("in", "out"):
+      elif type(delta) is LoRA and rows.kind(site.entry) in _KINDS:
         if stacking.has_layer(delta, site.index):
           leaves, scale, _ = stacking.unstack(delta, site.index)
           found = Factors(leaves[_LEAVES["A"]], leaves[_LEAVES["B"]], float(scale))
           factors[km.module_of(key)] = found
       else:
         raise LoraxError(
-          f"loralib has no layer for the {type(delta).__name__} of {path}"
+          f"no layer for the {type(delta).__name__} of {path}: such a file holds LoRA's"
+          " two factors of linear layers and embeddings alone"
         )
   if not factors:
     raise LoraxError("loralib's file needs one low-rank delta at least; none here")

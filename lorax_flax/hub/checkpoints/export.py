@@ -69,14 +69,25 @@ def write_checkpoint(
       save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
       raise LoraxError(f"cannot write {folder}: {error}") from error
-    beside.copy(base, scratch, adapter)
-    if card is not None:
-      (scratch / atomic.README).write_text(card, encoding="utf-8")
-    if receipt is not None:
-      write_json(scratch / RECEIPT, receipt)
-    file = gguf_header.find(base)
-    if file is not None and not (scratch / "tokenizer.json").is_file():
-      gguf_tokenizer.write(file, scratch)
+    write_beside(scratch, base, adapter, card, receipt)
+
+
+def write_beside(
+  folder: Path,
+  base: Path,
+  adapter: Path | None,
+  card: str | None,
+  receipt: Mapping[str, Any] | None,
+) -> None:
+  """Writes what lies beside a model's weights; arguments as of `write_checkpoint`."""
+  beside.copy(base, folder, adapter)
+  if card is not None:
+    (folder / atomic.README).write_text(card, encoding="utf-8")
+  if receipt is not None:
+    write_json(folder / RECEIPT, receipt)
+  file = gguf_header.find(base)
+  if file is not None and not (folder / "tokenizer.json").is_file():
+    gguf_tokenizer.write(file, folder)
 
 
 def to_hf_config(
@@ -133,19 +144,29 @@ def views(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
   Raises:
     LoraxError: a leaf that no checkpoint has.
   """
-  leaves = {path: np.asarray(dense(leaf)) for path, leaf in flatten(params).items()}
-  if beside := [path for path in leaves if path not in keymap.keys]:
+  found = leaves(params, keymap)
+  return {
+    file_key(keymap, bare): site.entry.form.to_stored(
+      found[site.path][site.place(found[site.path].shape)]
+    )
+    for bare, site in keymap.sites.items()
+  }
+
+
+def leaves(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
+  """The leaves of a params tree by path, quantised ones dense.
+
+  Raises:
+    LoraxError: a leaf that no checkpoint has.
+  """
+  found = {path: np.asarray(dense(leaf)) for path, leaf in flatten(params).items()}
+  if beside := [path for path in found if path not in keymap.keys]:
     raise LoraxError(
       f"a checkpoint of a {keymap.family} has no place for {listing(beside, most=4)}: "
       "such trained states can't be merged. experiments.predict and generate apply the "
       "adapter that has them (--adapter)"
     )
-  return {
-    file_key(keymap, bare): site.entry.form.to_stored(
-      leaves[site.path][site.place(leaves[site.path].shape)]
-    )
-    for bare, site in keymap.sites.items()
-  }
+  return found
 
 
 def check_finite(key: str, value: np.ndarray) -> None:

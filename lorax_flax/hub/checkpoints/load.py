@@ -145,7 +145,7 @@ def load(
   return Weights(map_with_path(fill, shapes, *rest), new, ignored)
 
 
-def blocks(found: Found, path: str) -> dict[str, str | None]:
+def stored_as(found: Found, path: str) -> dict[str, str | None]:
   """The blocks in which each tensor of a leaf is stored, by key; None: numbers."""
   keys = [found.keys[bare] for bare in found.keymap.keys[path] if bare in found.keys]
   return {key: found.reader.blocks(key) for key in keys}
@@ -159,7 +159,7 @@ def _quantized(
   read: Callable[[shards.Block], np.ndarray],
 ) -> Quantized:
   """A quantised leaf: blocks as they are stored, or else made of numbers."""
-  if isinstance(leaf, Ggml) and {*blocks(found, path).values()} == {name_of(leaf)}:
+  if isinstance(leaf, Ggml) and {*stored_as(found, path).values()} == {name_of(leaf)}:
     sites = {
       found.keys[bare]: found.keymap.sites[bare] for bare in found.keymap.keys[path]
     }

@@ -11,9 +11,11 @@ distances, of which the last serves `_shifted` alone.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,24 +45,38 @@ def buckets(distances: np.ndarray, count: int, max_distance: int) -> np.ndarray:
   return np.where(np.abs(distances) <= middle, distances, np.sign(distances) * far)
 
 
-def rows(config: DebertaConfig, length: int) -> np.ndarray:
+def rows(config: DebertaConfig, length: int) -> Any:
   """The table's row of each distance from -length to length.
+
+  Args:
+    length: that of an exported program may be symbolic; it is at most
+      max_position_embeddings.
 
   Returns:
     (2 length + 1,) int32, not decreasing. The two at the ends, distances that no pair
-    of tokens has, repeat their neighbours.
+    of tokens has, repeat their neighbours if the length is a number.
   """
-  most = length - 1
-  distances = np.clip(np.arange(-length, length + 1, dtype=np.int32), -most, most)
+  longest = _longest(config, length)
+  most = longest - 1
+  distances = np.clip(np.arange(-longest, longest + 1, dtype=np.int32), -most, most)
   if config.position_buckets > 0:
     distances = buckets(distances, config.position_buckets, config.max_distance)
-  return np.clip(distances + config.span, 0, 2 * config.span - 1)
+  found = np.clip(distances + config.span, 0, 2 * config.span - 1)
+  if longest is length:
+    return found
+  return jax.lax.dynamic_slice_in_dim(found, longest - length, 2 * length + 1)
 
 
 def used(config: DebertaConfig, length: int) -> np.ndarray:
   """The table's rows, from the first to the last, that a text of this length needs."""
-  found = rows(config, length)
+  found = rows(config, _longest(config, length))
   return np.arange(found[0], found[-1] + 1, dtype=np.int32)
+
+
+def _longest(config: DebertaConfig, length: int) -> int:
+  """The length, or where it is symbolic the largest that it may stand for."""
+  is_symbolic = jax.export.is_symbolic_dim(length)
+  return config.max_position_embeddings if is_symbolic else length
 
 
 def _shifted(x_BxHxTxM: jax.Array) -> jax.Array:
@@ -85,7 +101,7 @@ def scores(
   k_BxTxHxK: jax.Array,
   pos_k_RxHxK: jax.Array | None,
   pos_q_RxHxK: jax.Array | None,
-  rows_M1: np.ndarray,
+  rows_M1: np.ndarray | jax.Array,
   terms: int,
 ) -> jax.Array:
   """The logits of the softmax, BxHxTxT in float32 at least.
@@ -148,13 +164,13 @@ class Attention(Part[DebertaConfig]):
     q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (
       layers.in_heads(project(x_BxTxD), heads) for project in (query, key, value)
     )
-    rows_M1 = rows(c, x_BxTxD.shape[1])
+    length = x_BxTxD.shape[1]
     logits_BxHxTxT = scores(
       q_BxTxHxK,
       k_BxTxHxK,
       pos_k_RxHxK,
       pos_q_RxHxK,
-      rows_M1 - rows_M1[0],
+      rows(c, length) - used(c, length)[0],
       # transformers counts the terms in the config, whether or not there is a table.
       1 + len(c.pos_att_type),
     )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.models import layers, ops, stacking
@@ -132,7 +133,7 @@ class Embeddings(Part[DebertaConfig]):
 
     x_BxTxE = look_up("word_embeddings", c.vocab_size, "vocab", input_ids_BxT)
     if c.position_biased_input:
-      positions_1xT = np.arange(input_ids_BxT.shape[1], dtype=np.int32)[None, :]
+      positions_1xT = jnp.arange(input_ids_BxT.shape[1], dtype=jnp.int32)[None, :]
       x_BxTxE += look_up(
         "position_embeddings", c.max_position_embeddings, "positions", positions_1xT
       )

@@ -61,13 +61,15 @@ def relative_bias(
     length: S.
     bidirectional, max_distance: see `buckets`.
   """
+  # All distances that differ, whatever the length: that of an exported program varies.
   bucket_N = buckets(
-    np.arange(1 - length, length),
+    np.arange(-max_distance, max_distance + 1),
     bidirectional=bidirectional,
     count=table.num_embeddings,
     max_distance=max_distance,
   )
   bias_NxH = table(jnp.asarray(bucket_N))
   places_S = jnp.arange(length, dtype=jnp.int32)
-  n_BxTxS = places_S[None, None, :] - places_BxT[:, :, None] + (length - 1)
+  ahead_BxTxS = places_S[None, None, :] - places_BxT[:, :, None]
+  n_BxTxS = jnp.clip(ahead_BxTxS, -max_distance, max_distance) + max_distance
   return bias_NxH[n_BxTxS].transpose(0, 3, 1, 2)

@@ -61,9 +61,12 @@ def test_variants_of_training_compute_what_lora_does(config, base, loaded, tmp_p
     hub_peft.from_peft(theirs, loaded.keymap)
 
 
-@pytest.mark.parametrize("init", ["eva", "mica"])
+@pytest.mark.parametrize(
+  ("init", "message"),
+  [("eva", "use lorax_flax.init_from_activations"), ("mica", "is how PEFT starts")],
+)
 def test_a_start_of_pefts_is_kept_and_not_replaced_by_another(
-  init, base, loaded, tmp_path
+  init, message, base, loaded, tmp_path
 ):
   _, theirs = _folder(base, tmp_path)
   file = theirs / "adapter_config.json"
@@ -79,7 +82,7 @@ def test_a_start_of_pefts_is_kept_and_not_replaced_by_another(
     lambda params, inputs: loaded.module.apply({"params": params}, **inputs),
     hub_peft.from_peft(theirs, loaded.keymap),
   )
-  with pytest.raises(lx.LoraxError, match=rf"init='{init}' is how PEFT starts"):
+  with pytest.raises(lx.LoraxError, match=message):
     lora.init(jax.random.key(0), loaded.params, INPUTS)
 
 
