@@ -32,6 +32,7 @@ FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
 ADAPTER = model_flags.adapter(FLAGS, required=False)
 QUANT = model_flags.quant(FLAGS)
+OTHER_BASE = model_flags.other_base(FLAGS)
 SYSTEM = flags.DEFINE_string(
   "system", None, "Content of a first message, the system's.", flag_values=FLAGS
 )
@@ -138,7 +139,9 @@ def _exit(*signal_and_frame: object) -> None:
 
 def main() -> None:
   decoding = DECODING()
-  writer, folder = writers.load(BASE.value, ADAPTER.value, QUANT.value)
+  writer, folder = writers.load(
+    BASE.value, ADAPTER.value, QUANT.value, OTHER_BASE.value
+  )
   dialogue = Dialogue(
     writer,
     folder,

@@ -27,6 +27,7 @@ from lorax_flax.models import with_adapter
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
 QUANT = model_flags.quant(FLAGS)
+OTHER_BASE = model_flags.other_base(FLAGS)
 ADAPTERS = flags.DEFINE_multi_string(
   "adapter",
   None,
@@ -75,6 +76,7 @@ def combine(
   seed: int | None = None,
   overwrite: bool = False,
   quant: str | None = None,
+  other_base: bool = False,
 ) -> algebra.Combined:
   """Combines and writes; see the flags."""
   folder = Path(out).expanduser()
@@ -84,7 +86,9 @@ def combine(
   is_random = combination.startswith("dare_")
   if seed is not None and not is_random:
     raise LoraxError(f"--seed does nothing in {combination}: dare alone draws")
-  loaded, several = with_adapter.load_all(base, sources, quant=quant)
+  loaded, several = with_adapter.load_all(
+    base, sources, quant=quant, other_base=other_base
+  )
   combined = algebra.combine_adapters(
     loaded.params,
     [each.adapter for each in several],
@@ -146,6 +150,7 @@ def main() -> None:
     seed=SEED.value,
     overwrite=OVERWRITE.value,
     quant=QUANT.value,
+    other_base=OTHER_BASE.value,
   )
   print(report(combined))
   print(f"Adapter (peft): {OUT.value}")

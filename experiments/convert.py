@@ -38,6 +38,7 @@ FORMATS = ("orbax", "peft", "loralib", "vllm", *adapters.PLAIN)
 FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
 QUANT = model_flags.quant(FLAGS)
+OTHER_BASE = model_flags.other_base(FLAGS)
 FROM = model_flags.adapter(FLAGS, "from", note="Or a loralib file.")
 TO = model_flags.out(FLAGS, "to")
 FORMAT = flags.DEFINE_string(
@@ -73,6 +74,7 @@ def convert(
   max_rank: int | None = None,
   overwrite: bool = False,
   quant: str | None = None,
+  other_base: bool = False,
 ) -> tuple[Saved, KeyMap, list[str]]:
   """Converts; see the flags.
 
@@ -94,6 +96,7 @@ def convert(
     # For reading where the source is loralib's, else for writing.
     enable_lora=enable_lora if is_loralib or form != "loralib" else None,
     quant=quant,
+    other_base=other_base,
   )
   if is_loralib:
     saved = dataclasses.replace(saved, base_name=base)
@@ -201,6 +204,7 @@ def main() -> None:
     max_rank=MAX_RANK.value,
     overwrite=OVERWRITE.value,
     quant=QUANT.value,
+    other_base=OTHER_BASE.value,
   )
   print(table(saved, keymap))
   for line in (*notes, f"Adapter ({FORMAT.value}): {TO.value}"):

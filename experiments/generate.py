@@ -38,6 +38,7 @@ FLAGS = flags.FlagValues()
 BASE = model_flags.base(FLAGS)
 ADAPTER = model_flags.adapter(FLAGS, required=False)
 QUANT = model_flags.quant(FLAGS)
+OTHER_BASE = model_flags.other_base(FLAGS)
 INPUT = flags.DEFINE_string(
   "input", None, "The lines to read, JSON.", flag_values=FLAGS, required=True
 )
@@ -66,10 +67,11 @@ def generate(
   batch_size: int = 16,
   chat_template: str | None = None,
   quant: str | None = None,
+  other_base: bool = False,
 ) -> int:
   """Continues a file's lines into another; see the flags. Returns their number."""
   target = results.target(out, source)
-  writer, folder = writers.load(base, adapter, quant)
+  writer, folder = writers.load(base, adapter, quant, other_base)
   vocab_size = writer.model.config.vocab_size
   file = Path(source).expanduser()
   rows = prompts.read(file, folder, writer.tokenizer, vocab_size, chat_template)
@@ -104,6 +106,7 @@ def main() -> None:
     batch_size=BATCH_SIZE.value,
     chat_template=CHAT_TEMPLATE.value,
     quant=QUANT.value,
+    other_base=OTHER_BASE.value,
   )
   results.report("Texts", OUT.value, count)
 

@@ -63,6 +63,7 @@ DTYPE = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 QUANT = model_flags.quant(FLAGS)
+OTHER_BASE = model_flags.other_base(FLAGS)
 MIN_KEPT = flags.DEFINE_float(
   "min_kept",
   0.99,
@@ -82,6 +83,7 @@ def merge(
   *,
   dtype: str | None = None,
   quant: str | None = None,
+  other_base: bool = False,
   min_kept: float = 0.99,
   overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def merge(
   folder = Path(out).expanduser()
   atomic.refuse_inputs(folder, (Path(base).expanduser(), Path(adapter).expanduser()))
   atomic.refuse_unless_free(folder, overwrite=overwrite)
-  loaded, deltas = merged.read(base, adapter, quant)
+  loaded, deltas = merged.read(base, adapter, quant, other_base)
   store: receipts.Store = lambda path, leaf: leaf
   if dtype is not None:
     about = gguf.describe(loaded)
@@ -153,6 +155,7 @@ def main() -> None:
     FORMAT.value,
     dtype=DTYPE.value,
     quant=QUANT.value,
+    other_base=OTHER_BASE.value,
     min_kept=MIN_KEPT.value,
     overwrite=OVERWRITE.value,
   )

@@ -45,6 +45,7 @@ ADAPTER = model_flags.adapter(
   FLAGS, note="Without one, the base's own head is used.", required=False
 )
 QUANT = model_flags.quant(FLAGS)
+OTHER_BASE = model_flags.other_base(FLAGS)
 INPUT = flags.DEFINE_string(
   "input", None, "The lines to read, JSON.", flag_values=FLAGS, required=True
 )
@@ -84,6 +85,7 @@ def predict(
   max_length: int | None = None,
   all_positions: bool = False,
   quant: str | None = None,
+  other_base: bool = False,
 ) -> int:
   """Predicts every line of a file into another; see the flags. Returns their number."""
   target = results.target(out, source)
@@ -93,7 +95,7 @@ def predict(
     raise LoraxError(f"--all_positions: a {hf_config['model_type']} has no positions")
   known = lines.names(family, family.configure(hf_config))
   read = lines.read(Path(source).expanduser(), known)
-  model = merged.load(base, adapter, quant)
+  model = merged.load(base, adapter, quant, other_base)
   try:
     rows = lines.rows(read, model.loaded, known, max_length, adapter)
     results.write(target, _results(rows, model, batch_size, all_positions))
@@ -149,6 +151,7 @@ def main() -> None:
     max_length=MAX_LENGTH.value,
     all_positions=ALL_POSITIONS.value,
     quant=QUANT.value,
+    other_base=OTHER_BASE.value,
   )
   results.report("Predictions", OUT.value, count)
 

@@ -95,7 +95,7 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   """Builds what is trained; arguments as in `train`."""
   from lorax_flax.distributed import processes
   from lorax_flax.jobs import about as describe
-  from lorax_flax.jobs import build, fingerprint, starts
+  from lorax_flax.jobs import build, fingerprint, provenance, starts
   from lorax_flax.jobs.export import export
   from lorax_flax.tasks import task as tasks
   from lorax_flax.train.loop import Job
@@ -112,6 +112,10 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   splits, lengths = build.rows(first.data, task, model)
   objective = task.objective(first.train.label_smoothing)
   _, forward = build.adapt(model, first.model, first.lora, objective)
+  prints = (
+    fingerprint.of(model, splits, first.init_adapter) if processes.first() else {}
+  )
+  prove = provenance.prover(model, prints)
   made, plans = [], {}
   for workdir, own in runs.items():
     mine = model if own.train.seed == seed else model.reseeded(own.train.seed)
@@ -125,7 +129,8 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
     adapter = build.adapter(start, mine, own.init_adapter)
     about = describe.about(own, task, mine, plan, adapter, splits, lengths, workdir)
     card = functools.partial(describe.card, own, task, mine, adapter, about)
-    write = export(own.lora, own.model.path, task, mine, card)
+    proof = functools.partial(prove, own, mine)
+    write = export(own.lora, own.model.path, task, mine, card, proof)
     name = workdir.name if len(runs) > 1 else ""
     made.append(Run(own.train, adapter, workdir, write, about, name))
   for line in build.describe(plan, made[0].adapter, model.params).values():
@@ -135,7 +140,7 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
     Model(forward, model.params, build.axes(model), mesh),
     objective,
     build.batches(splits, lengths, [own.train for own in runs.values()]),
-    fingerprint.of(model, splits, first.init_adapter) if processes.first() else {},
+    prints,
     build.samples(first.data, task, model, splits, len(runs)),
   )
 

@@ -78,6 +78,7 @@ MAX_RANK = flags.DEFINE_integer(
 )
 CHAT_TEMPLATE = model_flags.chat_template(FLAGS)
 QUANT = model_flags.quant(FLAGS)
+OTHER_BASE = model_flags.other_base(FLAGS)
 
 _MOST_CONNECTIONS = 2048
 
@@ -100,6 +101,7 @@ def main() -> None:
     folder.resolve().name if folder.exists() else folder.name,
     Path(ADAPTERS.value).expanduser() if ADAPTERS.value else None,
     quant=QUANT.value,
+    other_base=OTHER_BASE.value,
     language={
       "rows": ROWS.value,
       "length": MAX_LENGTH.value,

@@ -27,6 +27,7 @@ COMMANDS = {
   "merge": "experiments.merge",
   "convert": "experiments.convert",
   "combine": "experiments.combine",
+  "verify": "experiments.verify",
   "dryrun": "launch.dryrun",
   "launch local": "launch.local",
   "launch sweep": "launch.sweep",

@@ -28,6 +28,17 @@ def quant(values: flags.FlagValues) -> flags.FlagHolder:
   )
 
 
+def other_base(values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines --other_base."""
+  return flags.DEFINE_bool(
+    "other_base",
+    False,
+    "Load an adapter although its provenance.json says that it was trained on other"
+    " weights than the base's.",
+    flag_values=values,
+  )
+
+
 def adapter(
   values: flags.FlagValues,
   name: str = "adapter",

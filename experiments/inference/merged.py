@@ -49,23 +49,29 @@ class Merged:
     return self.loaded.hf_config.get("problem_type") or by_count
 
 
-def load(base: str, adapter: str | None, quant: str | None = None) -> Merged:
+def load(
+  base: str, adapter: str | None, quant: str | None = None, other_base: bool = False
+) -> Merged:
   """Loads a base by folder, alias or hub name, and merges an adapter into it.
 
   Deltas that have no place in the base are kept beside it.
 
   Args:
     quant: a format for the base's kernels in memory, beside which the deltas are kept.
+    other_base: as of `with_adapter.load`.
 
   Raises:
     LoraxError: besides what the readers raise, weights that neither of the two has.
   """
-  return _loaded(base, adapter, _followed if quant else without_place, quant)
+  kept = _followed if quant else without_place
+  return _loaded(base, adapter, kept, quant, other_base)
 
 
-def headed(base: str, adapter: str | None, quant: str | None = None) -> Merged:
+def headed(
+  base: str, adapter: str | None, quant: str | None = None, other_base: bool = False
+) -> Merged:
   """`load` that merges what was trained in full alone, and keeps the other deltas."""
-  return _loaded(base, adapter, _followed, quant)
+  return _loaded(base, adapter, _followed, quant, other_base)
 
 
 def _followed(params: Any, deltas: Adapter) -> Adapter:
@@ -73,9 +79,11 @@ def _followed(params: Any, deltas: Adapter) -> Adapter:
   return {path: each for path, each in deltas.items() if isinstance(each, Followed)}
 
 
-def _loaded(base: str, adapter: str | None, kept: _Kept, quant: str | None) -> Merged:
+def _loaded(
+  base: str, adapter: str | None, kept: _Kept, quant: str | None, other_base: bool
+) -> Merged:
   """A base with an adapter merged in, but for the deltas that are kept."""
-  loaded, deltas = read(base, adapter, quant)
+  loaded, deltas = read(base, adapter, quant, other_base)
   rest = kept(loaded.params, deltas)
   deltas = {path: delta for path, delta in deltas.items() if path not in rest}
   loaded = dataclasses.replace(loaded, params=lx.merge(loaded.params, deltas))
@@ -83,12 +91,12 @@ def _loaded(base: str, adapter: str | None, kept: _Kept, quant: str | None) -> M
 
 
 def read(
-  base: str, adapter: str | None, quant: str | None = None
+  base: str, adapter: str | None, quant: str | None = None, other_base: bool = False
 ) -> tuple[registry.Loaded, Adapter]:
   """A base with the outputs' names of an adapter, and the adapter.
 
   Args:
-    quant: as of `registry.load`.
+    quant, other_base: as of `with_adapter.load`.
 
   Raises:
     LoraxError: as of `load`.
@@ -98,7 +106,7 @@ def read(
   if adapter is None:
     loaded = registry.load(resolve(base), quant=quant)
   else:
-    loaded, saved = with_adapter.load(base, adapter, quant=quant)
+    loaded, saved = with_adapter.load(base, adapter, quant=quant, other_base=other_base)
     deltas, own, problem_type = saved.adapter, saved.labels, saved.problem_type
   brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
   if absent := set(loaded.new_paths) - brought:

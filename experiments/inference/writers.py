@@ -10,12 +10,12 @@ from lorax_flax.serve.generate import Writer
 
 
 def load(
-  base: str, adapter: str | None, quant: str | None = None
+  base: str, adapter: str | None, quant: str | None = None, other_base: bool = False
 ) -> tuple[Writer, Path]:
   """Loads a writer with the tokenizer of the adapter, where it has one, or the base.
 
   Args:
-    quant: as of `merged.load`.
+    quant, other_base: as of `merged.load`.
 
   Returns:
     The writer, and the folder of the tokenizer and its chat template.
@@ -23,7 +23,7 @@ def load(
   Raises:
     LoraxError: what the readers raise; a model that doesn't generate.
   """
-  model = merged.load(base, adapter, quant)
+  model = merged.load(base, adapter, quant, other_base)
   loaded = model.loaded
   own = None if adapter is None else Path(adapter).expanduser()
   folder, tokenizer = beside.tokenizer_folder(loaded.folder, own), None

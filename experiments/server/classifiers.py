@@ -58,6 +58,7 @@ class Classifiers:
     *,
     waiting: int = 64,
     quant: str | None = None,
+    other_base: bool = False,
   ):
     """Loads the adapters of a folder; those that don't fit are logged and left out.
 
@@ -65,13 +66,15 @@ class Classifiers:
       loaded: the base.
       waiting: number of requests that are answered or wait at once.
       quant: with which the base was loaded.
+      other_base: whether adapters of other bases are served.
 
     Raises:
       LoraxError: nothing that answers.
     """
     self.base = name
     self.task: str = loaded.family.task
-    self._loaded, self._root, self._quant = loaded, root, quant
+    self._loaded, self._root = loaded, root
+    self._quant, self._other_base = quant, other_base
     self._shared = flatten(loaded.params)
     self._served: dict[str, _Served] = {}
     self._turn, self._room = threading.Lock(), threading.BoundedSemaphore(waiting)
@@ -145,7 +148,8 @@ class Classifiers:
 
   def _made(self, adapter: Path | None) -> _Served:
     source = None if adapter is None else str(adapter)
-    model = merged.headed(str(self._loaded.folder), source, self._quant)
+    folder = str(self._loaded.folder)
+    model = merged.headed(folder, source, self._quant, self._other_base)
     loaded = model.loaded
     tokenizer = load_tokenizer(loaded.folder, source)
     params = map_with_path(self._one, loaded.params)

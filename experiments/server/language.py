@@ -16,7 +16,7 @@ from experiments.server.voice import Voice
 from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.hub.adapters import any as readers
 from lorax_flax.methods import Adapter
-from lorax_flax.models import gguf
+from lorax_flax.models import gguf, with_adapter
 from lorax_flax.models.registry import Loaded
 from lorax_flax.serve import bank, decoder, embeddings
 from lorax_flax.serve import generate as generation
@@ -55,6 +55,7 @@ class Language:
     capacity: int,
     max_rank: int | None,
     chat_template: str | None = None,
+    other_base: bool = False,
     **options: Any,
   ):
     """Loads the adapters of a folder; those that don't fit are logged and left out.
@@ -67,6 +68,7 @@ class Language:
       capacity: number of adapters on the device, of any number.
       max_rank: the largest rank of one; None: of those in the folder, and at least 16.
       chat_template: a .jinja file in place of the models' own.
+      other_base: whether adapters of other bases are served.
       **options: of `Engine`.
 
     Raises:
@@ -75,6 +77,7 @@ class Language:
     self.base = name
     self.task: str = loaded.family.task
     self._loaded, self._root, self._chat_template = loaded, root, chat_template
+    self._check_base = None if other_base else with_adapter.base_check(loaded.folder)
     self._voices = {name: self._voice(None)}
     writer = generation.writer(loaded, {})
     self._adapters: Adapters | None = None
@@ -214,6 +217,8 @@ class Language:
 
   def _read(self, found: Path) -> Adapter:
     """An adapter; LoraxError where the base would have to be another for it."""
+    if self._check_base is not None:
+      self._check_base(found)
     loaded = self._loaded
     needs = readers.needs(found, loaded.keymap)
     rows = loaded.config.vocab_size

@@ -20,6 +20,7 @@ def served(
   *,
   language: Mapping[str, Any],
   quant: str | None = None,
+  other_base: bool = False,
 ) -> Language | Classifiers:
   """Makes what answers for a base.
 
@@ -28,13 +29,21 @@ def served(
     language: settings of a language model, as of `Language`; a `length` beyond the
       model's is the model's.
     quant: with which the base was loaded.
+    other_base: whether adapters of other bases are served; see `with_adapter.load`.
 
   Raises:
     LoraxError: a model of another task.
   """
   task = loaded.family.task
   if task == "sequence-classification":
-    return Classifiers(loaded, name, root, waiting=language["waiting"], quant=quant)
+    return Classifiers(
+      loaded,
+      name,
+      root,
+      waiting=language["waiting"],
+      quant=quant,
+      other_base=other_base,
+    )
   if task != "causal-lm":
     kind = loaded.hf_config["model_type"]
     raise LoraxError(
@@ -42,7 +51,8 @@ def served(
       " `lorax predict` run it"
     )
   length = min(language["length"], loaded.max_length)
-  return Language(loaded, name, root, **{**language, "length": length})
+  settings = {**language, "length": length, "other_base": other_base}
+  return Language(loaded, name, root, **settings)
 
 
 def keys(given: Sequence[str], file: str | None) -> list[str]:

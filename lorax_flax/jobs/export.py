@@ -44,12 +44,14 @@ def export(
   task: Task,
   loaded: registry.Loaded,
   card: Callable[[Result], str],
+  prove: Callable[[Adapter], Mapping[str, Any]],
 ) -> Callable[[Adapter, Result, Path], dict[str, str]]:
   """The export of a run, as `lorax_flax.train.trials.Run` takes it.
 
   Args:
     base_name: name of the base in the adapter's config.
     card: (content of result.json) -> text of README.md.
+    prove: (adapter) -> content of its provenance.json; every process calls it.
   """
 
   stored = registry.read_config(loaded.folder)
@@ -57,6 +59,7 @@ def export(
 
   def write_adapter(target: Path, adapter: Adapter, result: Result) -> None:
     tables = meshes.gather(loaded.params) if resized else None
+    proof = prove(adapter)
     if not processes.first():
       return
     task_type = peft_config.TASK_TYPES[loaded.family.task]
@@ -71,7 +74,7 @@ def export(
         untied=not loaded.keymap.ties,
         soft=loaded.soft,
       )
-      native.write_adapter(target, saved, card(result))
+      native.write_adapter(target, saved, card(result), proof)
       return
     peft.write_adapter(
       target,
@@ -85,6 +88,7 @@ def export(
       params=tables,
       resized=resized,
       card=card(result),
+      proof=proof,
     )
 
   def write_model(target: Path, adapter: Adapter, result: Result) -> None:

@@ -64,14 +64,15 @@ def merge(
       return jnp.asarray(quant.dense(found), jnp.float32)
 
     shares[name] = kept(loaded.params, in_base, stored)
-  expected = _logits(loaded, loaded.params, deltas)
+  logits = probed(loaded)
+  expected = np.asarray(logits(loaded.params, deltas))
   merged = lx.merge(loaded.params, deltas)
   found = {}
   for name, store in stores.items():
     params = map_with_path(
       lambda path, leaf, store=store: store(path, quant.dense(leaf)), merged
     )
-    error = np.abs(_logits(loaded, params, {}) - expected).max()
+    error = np.abs(np.asarray(logits(params, {})) - expected).max()
     found[name] = _figures(shares[name], float(error))
   return merged, found
 
@@ -104,12 +105,24 @@ def probe(model: Loaded) -> dict[str, np.ndarray]:
   return {name: draw(name, like) for name, like in inputs.items()}
 
 
-def _logits(model: Loaded, params: Any, adapter: Adapter) -> np.ndarray:
-  def forward(params: Any, inputs: Any) -> Any:
-    return model.module.apply({"params": params}, **inputs)
+def probed(model: Loaded) -> Callable[[Any, Adapter], jax.Array]:
+  """The function (params, adapter) -> float32 logits of a model over its `probe`."""
+  module = model.module.clone(dtype=jnp.dtype("float32"))
 
-  apply = jax.jit(lx.adapt(forward, lx.LoraConfig()).apply)
-  return np.asarray(apply(params, adapter, probe(model)), np.float32)
+  @jax.jit
+  def apply(params: Any, adapter: Adapter, inputs: Any) -> jax.Array:
+    forward = lambda params, inputs: module.apply({"params": params}, **inputs)
+    found = lx.adapt(forward, lx.LoraConfig()).apply(params, adapter, inputs)
+    return found.astype(jnp.float32)
+
+  inputs = probe(model)
+
+  def logits(params: Any, adapter: Adapter) -> jax.Array:
+    # Products in full, so that other devices find the same numbers.
+    with jax.default_matmul_precision("highest"):
+      return apply(params, adapter, inputs)
+
+  return logits
 
 
 def _figures(shares: Mapping[str, tuple[float, float]], error: float) -> Figures:

@@ -253,6 +253,11 @@ def load(
   )
 
 
+def stored(folder: Path) -> hub_load.Found:
+  """The checkpoint of a folder, by its headers; its layers are not stacked."""
+  return hub_load.find(_open(folder), outline(read_config(folder)).keymap)
+
+
 def outline(
   hf_config: Mapping[str, Any],
   *,

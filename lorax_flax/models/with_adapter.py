@@ -1,12 +1,14 @@
 """A base and adapters of any form, read together: the base is made to fit."""
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorax_flax.errors import LoraxError
+from lorax_flax.errors import LoraxError, listing
+from lorax_flax.hub import provenance
 from lorax_flax.hub.adapters import any as adapters
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.peft import folder as peft
@@ -24,6 +26,8 @@ def load(
   alpha: float | None = None,
   enable_lora: Sequence[bool] | None = None,
   quant: str | None = None,
+  param_dtype: str | None = None,
+  other_base: bool = False,
 ) -> tuple[registry.Loaded, Saved]:
   """Loads a base with a head of the adapter's width, untied and resized as it needs.
 
@@ -31,13 +35,21 @@ def load(
     base: a folder, an alias or a hub name.
     adapter: of any form.
     alpha, enable_lora: as of `adapters.read`.
-    quant: as of `registry.load`.
+    quant, param_dtype: as of `registry.load`.
+    other_base: whether the base may be another than the adapter's provenance.json
+      says; see `base_check`.
 
   Raises:
-    LoraxError: what the readers raise.
+    LoraxError: what the readers raise; another base than the adapter's.
   """
   loaded, (saved,) = load_all(
-    base, [adapter], alpha=alpha, enable_lora=enable_lora, quant=quant
+    base,
+    [adapter],
+    alpha=alpha,
+    enable_lora=enable_lora,
+    quant=quant,
+    param_dtype=param_dtype,
+    other_base=other_base,
   )
   return loaded, saved
 
@@ -49,9 +61,15 @@ def load_all(
   alpha: float | None = None,
   enable_lora: Sequence[bool] | None = None,
   quant: str | None = None,
+  param_dtype: str | None = None,
+  other_base: bool = False,
 ) -> tuple[registry.Loaded, list[Saved]]:
   """Loads a base and several adapters, which must fit the same base; as `load`."""
   folder = resolve(base)
+  if not other_base:
+    check = base_check(folder)
+    for source in sources:
+      check(source)
   model = registry.outline(registry.read_config(folder))
   needs = {source: adapters.needs(source, model.keymap) for source in sources}
   num_labels = _agreed(base, "labels", {s: n.num_labels for s, n in needs.items()})
@@ -84,6 +102,7 @@ def load_all(
     vocab_size=vocab_size,
     soft=None if soft is None else SoftSettings(**soft),
     quant=quant,
+    param_dtype=param_dtype,
   )
   for source, each in needs.items():
     if each.vocab_size is not None:
@@ -93,6 +112,42 @@ def load_all(
     _read(base, loaded, source, alpha=alpha, enable_lora=enable_lora)
     for source in sources
   ]
+
+
+def base_check(folder: Path) -> Callable[[str | Path], None]:
+  """The check that an adapter was trained on the weights of a base.
+
+  It raises LoraxError, by a sample of each weight (see `digests.sampled`), which is
+  read once, where the first adapter has a provenance.json; others pass. Weights that
+  are stored in another dtype or in other parts are logged and not compared: `lorax
+  verify` compares all.
+
+  Args:
+    folder: of the base.
+  """
+  sampled = functools.cache(lambda: provenance.sampled(registry.stored(folder)))
+
+  def check(adapter: str | Path) -> None:
+    about = provenance.read(adapter)
+    if about is None:
+      return
+    differ = provenance.compare(about, sampled())
+    if differ.numbers:
+      raise LoraxError(
+        f"{adapter} was trained on other weights than those in {folder}: by its "
+        f"{provenance.FILE}, {len(differ.numbers)} of {len(about['base']['weights'])} "
+        f"differ: {listing(differ.numbers, 4)}. Give its own base, "
+        f"{about['base'].get('name')}, or --other_base (other_base=True) to load it "
+        "all the same"
+      )
+    for what, keys in (("dtype", differ.dtypes), ("form", differ.absent)):
+      if keys:
+        log.warning(
+          f"{adapter} was trained on a base that stores {listing(keys, 4)} in another "
+          f"{what} than {folder}: not compared"
+        )
+
+  return check
 
 
 def _agreed(base: str, what: str, sizes: Mapping[str | Path, int | None]) -> int | None:

@@ -7,7 +7,6 @@ files are kept too: it reports a damaged file in many ways, from threads of its 
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import orbax.checkpoint as ocp
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, unknown
-from lorax_flax.files import atomic
+from lorax_flax.files import atomic, digests
+from lorax_flax.hub import provenance
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft.needs import Needs
 from lorax_flax.methods import METHODS, Adapter, Delta, Tuned
@@ -67,11 +67,17 @@ def is_ours(folder: Path) -> bool:
   return (folder / FILE).is_file() and (folder / ARRAYS).is_dir()
 
 
-def write_adapter(folder: str | Path, saved: Saved, card: str | None = None) -> None:
+def write_adapter(
+  folder: str | Path,
+  saved: Saved,
+  card: str | None = None,
+  proof: Mapping[str, Any] | None = None,
+) -> None:
   """Writes a folder, whole or not at all; an older adapter of this form is replaced.
 
   Args:
     card: the text of README.md.
+    proof: the content of provenance.json, less what is of the folder's files.
 
   Raises:
     LoraxError: a folder with other things, or one that can't be written.
@@ -86,11 +92,13 @@ def write_adapter(folder: str | Path, saved: Saved, card: str | None = None) -> 
   with atomic.new_folder(Path(folder).expanduser(), overwrite=True) as scratch:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save((scratch / ARRAYS).absolute(), arrays)
-    about["files"] = _digests(scratch / ARRAYS)
+    about["files"] = digests.of_folder(scratch / ARRAYS)
     text = json.dumps(about, indent=2, sort_keys=True)
     (scratch / FILE).write_text(f"{text}\n", encoding="utf-8")
     if card is not None:
       (scratch / atomic.README).write_text(card, encoding="utf-8")
+    if proof is not None:
+      provenance.write(scratch, proof)
 
 
 def read_adapter(folder: str | Path, params: Any) -> Saved:
@@ -197,18 +205,8 @@ def _shell(path: str, about: Mapping[str, Any], leaves: Mapping[str, Any]) -> De
   return delta
 
 
-def _digests(folder: Path) -> dict[str, str]:
-  """SHA-256 of each file, by its name in the folder."""
-  found = {}
-  for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-    with file.open("rb") as stream:
-      digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    found[file.relative_to(folder).as_posix()] = digest
-  return found
-
-
 def _check_files(folder: Path, expected: Mapping[str, Any]) -> None:
-  found = _digests(folder)
+  found = digests.of_folder(folder)
   bad = [n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)]
   if bad:
     raise LoraxError(

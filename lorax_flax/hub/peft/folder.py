@@ -19,6 +19,7 @@ from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten, map_with_path
 from lorax_flax.errors import LoraxError, listing, prefixed, unknown
 from lorax_flax.files import atomic, strict_json
+from lorax_flax.hub import provenance
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
 from lorax_flax.hub.peft import config_file, pruned
@@ -113,6 +114,7 @@ def write_adapter(
   dtypes: Mapping[str, str] | str = "float32",
   resized: bool = False,
   card: str | None = None,
+  proof: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes a PEFT folder, all of it or nothing; one that was written here is replaced.
 
@@ -133,6 +135,7 @@ def write_adapter(
       that was read, and the same tensors are written.
     resized: the vocabulary of `params` is not the base's: all tables are written.
     card: the text of README.md.
+    proof: the content of provenance.json, less what is of the folder's files.
 
   Raises:
     LoraxError: something that PEFT can't represent, or a folder with other files.
@@ -166,6 +169,8 @@ def write_adapter(
       (scratch / LABELS_FILE).write_text(json.dumps(head), encoding="utf-8")
     if card is not None:
       (scratch / atomic.README).write_text(card, encoding="utf-8")
+    if proof is not None:
+      provenance.write(scratch, proof)
 
 
 def from_peft(
