@@ -21,7 +21,8 @@ def use(folder: str | None) -> None:
   """Keeps compiled programs in a folder, or a bucket, from now on.
 
   JAX knows a program by its code, its devices and their versions. One that is damaged
-  there is compiled anew; JAX warns of it. JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+  there is compiled anew; JAX warns of it. JAX_ENABLE_COMPILATION_CACHE=false keeps
+  none.
 
   Args:
     folder: None is JAX_COMPILATION_CACHE_DIR, or else `programs` in the user's cache

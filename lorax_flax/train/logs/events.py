@@ -16,7 +16,7 @@ class Events:
   """
 
   def __init__(self, folder: Path, step: int):
-    """Resumes after `step`: later events, of a process that was killed, are forgotten."""
+    """Resumes after `step`: drops later events, of a process that was killed."""
     self._folder, self._step = folder, step
     self._writer: Any = None
     with atomic.naming(folder):
