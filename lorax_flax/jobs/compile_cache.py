@@ -43,7 +43,7 @@ def use(folder: str | None) -> None:
 
 
 def _use_own() -> None:
-  if jax.config.read("jax_compilation_cache_dir") is not None:
+  if jax.config.values["jax_compilation_cache_dir"] is not None:
     return
   place = assets.cache_dir() / "programs"
   try:
