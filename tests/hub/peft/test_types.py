@@ -1,6 +1,8 @@
 """PEFT's folders of every method: read, merged, and written to the same bytes."""
 
 import json
+import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import lorax_flax as lx
-from lorax_flax.hub.peft import config_file
+from lorax_flax.hub.peft import config_file, soft
 from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.jobs import warm_start
 from tests.hub.peft import peers
@@ -202,6 +204,18 @@ def test_logits_of_which_the_largest_are_saved_are_read_and_not_trained(
   save_file(tensors | {key: tensors[key] + 9}, theirs / peers.WEIGHTS)
   with pytest.raises(lx.LoraxError, match="_topk_indices are from 0 to 4, and there"):
     hub_peft.read_adapter(theirs, tree, keymap)
+
+
+def test_every_type_of_peft_is_read_or_has_a_reason():
+  text = (Path(__file__).parents[3] / "PEFT_COVERAGE.md").read_text()
+  parts = [part.split("\n## ")[0] for part in text.split("\n## Types that are ")[1:]]
+  first = [re.findall(r"^\|([^|]*)\|", part, re.MULTILINE) for part in parts]
+  read, left = ({*re.findall(r"`(\w+)`", " ".join(cells))} for cells in first)
+  methods = {m.peft.type for m in lx.METHODS.values() if m.peft}
+  alone = {m.alone.type for m in lx.METHODS.values() if m.alone}
+  assert read == methods | alone | {*soft.FORMS}
+  assert read | left == {each.value for each in peft.PeftType}
+  assert not read & left
 
 
 ALONE = {
