@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 import lorax_flax as lx
 from lorax_flax import quant
+from lorax_flax.adapt import training
 from lorax_flax.adapt.config import LoraConfig, with_tuned
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.adapt.plan import Plan
@@ -312,12 +313,9 @@ def describe(plan: Plan, adapter: Adapter, params: Any) -> dict[str, str]:
 
   One of what the targets cover and was left out, where anything was.
   """
-  tuned = [delta for delta in adapter.values() if isinstance(delta, Tuned)]
-  deltas = [delta for delta in adapter.values() if not isinstance(delta, Tuned)]
-  low, full = (
-    sum(delta.leaves()[name].size for delta in group for name in delta.trained)
-    for group in (deltas, tuned)
-  )
+  tuned = {path: delta for path, delta in adapter.items() if isinstance(delta, Tuned)}
+  deltas = {path: delta for path, delta in adapter.items() if path not in tuned}
+  low, full = training.size(deltas), training.size(tuned)
   leaves = flatten(params).values()
   stored_as = sorted(
     {quant.name_of(x) if quant.is_quantized(x) else x.dtype.name for x in leaves}

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from lorax_flax.adapt import training
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.distributed import processes
 from lorax_flax.errors import LoraxError
@@ -511,8 +512,7 @@ def _finish(
     return None
   rest = partition(run.adapter, trainable_mask(run.adapter))[1]
   adapter = meshes.gather(combine(trained, rest))
-  size = sum(x.size for x in jax.tree.leaves(trained))
-  result = history.result(size, seconds)
+  result = history.result(training.size(adapter), seconds)
   with bucket.staging(run.folder) as here:
     paths = run.export(adapter, result, here)
   result |= {n: str(run.folder / Path(p).relative_to(here)) for n, p in paths.items()}
