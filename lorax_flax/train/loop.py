@@ -61,7 +61,7 @@ class Job:
 
   Attributes:
     fingerprints: digests of what the runs are made from, by name.
-    samples: prompts that a run which trains alone, in one process, answers.
+    samples: prompts that each run answers, in one process.
     places: number of runs that train at the same time; as one ends, the next one takes
       its place. None: all of them.
     judge: (number of steps of a run, primary metric) -> the rule by which runs are
@@ -450,14 +450,16 @@ class _Loop:
     if samples is None or not alive:
       return
     self._drain()
+    params = self.job.model.params
     with self.clock.on("answer"), jax.set_mesh(self.job.model.mesh):
-      try:
-        found = samples.answer(base.params, base.adapter(state.trained))
-      except LoraxError as error:  # An answer is no reason to stop a run.
-        log.warning("the prompts are not answered at step %d: %s", number, error)
-        return
-    for _, seat in alive:
-      seat.history.answered(samples.lines(number, found))
+      for place, seat in alive:
+        adapter, step = self.program.adapter(state, base, place), number - seat.start
+        try:
+          found = samples.answer(params, adapter)
+        except LoraxError as error:  # An answer is no reason to stop a run.
+          log.warning("the prompts are not answered at step %d: %s", step, error)
+          return
+        seat.history.answered(samples.lines(step, found))
 
   def _report(self, number: int, due: Sequence[tuple[int, Seat]]) -> None:
     for seat in [seat for _, seat in due if seat.trains]:
