@@ -204,7 +204,7 @@ class _Loop:
       state, base = self._take_turns(number, state, base)
       self._watch(number)
       if not done:
-        self._answer(0, state, base)
+        self._answer(0, self.places.training(), state, base)
       train_step = Compiled(self.program.step, self._compiling("training step"))
       while self.places.any():
         number += 1
@@ -226,7 +226,7 @@ class _Loop:
           self._log(number, logged)
         if evaluated := self._due(number, lambda n: n == total or n % epoch == 0):
           state = self._evaluate(number, evaluated, state, base)
-          self._answer(number, state, base)
+          self._answer(number, evaluated, state, base)
         if judged := self._due(number, self._is_judged):
           self._judge_all(number, judged, state, base)
         stopping = not self._at_end(number) and self.stop.reached(number)
@@ -444,9 +444,11 @@ class _Loop:
         shown = f"{objective.primary} {score:.4f} of a sample"
         seat.history.prune(step, f"{judge.name} stops it at {shown}")
 
-  def _answer(self, number: int, state: PyTree, base: PyTree) -> None:
+  def _answer(
+    self, number: int, due: Sequence[tuple[int, Seat]], state: PyTree, base: PyTree
+  ) -> None:
     """Answers the prompts, before the step's checkpoint: it is never without them."""
-    samples, alive = self.job.samples, self.places.training()
+    samples, alive = self.job.samples, [(p, seat) for p, seat in due if seat.trains]
     if samples is None or not alive:
       return
     self._drain()
