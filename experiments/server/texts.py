@@ -68,7 +68,7 @@ class _Form:
 
 
 class _Part(NamedTuple):
-  """What one token brings.
+  """Text and calls that one token brings.
 
   Attributes:
     choice: its number.

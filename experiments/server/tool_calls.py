@@ -38,7 +38,7 @@ class Call(NamedTuple):
 
 
 class Found(NamedTuple):
-  """What a piece of text brings."""
+  """Text and calls that a piece of text brings."""
 
   text: str = ""
   calls: tuple[Call, ...] = ()
@@ -54,7 +54,7 @@ class Plain:
   """Text without calls."""
 
   def push(self, piece: str) -> Found:
-    """What is certain after one more piece."""
+    """Text and calls that are certain after one more piece."""
     return Found(piece)
 
   def finish(self) -> Found:
@@ -124,7 +124,7 @@ _READERS: dict[str, Callable[[], Plain]] = {
 
 
 def reader(template: str) -> Plain:
-  """What reads the calls in one text of a model with this chat template."""
+  """Reader of the calls in one text of a model with this chat template."""
   return next((make() for mark, make in _READERS.items() if mark in template), Plain())
 
 

@@ -94,7 +94,7 @@ class Choice:
     return jnp.broadcast_to(self._along(self.slot, axis, len(shape)), shape)
 
   def _along(self, x: jax.Array, axis: int, ndim: int) -> jax.Array:
-    """What each token has on this axis, of these many; what an example has as it is."""
+    """Values of tokens on this axis, of these many; an example's one as it is."""
     if not self.by_token:
       return x
     return jnp.expand_dims(x, [i for i in range(ndim) if i != axis % ndim])

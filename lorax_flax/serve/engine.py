@@ -53,7 +53,7 @@ class Params(Protocol):
     """Ends one use of a slot."""
 
   def identity(self, slot: int) -> Hashable:
-    """What tells the adapter in an acquired slot from all others there ever were."""
+    """Value that no other adapter than the one in an acquired slot has ever had."""
 
   def of(self, slots: Sequence[int]) -> Any:
     """The decoder's params, of the slot of each row; -1 for the base."""
