@@ -145,19 +145,14 @@ def samples(
   task: Task,
   model: registry.Loaded,
   splits: Splits[Rows],
-  runs: int,
 ) -> Samples | None:
-  """Prompts that are answered at each evaluation; None, logged, where they can't be.
-
-  Args:
-    runs: number of runs that train together.
-  """
+  """Prompts that are answered at each evaluation; None, logged, where they can't be."""
   if task.samples is None:
     return None
   try:
     made = task.samples(settings, model, splits)
-    if made is not None and runs * jax.process_count() > 1:
-      raise LoraxError("that is for one run in one process")
+    if made is not None and jax.process_count() > 1:
+      raise LoraxError("that is for one process")
   except LoraxError as error:
     log.info(f"no prompts are answered while training: {error}")
     return None
