@@ -137,7 +137,7 @@ class Embed(nn.Embed):
 
   def __call__(self, ids_BxT: jax.Array) -> jax.Array:
     """BxTxD."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, ids_BxT = jax.sharding.get_abstract_mesh(), spread.shard_tokens(ids_BxT)
     rows = self.along == "embed" and ids_BxT.ndim == 2
     rows = rows and spread.can_shard_rows(mesh, ids_BxT)
     if rows and self.features % mesh.shape["fsdp"] == 0:
@@ -145,12 +145,13 @@ class Embed(nn.Embed):
       # the table; then an all-to-all exchanges them, and only then are they sharded
       # along the other axes. By itself the compiler would all-gather every row.
       constrain, free = jax.lax.with_sharding_constraint, PartitionSpec.UNCONSTRAINED
-      ids_BxT = constrain(ids_BxT, PartitionSpec("data", free))
+      tokens = spread.TOKENS if spread.token_shards(ids_BxT.shape[1]) > 1 else free
+      ids_BxT = constrain(ids_BxT, PartitionSpec("data", tokens))
       x_BxTxD = constrain(
-        super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp")
+        super().__call__(ids_BxT), PartitionSpec("data", tokens, "fsdp")
       )
-      x_BxTxD = constrain(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free))
-      return spread.shard_rows(x_BxTxD)
+      x_BxTxD = constrain(x_BxTxD, PartitionSpec(("data", "fsdp"), tokens, free))
+      return spread.shard_tokens(x_BxTxD)
     return super().__call__(ids_BxT)
 
 

@@ -9,6 +9,8 @@ from jax.sharding import PartitionSpec
 
 # The axes of a mesh along which the rows of a batch are sharded, where there is a mesh.
 ROWS = ("data", "fsdp", "expert")
+# And that along which the tokens of a row are.
+TOKENS = "sequence"
 
 
 def num_shards(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
@@ -34,15 +36,35 @@ def shard_rows(x: Any) -> Any:
   Given between layers, since weights that are sharded along the same axis would
   otherwise tempt the compiler to gather the activations instead. Without a mesh: x.
   """
-  mesh = jax.sharding.get_abstract_mesh()
+  return jax.tree.map(lambda x: _shard(x, ROWS), x)
 
-  def cut(x):
-    if not can_shard_rows(mesh, x):
-      return x
-    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *rest))
 
-  return jax.tree.map(cut, x)
+def shard_tokens(x: Any) -> Any:
+  """Activations, a tree of arrays (B, T, …), as `shard_rows`, and their tokens too."""
+  return jax.tree.map(lambda x: _shard(x, ROWS, (TOKENS,)), x)
+
+
+def token_shards(length: int) -> int:
+  """Number of shards of T tokens on the mesh of the context; 1 if they don't divide."""
+  ways = jax.sharding.get_abstract_mesh().shape.get(TOKENS, 1)
+  return ways if length % ways == 0 else 1
+
+
+def _shard(x: jax.Array, *along: tuple[str, ...]) -> jax.Array:
+  """x with its first axes sharded along these of the mesh, where it can be."""
+  mesh, free = jax.sharding.get_abstract_mesh(), PartitionSpec.UNCONSTRAINED
+
+  def spec(axes: tuple[str, ...], size: int) -> Any:
+    if not set(axes) <= set(mesh.axis_names):
+      return free
+    ways = num_shards(mesh.shape, axes)
+    return axes if ways > 1 and size % ways == 0 else free
+
+  specs = [spec(axes, size) for axes, size in zip(along, x.shape, strict=False)]
+  if all(spec is free for spec in specs):
+    return x
+  specs += [free] * (x.ndim - len(specs))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*specs))
 
 
 def gathered(weight: jax.Array, axis: int) -> jax.Array:

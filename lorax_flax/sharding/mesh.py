@@ -25,7 +25,9 @@ from lorax_flax.sharding import activations as spread
 # that none is replicated because somebody forgot it.
 Axes = Mapping[str, tuple[str, ...]]
 
-AXES = ("data", "fsdp", "tensor", "expert")
+AXES = ("data", "fsdp", "tensor", "expert", "sequence")
+# Devices that are next to each other are along the last: there most is sent.
+_NEAREST_LAST = ("data", "fsdp", "sequence", "tensor", "expert")
 
 # The axis of the mesh that each logical axis is sharded along; None: replicated.
 RULES: dict[str, str | None] = {
@@ -61,12 +63,14 @@ class MeshConfig:
     tensor: shards weights and what is computed with them; nothing is gathered.
     expert: shards the batch too, and the experts of a mixture: each device computes its
       own, for the tokens of all devices along this axis.
+    sequence: shards the tokens of each row; attention gathers keys and values.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
   expert: int = 1
+  sequence: int = 1
 
   def __post_init__(self):
     for name in AXES:
@@ -105,11 +109,11 @@ def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
   on some TPUs alone.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = config.sizes(len(devices))
+  sizes = dict(zip(AXES, config.sizes(len(devices)), strict=True))
   arranged = mesh_utils.create_device_mesh(
-    sizes, devices, allow_split_physical_axes=True
+    [sizes[name] for name in _NEAREST_LAST], devices, allow_split_physical_axes=True
   )
-  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(arranged, _NEAREST_LAST, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def describe(mesh: Mesh) -> str:
@@ -129,7 +133,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-  """Sharding of batches: rows are sharded along all axes but tensor."""
+  """Sharding of batches: rows are sharded, tokens are replicated.
+
+  Attention needs every token's mask, and ids are few bytes: models shard what they make
+  of them along `sequence`.
+  """
   return NamedSharding(mesh, PartitionSpec(spread.ROWS))
 
 
@@ -145,6 +153,15 @@ def check_batch(mesh: Mesh, name: str, size: int, parts: int = 1) -> None:
     raise LoraxError(
       f"{name} is {size}, and{split} can't be spread evenly over the {ways} devices of"
       " mesh.data × mesh.fsdp × mesh.expert"
+    )
+
+
+def check_length(mesh: Mesh, name: str, length: int) -> None:
+  """Raises LoraxError unless rows of this many tokens can be sharded evenly."""
+  if length % (ways := mesh.shape["sequence"]):
+    raise LoraxError(
+      f"{name} is {length}, and can't be split evenly over the {ways} devices of"
+      " mesh.sequence"
     )
 
 
