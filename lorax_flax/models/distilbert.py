@@ -173,5 +173,6 @@ FAMILIES = {
     max_length=lambda config: config.max_position_embeddings,
     dropout=("dropout", "attention_dropout"),
     head_dropout=("seq_classif_dropout",),
+    shards_tokens=lambda config: True,
   )
 }

@@ -256,5 +256,6 @@ FAMILIES = {
     max_length=lambda config: config.n_positions,
     cache=cache_layout,
     dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    shards_tokens=lambda config: True,
   )
 }

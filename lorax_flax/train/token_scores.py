@@ -165,9 +165,10 @@ def _(primals, tangents):
 
 
 def _chunk_size(head: Head, x_BxTxD: jax.Array, ways: int, room: int) -> int:
-  """Number of a row's tokens in a chunk of one of the ways along which they are sharded.
+  """Number of a row's tokens in a chunk, a multiple of 8 where that many fit.
 
-  A multiple of 8 where that many fit.
+  Args:
+    ways: number of shards of the row; a chunk has this many tokens of each.
   """
   rows, length, _ = x_BxTxD.shape
   length //= ways

@@ -10,7 +10,7 @@ from lorax_flax.models import registry
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.sharding.mesh import MeshConfig
 
-EIGHT = AbstractMesh((2, 2, 2, 1), meshes.AXES, (AxisType.Auto,) * 4)
+EIGHT = AbstractMesh((2, 2, 2, 1, 1), meshes.AXES, (AxisType.Auto,) * 5)
 AXES = {
   "up": ("embed", "mlp"),
   "down": ("layers", "mlp", "embed"),
@@ -31,11 +31,12 @@ def _specs(tree):
 @pytest.mark.parametrize(
   ("config", "devices", "sizes"),
   [
-    (MeshConfig(), 8, (8, 1, 1, 1)),
-    (MeshConfig(data=1, fsdp=-1, tensor=2), 8, (1, 4, 2, 1)),
-    (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2, 1)),
-    (MeshConfig(fsdp=4, tensor=2), 8, (1, 4, 2, 1)),
-    (MeshConfig(expert=4, tensor=2), 8, (1, 1, 2, 4)),
+    (MeshConfig(), 8, (8, 1, 1, 1, 1)),
+    (MeshConfig(data=1, fsdp=-1, tensor=2), 8, (1, 4, 2, 1, 1)),
+    (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2, 1, 1)),
+    (MeshConfig(fsdp=4, tensor=2), 8, (1, 4, 2, 1, 1)),
+    (MeshConfig(expert=4, tensor=2), 8, (1, 1, 2, 4, 1)),
+    (MeshConfig(fsdp=2, sequence=4), 8, (1, 2, 1, 1, 4)),
   ],
 )
 def test_one_axis_takes_what_is_left(config, devices, sizes):
@@ -152,7 +153,7 @@ def test_every_family_names_only_axes_that_the_table_has(name):
 
 
 def test_an_axis_for_experts_is_for_models_that_have_some():
-  mesh = AbstractMesh((1, 1, 2, 4), meshes.AXES, (AxisType.Auto,) * 4)
+  mesh = AbstractMesh((1, 1, 2, 4, 1), meshes.AXES, (AxisType.Auto,) * 5)
   params = {"up": _shape(8, 4, 6), "odd": _shape(6, 4, 6)}
   axes = dict.fromkeys(params, ("expert", "embed", "mlp"))
   assert _specs(meshes.of_params(mesh, axes, params)) == {

@@ -13,6 +13,8 @@ from lorax_flax.models.bert import keys as bert_keys
 from tests.sharding import mesh_worker
 from tests.train import tiny
 
+OF_TOKENS = ["windowed", "looped", "quantised", "gpt2", "encoder"]
+SAME = ["plain", "scanned", "dropped", "decoder", "mixture", *OF_TOKENS]
 LAYERS = {"plain": 1, "scanned": 2}
 
 
@@ -25,10 +27,13 @@ def cases(tmp_path_factory):
   tiny.model(folder / "decoder", tiny.LLAMA)
   tiny.token_ids(folder / "decoder", tiny.LLAMA["vocab_size"])
   tiny.model(folder / "mixture", tiny.MIXTRAL)
+  tiny.model(folder / "windowed", tiny.WINDOWED)
+  tiny.model(folder / "gpt2", tiny.GPT2)
   done = subprocess.run(
     [
       *(sys.executable, "-m", "tests.sharding.mesh_worker"),
       *(config, folder / "deep", folder / "decoder", folder / "mixture"),
+      *(folder / "windowed", folder / "gpt2"),
     ],
     cwd=tiny.ROOT,
     capture_output=True,
@@ -45,7 +50,7 @@ def _of(cases, name):
   return {k: case for k, case in cases.items() if k.split()[0] == name}
 
 
-@pytest.mark.parametrize("name", ["plain", "scanned", "dropped", "decoder", "mixture"])
+@pytest.mark.parametrize("name", SAME)
 def test_losses_are_the_same_on_every_mesh(cases, name):
   found = _of(cases, name)
   assert len(found) == len(mesh_worker.CASES[name][1]) > 1
@@ -56,14 +61,23 @@ def test_losses_are_the_same_on_every_mesh(cases, name):
       assert got == pytest.approx(wanted, abs=1e-5), mesh
 
 
-@pytest.mark.parametrize("name", ["plain", "scanned", "dropped", "decoder", "mixture"])
+@pytest.mark.parametrize("name", [name for name in OF_TOKENS if name != "encoder"])
+def test_the_adapter_ends_the_same_where_tokens_are_sharded(cases, name):
+  found = _of(cases, name)
+  want = found[f"{name} 1×1×1"]["end"]
+  for mesh, case in found.items():
+    for got, wanted in zip(case["end"], want, strict=True):
+      assert got == pytest.approx(wanted, abs=1e-5), mesh
+
+
+@pytest.mark.parametrize("name", SAME)
 def test_the_adapter_starts_the_same_on_every_mesh_bit_for_bit(cases, name):
   assert len({case["start"] for case in _of(cases, name).values()}) == 1
 
 
 def test_the_abstract_job_lies_as_the_real_one(cases):
   found = [case["lies as described"] for case in cases.values()]
-  assert [same for same in found if same is not None] == 6 * [True]
+  assert [same for same in found if same is not None] == 7 * [True]
 
 
 @pytest.mark.parametrize("name", ["plain", "scanned"])

@@ -168,6 +168,7 @@ def _family(model_type: str, architecture: str, vocab: int, pad: int) -> Family:
     max_length=max_length,
     dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     head_dropout=("classifier_dropout",),
+    shards_tokens=lambda config: True,
   )
 
 

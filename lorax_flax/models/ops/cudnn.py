@@ -93,7 +93,9 @@ def attention(
   def by_place(first, q, k, v, queries_BxT, mask_BxS):
     places_T = first + jnp.arange(q.shape[1])
     back_TxS = places_T[:, None] - jnp.arange(k.shape[1])[None, :]
-    seen_TxS = back_TxS >= 0 if window is None else (back_TxS >= 0) & (back_TxS < window)
+    seen_TxS = (
+      back_TxS >= 0 if window is None else (back_TxS >= 0) & (back_TxS < window)
+    )
     seen = queries_BxT[:, :, None] == mask_BxS[:, None, :]
     seen = (seen & (mask_BxS != 0)[:, None, :] & seen_TxS[None])[:, None]
     return jax.nn.dot_product_attention(

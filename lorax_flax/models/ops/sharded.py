@@ -17,7 +17,7 @@ def fits(rows: int, heads: int) -> bool:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return True
-  if not _AXES <= set(mesh.axis_names):
+  if not set(mesh.axis_names) >= _AXES:
     return False
   return rows % num_shards(mesh.shape) == 0 and heads % mesh.shape["tensor"] == 0
 
@@ -25,7 +25,7 @@ def fits(rows: int, heads: int) -> bool:
 def query_shards() -> int:
   """Number of devices of the mesh of the context that share a row's queries."""
   mesh = jax.sharding.get_abstract_mesh()
-  return mesh.shape[TOKENS] if _AXES <= set(mesh.axis_names) else 1
+  return mesh.shape[TOKENS] if set(mesh.axis_names) >= _AXES else 1
 
 
 # (axes of rows, of tokens and of heads on the mesh, or None) -> partition specs

@@ -68,16 +68,17 @@ def attention(
 
   ways = sharded.query_shards()
   q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, queries_BxT, keys_BxS = (
-    _filled(x, ways)
-    for x in (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, queries_BxT, keys_BxS)
+    _filled(x, ways) for x in (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, queries_BxT, keys_BxS)
   )
   lengths = q_BxTxHxK.shape[1], k_BxSxGxK.shape[1]
-  mask: Any = splash.FullMask(lengths)
   if window is not None:
-    mask = splash.LocalMask(lengths, (window - 1, 0), s - t)
+    mask: Any = splash.LocalMask(lengths, (window - 1, 0), s - t)
   elif causal:
     mask = splash.CausalMask(lengths, s - t)
-  kernel = _kernel(mask, q_BxTxHxK.shape[2], ways, softcap, interpret)
+  else:  # The same for each shard of the queries.
+    mask = splash.FullMask((lengths[0] // ways, lengths[1]))
+  shards = ways if causal else 1
+  kernel = _kernel(mask, q_BxTxHxK.shape[2], shards, softcap, interpret)
 
   def run(first, q, k, v, queries, keys, kernel):
     del first  # The kernel's shard has the places of its queries.
@@ -91,8 +92,8 @@ def attention(
 
   def specs(rows, tokens, heads):  # The mask is the same for all rows and heads.
     mesh = jax.sharding.get_abstract_mesh()
-    sharding = NamedSharding(mesh, PartitionSpec(None, tokens))
-    return kernel.manual_sharding_spec(sharding)
+    spec = PartitionSpec(None, tokens if causal else None)
+    return kernel.manual_sharding_spec(NamedSharding(mesh, spec))
 
   operands = (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, queries_BxT, keys_BxS)
   y_BxTxHxK = sharded.on_mesh(run, *operands, (kernel, specs))
@@ -100,18 +101,18 @@ def attention(
 
 
 def _kernel(
-  mask: Any, heads: int, ways: int, softcap: float | None, interpret: bool
+  mask: Any, heads: int, shards: int, softcap: float | None, interpret: bool
 ) -> Any:
   """The kernel of one row, a tree of arrays: which blocks of the mask are computed.
 
   Args:
     mask: of queries by keys.
-    ways: number of shards of the queries.
+    shards: number of shards of the mask's queries.
   """
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   heads //= jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-  rows, columns = _block(mask.shape[0] // ways), _block(mask.shape[1])
+  rows, columns = _block(mask.shape[0] // shards), _block(mask.shape[1])
   sizes = splash.BlockSizes(
     block_q=rows,
     block_kv=columns,
@@ -126,7 +127,7 @@ def _kernel(
     attn_logits_soft_cap=softcap,
     interpret=interpret,
     head_shards=1,
-    q_seq_shards=ways,
+    q_seq_shards=shards,
   )
 
 
