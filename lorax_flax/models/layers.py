@@ -137,19 +137,21 @@ class Embed(nn.Embed):
 
   def __call__(self, ids_BxT: jax.Array) -> jax.Array:
     """BxTxD."""
-    mesh, ids_BxT = jax.sharding.get_abstract_mesh(), spread.shard_tokens(ids_BxT)
+    mesh = jax.sharding.get_abstract_mesh()
     rows = self.along == "embed" and ids_BxT.ndim == 2
     rows = rows and spread.can_shard_rows(mesh, ids_BxT)
-    if rows and self.features % mesh.shape["fsdp"] == 0:
+    columns = ("fsdp", spread.TOKENS)
+    if rows and self.features % spread.num_shards(mesh.shape, columns) == 0:
       # Each device looks up its own columns for the tokens of all devices that share
       # the table; then an all-to-all exchanges them, and only then are they sharded
       # along the other axes. By itself the compiler would all-gather every row.
       constrain, free = jax.lax.with_sharding_constraint, PartitionSpec.UNCONSTRAINED
       tokens = spread.TOKENS if spread.token_shards(ids_BxT.shape[1]) > 1 else free
-      ids_BxT = constrain(ids_BxT, PartitionSpec("data", tokens))
+      ids_BxT = constrain(ids_BxT, PartitionSpec("data", free))
       x_BxTxD = constrain(
-        super().__call__(ids_BxT), PartitionSpec("data", tokens, "fsdp")
+        super().__call__(ids_BxT), PartitionSpec("data", free, columns)
       )
+      x_BxTxD = constrain(x_BxTxD, PartitionSpec("data", tokens, "fsdp"))
       x_BxTxD = constrain(x_BxTxD, PartitionSpec(("data", "fsdp"), tokens, free))
       return spread.shard_tokens(x_BxTxD)
     return super().__call__(ids_BxT)

@@ -23,11 +23,11 @@ def num_shards(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
 
 
 def can_shard_rows(mesh: Any, x_Bx: jax.Array) -> bool:
-  """True where there is a mesh along which the rows of x can be sharded."""
-  if not set(ROWS) <= set(mesh.axis_names):
+  """True where there is a mesh over which x can be sharded, as its rows allow."""
+  if not {*ROWS, TOKENS} <= set(mesh.axis_names):
     return False
-  apart = num_shards(mesh.shape)
-  return apart > 1 and x_Bx.ndim > 0 and x_Bx.shape[0] % apart == 0
+  apart = num_shards(mesh.shape, (*ROWS, TOKENS)) > 1
+  return apart and x_Bx.ndim > 0 and x_Bx.shape[0] % num_shards(mesh.shape) == 0
 
 
 def shard_rows(x: Any) -> Any:
@@ -74,7 +74,8 @@ def gathered(weight: jax.Array, axis: int) -> jax.Array:
   time. Without a mesh: the weight.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if not set(ROWS) <= set(mesh.axis_names) or num_shards(mesh.shape) == 1:
+  axes = (*ROWS, TOKENS)
+  if not set(axes) <= set(mesh.axis_names) or num_shards(mesh.shape, axes) == 1:
     return weight
   spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * weight.ndim
   spec[axis] = None
