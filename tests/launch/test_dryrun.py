@@ -317,3 +317,11 @@ def test_every_way_to_cut_the_chips_is_thought_of():
   cut = options.meshes(8, experts=12)
   assert len(cut) == len(set(cut)) == 10 + 6 + 3
   assert all(math.prod(sizes) == 8 and 12 % sizes[3] == 0 for sizes in cut)
+
+
+def test_long_rows_are_sharded_too():
+  assert options.meshes(4, tokens=4095) == options.meshes(4)
+  found = options.meshes(4, tokens=8192)
+  assert len(found) == len(set(found)) == 6 + 3 + 1
+  assert all(math.prod(sizes) == 4 for sizes in found)
+  assert max(sizes[4] for sizes in options.meshes(4, tokens=4096)) == 2

@@ -138,7 +138,7 @@ def run(spec: str, changes: dict[str, Any], sizes: tuple[int, ...]) -> dict:
   for _ in range(STEPS):
     batch = {n: meshes.place(x, rows) for n, x in next(data.batches).items()}
     if compiled is None:
-      if sizes.count(2) == 3:
+      if sizes.count(2) == 3 and not changes.get("data.packing"):
         shapes = abstract.abstract(wanted, mesh)
         same = _same((state, base, batch), (shapes.state, shapes.base, shapes.batch))
       with jax.set_mesh(mesh):

@@ -177,3 +177,26 @@ def test_a_batch_that_can_not_be_spread_is_an_error():
     meshes.check_batch(EIGHT, "train.batch_size", 6)
   with pytest.raises(LoraxError, match=r"16, and in 8 parts \(train.accumulation\)"):
     meshes.check_batch(EIGHT, "train.batch_size", 16, parts=8)
+
+
+def test_weights_are_sharded_along_the_tokens_axis_too():
+  mesh = AbstractMesh((1, 2, 1, 1, 4), meshes.AXES, (AxisType.Auto,) * 5)
+  params = {"up": _shape(16, 6), "odd": _shape(12, 6)}
+  axes = dict.fromkeys(params, ("embed", "mlp"))
+  assert _specs(meshes.of_params(mesh, axes, params)) == {
+    "up": (("fsdp", "sequence"),),
+    "odd": (),
+  }
+  assert meshes.not_sharded(mesh, axes, params) == [
+    "not sharded along mesh.fsdp × mesh.sequence, since embed of 12 can't be split into"
+    " 8: odd"
+  ]
+
+
+def test_rows_that_can_not_be_split_are_an_error():
+  mesh = AbstractMesh((1, 1, 1, 1, 4), meshes.AXES, (AxisType.Auto,) * 5)
+  meshes.check_length(mesh, "data.max_length", 64)
+  with pytest.raises(
+    LoraxError, match=r"data.max_length is 66, .* the 4 devices of mesh.sequence"
+  ):
+    meshes.check_length(mesh, "data.max_length", 66)
