@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_an_error(folder, changes, message):
 
 
 @pytest.mark.parametrize(
-  "spec,changes,message",
+  ("spec", "changes", "message"),
   [
     ("mixtral_8x7b_instruct.py", {}, "the tokens of this mixtral can't be sharded"),
     (

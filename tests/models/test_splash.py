@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -112,27 +113,24 @@ def on_meshes_of_tokens():
   """Each form's own queries on four and eight devices; as `on_meshes`."""
   for case in ("causal", "windows", "padded"):
     q, k, v, mask, gradient, options = operands(case)
-    plain = lambda q, k, v, mask, options=options: ops.attention(
-      q, k, v, mask, **options
-    )
     fixed = {"window": None, "scale": K**-0.5} | options
-    by_cudnn = lambda q, k, v, mask, fixed=fixed: cudnn.attention(
-      q, k, v, mask, **fixed, implementation="xla"
-    )
-    forms = (plain, by_cudnn, interpreted(options))
-    of = lambda attend, gradient=gradient: (
-      lambda q, k, v, mask: value_and_gradients(
-        lambda q, k, v: attend(q, k, v, mask), q, k, v, gradient
-      )
-    )
-    want = of(plain)(q, k, v, mask)
+    forms = {
+      "plain": partial(ops.attention, **options),
+      "cudnn": partial(cudnn.attention, **fixed, implementation="xla"),
+      "splash": interpreted(options),
+    }
+    want = _of_form(forms["plain"], q, k, v, mask, gradient)
     for sizes in ((1, 1, 1, 1, 4), (1, 2, 2, 1, 2)):
       with jax.set_mesh(_mesh(sizes)):
         assert not takes(t=128)  # Each device has too few.
-        for form in forms:
-          found = jax.jit(of(form))(q, k, v, mask)
+        for name, form in forms.items():
+          found = jax.jit(partial(_of_form, form))(q, k, v, mask, gradient)
           for x, y in zip(found, want, strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def _of_form(attend, q, k, v, mask, gradient):
+  return value_and_gradients(lambda *qkv: attend(*qkv, mask), q, k, v, gradient)
 
 
 def test_queries_are_sharded_over_the_mesh():
