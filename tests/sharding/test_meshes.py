@@ -179,3 +179,18 @@ def test_gradients_are_reduced_of_trained_leaves_alone(cases, name):
 def test_full_fine_tuning_reduces_every_weight(cases):
   case = cases["full 8×1×1"]
   assert _reduced(case) == sum(map(math.prod, case["shapes"].values()))
+
+
+@pytest.mark.parametrize("mesh", ["1×1×1×1×4", "1×1×2×1×4", "1×2×2×1×2"])
+def test_of_a_rows_tokens_keys_and_values_alone_are_gathered(cases, mesh):
+  gathered = [
+    (dims, c["source"])
+    for c in cases[f"windowed {mesh}"]["collectives"]
+    if c["kind"] == "all-gather"
+    for dims in c["shapes"]
+    if len(dims) > 2
+  ]
+  assert gathered
+  for (_, tokens, heads, size), source in gathered:  # And no activations BxTxD.
+    assert (tokens, size) == (16, tiny.WINDOWED["head_dim"]), source
+    assert heads <= tiny.WINDOWED["num_key_value_heads"], source
