@@ -1,4 +1,4 @@
-"""What a run's model can shard, and the FLOPs that its training step needs."""
+"""Axes along which a run's model can be sharded, and FLOPs that its step needs."""
 
 import dataclasses
 
