@@ -46,7 +46,11 @@ def test_one_axis_takes_what_is_left(config, devices, sizes):
 @pytest.mark.parametrize(
   ("fields", "devices", "message"),
   [
-    ({"fsdp": 3}, 8, "data -1 × fsdp 3 × tensor 1 × expert 1 × sequence 1 does not fit 8"),
+    (
+      {"fsdp": 3},
+      8,
+      "data -1 × fsdp 3 × tensor 1 × expert 1 × sequence 1 does not fit 8",
+    ),
     ({"data": 2}, 8, "does not fit 8 devices"),
     ({"data": 16}, 8, "does not fit 8 devices"),
     ({"fsdp": -1}, 8, "only one axis can be what is left, not mesh.data, mesh.fsdp"),
