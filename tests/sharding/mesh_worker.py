@@ -160,10 +160,13 @@ def _run(spec: str, changes: dict[str, Any], sizes: tuple[int, ...]) -> dict:
     if changes.get("data.packing")
     else None,
     "reads": reads,
-    "shards": {p: leaf.addressable_shards[0].data.size for p, leaf in leaves.items()},
+    "shards": {
+      path: sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(leaf))
+      for path, leaf in leaves.items()
+    },
     "shapes": {path: leaf.shape for path, leaf in leaves.items()},
     "held": [
-      sum(leaf.addressable_shards[i].data.size for leaf in leaves.values())
+      sum(leaf.addressable_shards[i].data.size for leaf in jax.tree.leaves(leaves))
       for i in range(mesh.size)
     ],
     "moments": [
