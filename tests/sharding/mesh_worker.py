@@ -45,7 +45,7 @@ DECODER = {
 }
 # Rows of several texts each, whose tokens are sharded.
 PACKED = DECODER | {"data.max_length": 16, "data.packing": True}
-PACKED |= {"lora.targets": "all-linear"}
+PACKED |= {"lora.targets": "all-linear", "train.learning_rate": 0.005}
 WINDOWED = PACKED | {
   "model.path": "WINDOWED",
   "model.scan": True,
