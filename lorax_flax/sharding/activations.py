@@ -7,10 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-# The axes of a mesh along which the rows of a batch are sharded, where there is a mesh.
-ROWS = ("data", "fsdp", "expert")
-# And that along which the tokens of a row are.
-TOKENS = "sequence"
+from lorax_flax.devices import ROWS, TOKENS
 
 
 def num_shards(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
