@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax_flax import devices
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret import evaluations
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
