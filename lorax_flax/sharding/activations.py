@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from lorax_flax.devices import ROWS
+from lorax_flax.devices import ROWS, TOKENS
 
 
 def num_shards(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
@@ -20,11 +20,11 @@ def num_shards(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
 
 
 def can_shard_rows(mesh: Any, x_Bx: jax.Array) -> bool:
-  """True where there is a mesh along which the rows of x can be sharded."""
-  if not set(ROWS) <= set(mesh.axis_names):
+  """True where there is a mesh over which x can be sharded, as its rows allow."""
+  if not {*ROWS, TOKENS} <= set(mesh.axis_names):
     return False
-  apart = num_shards(mesh.shape)
-  return apart > 1 and x_Bx.ndim > 0 and x_Bx.shape[0] % apart == 0
+  apart = num_shards(mesh.shape, (*ROWS, TOKENS)) > 1
+  return apart and x_Bx.ndim > 0 and x_Bx.shape[0] % num_shards(mesh.shape) == 0
 
 
 def shard_rows(x: Any) -> Any:
@@ -33,15 +33,35 @@ def shard_rows(x: Any) -> Any:
   Given between layers, since weights that are sharded along the same axis would
   otherwise tempt the compiler to gather the activations instead. Without a mesh: x.
   """
-  mesh = jax.sharding.get_abstract_mesh()
+  return jax.tree.map(lambda x: _shard(x, ROWS), x)
 
-  def cut(x):
-    if not can_shard_rows(mesh, x):
-      return x
-    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *rest))
 
-  return jax.tree.map(cut, x)
+def shard_tokens(x: Any) -> Any:
+  """Activations, a tree of arrays (B, T, …), as `shard_rows`, and their tokens too."""
+  return jax.tree.map(lambda x: _shard(x, ROWS, (TOKENS,)), x)
+
+
+def token_shards(length: int) -> int:
+  """Number of shards of T tokens on the mesh of the context; 1 if they don't divide."""
+  ways = jax.sharding.get_abstract_mesh().shape.get(TOKENS, 1)
+  return ways if length % ways == 0 else 1
+
+
+def _shard(x: jax.Array, *along: tuple[str, ...]) -> jax.Array:
+  """x with its first axes sharded along these of the mesh, where it can be."""
+  mesh, free = jax.sharding.get_abstract_mesh(), PartitionSpec.UNCONSTRAINED
+
+  def spec(axes: tuple[str, ...], size: int) -> Any:
+    if not set(axes) <= set(mesh.axis_names):
+      return free
+    ways = num_shards(mesh.shape, axes)
+    return axes if ways > 1 and size % ways == 0 else free
+
+  specs = [spec(axes, size) for axes, size in zip(along, x.shape, strict=False)]
+  if all(spec is free for spec in specs):
+    return x
+  specs += [free] * (x.ndim - len(specs))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*specs))
 
 
 def gathered(weight: jax.Array, axis: int) -> jax.Array:
@@ -51,7 +71,8 @@ def gathered(weight: jax.Array, axis: int) -> jax.Array:
   time. Without a mesh: the weight.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if not set(ROWS) <= set(mesh.axis_names) or num_shards(mesh.shape) == 1:
+  axes = (*ROWS, TOKENS)
+  if not set(axes) <= set(mesh.axis_names) or num_shards(mesh.shape, axes) == 1:
     return weight
   spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * weight.ndim
   spec[axis] = None
