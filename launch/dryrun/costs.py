@@ -50,7 +50,9 @@ class Costs:
   Attributes:
     arguments: bytes of the arguments, by part.
     padding: bytes that the compiler's layouts add to the arguments.
-    temporaries: bytes of temporaries, above all activations.
+    temporaries: bytes of temporaries at the moment when most is kept, above all
+      activations. The compiler's `temp_size_in_bytes` is more: on a TPU it counts what
+      a scan keeps twice, which neither its buffers nor its refusals do.
     code: bytes of the program itself.
     results: bytes of the results that do not replace a donated argument.
     flops: matmul FLOPs that the chip executes, recomputed ones included.
@@ -170,6 +172,8 @@ def read(job: Any, topology: Topology, useful: float, text: str, memory: Any) ->
     memory: `compiled.memory_analysis()`.
   """
   parts, chip = arguments(job), topology.chip
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  kept = memory.argument_size_in_bytes + results
   sent: dict[str, float] = defaultdict(float)
   runs: Counter[str] = Counter()
   network = 0.0
@@ -184,9 +188,9 @@ def read(job: Any, topology: Topology, useful: float, text: str, memory: Any) ->
   return Costs(
     arguments=parts,
     padding=max(0.0, memory.argument_size_in_bytes - parts.total),
-    temporaries=memory.temp_size_in_bytes,
+    temporaries=memory.peak_memory_in_bytes - kept,
     code=memory.generated_code_size_in_bytes,
-    results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    results=results,
     flops=flops,
     useful=useful / topology.size,
     hbm=moved,
