@@ -113,29 +113,30 @@ def evaluated(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def product(eqn: Any, operands: Sequence[Any]) -> Any:
-  """A product, linear in the operand that is no weight."""
+  """A product of the first two operands, linear in the one that is no weight."""
   place = next((i for i, x in enumerate(operands) if is_stored(x)), None)
   if place is None:
     return jx.bind(eqn, operands)[0]
-  weight, x = operands[place], operands[1 - place]
+  weight, x, others = operands[place], operands[1 - place], operands[2:]
 
-  def times(w, x):
-    return jx.bind(eqn, [w, x] if place == 0 else [x, w])[0]
+  def times(w, others, x):
+    return jx.bind(eqn, [*([w, x] if place == 0 else [x, w]), *others])[0]
 
   @jax.custom_vjp
-  def multiplied(weight, x):
-    return times(_after(weight, x).dense(), x)
+  def multiplied(weight, others, x):
+    return times(_after(weight, x).dense(), others, x)
 
-  def forward(weight, x):
-    return multiplied(weight, x), weight
+  def forward(weight, others, x):
+    return multiplied(weight, others, x), (weight, others)
 
-  def backward(weight, gradient):
+  def backward(kept, gradient):
+    weight, others = kept
     w = _after(weight, gradient).dense()
-    (by_x,) = jax.linear_transpose(partial(times, w), jx.struct(x))(gradient)
-    return None, by_x
+    by = jax.linear_transpose(partial(times, w, others), jx.struct(x))
+    return None, None, *by(gradient)
 
   multiplied.defvjp(forward, backward)
-  return multiplied(weight, x)
+  return multiplied(weight, others, x)
 
 
 def _after(weight: Stored, x: jax.Array) -> Stored:
