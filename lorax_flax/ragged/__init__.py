@@ -59,7 +59,9 @@ def groups(sizes_E: jax.Array, rows: int) -> jax.Array:
 def flops(eqn: Any) -> int:
   """FLOPs of an equation of `product` or `outer`."""
   x, y = (v.aval.shape for v in eqn.invars[:2])
-  return 2 * eqn.params["active"] * x[1] * (y[1] if len(y) == 2 else y[1] * y[2] // x[1])
+  return (
+    2 * eqn.params["active"] * x[1] * (y[1] if len(y) == 2 else y[1] * y[2] // x[1])
+  )
 
 
 def _shaped(x: Any, *shape: int) -> Any:
