@@ -1,8 +1,11 @@
 """FLOPs of kernels whose products neither a jaxpr nor a program's text shows."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from lorax_flax import ragged
 
 
 class Products(NamedTuple):
@@ -41,3 +44,22 @@ def flops(shapes: Sequence[tuple[int, ...]]) -> int:
   """FLOPs of one product, of the shapes of a kernel's floating-point operands."""
   queries, keys = shapes[:2]  # (…, H, T, K) and (…, G, S, K)
   return 2 * math.prod(queries) * keys[-2]
+
+
+_RAGGED = re.compile(rf"{ragged.SCOPE}(\d+)")
+
+
+def ragged_flops(
+  source: str, left: tuple[int, ...], result: tuple[int, ...]
+) -> int | None:
+  """FLOPs of a ragged product of the rows that are expected; None for another kernel.
+
+  Args:
+    source: name stack of the kernel.
+    left: shape of its first floating-point operand.
+    result: NxO of a product, ExIxO of the gradient by its matrices.
+  """
+  if (rows := _RAGGED.search(source)) is None:
+    return None
+  inputs = left[1] if len(result) == 2 else result[1]
+  return 2 * int(rows[1]) * inputs * result[-1]

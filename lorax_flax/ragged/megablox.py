@@ -56,7 +56,7 @@ def outer(
     y_NxO,
     _with_rest(sizes_E, x_NxI.shape[0]),
     x_NxI.dtype,
-    _tiling(*x_NxI.shape, y_NxO.shape[1]),
+    _tiling(x_NxI.shape[0], x_NxI.shape[1], y_NxO.shape[1]),
     num_actual_groups=sizes_E.shape[0],
     interpret=interpret,
   )

@@ -93,8 +93,8 @@ def on_experts(
   across = "expert" if experts % sizes["expert"] == 0 and sizes["expert"] > 1 else None
   inside = "tensor" if features % sizes["tensor"] == 0 and sizes["tensor"] > 1 else None
 
-  def shard(*tokens_and_kernels):
-    *tokens, up, down = tokens_and_kernels
+  def shard(*operands):
+    *tokens, up, down = operands
     first = 0
     if across is not None:
       first = lax.axis_index(across) * up.shape[0]

@@ -51,6 +51,10 @@ def flops(instruction: Instruction, inside: Computation) -> int:
   if instruction.op == "custom-call":
     if known := kernels.products(instruction.name):
       return known.executed * kernels.flops(_floats(instruction, inside))
+    if "tpu_custom_call" in instruction.attributes:
+      left, result = _floats(instruction, inside)[0], instruction.arrays[0].dims
+      if made := kernels.ragged_flops(instruction.attributes, left, result):
+        return made
     opaque = _OPAQUE.search(instruction.attributes)
     if opaque:
       raise ValueError(f"a product in the custom call {opaque[1]!r} cannot be counted")
