@@ -49,17 +49,11 @@ def flops(shapes: Sequence[tuple[int, ...]]) -> int:
 _RAGGED = re.compile(rf"{ragged.SCOPE}(\d+)")
 
 
-def ragged_flops(
-  source: str, left: tuple[int, ...], result: tuple[int, ...]
-) -> int | None:
-  """FLOPs of a ragged product of the rows that are expected; None for another kernel.
+def ragged_rows(source: str) -> int | None:
+  """Number of rows that a ragged product is expected to compute; None for others.
 
   Args:
     source: name stack of the kernel.
-    left: shape of its first floating-point operand.
-    result: NxO of a product, ExIxO of the gradient by its matrices.
   """
-  if (rows := _RAGGED.search(source)) is None:
-    return None
-  inputs = left[1] if len(result) == 2 else result[1]
-  return 2 * int(rows[1]) * inputs * result[-1]
+  found = _RAGGED.search(source)
+  return None if found is None else int(found[1])

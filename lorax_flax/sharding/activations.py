@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -87,7 +86,7 @@ def on_experts(
 
   mesh = jax.sharding.get_abstract_mesh()
   if not {*ROWS, "tensor"} <= set(mesh.axis_names) or mesh.size == 1:
-    return partial(flat, 0)
+    return lambda *operands: flat(0, *operands)
   sizes = mesh.shape
   has_rows = rows % num_shards(sizes) == 0
   across = "expert" if experts % sizes["expert"] == 0 and sizes["expert"] > 1 else None

@@ -74,7 +74,7 @@ class Experts(Module[DecoderConfig]):
 def _mixed(c, first, x_NxD, weights_NxC, chosen_NxC, up_ExDx2xM, down_ExMxD):
   """The weighted sums of the outputs of experts `first`, `first` + 1, …, NxD."""
   e, d, _, m = up_ExDx2xM.shape
-  (n, chosen), dtype = chosen_NxC.shape, x_NxD.dtype
+  n, chosen = chosen_NxC.shape
   own_NxC = chosen_NxC - first
   own_NxC = jnp.where((own_NxC >= 0) & (own_NxC < e), own_NxC, e)
   order = jnp.argsort(own_NxC.reshape(-1), stable=True)
@@ -88,7 +88,8 @@ def _mixed(c, first, x_NxD, weights_NxC, chosen_NxC, up_ExDx2xM, down_ExMxD):
   y_RxM = ops.gated(c.hidden_act, *jnp.split(gate_up_RxF, 2, axis=-1))
   y_RxD = times(y_RxM, down_ExMxD)
   weights_R = weights_NxC.reshape(-1)[route.order_R]
-  return _summed((y_RxD * weights_R[:, None]).astype(dtype), route)
+  y_RxD = y_RxD.astype(jnp.float32) * weights_R[:, None]
+  return _summed(y_RxD.astype(x_NxD.dtype), route)
 
 
 class _Route(NamedTuple):
