@@ -140,7 +140,6 @@ def test_tokens_travel_and_experts_stay(cases, mesh):
     for dims in c["shapes"]
     if len(dims) == 3
   ]
-  print([(c["kind"], c["source"], c["shapes"]) for c in case["collectives"]])
   # Along fsdp, what lies on a device of its own experts.
   assert (fsdp > 1) == bool(gathered)
   assert all(dims[0] == tiny.MIXTRAL["num_local_experts"] // ways for dims in gathered)
