@@ -221,7 +221,7 @@ def job(
   shapes = shapes_of(model, dtype, ids_BxT)
   if quant is not None:
     keymap = registry.outline(decoder_config(shape), scan=scan).keymap
-    shapes = quantized.shapes(shapes, keymap, quant)
+    shapes = quantized.shapes(shapes, quantized.formats(keymap, quant))
   plan = lora.plan(shapes, columns)
 
   def make(params):

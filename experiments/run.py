@@ -18,8 +18,9 @@ environment makes a CPU eight devices. Several processes, which share DIR: `pyth
 launch.local` starts them here, and launch.gcloud, .slurm, .xpk and .sky on clusters
 (--distributed joins them).
 
---config.compilation_cache=FOLDER keeps compiled programs for the next start. It and the
-workdir may lie in a bucket, gs://BUCKET/FOLDER (with the extra gcs).
+Compiled programs are kept for the next start, in the user's cache or in
+--config.compilation_cache=FOLDER. It and the workdir may lie in a bucket,
+gs://BUCKET/FOLDER (with the extra gcs). JAX_ENABLE_COMPILATION_CACHE=false keeps none.
 """
 
 import dataclasses

@@ -21,6 +21,7 @@ from experiments.cli import command as cli
 from experiments.cli import model_flags
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.resolve import resolve
+from lorax_flax.jobs import compile_cache
 from lorax_flax.models import registry
 
 FLAGS = flags.FlagValues()
@@ -96,6 +97,7 @@ def main() -> None:
   logging.basicConfig(level=logging.INFO)
   keys = start.keys(API_KEYS.value, API_KEY_FILE.value)
   folder = Path(BASE.value).expanduser()
+  compile_cache.use(None)
   served = start.served(
     registry.load(resolve(BASE.value), quant=QUANT.value),
     folder.resolve().name if folder.exists() else folder.name,

@@ -10,6 +10,7 @@ from lorax_flax.adapt.merge import without_place
 from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.checkpoints import export
 from lorax_flax.hub.resolve import resolve
+from lorax_flax.jobs import compile_cache
 from lorax_flax.methods import Adapter, Followed, Tuned
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import registry, with_adapter
@@ -101,6 +102,7 @@ def read(
   Raises:
     LoraxError: as of `load`.
   """
+  compile_cache.use(None)
   deltas: Adapter = {}
   own, problem_type = None, None
   if adapter is None:

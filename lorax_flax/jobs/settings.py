@@ -21,7 +21,7 @@ class Settings:
   Attributes:
     init_adapter: a PEFT folder whose weights training starts from.
     compilation_cache: a folder, or gs://…, that keeps compiled programs for the next
-      start.
+      start; None: JAX_COMPILATION_CACHE_DIR, or else one in the user's cache.
   """
 
   model: ModelSettings

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-import scipy.stats
-import sklearn.metrics
 
 from lorax_flax.errors import LoraxError, check_known
 
@@ -35,17 +33,27 @@ class Mean:
     return float(self.total) / float(self.count)
 
 
+# scikit-learn and scipy are imported where they are used: they take seconds, for which
+# the first step need not wait.
+
+
 def _accuracy(predicted_N, labels_N) -> float:
+  import sklearn.metrics
+
   return float(sklearn.metrics.accuracy_score(labels_N, predicted_N))
 
 
 def _f1(predicted_N, labels_N) -> float:
+  import sklearn.metrics
+
   # GLUE's F1 is the positive class's. No positive anywhere makes it 0, as there.
   return float(sklearn.metrics.f1_score(labels_N, predicted_N, zero_division=0))
 
 
 def _average_f1(average: str) -> Callable[[np.ndarray, np.ndarray], float]:
   def f1(predicted_N, labels_N) -> float:
+    import sklearn.metrics
+
     found = sklearn.metrics.f1_score(
       labels_N, predicted_N, average=average, zero_division=0
     )
@@ -55,6 +63,8 @@ def _average_f1(average: str) -> Callable[[np.ndarray, np.ndarray], float]:
 
 
 def _matthews(predicted_N, labels_N) -> float:
+  import sklearn.metrics
+
   return float(sklearn.metrics.matthews_corrcoef(labels_N, predicted_N))
 
 
@@ -63,13 +73,15 @@ def _perplexity(loss: float) -> float:
   return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
 
 
-def _correlation(function) -> Callable[[np.ndarray, np.ndarray], float]:
+def _correlation(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
   def correlation(predicted_N, labels_N) -> float:
+    import scipy.stats
+
     if len(labels_N) < 2:
       return 0.0
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", scipy.stats.ConstantInputWarning)
-      value = float(function(predicted_N, labels_N).statistic)
+      value = float(getattr(scipy.stats, name)(predicted_N, labels_N).statistic)
     # Constant predictions correlate with nothing, and must not win as NaN would.
     return 0.0 if math.isnan(value) else value
 
@@ -101,9 +113,9 @@ METRICS: dict[str, Metric] = {
   "macro_f1": Metric(_average_f1("macro")),
   "matthews_correlation": Metric(_matthews),
   "micro_f1": Metric(_average_f1("micro")),
-  "pearson": Metric(_correlation(scipy.stats.pearsonr)),
+  "pearson": Metric(_correlation("pearsonr")),
   "perplexity": Metric(_perplexity, of_loss=True, better=operator.lt),
-  "spearman": Metric(_correlation(scipy.stats.spearmanr)),
+  "spearman": Metric(_correlation("spearmanr")),
 }
 
 

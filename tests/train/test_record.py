@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from lorax_flax.train.logs import curves
 from lorax_flax.train.logs.writer import Record
+from tests.experiments import peers
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -96,3 +99,40 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
       record.write(1, 0.1, {"train/loss": 1.0})
   record.close()
   assert error.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+def test_a_start_waits_for_nothing_that_the_first_step_does_not_need(tmp_path):
+  # tensorboardX imports torch where that is installed.
+  program = f"""
+import os, pathlib, sys
+from lorax_flax.jobs import about, build, export, provenance
+from tests.train import toy
+
+class Watched:
+  steps = 0
+
+  def __init__(self, batches):
+    self.batches = batches
+
+  def __getattr__(self, name):
+    return getattr(self.batches, name)
+
+  def __next__(self):
+    if self.steps:
+      slow = {{"matplotlib", "scipy.stats", "sklearn", "tensorboardX", "torch"}}
+      print(sorted(slow & sys.modules.keys()), flush=True)
+      os._exit(0)
+    self.steps += 1
+    return next(self.batches)
+
+folder = pathlib.Path({str(tmp_path)!r})
+toy.fit(toy.with_batches(toy.job(folder), Watched), folder)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    cwd=peers.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.splitlines()[-1] == "[]"

@@ -1,19 +1,15 @@
-"""Writers of metrics and answers: JSON lines, and TensorBoard's events."""
+"""Writers of metrics and answers: lines of JSON, and events."""
 
 import contextlib
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-
 from lorax_flax.files import atomic, bucket, strict_json
 from lorax_flax.files import workdir as files
+from lorax_flax.train.logs.events import Events
 
 
 class Record:
@@ -38,15 +34,9 @@ class Record:
     self._file = workdir / files.METRICS
     files.write_text(self._file, "".join(map(_dump, self.lines)))
     self._samples = workdir / files.SAMPLES
-    self._folder = workdir / files.TENSORBOARD
+    self._events = Events(workdir / files.TENSORBOARD, step)
     with atomic.naming(self._file):
       self._out = self._file.open("a", encoding="utf-8")
-    with atomic.naming(self._folder):
-      self._folder.mkdir(exist_ok=True)
-      # The suffix keeps two files of one second apart.
-      self._events = EventsWriter(str(self._folder / "events"), f".{step}")
-      if step:  # Events after it are forgotten.
-        self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
     """Writes a line: the step, the epochs that are done, values such as train/loss."""
@@ -64,24 +54,17 @@ class Record:
 
   def events(self, step: int, values: Mapping[str, float]) -> None:
     """Writes values to TensorBoard alone."""
-    with atomic.naming(self._folder):
-      for name, value in values.items():
-        self._event(step, summary=summary.scalar(name, value))
-      self._events.flush()
+    self._events.write(step, values)
 
   def flush(self) -> None:
     """Waits until all lines would survive the end of this machine."""
     if self._mirror is not None:
       self._mirror.send()
 
-  def _event(self, step: int, **what: Any) -> None:
-    self._events.write_event(Event(wall_time=time.time(), step=step, **what))
-
   def close(self) -> None:
     with atomic.naming(self._file):
       self._out.close()
-    with atomic.naming(self._folder):
-      self._events.close()
+    self._events.close()
     if self._mirror is not None:
       with contextlib.closing(self._mirror):
         self.flush()
