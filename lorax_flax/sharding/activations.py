@@ -86,20 +86,20 @@ def on_experts(
 
   mesh = jax.sharding.get_abstract_mesh()
   if not {*ROWS, "tensor"} <= set(mesh.axis_names) or mesh.size == 1:
-    return lambda *operands: flat(0, *operands)
+    return lambda *operands: flat(0, operands)
   sizes = mesh.shape
   has_rows = rows % num_shards(sizes) == 0
   across = "expert" if experts % sizes["expert"] == 0 and sizes["expert"] > 1 else None
   inside = "tensor" if features % sizes["tensor"] == 0 and sizes["tensor"] > 1 else None
 
-  def shard(*operands):
+  def shard(*operands: jax.Array) -> jax.Array:
     *tokens, up, down = operands
-    first = 0
+    first: Any = 0
     if across is not None:
       first = lax.axis_index(across) * up.shape[0]
       if has_rows:
         tokens = [lax.all_gather(t, across, axis=0, tiled=True) for t in tokens]
-    y = flat(first, *tokens, up, down)
+    y = flat(first, [*tokens, up, down])
     if inside is not None:
       y = lax.psum(y, inside)
     if across is None:
