@@ -78,11 +78,10 @@ def on_experts(
     A function of (x BxTxD, weights BxTxC, chosen BxTxC, up, down) to BxTxD.
   """
 
-  def flat(first, x_BxTxD, weights_BxTxC, chosen_BxTxC, up, down):
-    tokens = (
-      t.reshape(-1, t.shape[-1]) for t in (x_BxTxD, weights_BxTxC, chosen_BxTxC)
-    )
-    return run(first, *tokens, up, down).reshape(x_BxTxD.shape)
+  def flat(first: Any, operands: Sequence[jax.Array]) -> jax.Array:
+    *tokens, up, down = operands
+    rows = (t.reshape(-1, t.shape[-1]) for t in tokens)
+    return run(first, *rows, up, down).reshape(tokens[0].shape)
 
   mesh = jax.sharding.get_abstract_mesh()
   if not {*ROWS, "tensor"} <= set(mesh.axis_names) or mesh.size == 1:
