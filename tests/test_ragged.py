@@ -53,7 +53,6 @@ def test_values_and_gradients_equal_the_dense_form(fn):
     check_close(*(f(jnp.array(sizes, jnp.int32)) for f in both))
 
 
-@jax.numpy_dtype_promotion("standard")  # As the kernel's own code needs.
 def test_the_kernel_of_tpus_equals_the_dense_form():
   for sizes in map(jnp.array, SIZES):
     y, dx, dw = back(dense, X, W, sizes, CT)

@@ -3,6 +3,8 @@
 Shapes: as in `lorax_flax.ragged`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -32,15 +34,10 @@ def product(
   rows = x_NxI.shape[0]
   x_NxI = _filled(x_NxI)
   tiling = _tiling(x_NxI.shape[0], x_NxI.shape[1], w.shape[1 if turned else 2])
-  y_NxO = gmm(
-    x_NxI,
-    w,
-    _with_rest(sizes_E, x_NxI.shape[0]),
-    x_NxI.dtype,
-    tiling,
-    transpose_rhs=turned,
-    interpret=interpret,
-  )
+  sizes = _with_rest(sizes_E, x_NxI.shape[0])
+  options = {"transpose_rhs": turned, "interpret": interpret}
+  with _promotion():
+    y_NxO = gmm(x_NxI, w, sizes, x_NxI.dtype, tiling, **options)
   return y_NxO[:rows]
 
 
@@ -51,15 +48,16 @@ def outer(
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
   x_NxI, y_NxO = _filled(x_NxI), _filled(y_NxO)
-  return tgmm(
-    x_NxI.swapaxes(0, 1),
-    y_NxO,
-    _with_rest(sizes_E, x_NxI.shape[0]),
-    x_NxI.dtype,
-    _tiling(x_NxI.shape[0], x_NxI.shape[1], y_NxO.shape[1]),
-    num_actual_groups=sizes_E.shape[0],
-    interpret=interpret,
-  )
+  sizes, count = _with_rest(sizes_E, x_NxI.shape[0]), sizes_E.shape[0]
+  tiling = _tiling(x_NxI.shape[0], x_NxI.shape[1], y_NxO.shape[1])
+  options = {"num_actual_groups": count, "interpret": interpret}
+  with _promotion():
+    return tgmm(x_NxI.swapaxes(0, 1), y_NxO, sizes, x_NxI.dtype, tiling, **options)
+
+
+def _promotion() -> Any:
+  """Context of the kernels' own code, which adds booleans to integers."""
+  return jax.numpy_dtype_promotion("standard")
 
 
 def _with_rest(sizes_E: jax.Array, rows: int) -> jax.Array:
