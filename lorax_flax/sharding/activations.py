@@ -109,6 +109,15 @@ def on_experts(
 
   tokens = PartitionSpec(ROWS if has_rows else None)
   kernels = PartitionSpec(across, None, None, inside), PartitionSpec(across, inside)
-  return jax.shard_map(
+  sharded = jax.shard_map(
     shard, in_specs=(tokens,) * 3 + kernels, out_specs=tokens, check_vma=False
   )
+
+  def placed(*operands: jax.Array) -> jax.Array:
+    *rest, up, down = operands
+    # First along tensor alone: in one step the compiler would gather all experts.
+    embed = "fsdp" if up.shape[1] % sizes["fsdp"] == 0 else None
+    spec = PartitionSpec(across, embed, None, inside)
+    return sharded(*rest, lax.with_sharding_constraint(up, spec), down)
+
+  return placed

@@ -162,6 +162,12 @@ PROGRAMS = {
     (7, 5),
     "stack in out",
   ),
+  "ragged_one_group": (
+    lambda p, x: ragged.product(x, p["w"], jnp.array([4])),
+    (1, 5, 4),
+    (7, 5),
+    "stack in out",
+  ),
   "ragged_turned_and_scanned": (
     lambda p, x: lax.scan(
       lambda c, w: (

@@ -359,18 +359,19 @@ def ragged_product(eqn, operands, product, drop, observe) -> jax.Array:
   (i,), (o,) = axes.contracted, axes.kept
   own = ragged.groups(sizes, x.shape[0])
 
+  def each(t):
+    """A part for each group, though they share it: rows of no group have none."""
+    return jnp.broadcast_to(t, (view.shape[0], *t.shape[1:]))
+
   def place(t):
     """An out_scale or a bias of each row, by its group."""
-    t = t.reshape(t.shape[0], -1)
-    return t if t.shape[0] == 1 else t.at[own].get(mode="fill", fill_value=0)
+    t = each(t).reshape(view.shape[0], -1)
+    return t.at[own].get(mode="fill", fill_value=0)
 
   def times(x, t, back=False):
     """Rows times a factor, ExIxr, or back from r outputs by ExOxr."""
-    t = t.astype(x.dtype)
-    if t.shape[0] == 1:
-      return x @ (t[0].T if back else t[0])
     active = jx.param(eqn, "active")
-    return ragged.product(x, t, sizes, turned=back, active=active)
+    return ragged.product(x, each(t).astype(x.dtype), sizes, turned=back, active=active)
 
   if turned:
     _no_bias(view)
