@@ -55,6 +55,7 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
   "miss": {"lora.method": "miss", **_UNSCALED},
   "shira": {"lora.method": "shira", **_UNSCALED},
   "randlora": {"lora.method": "randlora"},
+  "vblora": {"lora.method": "vblora", "lora.options": {"vector_length": 128}, **_FEW},
   "vera": {"lora.method": "vera", **_FEW},
   "hra": {"lora.method": "hra", **_UNSCALED},
   "oft": {"lora.method": "oft", **_UNSCALED},

@@ -142,7 +142,7 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
     objective,
     build.batches(splits, lengths, [own.train for own in runs.values()]),
     prints,
-    build.samples(first.data, task, model, splits, len(runs)),
+    build.samples(first.data, task, model, splits),
   )
 
 

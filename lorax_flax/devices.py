@@ -2,6 +2,9 @@
 
 import jax
 
+# The axes of a mesh along which the rows of a batch are sharded, where there is a mesh.
+ROWS = ("data", "fsdp", "expert")
+
 
 def platform() -> str:
   """The platform that is compiled for: "cpu", "gpu", "tpu".

@@ -54,6 +54,8 @@ def create(served: Language | Classifiers, keys: Sequence[str] = ()) -> Starlett
       Route("/v1/embeddings", texts.embeddings, methods=["POST"]),
     ]
     meters.gauge("waiting", "Requests that wait.", lambda: engine.waiting)
+    about = "Tokens of prompts that another text of the adapter had computed."
+    meters.gauge("prefix_tokens_reused", about, lambda: engine.reused)
     meters.gauge("running", "Texts that are being written.", lambda: engine.running)
   else:
     classify = Labels(served).classify

@@ -2,22 +2,24 @@
 
 import asyncio
 import base64
+import functools
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from experiments.server import bodies, failures, schemas
+from experiments.server import bodies, failures, schemas, tool_calls
 from experiments.server.answers import Answers
 from experiments.server.failures import Refused
 from experiments.server.language import Language
 from experiments.server.meters import Meters
+from experiments.server.tool_calls import Found, Plain, joined
 from experiments.server.voice import Voice
 from lorax_flax.errors import LoraxError
 from lorax_flax.serve.request import Piece
@@ -40,22 +42,45 @@ class _Form:
   chunk: str
   is_chat: bool
 
-  def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+  def choice(self, index: int, found: Found, finish: str | None) -> dict[str, Any]:
     """A full text."""
-    message = {"role": "assistant", "content": text, "refusal": None}
+    text, calls = found.text, [call.of_openai() for call in found.calls]
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+      message |= {"content": text or None, "tool_calls": calls}
     own = {"message": message} if self.is_chat else {"text": text}
     return {"index": index, **own, "logprobs": None, "finish_reason": finish}
 
-  def part(self, index: int, piece: Piece) -> dict[str, Any]:
+  def part(self, part: "_Part") -> dict[str, Any]:
     """A piece of a text."""
-    text = {"content": piece.text} if piece.text or not piece.finish else {}
-    own = {"delta": text} if self.is_chat else {"text": piece.text}
-    return {"index": index, **own, "logprobs": None, "finish_reason": piece.finish}
+    text, calls = part.found
+    delta: dict[str, Any] = {"content": text} if text else {}
+    if calls:
+      numbered = enumerate(calls, start=part.calls_before)
+      delta["tool_calls"] = [{"index": i, **call.of_openai()} for i, call in numbered]
+    own = {"delta": delta} if self.is_chat else {"text": text}
+    return {"index": part.choice, **own, "logprobs": None, "finish_reason": part.finish}
 
   def opening(self, index: int) -> dict[str, Any]:
     """The part before the pieces of a message."""
     delta = {"role": "assistant", "content": ""}
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+class _Part(NamedTuple):
+  """Text and calls that one token brings.
+
+  Attributes:
+    choice: its number.
+    found: text and calls of tools.
+    calls_before: number of those that the choice had before.
+    finish: why it is the last; None where it is not.
+  """
+
+  choice: int
+  found: Found
+  calls_before: int
+  finish: str | None
 
 
 _TEXT = _Form("cmpl", "text_completion", "text_completion", is_chat=False)
@@ -73,7 +98,7 @@ class Texts:
     asked = schemas.read(schemas.Completion, await bodies.read(request))
     voice = self._voice(asked.model)
     prompts = await asyncio.to_thread(_prompts, voice, asked.prompt)
-    return await self._answer(request, asked, prompts, asked.max_tokens, _TEXT)
+    return await self._answer(request, asked, prompts, asked.max_tokens, _TEXT, Plain)
 
   async def chat(self, request: Request) -> Response:
     """POST /v1/chat/completions."""
@@ -81,15 +106,17 @@ class Texts:
     if asked.max_tokens is not None and asked.max_completion_tokens is not None:
       raise Refused(400, "max_tokens and max_completion_tokens: give one of them")
     voice = self._voice(asked.model)
+    tools = None if asked.tool_choice == "none" else asked.tools
     prompt = await asyncio.to_thread(
-      voice.of_chat,
-      asked.messages,
-      None if asked.tool_choice == "none" else asked.tools,
-      asked.chat_template_kwargs,
+      voice.of_chat, asked.messages, tools, asked.chat_template_kwargs
     )
+    make: Callable[[], Plain] = Plain
+    if tools:
+      form = await asyncio.to_thread(voice.call_form, asked.messages, tools)
+      make = functools.partial(tool_calls.reader, form)
     room = self._language.engine.length - len(prompt)
     most = asked.max_completion_tokens or asked.max_tokens or max(room, 1)
-    return await self._answer(request, asked, [prompt], most, _CHAT)
+    return await self._answer(request, asked, [prompt], most, _CHAT, make)
 
   async def embeddings(self, request: Request) -> Response:
     """POST /v1/embeddings."""
@@ -128,21 +155,23 @@ class Texts:
     prompts: Sequence[Sequence[int]],
     most: int,
     form: _Form,
+    reader: Callable[[], Plain],
   ) -> Response:
     if asked.stream_options is not None and not asked.stream:
       raise Refused(400, "stream_options: the request asks for no stream")
     decoding = asked.decoding(most, secrets.randbits(32))
     answers = Answers(self._language, asked.model, prompts, decoding, asked.n)
-    pieces = self._meters.metered(asked.model, answers)
+    metered = self._meters.metered(asked.model, answers)
+    parts = _parts(metered, [reader() for _ in range(len(answers))])
     head = {
       "id": f"{form.prefix}-{secrets.token_hex(12)}",
       "created": int(time.time()),
       "model": asked.model,
     }
     if asked.stream:
-      events = _events(head, form, answers, pieces, asked.stream_options)
+      events = _events(head, form, answers, parts, asked.stream_options)
       return StreamingResponse(events, media_type="text/event-stream")
-    collected = asyncio.ensure_future(_collected(pieces, len(answers), form))
+    collected = asyncio.ensure_future(_collected(parts, len(answers), form))
     left = asyncio.ensure_future(bodies.gone(request))
     await asyncio.wait({collected, left}, return_when=asyncio.FIRST_COMPLETED)
     left.cancel()
@@ -166,17 +195,32 @@ def _prompts(voice: Voice, prompt: Any) -> list[list[int]]:
   return [one(each) for each in prompt]
 
 
-async def _collected(
-  pieces: AsyncIterator[tuple[int, Piece]], choices: int, form: _Form
-) -> list[dict[str, Any]]:
-  texts: list[list[str]] = [[] for _ in range(choices)]
-  finishes: list[str | None] = [None] * choices
+async def _parts(
+  pieces: AsyncIterator[tuple[int, Piece]], readers: Sequence[Plain]
+) -> AsyncIterator[_Part]:
+  """The pieces with the calls of tools in them, by a reader for each choice."""
+  counts = [0] * len(readers)
   async for index, piece in pieces:
-    texts[index].append(piece.text)
-    finishes[index] = piece.finish
+    found = readers[index].push(piece.text)
+    if piece.finish:
+      found = joined([found, readers[index].finish()])
+    before, finish = counts[index], piece.finish
+    counts[index] += len(found.calls)
+    called = finish == "stop" and counts[index] > 0
+    yield _Part(index, found, before, "tool_calls" if called else finish)
+
+
+async def _collected(
+  parts: AsyncIterator[_Part], choices: int, form: _Form
+) -> list[dict[str, Any]]:
+  texts: list[list[Found]] = [[] for _ in range(choices)]
+  finishes: list[str | None] = [None] * choices
+  async for part in parts:
+    texts[part.choice].append(part.found)
+    finishes[part.choice] = part.finish
   return [
-    form.choice(index, "".join(text), finish)
-    for index, (text, finish) in enumerate(zip(texts, finishes, strict=True))
+    form.choice(index, joined(found), finish)
+    for index, (found, finish) in enumerate(zip(texts, finishes, strict=True))
   ]
 
 
@@ -184,7 +228,7 @@ async def _events(
   head: dict[str, Any],
   form: _Form,
   answers: Answers,
-  pieces: AsyncIterator[tuple[int, Piece]],
+  parts: AsyncIterator[_Part],
   options: schemas.StreamOptions | None,
 ) -> AsyncIterator[str]:
   """Server-sent events of a text as it is written."""
@@ -195,9 +239,9 @@ async def _events(
     if form.is_chat:
       for index in range(len(answers)):
         yield _event({**head, "choices": [form.opening(index)], **own})
-    async for index, piece in pieces:
-      if piece.text or piece.finish:
-        yield _event({**head, "choices": [form.part(index, piece)], **own})
+    async for part in parts:
+      if any(part.found) or part.finish:
+        yield _event({**head, "choices": [form.part(part)], **own})
     if with_usage:
       yield _event({**head, "choices": [], "usage": _usage(answers)})
   except LoraxError as error:

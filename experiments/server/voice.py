@@ -38,13 +38,14 @@ class Voice:
     self, messages: Sequence[Any], tools: Any = None, variables: Any = None
   ) -> list[int]:
     """Token ids of a chat, up to the answer that comes next."""
-    row = {
-      "messages": [_with_objects(message) for message in messages],
-      "tools": tools,
-      "chat_template_kwargs": variables,
-    }
+    asked = _chat(messages, tools, variables)
     template = chat.of_model(self.folder, self.chat_template)
-    return prompts.of_chat(chat.check(row), self.tokenizer, template)
+    return prompts.of_chat(asked, self.tokenizer, template)
+
+  def call_form(self, messages: Sequence[Any], tools: Any) -> str:
+    """The chat template in which the calls of tools are described."""
+    template = chat.of_model(self.folder, self.chat_template)
+    return template.text(_chat(messages, tools))
 
 
 def load(
@@ -57,6 +58,13 @@ def load(
   """
   folder = beside.tokenizer_folder(base, adapter)
   return Voice(load_tokenizer(base, adapter), folder, vocab_size, chat_template)
+
+
+def _chat(messages: Sequence[Any], tools: Any, variables: Any = None) -> chat.Chat:
+  rendered = [_with_objects(message) for message in messages]
+  return chat.check(
+    {"messages": rendered, "tools": tools, "chat_template_kwargs": variables}
+  )
 
 
 def _with_objects(message: Any) -> Any:

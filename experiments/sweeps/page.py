@@ -19,6 +19,8 @@ from lorax_flax.train.metrics import METRICS
 
 # Fields of which each pair has a map.
 _MOST_MAPPED = 3
+# Trials whose answers are side by side.
+_MOST_ANSWERING = 8
 _LEGEND = {
   "best": "the best",
   "done": "done",
@@ -72,6 +74,8 @@ def page(outcomes: Sequence[Outcome], title: str, folder: Path) -> str:
       if kind in kinds
     )
     parts.append(html_page.section("Curves and scores", f"<p>{legend}</p>", *shown))
+  if answers := _answers([o.trial.name for o in ordered], folder):
+    parts.append(html_page.section("Answers", *answers))
   rows = [_row(o, lines[o.trial.name], primary, folder / o.trial.name) for o in ordered]
   header = ["trial", primary, "status", *sweep_table.fields(outcomes)]
   others = list(dict.fromkeys(name for o in outcomes for name in o.metrics))
@@ -89,6 +93,36 @@ def page(outcomes: Sequence[Outcome], title: str, folder: Path) -> str:
   if any(median.count > 1 and median.done for median in sweep_table.medians(outcomes)):
     parts.append(html_page.section("Medians over seeds", _medians(outcomes)))
   return html_page.page(title, "\n".join(parts))
+
+
+def _answers(names: Sequence[str], folder: Path) -> list[str]:
+  """A table for each prompt: the trials' answers side by side, by step.
+
+  Args:
+    names: of the trials, the best first; the first that answer are shown.
+  """
+  found: dict[str, Sequence[Mapping[str, Any]]] = {}
+  for name in names:
+    if lines := lines_until(folder / name / workdir.SAMPLES):
+      found[name] = lines
+  shown = [*found][:_MOST_ANSWERING]
+  prompts: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
+  for name in shown:
+    for line in found[name]:
+      steps = prompts.setdefault((line["prompt"], line["expected"]), {})
+      steps.setdefault(line["step"], {})[name] = line["answer"]
+  parts = []
+  for (prompt, expected), steps in prompts.items():
+    asked = html_page.facts([("prompt", prompt), ("expected", expected)])
+    cells = [
+      (f"{step:,}", *(answers.get(name, "") for name in shown))
+      for step, answers in sorted(steps.items())
+    ]
+    parts += [asked, html_page.facts(cells, ["step", *shown])]
+  if len(found) > len(shown):
+    text = f"Of the {len(found)} trials that answer, the best {len(shown)}."
+    parts.append(html_page.paragraph(text))
+  return parts
 
 
 def _row(

@@ -70,7 +70,7 @@ def _kernel(equation: Any) -> int:
     raise ValueError(f"the products in the kernel {name!r} cannot be counted")
   avals = [x.aval for x in equation.invars]
   floats = [x.shape for x in avals if jnp.issubdtype(x.dtype, jnp.floating)]
-  return found.needed * kernels.flops(floats)
+  return found.needed * found.flops(floats)
 
 
 def _dot(equation: Any) -> int:

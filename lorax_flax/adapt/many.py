@@ -1,4 +1,4 @@
-"""Many adapters over one base: each example of a batch is computed with its own.
+"""Many adapters over one base: each example, or token, is computed with its own.
 
 The function runs once for a batch, vmapped over its examples: the base is the same for
 all of them, so that each product with a kernel stays one product, and an example's
@@ -17,7 +17,7 @@ import numpy as np
 
 from lorax_flax.adapt.paths import PyTree, arrays, is_array
 from lorax_flax.adapt.transform import Adapted
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.methods import Adapter, Tuned
 from lorax_flax.methods.slots import Choice, Slots, TunedSlots
 from lorax_flax.quant import dense
@@ -132,7 +132,7 @@ class Many:
     self,
     params: PyTree,
     slots: AllSlots,
-    ids_B: Any,
+    ids: Any,
     /,
     *args,
     lora_dropout_key: jax.Array | None = None,
@@ -141,7 +141,9 @@ class Many:
     """fn(params, *args, **kwargs), each example with the adapter of its slot.
 
     Args:
-      ids_B: int32, the slot of each example; -1 for the base alone.
+      ids: int32, the slot of each example, (B,), or of each of its tokens, (B, T); -1
+        for the base alone. Each weight that adapters change then meets one axis of T
+        places, and none is trained in full.
       args, kwargs: of the function, with axes of examples as `many` was told.
       lora_dropout_key: as of `Adapted.apply`; each example drops by itself.
 
@@ -156,10 +158,10 @@ class Many:
 
     keys = None
     if lora_dropout_key is not None:
-      keys = jax.random.split(lora_dropout_key, len(ids_B))
+      keys = jax.random.split(lora_dropout_key, len(ids))
     axes = self.in_axes
     axes = axes if isinstance(axes, tuple) else (axes, axes)
-    return each(one, slots, ids_B, (keys, args, kwargs), (0, *axes), self.out_axes)
+    return each(one, slots, ids, (keys, args, kwargs), (0, *axes), self.out_axes)
 
 
 def many(
@@ -201,7 +203,7 @@ def many(
 def each(
   fn: Callable[..., Any],
   slots: AllSlots,
-  ids_B: Any,
+  ids: Any,
   args: Sequence[Any],
   in_axes: Any = 0,
   out_axes: Any = 0,
@@ -210,6 +212,7 @@ def each(
 
   Args:
     fn: a function of an adapter and of batches of one example.
+    ids: as of `Many.apply`.
     args: batches of examples.
     in_axes, out_axes: as of `many`; `in_axes` is a prefix of `args`.
 
@@ -218,8 +221,12 @@ def each(
       another number of examples, or a result that is not of one.
   """
   num_slots = _capacity(slots)
-  _check_ids(ids_B, num_slots)
-  examples = len(ids_B)
+  ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+  _check_ids(ids, num_slots)
+  ids = jnp.asarray(ids, jnp.int32)
+  if ids.ndim == 2:
+    ids = _by_token(slots, ids)
+  examples = len(ids)
   leaves, tree = jax.tree.flatten(tuple(args), is_leaf=_is_none)
   axes = jax.tree.leaves(_broadcast(in_axes, tuple(args)), is_leaf=_is_none)
   moves = [
@@ -246,7 +253,7 @@ def each(
     return jax.tree.map(_with_example, result, _broadcast(out_axes, result))
 
   run = jax.vmap(one, in_axes=(0, places), out_axes=out_axes)
-  result = run(jnp.asarray(ids_B, jnp.int32), batched)
+  result = run(ids, batched)
   axes_of_result = _broadcast(out_axes, result)
   return jax.tree.map(lambda y, axis: y.squeeze(axis + 1), result, axes_of_result)
 
@@ -270,12 +277,26 @@ def _capacity(slots: AllSlots) -> int:
   return first.sizes()["slots"]
 
 
-def _check_ids(ids_B: Any, slots: int) -> None:
-  if isinstance(ids_B, jax.core.Tracer):
+def _by_token(slots: AllSlots, ids_BxT: jax.Array) -> jax.Array:
+  """The ids of tokens, or where an example has one token, its own."""
+  if ids_BxT.shape[1] == 1:
+    return ids_BxT[:, 0]
+  if full := [path for path, held in slots.items() if isinstance(held, TunedSlots)]:
+    raise LoraxError(
+      f"adapters train {listing(full)} in full, and tokens can't each have their own:"
+      " give an index for each example"
+    )
+  return ids_BxT
+
+
+def _check_ids(ids: Any, slots: int) -> None:
+  if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise LoraxError(
+      f"ids of shape {ids.shape} and {ids.dtype}: one integer an example, or a token"
+    )
+  if isinstance(ids, jax.core.Tracer):
     return
-  ids = np.asarray(ids_B)
-  if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-    raise LoraxError(f"ids of shape {ids.shape} and {ids.dtype}: one integer a row")
+  ids = np.asarray(ids)
   if ids.size and not (ids.min() >= -1 and ids.max() < slots):
     raise LoraxError(
       f"ids from {ids.min()} to {ids.max()}: the slots are 0 to {slots - 1}, and -1"

@@ -66,17 +66,21 @@ class Target:
 
   @property
   def size(self) -> int:
-    """Number of trained parameters."""
+    """Number of trained parameters, those in common with other targets included."""
     method = METHODS.of_targets(self.method, self.options)
     pairs = zip(self.shape, self.roles, strict=True)
     stack = [n for n, role in pairs if role == "stack"]
     if self.layers is not None:
       stack[0] = len(self.layers)
     ranks = self.ranks or (self.rank,) * (stack[0] if stack else 1)
-    one = lambda rank: sum(
-      map(math.prod, method.layer_shapes(replace(self, rank=rank)).values())
-    )
-    return math.prod(stack[1:]) * sum(map(one, ranks))
+
+    def sizes(rank: int) -> dict[str, int]:
+      shapes = method.layer_shapes(replace(self, rank=rank))
+      return {name: math.prod(shape) for name, shape in shapes.items()}
+
+    common = sum(sizes(self.rank)[name] for name in method.common)
+    own = sum(sum(sizes(rank).values()) - common for rank in ranks)
+    return math.prod(stack[1:]) * own + common
 
 
 @dataclass(frozen=True)

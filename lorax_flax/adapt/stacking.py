@@ -20,8 +20,8 @@ class Layer(NamedTuple):
   """One layer of a delta.
 
   Attributes:
-    leaves: its trained leaves, float32, without the zeros that pad it to the rank of
-      the other layers.
+    leaves: its trained leaves but for those that all deltas have in common, float32,
+      without the zeros that pad it to the rank of the other layers.
     scale: (), or of the axes stacked below the layer.
     rank: its own, 0 of a method that has none.
   """
@@ -91,7 +91,8 @@ def numbers(leaf: Any) -> np.ndarray:
 def unstack(delta: KernelDelta, index: Index) -> Layer:
   """One layer of a delta, which must adapt it."""
   place, depth = place_of(delta, index), len(index)
-  leaves = {n: np.asarray(delta.leaves()[n], np.float32)[place] for n in delta.trained}
+  own = [name for name in delta.trained if name not in delta.common]
+  leaves = {n: np.asarray(delta.leaves()[n], np.float32)[place] for n in own}
   axes = {name: delta.leaf_axes(name)[depth:] for name in leaves}
   is_padded = index and delta.rank and delta.pads_rank
   rank = _own_rank(leaves, axes) if is_padded else delta.rank

@@ -1,5 +1,7 @@
 """Wishes of an adapter's methods for its training, beside gradients."""
 
+from collections.abc import Mapping
+
 import jax
 import optax
 
@@ -15,6 +17,16 @@ def penalty(adapter: Adapter) -> jax.Array | float:
   for delta in adapter.values():
     kinds.setdefault(type(delta), []).append(delta)
   return sum(kind.penalty(deltas) for kind, deltas in kinds.items())
+
+
+def size(adapter: Mapping[str, Delta]) -> int:
+  """Number of trained parameters; what deltas have in common counts once."""
+  sizes = {
+    (type(d).__name__ if name in d.common else path, name): d.leaves()[name].size
+    for path, d in adapter.items()
+    for name in d.trained
+  }
+  return sum(sizes.values())
 
 
 def scheduled(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 import lorax_flax as lx
 from lorax_flax import quant
+from lorax_flax.adapt import training
 from lorax_flax.adapt.config import LoraConfig, with_tuned
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.adapt.plan import Plan
@@ -144,19 +145,14 @@ def samples(
   task: Task,
   model: registry.Loaded,
   splits: Splits[Rows],
-  runs: int,
 ) -> Samples | None:
-  """Prompts that are answered at each evaluation; None, logged, where they can't be.
-
-  Args:
-    runs: number of runs that train together.
-  """
+  """Prompts that are answered at each evaluation; None, logged, where they can't be."""
   if task.samples is None:
     return None
   try:
     made = task.samples(settings, model, splits)
-    if made is not None and runs * jax.process_count() > 1:
-      raise LoraxError("that is for one run in one process")
+    if made is not None and jax.process_count() > 1:
+      raise LoraxError("that is for one process")
   except LoraxError as error:
     log.info(f"no prompts are answered while training: {error}")
     return None
@@ -312,12 +308,9 @@ def describe(plan: Plan, adapter: Adapter, params: Any) -> dict[str, str]:
 
   One of what the targets cover and was left out, where anything was.
   """
-  tuned = [delta for delta in adapter.values() if isinstance(delta, Tuned)]
-  deltas = [delta for delta in adapter.values() if not isinstance(delta, Tuned)]
-  low, full = (
-    sum(delta.leaves()[name].size for delta in group for name in delta.trained)
-    for group in (deltas, tuned)
-  )
+  tuned = {path: delta for path, delta in adapter.items() if isinstance(delta, Tuned)}
+  deltas = {path: delta for path, delta in adapter.items() if path not in tuned}
+  low, full = training.size(deltas), training.size(tuned)
   leaves = flatten(params).values()
   stored_as = sorted(
     {quant.name_of(x) if quant.is_quantized(x) else x.dtype.name for x in leaves}

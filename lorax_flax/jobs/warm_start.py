@@ -47,7 +47,7 @@ def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapte
       continue
     fits = theirs == ours or path not in loaded.keymap.keys
     if isinstance(delta, KernelDelta) or (isinstance(delta, Tuned) and fits):
-      start[path] = _with_trained(delta, other)
+      start[path] = _with_trained(path, delta, other)
   head = "none there"
   if theirs is not None:
     same = theirs == ours
@@ -56,9 +56,19 @@ def start_from(folder: str, adapter: Adapter, loaded: registry.Loaded) -> Adapte
   return start
 
 
-def _with_trained(delta: Delta, other: Delta) -> Delta:
-  """The delta with the other's trained leaves."""
-  return replace(delta, **{name: other.leaves()[name] for name in delta.trained})
+def _with_trained(path: str, delta: Delta, other: Delta) -> Delta:
+  """The delta with the other's trained leaves.
+
+  Raises:
+    LoraxError: infinities, which stand for what a folder doesn't hold.
+  """
+  leaves = {name: other.leaves()[name] for name in delta.trained}
+  if not all(np.isfinite(leaf).all() for leaf in leaves.values()):
+    raise LoraxError(
+      f"the folder's delta of {path!r} has infinities, as one saved with"
+      " save_only_topk_weights has: it can be applied and merged, not trained on"
+    )
+  return replace(delta, **leaves)
 
 
 def _factors(adapter: Adapter) -> dict[str, KernelDelta]:

@@ -34,6 +34,7 @@ from lorax_flax.methods.randlora import RandLoRA
 from lorax_flax.methods.shira import SHiRA
 from lorax_flax.methods.table import Methods
 from lorax_flax.methods.token_rows import Rows
+from lorax_flax.methods.vblora import VBLoRA
 from lorax_flax.methods.vera import VeRA
 
 Adapter = dict[str, Delta]
@@ -62,6 +63,7 @@ METHODS = Methods(
   ia3=IA3,
   shira=SHiRA,
   randlora=RandLoRA,
+  vblora=VBLoRA,
   token_rows=Rows,
   full=Tuned,
 )

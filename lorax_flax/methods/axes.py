@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from lorax_flax.errors import LoraxError
+
 Shape = tuple[int, ...]
 # A leaf's axes: those of the base's leaf by number, the method's own by name.
 LeafAxes = tuple[int | str, ...]
@@ -22,6 +24,29 @@ def fans(shape: Shape, roles: Sequence[str]) -> tuple[int, int]:
   axes = by_role(roles)
   fan_in, fan_out = (math.prod(shape[i] for i in axes[role]) for role in ("in", "out"))
   return fan_in, fan_out
+
+
+def quotient(
+  option: str, n: int, size: int, what: str, shape: Shape, least: int = 1
+) -> int:
+  """size / n of an option whose value n must divide a kernel's inputs or outputs.
+
+  Args:
+    what: "inputs" or "outputs", of which there are `size`.
+    shape: the kernel's.
+    least: the smallest value that the option may have.
+
+  Raises:
+    LoraxError: it does not divide them; the message has the nearest value that does.
+  """
+  if n < least or size % n:
+    divisors = [d for d in range(least, size + 1) if size % d == 0]
+    near = min(divisors, key=lambda d: abs(d - n))
+    raise LoraxError(
+      f"{option}={n} does not divide the {size} {what} of a kernel of shape {shape};"
+      f" {near} does"
+    )
+  return size // n
 
 
 def resolved(names: Sequence[str], kernel: Mapping[str, Sequence[int]]) -> LeafAxes:

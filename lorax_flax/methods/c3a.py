@@ -1,14 +1,12 @@
 """C3A (arXiv 2407.19342): a change made of circulant blocks."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.errors import LoraxError
-from lorax_flax.methods.axes import by_role
+from lorax_flax.methods.axes import fans, quotient
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
@@ -50,17 +48,11 @@ class C3A(MethodDelta):
 
   @classmethod
   def axis_sizes(cls, shape, roles, sizes):
-    axes, n, found = by_role(roles), sizes["block_size"], dict(sizes)
-    for role in ("in", "out"):
-      size = math.prod(shape[i] for i in axes[role])
-      if n < 1 or size % n:
-        divisors = [d for d in range(1, size + 1) if size % d == 0]
-        near = min(divisors, key=lambda d: abs(d - n))
-        raise LoraxError(
-          f"c3a: block_size={n} does not divide the {size} {role}puts of a kernel of"
-          f" shape {shape}; {near} does"
-        )
-      found[f"{role}_blocks"] = size // n
+    n, found = sizes["block_size"], dict(sizes)
+    for side, fan in zip(("in", "out"), fans(shape, roles), strict=True):
+      found[f"{side}_blocks"] = quotient(
+        "c3a: block_size", n, fan, f"{side}puts", shape
+      )
     return found
 
   @classmethod

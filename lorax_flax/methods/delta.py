@@ -17,6 +17,7 @@ import optax
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods.axes import LeafAxes, Shape, resolved, shape_of
+from lorax_flax.methods.common_leaves import stepped_together
 from lorax_flax.methods.peft_form import PeftForm
 
 
@@ -37,6 +38,8 @@ class Delta:
     axes: the axes of each leaf by name, "stack" first. A leaf of stack axes alone may
       have the first of them only, or none, and is then the same along the others.
     trained: the leaves that are trained.
+    common: trained leaves that all deltas of the method in an adapter have the same of;
+      they carry no axis of the kernel. The optimiser takes one step for all.
     per_trial: untrained leaves that each trial of a sweep has its own of: the scale.
     from_base: untrained leaves that repeat the base's leaf, all layers of it; files
       of our own form leave them out.
@@ -53,6 +56,7 @@ class Delta:
 
   axes: ClassVar[dict[str, tuple[str, ...]]]
   trained: ClassVar[tuple[str, ...]]
+  common: ClassVar[tuple[str, ...]] = ()
   per_trial: ClassVar[tuple[str, ...]] = ()
   from_base: ClassVar[tuple[str, ...]] = ()
   options: ClassVar[Mapping[str, Any]] = {}
@@ -102,7 +106,7 @@ class Delta:
 
     It is given adapters, dicts of path to delta, in which other methods may be too.
     """
-    return optimizer
+    return stepped_together(optimizer, cls) if cls.common else optimizer
 
   def in_peft(self) -> "Delta":
     """The delta of the method that PEFT's folder has for it."""

@@ -95,6 +95,8 @@ class PeftForm:
     targets: the default target_modules by model type, where they are the type's own.
     pruned_by: the end of the key whose tensor has zeros where a rank is pruned, and of
       the names in the config's rank_pattern, which says the rows that are there.
+    topk_of: the option that is the number of logits along the last axis of tensors of
+      which a folder may have the largest alone.
     own_targets: whether they are all that it has, and LORA's are not its defaults.
   """
 
@@ -114,6 +116,7 @@ class PeftForm:
   since: str = "0"
   targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
   pruned_by: str = ""
+  topk_of: str = ""
   own_targets: bool = False
 
   @property

@@ -1,14 +1,12 @@
 """Rotations of a kernel's inputs, block by block; the common part of OFT and BOFT."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lorax_flax.errors import LoraxError
-from lorax_flax.methods.axes import Shape, by_role
+from lorax_flax.methods.axes import Shape, fans, quotient
 from lorax_flax.methods.kernel_delta import KernelDelta
 
 
@@ -20,16 +18,9 @@ def block_sizes(
   Raises:
     LoraxError: a block size that does not divide the inputs.
   """
-  fan_in = math.prod(shape[i] for i in by_role(roles)["in"])
-  n = sizes["block_size"]
-  if n < 2 or fan_in % n:
-    divisors = [d for d in range(2, fan_in + 1) if fan_in % d == 0]
-    near = min(divisors, key=lambda d: abs(d - n))
-    raise LoraxError(
-      f"block_size={n} does not divide the {fan_in} inputs of a kernel of shape"
-      f" {shape}; {near} does"
-    )
-  return {**sizes, "blocks": fan_in // n}
+  fan_in, _ = fans(shape, roles)
+  blocks = quotient("block_size", sizes["block_size"], fan_in, "inputs", shape, least=2)
+  return {**sizes, "blocks": blocks}
 
 
 def cayley(skew: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ A slot holds what one adapter makes of a kernel, in the layout of `Parts`, padde
 zeros to a common rank. An empty slot changes nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -23,10 +23,11 @@ from lorax_flax.methods.parts import Parts
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Choice:
-  """The slot of one example.
+  """The slot of one example, or of each of its tokens.
 
   Attributes:
-    slot: () int32; negative for none, and NaN follows from one that does not exist.
+    slot: int32, () or (T,) with one for each token; negative for none, and NaN follows
+      from one that does not exist.
     slots: number of slots.
     examples: number of examples of the batch, each with a choice of its own.
   """
@@ -35,21 +36,68 @@ class Choice:
   slots: int = field(metadata={"static": True})
   examples: int = field(metadata={"static": True})
 
+  @property
+  def by_token(self) -> bool:
+    """True where each token has a slot of its own."""
+    return self.slot.ndim > 0
+
+  @property
+  def tokens(self) -> int:
+    """Number of slots that are chosen for an example."""
+    return self.slot.size
+
+  def token_axis(self, path: str, sizes: Mapping[int, int]) -> int:
+    """The axis of the tokens among these, by their size.
+
+    Raises:
+      LoraxError: there is none of that size, or more than one.
+    """
+    found = [axis for axis, size in sizes.items() if size == self.tokens]
+    if len(found) != 1:
+      raise LoraxError(
+        f"{path!r} meets axes of sizes {[*sizes.values()]}, and one of them must be"
+        f" that of the {self.tokens} tokens, of which each has an index: give an index"
+        " for each example instead"
+      )
+    return found[0]
+
   def of(self, t: jax.Array, axis: int, without: jax.Array | float) -> jax.Array:
-    """The chosen one along an axis of the slots; `without` where there is none."""
+    """The chosen one along an axis of the slots; `without` where there is none.
+
+    Where each token has its own, the axis is that of the tokens then.
+    """
     index = jnp.maximum(self.slot, 0)
     chosen = jnp.take(t, index, axis=axis, mode="fill", fill_value=jnp.nan)
-    return jnp.where(self.slot >= 0, chosen, jnp.asarray(without, t.dtype))
+    held = self._along(self.slot >= 0, axis, chosen.ndim)
+    return jnp.where(held, chosen, jnp.asarray(without, t.dtype))
 
   def part(self, t: jax.Array, without: float = 0.0) -> jax.Array:
-    """The chosen one's n columns of the slots' (…, slots * n)."""
+    """The chosen one's n columns of the slots' (…, slots * n): (…, n), or (…, T, n)."""
     return self.of(t.reshape((*t.shape[:-1], self.slots, -1)), -2, without)
 
-  def mask(self, t: jax.Array) -> jax.Array:
-    """The slots' columns, (…, slots * n), zero but for the chosen one's."""
-    owner = jnp.arange(t.shape[-1], dtype=jnp.int32) // (t.shape[-1] // self.slots)
-    other = jnp.where(self.slot < self.slots, 0.0, jnp.nan).astype(t.dtype)
-    return jnp.where(owner == self.slot, t, other)
+  def mask(self, t: jax.Array, axis: int = 0) -> jax.Array:
+    """The slots' columns, (…, slots * n), zero but for the chosen one's.
+
+    Args:
+      axis: that of the tokens, or of size 1, where each has its own.
+    """
+    columns = jax.lax.broadcasted_iota(
+      jnp.int32, (1,) * (t.ndim - 1) + t.shape[-1:], t.ndim - 1
+    )
+    owner = columns // (t.shape[-1] // self.slots)
+    slot = self._along(self.slot, axis, t.ndim)
+    other = jnp.where(slot < self.slots, 0.0, jnp.nan).astype(t.dtype)
+    return jnp.where(owner == slot, t, other)
+
+  def of_places(self, shape: Sequence[int], axis: int) -> jax.Array:
+    """The slot of each place, of this shape; on this axis are the tokens."""
+    return jnp.broadcast_to(self._along(self.slot, axis, len(shape)), shape)
+
+  def _along(self, x: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """Values of tokens on this axis, of these many; an example's one as it is."""
+    if not self.by_token:
+      return x
+    return jnp.expand_dims(x, [i for i in range(ndim) if i != axis % ndim])
 
 
 @jax.tree_util.register_dataclass

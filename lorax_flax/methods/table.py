@@ -74,6 +74,10 @@ def _check(name: str, method: type[Delta]) -> None:
   named = {*method.trained, *method.per_trial, *method.from_base}
   if odd := named - leaves:
     raise LoraxError(f"method {name!r}: {unknown('leaf', sorted(odd)[0], leaves)}")
+  if odd := {*method.common} - {*method.trained}:
+    raise LoraxError(
+      f"method {name!r}: {unknown('trained leaf', sorted(odd)[0], method.trained)}"
+    )
   if issubclass(method, KernelDelta) and not {"roles", "dropout", "layers"} <= static:
     raise LoraxError(
       f"method {name!r}: {method.__name__} lacks the static fields "

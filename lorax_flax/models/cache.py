@@ -202,11 +202,14 @@ def blank(
     dtype: of keys and values.
     stacked: the layers are scanned. They then have equally many columns: where windows
       differ, one for every place.
-    virtual: number of places before the tokens', which the first call fills.
+    virtual: number of places before the tokens', which the first call fills; before
+      those of the encoder's text, where there is one.
 
   Raises:
     LoraxError: more tokens than the model has positions.
   """
+  if layout.attends_to_source:
+    source_length, virtual = source_length + virtual, 0
   if layout.max_length is not None and length + virtual > layout.max_length:
     most = layout.max_length - virtual
     raise LoraxError(f"a cache of {length} tokens: the model takes at most {most}")

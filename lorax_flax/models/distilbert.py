@@ -22,9 +22,11 @@ from lorax_flax.hub.checkpoints.entries import (
 )
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.models import hf_config as fields
-from lorax_flax.models import layers, stacking
+from lorax_flax.models import layers, soft, stacking
+from lorax_flax.models.cache import KeyValues, Layout
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.layers import Part, TextClassifier, check_length
+from lorax_flax.models.soft import SoftSettings
 
 _EPS = 1e-12  # of every norm; config.json has no field for it
 _QKV = ("q_lin", "k_lin", "v_lin")
@@ -36,6 +38,7 @@ class DistilBertConfig:
 
   Attributes:
     num_labels: width of the classifier's output; 1 for regression.
+    soft: trained states beside the weights; not in config.json.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
@@ -51,6 +54,7 @@ class DistilBertConfig:
   seq_classif_dropout: fields.Rate = 0.2
   initializer_range: fields.Positive = 0.02
   num_labels: fields.Size = 2
+  soft: SoftSettings | None = None
 
   def __post_init__(self):
     fields.check_fields(self)
@@ -68,10 +72,12 @@ class Attention(Part[DistilBertConfig]):
   """Self-attention."""
 
   @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    c = self.config
+  def __call__(
+    self, x_BxTxD: jax.Array, mask_BxT: jax.Array, prefix: KeyValues | None
+  ) -> jax.Array:
+    c, rate = self.config, self.config.attention_dropout
     qkv_BxTxD = [self.dense(c.dim, ("embed", "heads"), name)(x_BxTxD) for name in _QKV]
-    y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, c.n_heads, c.attention_dropout)
+    y_BxTxD = layers.attend(self, qkv_BxTxD, mask_BxT, c.n_heads, rate, prefix)
     return self.dense(c.dim, ("heads", "embed"), "out_lin")(y_BxTxD)
 
 
@@ -79,14 +85,17 @@ class Layer(Part[DistilBertConfig]):
   """One layer, in the form of nn.scan."""
 
   @nn.compact
-  def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array):
+  def __call__(
+    self, x_BxTxD: jax.Array, mask_BxT: jax.Array, *, kept: KeyValues | None = None
+  ):
     c, args = self.config, (self.config, self.dtype, self.deterministic)
-    y_BxTxD = Attention(*args, name="attention")(x_BxTxD, mask_BxT)
+    y_BxTxD = Attention(*args, name="attention")(x_BxTxD, mask_BxT, kept)
+    y_BxTxD = soft.adapted(self, "attention", y_BxTxD)
     x_BxTxD = layers.Norm(_EPS, name="sa_layer_norm")(x_BxTxD + y_BxTxD)
     feed = layers.MLP(
       *args, ("lin1", "lin2"), c.hidden_dim, c.activation, c.dropout, name="ffn"
     )
-    y_BxTxD = feed(x_BxTxD)
+    y_BxTxD = soft.adapted(self, "mlp", feed(x_BxTxD))
     return layers.Norm(_EPS, name="output_layer_norm")(x_BxTxD + y_BxTxD), None
 
 
@@ -94,13 +103,13 @@ class Embeddings(Part[DistilBertConfig]):
   """Token and position embeddings, summed and normed."""
 
   @nn.compact
-  def __call__(self, input_ids_BxT: jax.Array) -> jax.Array:
+  def __call__(self, input_ids_BxT: jax.Array, before: soft.Before) -> jax.Array:
     c, length = self.config, self.config.max_position_embeddings
     words = self.table(c.vocab_size, c.dim, "word_embeddings", "vocab")
     positions = self.table(length, c.dim, "position_embeddings", "positions")
-    positions_1xT = jnp.arange(input_ids_BxT.shape[1], dtype=jnp.int32)[None, :]
-    x_BxTxD = words(input_ids_BxT).astype(self.dtype)
-    x_BxTxD += positions(positions_1xT).astype(self.dtype)
+    positions_1xT = jnp.arange(before.mask_BxT.shape[1], dtype=jnp.int32)[None, :]
+    x_BxTxD = before.put(words(input_ids_BxT).astype(self.dtype))
+    x_BxTxD += positions(before.first + positions_1xT).astype(self.dtype)
     x_BxTxD = layers.Norm(_EPS, name="layer_norm")(x_BxTxD)
     return nn.Dropout(c.dropout)(x_BxTxD, self.deterministic)
 
@@ -112,12 +121,14 @@ class SequenceClassifier(TextClassifier[DistilBertConfig]):
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
     del token_type_ids
     c, args = self.config, (self.config, self.dtype, deterministic)
-    check_length(input_ids, c.max_position_embeddings)
-    x_BxTxD = Embeddings(*args, name="embeddings")(input_ids)
+    check_length(input_ids, c.max_position_embeddings - soft.places(c.soft))
+    layout = Layout(c.n_heads, c.dim // c.n_heads, (None,) * c.n_layers)
+    before = soft.before(self, layout, c.dim, attention_mask)
+    x_BxTxD = Embeddings(*args, name="embeddings")(input_ids, before)
     transformer = stacking.Stack(
       Layer, args, c.n_layers, self.scan, self.remat, name="transformer"
     )
-    x_BxTxD = transformer(x_BxTxD, attention_mask)
+    x_BxTxD = transformer(x_BxTxD, before.mask_BxT, **before.each)
     dense = self.dense(c.dim, ("embed", "pooled"), "pre_classifier")
     x_BxD = nn.relu(dense(layers.first_token(x_BxTxD)))
     x_BxD = nn.Dropout(c.seq_classif_dropout)(x_BxD, deterministic)
@@ -171,6 +182,7 @@ FAMILIES = {
     keymap=keymap,
     inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
+    soft=soft.PARTS,
     dropout=("dropout", "attention_dropout"),
     head_dropout=("seq_classif_dropout",),
   )

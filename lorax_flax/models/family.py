@@ -1,7 +1,7 @@
 """A model family, as the registry knows it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ class Family:
     inputs: (config) -> ShapeDtypeStructs of the smallest inputs, by name.
     max_length: (config) -> maximal number of tokens of a text; 0 if the input is none.
     cache: (config) -> the size of its cache; None for models that don't generate.
+    soft: the methods of `models.soft.PARTS` that its modules have.
     untied: fields of config.json that give tied tables weights of their own.
     dropout: fields of the config that are dropout rates inside the model.
     head_dropout: those before the classifier.
@@ -47,6 +48,7 @@ class Family:
   inputs: Callable[[Any], Mapping[str, jax.ShapeDtypeStruct]]
   max_length: Callable[[Any], int]
   cache: Callable[[Any], Layout] | None = None
+  soft: Collection[str] = ()
   untied: Mapping[str, Any] = dataclasses.field(
     default_factory=lambda: {"tie_word_embeddings": False}
   )

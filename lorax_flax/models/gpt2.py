@@ -255,6 +255,7 @@ FAMILIES = {
     inputs=text_inputs,
     max_length=lambda config: config.n_positions,
     cache=cache_layout,
+    soft=soft.PARTS,
     dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
   )
 }

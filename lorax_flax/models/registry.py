@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten, map_with_path
-from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.errors import LoraxError, listing, unknown
 from lorax_flax.files import strict_json
 from lorax_flax.hub.checkpoints import load as hub_load
 from lorax_flax.hub.checkpoints import quantized
@@ -289,7 +289,8 @@ def outline(
     )
   config = family.configure(hf_config, **overrides)
   if soft is not None and soft.method is not None:
-    config = _with_soft(config, soft, hf_config["model_type"])
+    _check_soft(family, soft, hf_config["model_type"])
+    config = dataclasses.replace(config, soft=soft)
   module = family.build(config, _float("dtype", dtype), scan, remat)
   return Outline(family, module, config, hf_config, family.keymap(config, scan))
 
@@ -314,13 +315,13 @@ def abstract_params(
   return quantized.shapes(tree, quantized.formats(model.keymap, quant))
 
 
-def _with_soft(config: Any, soft: SoftSettings, model_type: str) -> Any:
-  if not hasattr(config, "soft"):
+def _check_soft(family: Family, soft: SoftSettings, model_type: str) -> None:
+  if soft.method not in family.soft:
+    others = [name for name, each in FAMILIES.items() if soft.method in each.soft]
     raise LoraxError(
-      f"soft.method={soft.method} is not built for a {model_type}: it is for bert, "
-      "roberta, gpt2, llama and its variants"
+      f"soft.method={soft.method} is not built for a {model_type}, which has "
+      f"{listing(family.soft) or 'none'}: it is for {listing(others)}"
     )
-  return dataclasses.replace(config, soft=soft)
 
 
 def _shapes(model: Outline) -> Any:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.errors import check_known
+from lorax_flax.quant import tiles
 from lorax_flax.quant.fp8 import Fp8
 from lorax_flax.quant.int4 import Int4
 from lorax_flax.quant.int8 import Int8
@@ -47,11 +48,14 @@ CHOICES = (
   *(n for n, kind in FORMATS.items() if "of_matrices" in vars(kind)),
   AS_STORED,
 )
+# Kernels of products by platform, of what their `takes` says. There no dense kernel is.
+KERNELS: dict[str, Any] = {"tpu": tiles}
 
 __all__ = [
   "AS_STORED",
   "CHOICES",
   "FORMATS",
+  "KERNELS",
   "Quantized",
   "dense",
   "is_quantized",

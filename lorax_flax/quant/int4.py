@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.quant import blocks
-from lorax_flax.quant.quantized import Quantized
+from lorax_flax.quant.four_bit import FourBit
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Int4(Quantized):
+class Int4(FourBit):
   """W = (codes - 8) * absmax / 7, two codes in a byte.
 
   Attributes:
@@ -22,8 +22,6 @@ class Int4(Quantized):
   absmax: jax.Array
 
   axes: ClassVar = {"codes": ("out", "in"), "absmax": ("out", "in")}
-  per_code: ClassVar[int] = 2
-  block: ClassVar[int] = 64
 
   @classmethod
   def of_matrices(cls, m: jax.Array, dtype: Any) -> Self:
@@ -33,6 +31,9 @@ class Int4(Quantized):
     codes = jnp.round(m * (7.0 * blocks.inverse(absmax))[..., None]) + 8
     return cls(blocks.pack(blocks.join(codes.astype(jnp.uint8))), absmax, dtype=dtype)
 
-  def matrices(self) -> jax.Array:
-    steps, number = self.absmax * (1 / 7), lambda codes: codes.astype(jnp.float32) - 8
-    return blocks.unpacked(self.codes, number, steps, self.dtype)
+  @staticmethod
+  def values(codes: jax.Array) -> jax.Array:
+    return codes.astype(jnp.float32) - 8
+
+  def steps(self) -> jax.Array:
+    return self.absmax * (1 / 7)

@@ -4,7 +4,6 @@ Code book, layout, codes and values are those of bitsandbytes 0.50.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Self
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.quant import blocks
-from lorax_flax.quant.quantized import Quantized
+from lorax_flax.quant.four_bit import FourBit
 
 # Quantiles of a normal, scaled to [-1, 1]: bitsandbytes' table.
 CODE = np.array(
@@ -50,7 +49,7 @@ DYNAMIC = _dynamic()
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class NF4(Quantized):
+class NF4(FourBit):
   """W = CODE[codes] * absmax, two codes in a byte.
 
   Attributes:
@@ -60,8 +59,6 @@ class NF4(Quantized):
   absmax: jax.Array
 
   axes: ClassVar = {"codes": ("out", "in"), "absmax": ("out", "in")}
-  per_code: ClassVar[int] = 2
-  block: ClassVar[int] = 64
 
   @classmethod
   def of_matrices(cls, m: jax.Array, dtype: Any) -> Self:
@@ -69,13 +66,17 @@ class NF4(Quantized):
     codes, absmax = _quantized(m, CODE, cls.block)
     return cls(blocks.pack(codes), absmax, dtype=dtype)
 
-  def matrices(self) -> jax.Array:
-    return _weights(self.codes, self.absmax, self.dtype)
+  @staticmethod
+  def values(codes: jax.Array) -> jax.Array:
+    return blocks.looked_up(codes, CODE.tolist())
+
+  def steps(self) -> jax.Array:
+    return self.absmax
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DoubleNF4(Quantized):
+class DoubleNF4(FourBit):
   """NF4 whose scales are quantised: absmax = DYNAMIC[scales] * scales_absmax + mean.
 
   Attributes:
@@ -94,8 +95,6 @@ class DoubleNF4(Quantized):
     "scales_absmax": (None,),
     "mean": (None,),
   }
-  per_code: ClassVar[int] = 2
-  block: ClassVar[int] = 64
   group: ClassVar[int] = 256
 
   @classmethod
@@ -110,14 +109,15 @@ class DoubleNF4(Quantized):
     scales = scales[..., : flat.shape[-1]].reshape(absmax.shape)
     return cls(blocks.pack(codes), scales, scales_absmax, mean, dtype=dtype)
 
-  def matrices(self) -> jax.Array:
+  values = staticmethod(NF4.values)
+
+  def steps(self) -> jax.Array:
     flat = jnp.asarray(DYNAMIC)[blocks.join(self.scales)]
     spread = jnp.repeat(self.scales_absmax, self.group, -1)[..., : flat.shape[-1]]
     # The maximum is the product itself; without one, compilers would make a fused
     # multiply-add, and round where bitsandbytes does not.
     absmax = jnp.maximum(flat * spread, -spread) + self.mean
-    absmax = absmax.reshape(self.scales.shape)
-    return _weights(self.codes, absmax, self.dtype)
+    return absmax.reshape(self.scales.shape)
 
 
 def _quantized(
@@ -128,8 +128,3 @@ def _quantized(
   absmax = blocks.absmax(parts)
   scaled = jnp.clip(parts * blocks.inverse(absmax)[..., None], -1, 1)
   return blocks.join(blocks.nearest(scaled, code)), absmax
-
-
-def _weights(codes: jax.Array, absmax: jax.Array, dtype: Any) -> jax.Array:
-  look_up = partial(blocks.looked_up, values=CODE.tolist())
-  return blocks.unpacked(codes, look_up, absmax, dtype)

@@ -135,6 +135,10 @@ class Adapters:
     self._uses[slot] -= 1
     self._vacate()
 
+  def identity(self, slot: int) -> int | None:
+    """Number of the adapter in a slot; one that takes another's name has another."""
+    return self._on_device[slot]
+
   def _vacate(self) -> None:
     """Makes the slots of forgotten adapters that nobody uses the next to be given."""
     for slot, key in [*self._on_device.items()]:

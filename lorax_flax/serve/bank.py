@@ -30,6 +30,9 @@ class Alone:
   def release(self, slot: int) -> None:
     """Does nothing."""
 
+  def identity(self, slot: int) -> None:
+    """None: the base alone computes."""
+
   def of(self, slots: Sequence[int]) -> Any:
     """The params, of any slots."""
     return self._params
@@ -55,6 +58,10 @@ class Bank:
     """Ends one use of a slot."""
     if slot >= 0:
       self.adapters.release(slot)
+
+  def identity(self, slot: int) -> int | None:
+    """Number of the adapter in a slot that was acquired; None of the base."""
+    return None if slot < 0 else self.adapters.identity(slot)
 
   def of(self, slots: Sequence[int]) -> Any:
     """The params of `decoder.many`, of the slot of each row."""

@@ -7,8 +7,8 @@ and end.
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
@@ -17,9 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.serve import decoder, generate, history, rules, sampling, slots
+from lorax_flax.models.cache import Cache
+from lorax_flax.serve import (
+  decoder,
+  generate,
+  history,
+  prefixes,
+  rules,
+  sampling,
+  slots,
+)
 from lorax_flax.serve import ends as ends_of
 from lorax_flax.serve.generate import Writer
+from lorax_flax.serve.prefixes import Kept
 from lorax_flax.serve.request import Busy, Closed, Piece, Request, Running
 from lorax_flax.serve.sampling import Tokens
 from lorax_flax.serve.waiting import Waiting
@@ -42,6 +52,9 @@ class Params(Protocol):
   def release(self, slot: int) -> None:
     """Ends one use of a slot."""
 
+  def identity(self, slot: int) -> Hashable:
+    """Value that no other adapter than the one in an acquired slot has ever had."""
+
   def of(self, slots: Sequence[int]) -> Any:
     """The decoder's params, of the slot of each row; -1 for the base."""
 
@@ -51,6 +64,7 @@ class Engine:
 
   Attributes:
     length: number of places of a row, for a prompt and what comes after it.
+    reused: number of tokens of prompts that were not computed, since a row held them.
   """
 
   def __init__(
@@ -85,6 +99,10 @@ class Engine:
     self._slots = slots.blank(writer.model, rows, self.length)
     self._rows: _Rows = [None] * rows
     self._held = [-1] * rows  # the slot of each row's adapter
+    self.reused = 0
+    self._kept: list[Kept | None] = [None] * rows
+    # Rows by when they were given, the least recent first.
+    self._order: OrderedDict[int, None] = OrderedDict.fromkeys(range(rows))
     # Tokens that were asked for and not read, each with what its rows had then.
     self._unread: deque[tuple[_Rows, Tokens]] = deque()
     self._waiting: Waiting[Running] = Waiting(waiting)
@@ -205,19 +223,20 @@ class Engine:
       running = self._waiting.take()
     if running is None:
       return
-    request, row = running.request, self._rows.index(None)
-    slot = -1
+    request, slot = running.request, -1
     try:
       slot = self._params.acquire(request.adapter)
-      inputs = decoder.prompts([request.prompt], most=self.length)
-      width = inputs["input_ids"].shape[1]
-      cache = self._writer.model.blank_cache(1, width)
+      adapter = self._params.identity(slot)
+      source, cache, inputs = self._begun(adapter, request.prompt)
       params = self._params.of([slot])
       logits_1xV, cache = self._writer.decoder.prefill(params, inputs, cache)
     except Exception as error:
       self._params.release(slot)
       running.fail(_said(error))
       return
+    # A row whose beginning stays what it was; or the one that was given longest ago.
+    free = [row for row in self._order if self._rows[row] is None]
+    row = source if source in free else free[0]
     self._slots, tokens = slots.admit(
       self._slots,
       np.int32(row),
@@ -228,7 +247,27 @@ class Engine:
       self._eos_E,
     )
     self._rows[row], self._held[row] = running, slot
+    self._kept[row] = Kept(adapter, running)
+    self._order.move_to_end(row)
     self._unread.append(([running], tokens))
+
+  def _begun(
+    self, adapter: Hashable, prompt: Sequence[int]
+  ) -> tuple[int, Cache, dict[str, np.ndarray]]:
+    """The row that holds a prompt's beginning, a cache with it, and the rest to read.
+
+    The row is -1 where there is none whose beginning makes the rest shorter, padded.
+    """
+    full = decoder.prompts([prompt], most=self.length)
+    width = full["input_ids"].shape[1]
+    columns = self._slots.carry.state.columns
+    row, number = prefixes.longest(self._kept, adapter, prompt, columns)
+    rest = decoder.prompts([prompt[number:]], most=self.length)
+    if rest["input_ids"].shape[1] == width:
+      return -1, self._writer.model.blank_cache(1, width), full
+    self.reused += number
+    # As long as the rows, so that one program for each length of the rest is compiled.
+    return row, slots.copied(self._slots, np.int32(row), np.int32(number)), rest
 
   def _step(self) -> None:
     """Asks for the next token of each row."""
@@ -248,6 +287,10 @@ class Engine:
       if running is None or running.over:
         continue
       if nan_B[i]:
+        self._kept = [
+          None if kept is not None and kept.running is running else kept
+          for kept in self._kept
+        ]
         running.fail(LoraxError("the model gives logits that are not finite"))
       else:
         running.push(int(ids_B[i]), bool(done_B[i]))
@@ -268,6 +311,7 @@ class Engine:
         running.fail(told)
     self._free(lambda running: True)
     self._unread.clear()
+    self._kept = [None] * len(self._rows)
     # The old ones may have been donated.
     self._slots = slots.blank(self._writer.model, len(self._rows), self.length)
 

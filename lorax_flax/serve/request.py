@@ -89,6 +89,11 @@ class Running:
     self._ends, self._listener = ends, listener
     self._seconds, self._deadline = seconds, time.monotonic() + seconds
 
+  @property
+  def ids(self) -> list[int]:
+    """The tokens so far."""
+    return self._row.ids
+
   def cancel(self) -> None:
     """Ends it at the next token; no piece comes any more."""
     self.over = True

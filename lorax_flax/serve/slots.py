@@ -4,7 +4,7 @@ Shapes: B rows, N places of a row, V vocabulary.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,13 @@ def blank(model: Outline, rows: int, length: int) -> Slots:
     done_B=jnp.ones(rows, bool),
   )
   return Slots(carry, rules.of([Decoding()] * rows, np.zeros(rows, np.int64)))
+
+
+@jax.jit
+def copied(slots: Slots, row: jax.Array, tokens: jax.Array) -> Cache:
+  """A cache of one row with the first tokens of a row of the slots."""
+  cache = slots.carry.state.take(row[None])
+  return replace(cache, lengths_B=tokens[None])
 
 
 @functools.partial(jax.jit, donate_argnames="slots")

@@ -71,10 +71,11 @@ class StopStrings:
 
   Attributes:
     found: True once a string has been found: no text comes any more.
+    rest: of the piece that completed it, what is after it.
   """
 
   def __init__(self, strings: Sequence[str]):
-    self.found = False
+    self.found, self.rest = False, ""
     self._strings = tuple(strings)
     self._held = ""
 
@@ -85,7 +86,10 @@ class StopStrings:
     text = self._held + piece
     found = [(at + len(s), at) for s in self._strings if (at := text.find(s)) >= 0]
     self.found = bool(found)
-    end = min(found)[1] if found else len(text) - self._beginning(text)
+    behind, end = (
+      min(found) if found else (len(text), len(text) - self._beginning(text))
+    )
+    self.rest = text[behind:]
     self._held = text[end:]
     return text[:end]
 

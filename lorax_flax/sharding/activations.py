@@ -8,8 +8,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-# The axes of a mesh along which the rows of a batch are sharded, where there is a mesh.
-ROWS = ("data", "fsdp", "expert")
+from lorax_flax.devices import ROWS
 
 
 def num_shards(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from lorax_flax.adapt import training
 from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.distributed import processes
 from lorax_flax.errors import LoraxError
@@ -61,7 +62,7 @@ class Job:
 
   Attributes:
     fingerprints: digests of what the runs are made from, by name.
-    samples: prompts that a run which trains alone, in one process, answers.
+    samples: prompts that each run answers, in one process.
     places: number of runs that train at the same time; as one ends, the next one takes
       its place. None: all of them.
     judge: (number of steps of a run, primary metric) -> the rule by which runs are
@@ -204,7 +205,7 @@ class _Loop:
       state, base = self._take_turns(number, state, base)
       self._watch(number)
       if not done:
-        self._answer(0, state, base)
+        self._answer(0, self.places.training(), state, base)
       train_step = Compiled(self.program.step, self._compiling("training step"))
       while self.places.any():
         number += 1
@@ -226,7 +227,7 @@ class _Loop:
           self._log(number, logged)
         if evaluated := self._due(number, lambda n: n == total or n % epoch == 0):
           state = self._evaluate(number, evaluated, state, base)
-          self._answer(number, state, base)
+          self._answer(number, evaluated, state, base)
         if judged := self._due(number, self._is_judged):
           self._judge_all(number, judged, state, base)
         stopping = not self._at_end(number) and self.stop.reached(number)
@@ -444,20 +445,24 @@ class _Loop:
         shown = f"{objective.primary} {score:.4f} of a sample"
         seat.history.prune(step, f"{judge.name} stops it at {shown}")
 
-  def _answer(self, number: int, state: PyTree, base: PyTree) -> None:
+  def _answer(
+    self, number: int, due: Sequence[tuple[int, Seat]], state: PyTree, base: PyTree
+  ) -> None:
     """Answers the prompts, before the step's checkpoint: it is never without them."""
-    samples, alive = self.job.samples, self.places.training()
+    samples, alive = self.job.samples, [(p, seat) for p, seat in due if seat.trains]
     if samples is None or not alive:
       return
     self._drain()
+    params = self.job.model.params
     with self.clock.on("answer"), jax.set_mesh(self.job.model.mesh):
-      try:
-        found = samples.answer(base.params, base.adapter(state.trained))
-      except LoraxError as error:  # An answer is no reason to stop a run.
-        log.warning("the prompts are not answered at step %d: %s", number, error)
-        return
-    for _, seat in alive:
-      seat.history.answered(samples.lines(number, found))
+      for place, seat in alive:
+        adapter, step = self.program.adapter(state, base, place), number - seat.start
+        try:
+          found = samples.answer(params, adapter)
+        except LoraxError as error:  # An answer is no reason to stop a run.
+          log.warning("the prompts are not answered at step %d: %s", step, error)
+          return
+        seat.history.answered(samples.lines(step, found))
 
   def _report(self, number: int, due: Sequence[tuple[int, Seat]]) -> None:
     for seat in [seat for _, seat in due if seat.trains]:
@@ -511,8 +516,7 @@ def _finish(
     return None
   rest = partition(run.adapter, trainable_mask(run.adapter))[1]
   adapter = meshes.gather(combine(trained, rest))
-  size = sum(x.size for x in jax.tree.leaves(trained))
-  result = history.result(size, seconds)
+  result = history.result(training.size(adapter), seconds)
   with bucket.staging(run.folder) as here:
     paths = run.export(adapter, result, here)
   result |= {n: str(run.folder / Path(p).relative_to(here)) for n, p in paths.items()}

@@ -82,6 +82,11 @@ class Program:
     """The part of each run in a tree that a step takes or returns."""
     return [tree]
 
+  def adapter(self, state: TrainState, base: Base, place: int) -> Adapter:
+    """The run's adapter, as `lora.apply` takes it."""
+    del place
+    return base.adapter(state.trained)
+
   def evaluated(self, state: TrainState, due: Sequence[bool]) -> Adapter:
     """The first argument of `eval_step`."""
     del due

@@ -140,6 +140,11 @@ class Program:
     """The part of each place in a tree that a step takes or returns."""
     return [_one(tree, i) for i in range(self.places)]
 
+  def adapter(self, state: States, bases: Bases, place: int) -> Adapter:
+    """The adapter of a place, as `lora.apply` takes it, its ranks padded."""
+    base = bases.of(_one(bases.own, place))
+    return base.adapter(_one(state.trained, place))
+
   def evaluated(self, state: States, due: Sequence[bool]) -> tuple[Adapter, np.ndarray]:
     """The first argument of `eval_step`, which skips the places that are not due."""
     return state.trained, np.array(due)

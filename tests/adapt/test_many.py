@@ -13,7 +13,8 @@ import optax
 import pytest
 
 import lorax_flax as lx
-from lorax_flax.adapt.interpret import product_rules
+from lorax_flax.adapt.interpret import evaluations
+from lorax_flax.methods.slots import Choice
 from lorax_flax.quant import quantize
 from tests import compiles
 from tests.adapt import checks
@@ -52,10 +53,13 @@ def params():
   return {"emb": draw(11, 8), "layers": {"k": draw(3, 8, 8)}, "head": draw(8, 6)}
 
 
-@pytest.fixture(params=["gathered", "side by side"])
+@pytest.fixture(params=["gathered", "side by side", "sorted"])
 def evaluation(request, monkeypatch):
   speed = 1e-9 if request.param == "gathered" else 1e9
-  monkeypatch.setitem(product_rules.SPEED, "cpu", speed)
+  monkeypatch.setitem(evaluations.SPEED, "cpu", speed)
+  if request.param == "sorted":
+    monkeypatch.setattr(evaluations, "RAGGED", {"cpu"})
+    monkeypatch.setattr(evaluations, "SORTING", 0)
   return request.param
 
 
@@ -104,6 +108,89 @@ def test_each_example_equals_its_adapter_alone(params, fn, evaluation):
         assert np.abs(alone - fn(params, X)[row]).max() > 0.01
       else:
         np.testing.assert_allclose(got[row], fn(params, X)[row], atol=1e-6)
+
+
+@pytest.mark.parametrize("fn", [looped, scanned])
+def test_each_token_equals_its_adapter_alone(params, fn, evaluation):
+  adapters, lora = of_all_methods(params), base_lora(fn)
+  many = lx.many(lora, capacity=len(adapters), max_rank=RANK)
+  slots, apply = filled(many, params, adapters), jax.jit(many.apply)
+  ids = np.random.default_rng(2).integers(-1, len(adapters), X.shape)
+  ids[0] = -1
+  got = apply(params, slots, ids, X)
+  text = str(jax.make_jaxpr(many.apply)(params, slots, ids, X))
+  assert ("ragged_dot" in text) == (evaluation == "sorted")
+  alone_of = jax.jit(lora.apply)
+  for i, adapter in [*enumerate(adapters), (-1, {})]:
+    alone = alone_of(params, adapter, X)
+    np.testing.assert_allclose(got[ids == i], alone[ids == i], atol=1e-5)
+  # One token an example is one index an example.
+  one = apply(params, slots, ids[:, :1], X[:, :1])
+  np.testing.assert_allclose(one, got[:, :1], atol=1e-5)
+  # Slots with an axis of trials: each as alone.
+  trials = jax.tree.map(lambda t: jnp.stack([t, 0 * t]), slots)
+  both = jax.jit(jax.vmap(lambda slots: many.apply(params, slots, ids, X)))(trials)
+  np.testing.assert_allclose(both[0], got, atol=1e-5)
+  ids[1, 2] = len(adapters)
+  unknown = np.isnan(apply(params, slots, ids, X)).all(-1)
+  np.testing.assert_array_equal(unknown, ids == len(adapters))
+
+
+def test_an_index_for_each_token_needs_tokens(params):
+  adapter = adapter_of(params, "lora", 2, ["head"])
+  pooled = base_lora(lambda p, x: p["emb"][x].mean(1) @ p["head"])
+  many = lx.many(pooled, capacity=1, max_rank=2)
+  slots, ids = filled(many, params, [adapter]), np.zeros(X.shape, np.int32)
+  with pytest.raises(lx.LoraxError, match=r"'head' meets .* of the 7 tokens"):
+    many.apply(params, slots, ids, X)
+  config = lx.LoraConfig(rank=2, targets=["k"], tuned=["head"])
+  tuned = lx.adapt(scanned, config).init(jax.random.key(0), params, X)
+  many = lx.many(base_lora(scanned), capacity=1, max_rank=2)
+  with pytest.raises(lx.LoraxError, match="train head in full"):
+    many.apply(params, filled(many, params, [tuned]), ids, X)
+
+
+def test_a_program_sorts_tokens_where_the_compiler_meets_groups_alone(monkeypatch):
+  of = lambda slots, tokens: evaluations.form_of(
+    Choice(jnp.zeros(tokens, jnp.int32), slots, 8), 512, 16, sortable=True
+  )
+  # Factors of each example are few, beside its tokens; of each token many.
+  assert of(8, ()) == of(2048, ()) == "gathered"
+  assert [of(slots, 512) for slots in (8, 64, 1024)] == [
+    "side by side",
+    "gathered",
+    "gathered",
+  ]
+  monkeypatch.setattr(evaluations.devices, "platform", lambda: "tpu")
+  assert [of(slots, 512) for slots in (8, 64, 512)] == [
+    "side by side",
+    "side by side",
+    "sorted",
+  ]
+  assert (
+    evaluations.form_of(
+      Choice(jnp.zeros(512, jnp.int32), 512, 8), 512, 16, sortable=False
+    )
+    == "side by side"
+  )
+
+
+def test_a_function_may_take_gradients_of_each_example(params, evaluation):
+  adapters = [adapter_of(params, "lora", 2, ["layers/k"], seed) for seed in (1, 2)]
+
+  def slope(params, h_BxD):
+    def total(h_BxD):
+      return jnp.sum(jnp.sin(h_BxD @ params["layers"]["k"][0]))
+
+    return jax.grad(total)(h_BxD)
+
+  lora = lx.adapt(slope, lx.LoraConfig())
+  many = lx.many(lora, capacity=2, max_rank=2)
+  ids, h_BxD = np.array([1, -1, 0]), params["emb"][:3]
+  got = jax.jit(many.apply)(params, filled(many, params, adapters), ids, h_BxD)
+  for row, i in enumerate(ids):
+    alone = lora.apply(params, adapters[i] if i >= 0 else {}, h_BxD[row : row + 1])[0]
+    np.testing.assert_allclose(got[row], alone, atol=1e-5)
 
 
 def test_gradients_of_the_slots_are_those_of_each_alone(params, evaluation):
@@ -279,6 +366,12 @@ def test_the_base_may_be_quantised_and_activations_bfloat16(params, evaluation):
   got = jax.jit(many.apply)(stored, slots, np.array([0, -1, 0, 0, -1]), X)
   expected = lora.apply(stored, rounded, X)[0].astype(jnp.float32)
   np.testing.assert_allclose(got[0].astype(jnp.float32), expected, atol=0.2)
+  ids = np.full(X.shape, -1)
+  ids[:, 2:] = 0
+  got = jax.jit(many.apply)(stored, slots, ids, X)[0].astype(jnp.float32)
+  base = lora.apply(stored, {}, X)[0].astype(jnp.float32)
+  np.testing.assert_allclose(got[2:], expected[2:], atol=0.2)
+  np.testing.assert_allclose(got[:2], base[:2], atol=0.2)
 
 
 def test_axes_of_examples_and_what_they_share(params):

@@ -163,14 +163,16 @@ def test_a_mistaken_number_is_an_error(folder):
     _settings(folder, **{"data.prompts": -1})
 
 
-def test_runs_that_train_together_say_that_they_answer_nothing(
-  folder, tmp_path, caplog
-):
-  caplog.set_level("INFO", "lorax_flax")
-  settings = _settings(folder)
-  runs = {tmp_path / name: settings for name in ("one", "two")}
-  assert run.prepare(runs).samples is None
-  assert "no prompts are answered while training: that is for one run" in caplog.text
+def test_runs_that_train_together_answer_as_each_alone(trained, folder, tmp_path):
+  values = {"one": {}, "two": {"train.learning_rate": 0.05, "lora.rank": 2}}
+  runs = {tmp_path / name: _settings(folder, **own) for name, own in values.items()}
+  run.train(runs, tmp_path)
+  alone = _lines(trained[0] / "samples.jsonl")
+  found = {name: _lines(tmp_path / name / "samples.jsonl") for name in values}
+  assert found["one"] == alone
+  keys = lambda lines: [(line["step"], line["prompt"]) for line in lines]
+  assert keys(found["two"]) == keys(alone)
+  assert found["two"] != alone
 
 
 def test_t5_answers_its_encoders_prompts(tmp_path):

@@ -62,6 +62,7 @@ E2E = ("e2e_gpt2_medium", "e2e_gpt2_large")
 OWN = ("chat", "complete", "seq2seq")  # on text of one's own
 SPECS = [
   "llama3_8b_qlora.py",
+  "llama3_70b_qlora.py",
   *(f"quickstart.py{v}" for v in ("", ":full", ":bitfit")),
   *("classify.py", "classify.py:full"),
   *(f"{name}.py" for name in E2E),

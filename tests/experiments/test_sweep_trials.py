@@ -1,6 +1,7 @@
 """What a sweep makes of a config, before anything trains: trials, groups, searches."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -179,6 +180,44 @@ def test_a_metric_that_is_better_when_it_is_small(tmp_path):
   page = sweep_page.page(ends, "a < b", tmp_path)
   assert "a &lt; b" in page
   assert '<tr class="best"><th scope="row">trial-001' in page
+
+
+def test_answers_of_trials_are_side_by_side_by_prompt_and_step(tmp_path):
+  found = _plan(tmp_path, _sweep(*({"seed": n} for n in range(10)))).listed()
+  ends = outcomes.read(found, tmp_path)
+  assert "Answers" not in sweep_page.page(ends, "title", tmp_path)
+  # The ninth has got farther than the others, the last has not begun.
+  for n, trial in enumerate(found[:9]):
+    lines = [
+      {
+        "step": step,
+        "prompt": f"<{p}>",
+        "expected": f"e{p}",
+        "answer": f"{n}.{p}.{step}",
+      }
+      for step in ((0, 5, 10) if n == 8 else (0, 5))
+      for p in range(2)
+    ]
+    folder = tmp_path / trial.name
+    folder.mkdir(exist_ok=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "samples.jsonl").write_text(text)
+    result = {"accuracy": n / 10, "primary_metric": "accuracy"}
+    ends[n] = Outcome(trial, result, None)
+  page = sweep_page.page(ends, "title", tmp_path)
+  names = [trial.name for trial in found[8:0:-1]]
+  head = "".join(f'<th scope="col">{name}</th>' for name in ("step", *names))
+  assert page.count(head) == 2
+  cells = lambda p, step: [f"{n}.{p}.{step}" for n in range(8, 0, -1)]
+  rows = [
+    re.findall(r"<td[^>]*>([^<]*)</td>", line)
+    for line in re.findall(r"<tr>.*?</tr>", page, re.DOTALL)
+  ]
+  for p in range(2):
+    assert rows.count(cells(p, 0)) == rows.count(cells(p, 5)) == 1
+    assert [f"8.{p}.10", *[""] * 7] in rows
+    assert f"&lt;{p}&gt;" in page
+  assert "Of the 9 trials that answer, the best 8." in page
 
 
 def test_an_unfinished_sweep_has_a_table_too(tmp_path):

@@ -1,6 +1,7 @@
 """Counting in programs that a TPU's compiler made, with no TPU: against formulas."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+import lorax_flax as lx
 from launch.dryrun import hlo, jaxpr_flops
 from launch.dryrun import topology as topologies
 from launch.dryrun.hlo import program
-from lorax_flax import ragged
+from lorax_flax import quant, ragged
 from lorax_flax.models import head as heads
 from lorax_flax.models import ops
 from lorax_flax.sharding import mesh as meshes
@@ -258,6 +260,33 @@ def test_ragged_products_count_the_rows_that_are_expected():
   want = 3 * 2 * 128 * 256 * 384
   assert jaxpr_flops.matmul_flops(traced.jaxpr) == want
   assert hlo.matmul_flops(text) == want
+
+
+def test_products_of_4_bit_kernels_are_counted_and_form_no_dense_kernel():
+  sizes, shape = (512, 768), (4, 64, 512)
+  leaf = quant.quantize(jax.ShapeDtypeStruct(sizes, jnp.bfloat16), "nf4")
+
+  fn = lambda params, x: x @ params["w"]
+  lora = lx.adapt(fn, lx.LoraConfig(rank=2, targets="w"))
+
+  def by_x(params, x):
+    y, pull = jax.vjp(lambda x: lora.apply(params, {}, x), x)
+    return pull(y)
+
+  mesh = _mesh("v5e:2x2", 1, 4, 1)
+  put = lambda x, *spec: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=NamedSharding(mesh, P(*spec))
+  )
+  leaf = jax.tree.map(put, leaf)
+  x = put(jax.ShapeDtypeStruct(shape, jnp.bfloat16), "fsdp")
+  with jax.set_mesh(mesh), topologies.quiet():
+    traced = jax.jit(by_x).trace({"w": leaf}, x)
+    text = traced.lower().compile().as_text()
+  one = 2 * math.prod(sizes) * math.prod(shape[:-1])
+  assert jaxpr_flops.matmul_flops(traced.jaxpr) == 2 * one
+  assert hlo.matmul_flops(text) == 2 * one // 4  # On each of four chips.
+  assert "bf16[512,768]" not in text
+  assert "bf16[768,512]" not in text
 
 
 def test_a_head_is_gathered_once_for_all_chunks_of_a_loss():

@@ -23,6 +23,7 @@ class Peer:
     theirs: its fields.
     ours: those of LoraConfig.
     formed: whether the change of the kernel is formed.
+    starts_at_base: whether the start changes nothing.
     in_bert: its fields that name a BERT's modules.
     method: its name; "" for the peer's.
     kinds: of modules, as the method's keys name them.
@@ -32,6 +33,7 @@ class Peer:
   theirs: dict[str, Any] = field(default_factory=dict)
   ours: dict[str, Any] = field(default_factory=dict)
   formed: bool = False
+  starts_at_base: bool = True
   in_bert: dict[str, Any] = field(default_factory=dict)
   method: str = ""
   kinds: dict[str, str] = field(default_factory=dict)
@@ -73,6 +75,12 @@ PEERS = {
     peft.RandLoraConfig,
     {"r": 3, "randlora_alpha": 6},
     {"rank": 3, "alpha": 6},
+  ),
+  "vblora": Peer(
+    peft.VBLoRAConfig,
+    {"r": 3, "num_vectors": 5, "vector_length": 4},
+    {"rank": 3, "options": {"num_vectors": 5, "vector_length": 4}},
+    starts_at_base=False,
   ),
   "adalora": Peer(
     peft.AdaLoraConfig,
@@ -149,7 +157,7 @@ def shared(name: str, adapted: torch.nn.Module) -> dict[str, np.ndarray]:
   found = {}
   for end, (leaf, form) in lx.METHODS[method(name)].peft.shared.items():
     value = getattr(adapted.base_model, end)["default"]
-    found[leaf] = np.array(form.to_ours(value.numpy()))
+    found[leaf] = np.array(form.to_ours(value.detach().numpy()))
   return found
 
 

@@ -115,7 +115,8 @@ def test_applied_is_merged_and_nothing_at_the_start(name, case):
     return lora.apply(params, adapter, X), fn(params, X), merged, back
 
   at_start, base, merged, back = results(adapter, moved, params)
-  np.testing.assert_allclose(at_start, base, atol=2e-6)
+  if name in OLD or peers.PEERS[name].starts_at_base:
+    np.testing.assert_allclose(at_start, base, atol=2e-6)
   trained, _ = lx.partition(adapter, lx.trainable_mask(adapter))
   sizes = sum(x.size for x in jax.tree.leaves(trained))
   assert lora.plan(params, X).targets[0].size == sizes
@@ -241,6 +242,12 @@ def test_a_mesh_of_eight_devices_makes_no_difference():
       "ia3",
       {"options": {"feedforward": ("kernle",)}},
       "'kernle' matches nothing.*kern",
+    ),
+    ("vblora", {}, "vector_length=256 does not divide the 12 inputs.*; 12 does"),
+    (
+      "vblora",
+      {"options": {"vector_length": 4, "num_vectors": 5, "topk": 6}},
+      "topk=6 must be from 1 to num_vectors=5",
     ),
     ("randlora", {"rank": 0}, "rank .* must be an int >= 1"),
     ("lokr", {"rank": 2}, r"rank 2 of the factor of shape \(4, 4\).*choose 1 or less"),

@@ -302,8 +302,10 @@ def test_settings_that_mean_nothing_are_refused(tmp_path):
     SoftSettings(length=3)
   with pytest.raises(lx.LoraxError, match=r"soft\.length is 0"):
     SoftSettings(method="prompt", length=0)
-  hf_config = {"model_type": "t5"}
-  with pytest.raises(lx.LoraxError, match=r"soft\.method=prompt is not built for a t5"):
+  hf_config = {"model_type": "vit"}
+  with pytest.raises(
+    lx.LoraxError, match=r"soft\.method=prompt is not built for a vit"
+  ):
     registry.outline(hf_config, soft=settings("prompt"))
 
 

@@ -1,15 +1,27 @@
 """Prefixes and prompts on encoders; bottleneck adapters and BitFit."""
 
+import sys
+
 import jax
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 
 import lorax_flax as lx
+from lorax_flax.hub.peft import folder
 from lorax_flax.models import registry, with_adapter
 from lorax_flax.models.soft import SoftSettings
-from tests.models import decoders, family, peers, soft_peers
+from tests.models import (
+  decoders,
+  family,
+  peers,
+  soft_peers,
+  test_deberta,
+  test_distilbert,
+  test_t5,
+)
 
 pytestmark = [
   # PEFT calls transformers by names that these are about.
@@ -24,12 +36,22 @@ def logits(loaded, params, inputs):
   return np.asarray(run(params, inputs))
 
 
-@ENCODERS
+def saved_encoder(name, folder):
+  """A random model in a folder, and inputs of it."""
+  if name == "distilbert":
+    return test_distilbert.save(folder), test_distilbert.batch()
+  if name == "deberta-v2":
+    return test_deberta.save(folder, test_deberta.V2), peers.batch()
+  return peers.save(folder, name), peers.batch(name)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "deberta-v2"])
 def test_a_prompt_on_an_encoder_is_pefts(name, tmp_path):
-  model = peers.save(tmp_path / "base", name)
-  wrapped = soft_peers.wrapped(model, "prompt", "SEQ_CLS")
+  model, inputs = saved_encoder(name, tmp_path / "base")
+  # PEFT finds no sizes under DistilBERT's names of them.
+  sizes = {"token_dim": 12, "num_attention_heads": 3} if name == "distilbert" else {}
+  wrapped = soft_peers.wrapped(model, "prompt", "SEQ_CLS", **sizes)
   wrapped.save_pretrained(tmp_path / "adapter")
-  inputs = peers.batch(name)
   loaded, saved = with_adapter.load(str(tmp_path / "base"), tmp_path / "adapter")
   assert {type(delta) for delta in saved.adapter.values()} == {lx.methods.Tuned}
   got = logits(loaded, lx.merge(loaded.params, saved.adapter), inputs)
@@ -65,16 +87,103 @@ def test_a_prefix_on_an_encoder_is_what_a_cache_before_the_text_is(
   assert np.abs(got - family.torch_logits(model, inputs)).max() > 0.05
 
 
+def test_a_prefix_on_distilbert_is_before_the_keys_and_values(tmp_path, monkeypatch):
+  """Transformers has no cache for it: theirs is put into attention by hand."""
+  model, inputs = saved_encoder("distilbert", tmp_path)
+  loaded = registry.load(tmp_path, soft=SoftSettings("prefix", length=4))
+  states = iter(torch.tensor(np.asarray(loaded.params["prefix"]["states"])))
+
+  def attend(module, q, k, v, mask, *args, **kwargs):
+    own = (x.permute(1, 0, 2)[None].expand(len(q), -1, -1, -1) for x in next(states))
+    k, v = (torch.cat([x, y], dim=2) for x, y in zip(own, (k, v), strict=True))
+    seen = torch.tensor(inputs["attention_mask"]) != 0
+    seen = torch.nn.functional.pad(seen, (4, 0), value=True)[:, None, None]
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return y.transpose(1, 2), None
+
+  module = sys.modules[type(model).__module__]
+  monkeypatch.setattr(
+    module.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *args: attend
+  )
+  # The tokens' positions go on after the prefix's.
+  rows = model.distilbert.embeddings.position_embeddings.weight
+  rows.data = torch.roll(rows.data, -4, 0)
+  got = logits(loaded, loaded.params, inputs)
+  np.testing.assert_allclose(got, family.torch_logits(model, inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_prompt_of_a_t5_is_before_the_encoders_text_as_pefts(scan, tmp_path):
+  model, inputs = test_t5.save(tmp_path / "base"), test_t5.batch(9, 5)
+  wrapped = soft_peers.wrapped(model, "prompt", "SEQ_2_SEQ_LM")
+  wrapped.save_pretrained(tmp_path / "adapter")
+  expected = family.torch_logits(wrapped, inputs)
+  base = family.torch_logits(model, inputs)
+  loaded = registry.load(
+    tmp_path / "base", scan=scan, soft=soft_peers.settings("prompt")
+  )
+  adapter, config = folder.read_adapter(
+    tmp_path / "adapter", loaded.params, loaded.keymap
+  )
+  params = lx.merge(loaded.params, adapter)
+  real = test_t5.real(inputs)
+  got = logits(loaded, params, inputs)[real]
+  np.testing.assert_allclose(got, expected[real], atol=1e-4)
+  assert np.abs(expected - base).max() > 0.05
+  # What is written here means the same there.
+  folder.write_adapter(
+    tmp_path / "ours", adapter, loaded.keymap, config, task_type="SEQ_2_SEQ_LM"
+  )
+  again = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
+  theirs = family.torch_logits(again, inputs)
+  np.testing.assert_allclose(theirs[real], expected[real], atol=1e-5)
+  # One token at a time, the encoder's text and the prompt from the cache.
+  text = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+  cache = loaded.blank_cache(4, 5, 9)
+  step = jax.jit(
+    lambda ids, cache, text: loaded.module.apply(
+      {"params": params}, **text, decoder_input_ids=ids, cache=cache
+    )
+  )
+  full = logits(
+    loaded, params, text | {"decoder_input_ids": inputs["decoder_input_ids"]}
+  )
+  for i in range(3):
+    ids = inputs["decoder_input_ids"][:, i : i + 1]
+    out, cache = step(ids, cache, text if i == 0 else {})
+    np.testing.assert_allclose(out[:, 0], full[:, i], atol=1e-4)
+
+
+def test_a_prefix_where_a_family_has_none_is_refused_by_name():
+  for name, kept in (
+    ("t5", "has prompt:"),
+    ("deberta-v2", "has .*houlsby"),
+    ("vit", "no"),
+  ):
+    with pytest.raises(
+      lx.LoraxError, match=rf"prefix is not built for a {name}, .*{kept}"
+    ):
+      registry.outline({"model_type": name}, soft=SoftSettings("prefix"))
+
+
 # Of each family: the torch modules whose outputs the two adapters change.
 PLACES = {
   "bert": ("bert.encoder.layer.{}.attention.output.dropout", "bert.encoder.layer.{}"
            ".output.dropout"),
+  "distilbert": ("distilbert.transformer.layer.{}.attention", "distilbert.transformer"
+                 ".layer.{}.ffn"),
+  "deberta-v2": ("deberta.encoder.layer.{}.attention.output.dropout", "deberta.encoder"
+                 ".layer.{}.output.dropout"),
   "gpt2": ("transformer.h.{}.attn", "transformer.h.{}.mlp"),
   "llama": ("model.layers.{}.self_attn", "model.layers.{}.mlp"),
 }  # fmt: skip
 PATHS = {
   "bert": ("encoder/layer_{}/attention/attention_adapter", "encoder/layer_{}"
            "/mlp_adapter"),
+  "distilbert": ("transformer/layer_{}/attention_adapter", "transformer/layer_{}"
+                 "/mlp_adapter"),
+  "deberta-v2": ("encoder/layer_{}/attention/attention_adapter", "encoder/layer_{}"
+                 "/mlp_adapter"),
   "gpt2": ("layer_{}/attention_adapter", "layer_{}/mlp_adapter"),
   "llama": ("model/layer_{}/attention_adapter", "model/layer_{}/mlp_adapter"),
 }  # fmt: skip
@@ -105,9 +214,10 @@ def hook(adapter):
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("method", ["houlsby", "pfeiffer"])
 def test_bottleneck_adapters_are_the_papers_formula(name, method, tmp_path):
-  save = peers.save if name == "bert" else None
-  model = save(tmp_path) if save else soft_peers.save(name, tmp_path)
-  inputs = peers.batch() if name == "bert" else decoders.batch(9, 9)
+  if name in soft_peers.MODELS:
+    model, inputs = soft_peers.save(name, tmp_path), decoders.batch(9, 9)
+  else:
+    model, inputs = saved_encoder(name, tmp_path)
   loaded = registry.load(tmp_path, soft=SoftSettings(method, size=3))
   layers = model.config.num_hidden_layers
   count = {"houlsby": 2, "pfeiffer": 1}[method]

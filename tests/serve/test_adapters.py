@@ -120,7 +120,8 @@ def test_what_leaves_the_host_is_on_disk_and_then_gone(tmp_path):
 
   size = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
   room = tmp_path / "small"
-  server = Server(host_bytes=2 * ONE, folder=room, disk_bytes=size // 3 + 100)
+  # Of one and a half: Orbax writes a folder in one small file more, or less.
+  server = Server(host_bytes=2 * ONE, folder=room, disk_bytes=size // 2)
   for i, name in enumerate("abcde"):
     server.adapters.add(name, adapter(i))
   assert server.adapters.names == [*"cde"]

@@ -4,12 +4,15 @@ import dataclasses
 import queue
 import threading
 
+import jax
 import numpy as np
 import pytest
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.serve import bank, decoder
 from lorax_flax.serve import generate as generation
-from lorax_flax.serve.bank import Alone
+from lorax_flax.serve.adapters import Adapters
+from lorax_flax.serve.bank import Alone, Bank
 from lorax_flax.serve.engine import Engine
 from lorax_flax.serve.request import Busy, Closed, Request, TimedOut
 from lorax_flax.serve.settings import Decoding
@@ -207,3 +210,66 @@ def test_shares_wait_in_turns():
   waiting.drop(lambda item: item == "a2")
   taken = [waiting.take() for _ in range(6)]
   assert taken == ["a1", "b1", "c1", "a3", "a4", None]
+
+
+SYSTEM = [*range(100, 134)]  # 34 tokens: with what follows read as 64, or 16
+
+
+def test_prompts_that_begin_alike_are_read_once(of_form):
+  engine = Engine(of_form, Alone(of_form.params), rows=3, length=LENGTH)
+  ask = lambda *rest: Request(
+    [*SYSTEM, *rest], Decoding(max_new_tokens=8), of_form.tokenizer
+  )
+  first = ask(5, 6)
+  answer = tuple(piece.id for piece in Answer(engine, first).all())
+  assert answer == _alone(of_form, first).ids
+  assert engine.reused == 0
+  # What has ended, and what is being written; the same again; and the turn after it.
+  requests = [ask(5, 7), ask(9), first, ask(5, 6, *answer, 11, 12)]
+  answers = [Answer(engine, request) for request in requests]
+  for request, found in zip(requests, answers, strict=True):
+    ids = tuple(piece.id for piece in found.all())
+    assert ids == _alone(of_form, request).ids
+  is_ring = engine._slots.carry.state.columns < LENGTH
+  expected = 35 + 34 + 35 + 36  # less a prompt's last token
+  assert (engine.reused == 0) if is_ring else (engine.reused >= expected - 1)
+  engine.close()
+
+
+def test_no_adapter_reads_what_another_computed(talker):
+  loaded = talker.model
+  many, shapes = bank.slots(loaded, 3, 2), bank.all_linear(loaded, 2)
+  rng = np.random.default_rng(5)
+  draw = lambda: jax.tree.map(
+    lambda x: (0.5 * rng.normal(size=x.shape)).astype(x.dtype), shapes
+  )
+  empty = many.empty(loaded.params, shapes)
+  adapters = Adapters(many, loaded.params, empty, host_bytes=1 << 24)
+  params = Bank(loaded.params, adapters)
+  mixed = decoder.decoder_of(loaded, decoder.many(loaded))
+  writer = dataclasses.replace(talker, decoder=mixed)
+  for name in "ab":
+    adapters.add(name, draw())
+  decoding = Decoding(max_new_tokens=6)
+  ask = lambda name: Request([*SYSTEM, 5], decoding, talker.tokenizer, name)
+
+  def fresh(name):
+    engine = Engine(writer, params, rows=3, length=LENGTH)
+    ids = [piece.id for piece in Answer(engine, ask(name)).all()]
+    engine.close()
+    return ids
+
+  engine = Engine(writer, params, rows=3, length=LENGTH)
+  run = lambda name: [piece.id for piece in Answer(engine, ask(name)).all()]
+  texts = [run(name) for name in ("a", "b", None)]
+  assert engine.reused == 0
+  assert len({*map(tuple, texts)}) == 3
+  assert run("a") == texts[0] == fresh("a")
+  assert engine.reused == len(SYSTEM)
+  # Another adapter of the same name.
+  engine.call(lambda: adapters.add("a", draw())).result()
+  replaced = run("a")
+  assert engine.reused == len(SYSTEM)
+  assert replaced == fresh("a") != texts[0]
+  assert run("b") == texts[1]
+  engine.close()

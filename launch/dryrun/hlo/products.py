@@ -37,7 +37,7 @@ def kernel_runs(text: str) -> Counter[str]:
   for name, times in loops.count(found).all.items():
     for instruction in found.computations[name].instructions.values():
       is_call = instruction.op == "custom-call"
-      if is_call and (start := kernels.known(instruction.name)):
+      if is_call and (start := kernels.known(instruction.name, kernels.ATTENTION)):
         runs[start] += times
   return runs
 
@@ -50,7 +50,7 @@ def flops(instruction: Instruction, inside: Computation) -> int:
     return _convolution(instruction, inside)
   if instruction.op == "custom-call":
     if known := kernels.products(instruction.name):
-      return known.executed * kernels.flops(_floats(instruction, inside))
+      return known.executed * known.flops(_floats(instruction, inside))
     rows = kernels.ragged_rows(instruction.attributes)
     if rows is not None and "tpu_custom_call" in instruction.attributes:
       left, result = _floats(instruction, inside)[0], instruction.arrays[0].dims

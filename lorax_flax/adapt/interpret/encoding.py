@@ -54,6 +54,14 @@ def param(eqn: Any, name: str) -> Any:
   return eqn.params[name]
 
 
+def is_rows_by_matrix(eqn: Any) -> bool:
+  """True for a product (…, K) by (K, J), in that order."""
+  if eqn.primitive.name != "dot_general":
+    return False
+  x, w = (operand.aval.ndim for operand in eqn.invars)
+  return w == 2 and param(eqn, "dimension_numbers") == (((x - 1,), (0,)), ((), ()))
+
+
 class Call(NamedTuple):
   """A call of one of its bodies, whose results are the call's.
 

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax_flax import devices, ragged
+from lorax_flax import ragged
 from lorax_flax.adapt.interpret import encoding as jx
+from lorax_flax.adapt.interpret import evaluations
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.adapt.interpret.view import View, is_view
 from lorax_flax.methods.parts import dense
+from lorax_flax.methods.slots import Choice
 
 
 class Axes(NamedTuple):
@@ -172,8 +174,6 @@ def dot_general(eqn, operands, product, drop, observe) -> jax.Array:
   view, x = operands[side], operands[1 - side]
   if view.is_frozen:
     return product(x)
-  view = _narrowed(view, axes, x)
-  contracted, other, turned = _factors(view, axes)
   contract, batch = jx.param(eqn, "dimension_numbers")
   names = iter(string.ascii_letters.replace("z", ""))
   w = [next(names) for _ in view.dims]
@@ -186,6 +186,15 @@ def dot_general(eqn, operands, product, drop, observe) -> jax.Array:
   batched = [w[i] for i in batch[side]]
   names_out = batched + (w_free + x_free if side == 0 else x_free + w_free)
 
+  form, token = None, None
+  if view.choice is not None:
+    if view.choice.by_token:
+      free = {j: n for j, n in enumerate(x.shape) if j not in shared}
+      token = xs[view.choice.token_axis(view.path, free)]
+      w.append(token)
+    form = _form(view, view.choice, axes, x, observe)
+    view = view.chosen() if form == "gathered" else view.scaled_as_chosen()
+  contracted, other, turned = _factors(view, axes)
   if turned:
     _no_bias(view)
   scaled = _scales_input(view, axes.contracted)
@@ -205,30 +214,36 @@ def dot_general(eqn, operands, product, drop, observe) -> jax.Array:
   dropped = drop(view, x)
   kept, base = (None, base) if scaled else _kept(base, x, dropped, view, product)
   x = dropped
-  x, xs, out = _merged(x, xs, names_out, "".join(x_free))
+  x, xs, out = _merged(x, xs, names_out, "" if token else "".join(x_free))
   middle = [c for c in middle if c in xs or c not in x_free]
   kwargs = {"precision": jx.param(eqn, "precision")}
-  z = jnp.einsum(
-    f"{''.join(xs)},{contracted_names}->{''.join(middle)}z",
-    x,
-    contracted.astype(x.dtype),
-    **kwargs,
-  )
-  if view.choice is not None:
-    z = view.choice.mask(z)
-  if observe is not None:
-    if turned or not set(other_names) <= {*middle, "z"}:
-      raise Unsupported("the inputs of joined or tied weights are not told apart")
-    z = observe(z, other, "".join([*middle, "z"]), other_names, rows)
   # An axis of size 1 that neither factor names plays no part in the product.
   told = set(middle) | set(other_names)
-  y = jnp.einsum(
-    f"{''.join(middle)}z,{other_names}->{''.join(c for c in out if c in told)}",
-    z,
-    other.astype(x.dtype),
-    preferred_element_type=base.dtype,
-    **kwargs,
-  )
+  out = [c for c in out if c in told]
+  if form == "sorted":
+    delta = _Named(contracted, contracted_names), _Named(other, other_names)
+    found = _sorted(_Named(x, xs), *delta, view.choice, token, base.dtype, kwargs)
+    y = jnp.einsum(f"{''.join(found.names)}->{''.join(out)}", found.array)
+  else:
+    z = jnp.einsum(
+      f"{''.join(xs)},{contracted_names}->{''.join(middle)}z",
+      x,
+      contracted.astype(x.dtype),
+      **kwargs,
+    )
+    if view.choice is not None and form == "side by side":
+      z = view.choice.mask(z, middle.index(token) if token else 0)
+    if observe is not None:
+      if turned or not set(other_names) <= {*middle, "z"}:
+        raise Unsupported("the inputs of joined or tied weights are not told apart")
+      z = observe(z, other, "".join([*middle, "z"]), other_names, rows)
+    y = jnp.einsum(
+      f"{''.join(middle)}z,{other_names}->{''.join(out)}",
+      z,
+      other.astype(x.dtype),
+      preferred_element_type=base.dtype,
+      **kwargs,
+    )
   told |= set(x_free)
   sizes = zip(names_out, base.shape, strict=True)
   y = _sum(base, y.reshape([n if c in told else 1 for c, n in sizes]))
@@ -236,26 +251,60 @@ def dot_general(eqn, operands, product, drop, observe) -> jax.Array:
   return y if kept is None else kept + y
 
 
-# Number of multiply-adds in the time in which one number is read.
-SPEED = {"cpu": 10}
-_SPEED = 300  # of any accelerator
+class _Named(NamedTuple):
+  """An array, and a letter for each of its axes."""
+
+  array: jax.Array
+  names: Sequence[str]
 
 
-def _narrowed(view: View, axes: Axes, x: jax.Array) -> View:
-  """A view of several adapters as this product takes it: of one, or side by side.
+def _sorted(
+  x: _Named,
+  contracted: _Named,
+  other: _Named,
+  choice: Choice,
+  token: str | None,
+  dtype: Any,
+  options: dict[str, Any],
+) -> _Named:
+  """(x contracted) other, with the factors of each place's slot."""
+  places = [c for c in x.names if c not in contracted.names]
+  inputs = [c for c in x.names if c in contracted.names]
+  outputs = [c for c in other.names if c != "z"]
 
-  Either the factors of each example's slot are gathered, which reads them, writes them
-  and reads them again; or one product takes those of all slots, and is masked. That is
-  as many reads as there are slots, and multiply-adds with every slot.
-  """
-  if view.choice is None:
-    return view
-  slots, examples = view.choice.slots, view.choice.examples
-  places = x.size // math.prod(view.shape[i] for i in (*axes.contracted, *axes.shared))
-  side_by_side = slots + examples * places * slots / SPEED.get(
-    devices.platform(), _SPEED
+  def of_slots(t: _Named, names: list[str]) -> jax.Array:
+    """Slots x the axes of these names as one x rank."""
+    array = jnp.einsum(f"{''.join(t.names)}->{''.join(names)}z", t.array)
+    array = array.astype(x.array.dtype)
+    sizes = -1, choice.slots, array.shape[-1] // choice.slots
+    return array.reshape(sizes).transpose(1, 0, 2)
+
+  size = dict(zip(x.names, x.array.shape, strict=True))
+  size |= zip(other.names, other.array.shape, strict=True)
+  rows = jnp.einsum(f"{''.join(x.names)}->{''.join([*places, *inputs])}", x.array)
+  sizes = [size[c] for c in places]
+  y = evaluations.sorted_product(
+    rows.reshape((*sizes, -1)),
+    choice.of_places(sizes, places.index(token) if token else 0),
+    of_slots(contracted, inputs),
+    of_slots(other, outputs).swapaxes(1, 2),
+    dtype=dtype,
+    **options,
   )
-  return view.scaled_as_chosen() if side_by_side < 3 * examples else view.chosen()
+  return _Named(y.reshape((*sizes, *(size[c] for c in outputs))), places + outputs)
+
+
+def _form(
+  view: View, choice: Choice, axes: Axes, x: jax.Array, observe: Any
+) -> evaluations.Form:
+  """The evaluation of a product with a view of several adapters."""
+  contracted, other, _ = _factors(view, axes)
+  sortable = not axes.shared and observe is None
+  sortable &= all(contracted.shape[i] == 1 for i in axes.kept)
+  sortable &= all(other.shape[i] in (1, view.shape[i]) for i in axes.kept)
+  places = x.size // math.prod(view.shape[i] for i in (*axes.contracted, *axes.shared))
+  rank = view.a.shape[-1] // choice.slots
+  return evaluations.form_of(choice, places, rank, sortable)
 
 
 def _merged(x, xs, out, free: str) -> tuple[jax.Array, list[str], list[str]]:
@@ -290,6 +339,8 @@ def conv(eqn, operands, product, drop, observe) -> jax.Array:
     return product(x)
   if observe is not None:
     raise Unsupported("the inputs of a convolution are not observed")
+  if view.choice is not None and view.choice.by_token:
+    raise Unsupported("a convolution, whose places are no tokens with an index each")
   view = view.chosen()
   d, groups = jx.param(eqn, "dimension_numbers"), jx.param(eqn, "feature_group_count")
   out_axis, in_axis, *window = d.rhs_spec
@@ -354,6 +405,8 @@ def ragged_product(eqn, operands, product, drop, observe) -> jax.Array:
     return product(x)
   if observe is not None:
     raise Unsupported("the inputs of a ragged product are not observed")
+  if view.choice is not None and view.choice.by_token:
+    raise Unsupported("tokens that choose adapters are sorted for a ragged product")
   view, axes = view.chosen(), axes_of(eqn, operands)
   contracted, other, turned = _factors(view, axes)
   (i,), (o,) = axes.contracted, axes.kept

@@ -121,8 +121,21 @@ class View:
     rest = (None if t is None else fn(t) for t in self.parts[1:])
     return replace(self.with_parts((value, *rest)), dims=tuple(dims))
 
+  def _dense_by_token(self) -> jax.Array:
+    """Rows that were looked up, each with its token's adapter."""
+    assert self.choice is not None  # Otherwise there is one adapter.
+    axis = self.choice.token_axis(self.path, dict(enumerate(self.shape)))
+    a, out_scale = self.choice.mask(self.a, axis), self.out_scale
+    if out_scale is not None:
+      change = self.choice.mask(out_scale - 1, axis)
+      out_scale = 1 + jnp.sum(change, axis=-1, keepdims=True)
+    return replace(self, a=a, out_scale=out_scale, bias=None, choice=None).dense()
+
   def chosen(self) -> "View":
-    """The view with the parts of the one adapter that is meant."""
+    """The view with the parts of the one adapter that is meant.
+
+    Where each token has one, the parts have an axis of tokens before the last.
+    """
     if self.choice is None:
       return self
     part = self.choice.part
@@ -130,7 +143,7 @@ class View:
     return replace(view, a=part(self.a), b=part(self.b), choice=None)
 
   def scaled_as_chosen(self) -> "View":
-    """The view with the out_scale and the bias of the one that is meant."""
+    """The view with the out_scale and the bias of what is meant, as `chosen`'s."""
     if self.choice is None:
       return self
     part = self.choice.part
@@ -147,7 +160,7 @@ class View:
     if self.is_frozen:
       return formed(self.value)
     if self.choice is not None:
-      return self.chosen().dense()
+      return self._dense_by_token() if self.choice.by_token else self.chosen().dense()
     delta = dense(self.a, self.b, jnp.float32)
     full = jnp.broadcast_to(delta, self.shape)
     if not self.is_abstract:

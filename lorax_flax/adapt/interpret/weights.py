@@ -4,7 +4,7 @@ Equations that rearrange it are recorded and none is run. A product forms the de
 kernel, in a rule that keeps for the backward pass what is stored, and forms it again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lorax_flax import devices, quant
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.quant import Quantized, dense
 
@@ -118,25 +119,49 @@ def product(eqn: Any, operands: Sequence[Any]) -> Any:
   if place is None:
     return jx.bind(eqn, operands)[0]
   weight, x, others = operands[place], operands[1 - place], operands[2:]
-
-  def times(w, others, x):
-    return jx.bind(eqn, [*([w, x] if place == 0 else [x, w]), *others])[0]
+  times, times_transposed = _forms(eqn, place, weight, x)
 
   @jax.custom_vjp
   def multiplied(weight, others, x):
-    return times(_after(weight, x).dense(), others, x)
+    return times(_after(weight, x), others, x)
 
   def forward(weight, others, x):
     return multiplied(weight, others, x), (weight, others)
 
   def backward(kept, gradient):
     weight, others = kept
-    w = _after(weight, gradient).dense()
-    by = jax.linear_transpose(partial(times, w, others), jx.struct(x))
-    return None, None, *by(gradient)
+    return None, None, times_transposed(_after(weight, gradient), others, gradient)
 
   multiplied.defvjp(forward, backward)
   return multiplied(weight, others, x)
+
+
+def _forms(eqn: Any, place: int, weight: Stored, x: Any) -> tuple[Callable, Callable]:
+  """The product of the weight, other operands and x, and its transpose, of a gradient.
+
+  By a kernel of `quant.KERNELS` where one takes it: a product of rows with a leaf as it
+  is. Otherwise the dense kernel is formed.
+  """
+  kernel = quant.KERNELS.get(devices.platform())
+  is_plain = place == 1 and not weight.steps and jx.is_rows_by_matrix(eqn)
+  is_plain = is_plain and eqn.outvars[0].aval.dtype == x.dtype
+  if kernel is not None and is_plain and kernel.takes(weight.leaf, x):
+
+    def multiply(weight, others, x, transposed=False):
+      del others
+      return kernel.product(weight.leaf, x, transposed=transposed)
+
+    return multiply, partial(multiply, transposed=True)
+
+  def times(w, others, x):
+    return jx.bind(eqn, [*([w, x] if place == 0 else [x, w]), *others])[0]
+
+  def transposed(weight, others, gradient):
+    times_w = partial(times, weight.dense(), others)
+    (by_x,) = jax.linear_transpose(times_w, jx.struct(x))(gradient)
+    return by_x
+
+  return lambda weight, *rest: times(weight.dense(), *rest), transposed
 
 
 def _after(weight: Stored, x: jax.Array) -> Stored:

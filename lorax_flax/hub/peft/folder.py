@@ -22,7 +22,7 @@ from lorax_flax.files import atomic, strict_json
 from lorax_flax.hub import provenance
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.peft import config as peft_config
-from lorax_flax.hub.peft import config_file, pruned
+from lorax_flax.hub.peft import config_file, pruned, topk
 from lorax_flax.hub.peft import needs as peft_needs
 from lorax_flax.hub.peft import read as peft_read
 from lorax_flax.hub.peft.config import PeftConfig
@@ -66,7 +66,8 @@ def read_adapter(
   config, keymap = _read_config(folder, keymap)
   with prefixed(f"{folder}"):
     slots = layout(config, keymap)
-    tensors = pruned.expanded(opened(folder), pruned.rows(config, slots))
+    tensors = topk.expanded(opened(folder), config)
+    tensors = pruned.expanded(tensors, pruned.rows(config, slots))
     adapter = peft_read.read(tensors, slots, config, flatten(params))
     return adapter, to_lora_config(config, keymap)
 

@@ -20,7 +20,7 @@ from lorax_flax.methods.peft_form import Form, PeftForm
 KEY = "prompt_embeddings"
 # PEFT wraps no module for these types.
 PREFIX = "base_model."
-_LENGTH = "num_virtual_tokens"
+_LENGTH, _STACKS = "num_virtual_tokens", "num_transformer_submodules"
 _SIZES = {
   name: name for name in (_LENGTH, "token_dim", "num_layers", "num_attention_heads")
 }
@@ -38,16 +38,19 @@ class Flat(Form):
 
   Attributes:
     sizes: of the matrix's axes, written out in its order.
+    stacks: number of the model's stacks of layers for which the matrix has tokens. Of
+      an encoder and a decoder, PEFT puts those of the encoder alone before a text.
   """
 
   sizes: tuple[int, ...] = ()
+  stacks: int = 1
 
   def to_ours(self, stored: np.ndarray) -> np.ndarray:
-    return super().to_ours(stored.reshape(self.sizes))
+    return super().to_ours(stored[: self.sizes[0]].reshape(self.sizes))
 
   def stored_shape(self, ours: Sequence[int]) -> tuple[int, ...]:
     first, *rest = super().stored_shape(ours)
-    return first, math.prod(rest)
+    return self.stacks * first, math.prod(rest)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ class SoftForm:
         raise LoraxError(f"{name}={options.get(name)!r} is not what PEFT writes")
     length, width = options[_LENGTH], options["token_dim"]
     if self.axes is None:
-      return Flat(sizes=(length, width))
+      stacks = options.get(_STACKS) or 1
+      if stacks not in (1, 2):
+        raise LoraxError(f"{_STACKS}={stacks!r} is not what PEFT writes")
+      return Flat(sizes=(length, width), stacks=stacks)
     heads = options["num_attention_heads"]
     sizes = (length, options["num_layers"], 2, heads, width // heads)
     return Flat(self.axes, sizes=sizes)
@@ -91,7 +97,8 @@ class SoftForm:
   def options(self, shape: Sequence[int]) -> dict[str, int | None]:
     """The config's sizes, by the shape of our leaf."""
     if self.axes is None:
-      return dict.fromkeys(_SIZES) | {_LENGTH: shape[0], "token_dim": shape[1]}
+      known = {_LENGTH: shape[0], "token_dim": shape[1], _STACKS: 1}
+      return dict.fromkeys(_SIZES) | known
     layers, _, length, heads, size = shape
     return {
       _LENGTH: length,
@@ -101,14 +108,8 @@ class SoftForm:
     }
 
 
-def _fields(peft_type: str, **training: Any) -> PeftForm:
-  return PeftForm(
-    type=peft_type,
-    options=_SIZES,
-    lacks=_NO_TARGETS,
-    off={"num_transformer_submodules": (1, None)},
-    training=training,
-  )
+def _fields(peft_type: str, **fields: Any) -> PeftForm:
+  return PeftForm(type=peft_type, lacks=_NO_TARGETS, **fields)
 
 
 FORMS: Mapping[str, SoftForm] = {
@@ -116,9 +117,13 @@ FORMS: Mapping[str, SoftForm] = {
     # With a projection the tensor is what it gives, which is all that is computed.
     _fields(
       "PREFIX_TUNING",
-      prefix_projection=False,
-      encoder_hidden_size=None,
-      init_weights=None,
+      options=_SIZES,
+      off={_STACKS: (1, None)},
+      training={
+        "prefix_projection": False,
+        "encoder_hidden_size": None,
+        "init_weights": None,
+      },
     ),
     method="prefix",
     path="prefix/states",
@@ -127,10 +132,13 @@ FORMS: Mapping[str, SoftForm] = {
   "PROMPT_TUNING": SoftForm(
     _fields(
       "PROMPT_TUNING",
-      prompt_tuning_init="RANDOM",
-      prompt_tuning_init_text=None,
-      tokenizer_name_or_path=None,
-      tokenizer_kwargs=None,
+      options=_SIZES | {_STACKS: _STACKS},
+      training={
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_name_or_path": None,
+        "tokenizer_kwargs": None,
+      },
     ),
     method="prompt",
     path="prompt/embedding",

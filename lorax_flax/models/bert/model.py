@@ -166,6 +166,7 @@ def _family(model_type: str, architecture: str, vocab: int, pad: int) -> Family:
     ),
     inputs=text_inputs,
     max_length=max_length,
+    soft=soft.PARTS,
     dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     head_dropout=("classifier_dropout",),
   )

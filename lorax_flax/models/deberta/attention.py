@@ -19,7 +19,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_flax.models import layers
+from lorax_flax.models import layers, soft
 from lorax_flax.models.deberta.config import DebertaConfig
 from lorax_flax.models.layers import Part
 from lorax_flax.models.ops import order
@@ -181,4 +181,5 @@ class Attention(Part[DebertaConfig]):
     y_BxTxHxK = jnp.einsum("bhts,bshk->bthk", weights_BxHxTxT, v_BxTxHxK)
     y_BxTxD = dense("output", ("heads", "embed"))(y_BxTxHxK.reshape(x_BxTxD.shape))
     y_BxTxD = dropped(y_BxTxD, c.hidden_dropout_prob)
+    y_BxTxD = soft.adapted(self, "attention", y_BxTxD)
     return layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import ops
+from lorax_flax.models.soft import SoftSettings
 
 # Fields that change the numbers, with the one value that is supported.
 _ONLY = {"is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False}
@@ -34,6 +35,7 @@ class DebertaConfig:
     conv_kernel_size: of a convolution beside the first layer; 0 for none.
     cls_dropout: before the classifier; None takes hidden_dropout_prob.
     num_labels: width of the classifier's output; 1 for regression.
+    soft: trained states beside the weights; not in config.json.
     The dropouts are probabilities in [0, 1); initializer_range is a standard deviation.
   """
 
@@ -64,6 +66,7 @@ class DebertaConfig:
   pooler_hidden_act: fields.Activation = "gelu"
   cls_dropout: fields.Rate | None = None
   num_labels: fields.Size = 2
+  soft: SoftSettings | None = None
 
   def __post_init__(self):
     fields.check_fields(self)

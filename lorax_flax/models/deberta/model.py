@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_flax.models import layers, ops, stacking
+from lorax_flax.models import layers, ops, soft, stacking
 from lorax_flax.models.deberta import attention
 from lorax_flax.models.deberta import keys as deberta_keys
 from lorax_flax.models.deberta.config import DebertaConfig, from_hf
@@ -47,6 +47,7 @@ class Layer(Part[DebertaConfig]):
     down = self.dense(c.hidden_size, ("mlp", "embed"), "output")
     y_BxTxD = down(ops.activation(c.hidden_act)(up(x_BxTxD)))
     y_BxTxD = nn.Dropout(c.hidden_dropout_prob)(y_BxTxD, self.deterministic)
+    y_BxTxD = soft.adapted(self, "mlp", y_BxTxD)
     x_BxTxD = layers.Norm(c.layer_norm_eps, name="layer_norm")(x_BxTxD + y_BxTxD)
     if branch is None:
       return x_BxTxD, None
@@ -125,22 +126,24 @@ class Embeddings(Part[DebertaConfig]):
   """Token embeddings, with positions and types where the model has these, normed."""
 
   @nn.compact
-  def __call__(self, input_ids_BxT, token_type_ids_BxT, mask_BxT) -> jax.Array:
-    c = self.config
+  def __call__(
+    self, input_ids_BxT, token_type_ids_BxT, before: soft.Before
+  ) -> jax.Array:
+    c, mask_BxT = self.config, before.mask_BxT
 
     def look_up(name, rows, axis, ids):
       return self.table(rows, c.embedded, name, axis)(ids).astype(self.dtype)
 
     x_BxTxE = look_up("word_embeddings", c.vocab_size, "vocab", input_ids_BxT)
+    x_BxTxE = before.put(x_BxTxE)
     if c.position_biased_input:
-      positions_1xT = jnp.arange(input_ids_BxT.shape[1], dtype=jnp.int32)[None, :]
+      positions_1xT = jnp.arange(mask_BxT.shape[1], dtype=jnp.int32)[None, :]
       x_BxTxE += look_up(
         "position_embeddings", c.max_position_embeddings, "positions", positions_1xT
       )
     if c.type_vocab_size:
-      x_BxTxE += look_up(
-        "token_type_embeddings", c.type_vocab_size, "types", token_type_ids_BxT
-      )
+      types_BxT = before.fill(token_type_ids_BxT, 0)
+      x_BxTxE += look_up("token_type_embeddings", c.type_vocab_size, "types", types_BxT)
     x_BxTxD = x_BxTxE
     if c.embedded != c.hidden_size:
       axes = ("embed", "pooled")
@@ -158,11 +161,12 @@ class SequenceClassifier(TextClassifier[DebertaConfig]):
   def logits(self, input_ids, attention_mask, token_type_ids, deterministic):
     c, args = self.config, (self.config, self.dtype, deterministic)
     if c.position_biased_input:
-      check_length(input_ids, c.max_position_embeddings)
+      check_length(input_ids, c.max_position_embeddings - soft.places(c.soft))
+    before = soft.before(self, None, c.embedded, attention_mask)
     embed = Embeddings(*args, name="embeddings")
-    x_BxTxD = embed(input_ids, token_type_ids, attention_mask)
+    x_BxTxD = embed(input_ids, token_type_ids, before)
     encoder = Encoder(*args, self.scan, self.remat, name="encoder")
-    x_BxTxD = encoder(x_BxTxD, attention_mask)
+    x_BxTxD = encoder(x_BxTxD, before.mask_BxT)
     x_BxD = nn.Dropout(c.pooler_dropout)(layers.first_token(x_BxTxD), deterministic)
     dense = self.dense(c.hidden_size, ("embed", "pooled"), "pooler")
     x_BxD = ops.activation(c.pooler_hidden_act)(dense(x_BxD))
@@ -179,6 +183,8 @@ FAMILIES = {
     keymap=deberta_keys.keymap,
     inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
+    # A key without a token has no distance to the queries.
+    soft=[name for name in soft.PARTS if name != "prefix"],
     dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     head_dropout=("cls_dropout",),
   )

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import hf_config as fields
+from lorax_flax.models import soft
 from lorax_flax.models.family import Family, text_inputs
 from lorax_flax.models.llama import hf_layers, keys
 from lorax_flax.models.llama import model as decoder
@@ -270,6 +271,7 @@ def _family(variant: Variant) -> Family:
     inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
     cache=lambda config: config.cache_layout,
+    soft=soft.PARTS,
   )
 
 

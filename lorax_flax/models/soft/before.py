@@ -55,7 +55,7 @@ class Before(NamedTuple):
 
 def before(
   module: Any,
-  layout: Layout,
+  layout: Layout | None,
   width: int,
   mask_BxT: jax.Array,
   position_ids: jax.Array | None = None,
@@ -65,7 +65,7 @@ def before(
 
   Args:
     module: the caller.
-    layout: of a cache, whose sizes are a prefix's.
+    layout: of a cache, whose sizes are a prefix's; None where the family has none.
     width: D.
     mask_BxT, position_ids, cache: of the call.
   """
@@ -95,11 +95,12 @@ def before(
   return Before(mask_BxT, position_ids, 0, cache, kept, prompt)
 
 
-def states(module: Any, layout: Layout) -> jax.Array | None:
+def states(module: Any, layout: Layout | None) -> jax.Array | None:
   """The states of a model's prefix, Lx2xPxGxK, or None; of a compact method."""
   soft = module.config.soft
   if soft is None or soft.method != "prefix":
     return None
+  assert layout is not None
   shape = (len(layout.windows), 2, soft.length, layout.heads, layout.head_size)
   return Prefix(shape, soft.std_of("prefix/states"), name="prefix")()
 

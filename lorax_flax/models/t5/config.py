@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from lorax_flax.models import hf_config as fields
 from lorax_flax.models import ops
+from lorax_flax.models.soft import SoftSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class T5Config:
     untied_embeddings: encoder, decoder and head have a table each. A field of our own:
       transformers goes by the tables in the file.
     n_positions: maximal tokens of the texts in pretraining; longer ones are accepted.
+    soft: trained states beside the weights; not in config.json.
   """
 
   vocab_size: fields.Size = 32128
@@ -42,6 +44,7 @@ class T5Config:
   scale_decoder_outputs: bool = True
   untied_embeddings: bool = False
   n_positions: fields.Size = 512
+  soft: SoftSettings | None = None
 
   def __post_init__(self):
     fields.check_fields(self)

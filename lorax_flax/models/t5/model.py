@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import cache as caches
 from lorax_flax.models import head as heads
-from lorax_flax.models import layers, ops, stacking
+from lorax_flax.models import layers, ops, soft, stacking
 from lorax_flax.models.cache import Cache, Chunk, KeyValues, Layout
 from lorax_flax.models.family import Family
 from lorax_flax.models.layers import Model, Part
@@ -276,7 +276,11 @@ class ConditionalGenerator(Model[T5Config]):
     y_BxSxD = None
     if input_ids is not None:
       encode = stack(EncoderLayer, c.num_layers, True, name="encoder")
-      y_BxSxD, _ = encode(words(input_ids).astype(dtype), source[:, None, :] != 0)
+      # PEFT's decoder has no prompt; it attends to the encoder's.
+      before = soft.before(self, None, c.d_model, source)
+      source = (before.mask_BxT != 0).astype(jnp.int32)
+      x_BxSxD = before.put(words(input_ids).astype(dtype))
+      y_BxSxD, _ = encode(x_BxSxD, source[:, None, :] != 0)
     elif cache is not None:
       source = cache.source_BxN
     else:
@@ -332,6 +336,8 @@ FAMILIES = {
     untied={"untied_embeddings": True},
     max_length=lambda config: config.n_positions,
     cache=cache_layout,
+    # PEFT's prefix gives two of the decoder's layers the same states.
+    soft=("prompt",),
     dropout=("dropout_rate",),
   )
 }

@@ -43,7 +43,7 @@ def _read(bert, folder):
     ("trainable_token_indices", {"word_embeddings": [-1]}),
     ("megatron_config", {"a": 1}),
     ("init_lora_weights", "pissa_niter_4"),
-    ("peft_type", "VBLORA"),
+    ("peft_type", "XLORA"),
     ("peft_type", None),
     ("a_field_of_the_future", "on"),
     ("r", 0),

@@ -1,6 +1,8 @@
 """PEFT's folders of every method: read, merged, and written to the same bytes."""
 
 import json
+import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -8,8 +10,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import lorax_flax as lx
-from lorax_flax.hub.peft import config_file
+from lorax_flax.hub.peft import config_file, soft
 from lorax_flax.hub.peft import folder as hub_peft
+from lorax_flax.jobs import warm_start
 from tests.hub.peft import peers
 from tests.methods import peft_methods
 from tests.methods.peft_methods import PEERS
@@ -173,6 +176,46 @@ def test_the_copies_of_what_all_modules_share_are_equal(bert, tmp_path):
   keymap = peers.bert_keymap(bert)
   with pytest.raises(lx.LoraxError, match="randlora_A differs from another tensor"):
     hub_peft.read_adapter(theirs, peers.params(bert, keymap), keymap)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["looped", "scanned"])
+def test_logits_of_which_the_largest_are_saved_are_read_and_not_trained(
+  scan, bert, tmp_path
+):
+  keymap = peers.bert_keymap(bert, scan)
+  model = adapted(bert, "vblora", save_only_topk_weights=True)
+  theirs = peers.save(model, tmp_path / "theirs")
+  keys = load_file(theirs / peers.WEIGHTS).keys()
+  assert any(key.endswith("vblora_logits_A_topk_indices") for key in keys)
+  tree = peers.params(bert, keymap)
+  adapter, config = hub_peft.read_adapter(theirs, tree, keymap)
+  merged = peers.params(model.merge_and_unload(), keymap)
+  peers.assert_same_leaves(lx.merge(tree, adapter), merged, atol=1e-5)
+  # What is written has the logits, of which PEFT makes the same.
+  peft_folder = tmp_path / "ours"
+  hub_peft.write_adapter(peft_folder, adapter, keymap, config)
+  again = peers.params(peers.load(bert, peft_folder).merge_and_unload(), keymap)
+  peers.assert_same_leaves(again, merged, atol=1e-5)
+  path, delta = next((p, d) for p, d in adapter.items() if d.common)
+  with pytest.raises(lx.LoraxError, match=f"{path}.*can be applied .*not trained on"):
+    warm_start._with_trained(path, delta, delta)
+  tensors = load_file(theirs / peers.WEIGHTS)
+  key = next(key for key in tensors if key.endswith("_topk_indices"))
+  save_file(tensors | {key: tensors[key] + 9}, theirs / peers.WEIGHTS)
+  with pytest.raises(lx.LoraxError, match="_topk_indices are from 0 to 4, and there"):
+    hub_peft.read_adapter(theirs, tree, keymap)
+
+
+def test_every_type_of_peft_is_read_or_has_a_reason():
+  text = (Path(__file__).parents[3] / "PEFT_COVERAGE.md").read_text()
+  parts = [part.split("\n## ")[0] for part in text.split("\n## Types that are ")[1:]]
+  first = [re.findall(r"^\|([^|]*)\|", part, re.MULTILINE) for part in parts]
+  read, left = ({*re.findall(r"`(\w+)`", " ".join(cells))} for cells in first)
+  methods = {m.peft.type for m in lx.METHODS.values() if m.peft}
+  alone = {m.alone.type for m in lx.METHODS.values() if m.alone}
+  assert read == methods | alone | {*soft.FORMS}
+  assert read | left == {each.value for each in peft.PeftType}
+  assert not read & left
 
 
 ALONE = {

@@ -1,0 +1,30 @@
+"""Llama 3 70B Instruct in NF4 with rank-16 LoRA on all linear layers (QLoRA).
+
+The kernels of the layers lie in memory as NF4 with double quantisation (arXiv
+2305.14314), 4.127 bits a weight; embeddings, head and norms as bfloat16.
+
+Expected result: none is published for data of one's own; the held-out perplexity falls.
+`python -m launch.dryrun` says what a chip holds, without the model and without a chip.
+
+Hardware: TPU v5e, 8 chips (2×4), by the dry run 13.9 of 16 GiB each.
+Command: python -m experiments.run --config=llama3_70b_qlora.py \\
+--config.data.path=FOLDER --workdir=DIR
+
+Hyper-parameters: those of llama3_70b_instruct.py, as its data and model are, with
+batches of 8 × 2,048 tokens, a row for each chip.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import llama3_70b_instruct
+
+
+def get_config() -> ConfigDict:
+  config = llama3_70b_instruct.get_config()
+  config.model.quant = "nf4"
+  config.data.max_length = 2048
+  config.train.batch_size = config.train.eval_batch_size = 8
+  config.train.accumulation = 1
+  config.mesh.fsdp = -1
+  config.mesh.tensor = 1
+  return config
