@@ -226,3 +226,13 @@ def test_adapted_experts_equal_the_merged_dense_form(mixed, method):
     }
     for e, i, o in (params[UP].shape, params[DOWN].shape):
       assert not made & {(e, i, o), (e, o, i)}
+
+
+def test_several_adapters_of_experts_equal_each_alone(mixed):
+  params, x = mixed
+  lora = lx.adapt(mixture, lx.LoraConfig(rank=2, targets=[UP, DOWN, GATE]))
+  first = perturbed(lora.init(jax.random.key(2), params, x))
+  adapters = [first, jax.tree.map(lambda t: 2 * t, first)]
+  stacked = jax.tree.map(lambda *ts: jnp.stack(ts), *adapters)
+  both = jax.vmap(lora.apply, (None, 0, None))(params, stacked, x)
+  check_same(both, jnp.stack([lora.apply(params, a, x) for a in adapters]))
