@@ -110,7 +110,7 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
   model = build.model(
     first.model, task, max_length, mesh, seed, first.init_adapter, first.soft
   )
-  splits, lengths = build.rows(first.data, task, model)
+  splits, lengths = build.rows(first.data, task, model, mesh)
   objective = task.objective(first.train.label_smoothing)
   _, forward = build.adapt(model, first.model, first.lora, objective)
   prints = (

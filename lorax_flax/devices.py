@@ -4,6 +4,8 @@ import jax
 
 # The axes of a mesh along which the rows of a batch are sharded, where there is a mesh.
 ROWS = ("data", "fsdp", "expert")
+# And that along which the tokens of a row are.
+TOKENS = "sequence"
 
 
 def platform() -> str:

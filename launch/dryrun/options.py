@@ -9,6 +9,8 @@ from lorax_flax.sharding.mesh import AXES, MeshConfig, spell
 
 # Remat policies, from the most memory to the least.
 REMAT = ("none", "dots", "full")
+# Fewest tokens of a row that a chip is to have: rows of fewer need no more chips.
+_FEWEST_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,28 @@ class Option:
     return f"{mesh}, remat {self.remat}, batch {self.batch}"
 
 
-def meshes(chips: int, experts: int = 1) -> list[tuple[int, ...]]:
+def meshes(
+  chips: int, experts: int = 1, tokens: int | None = None
+) -> list[tuple[int, ...]]:
   """Every mesh of a number of chips, the likely good ones first.
 
   Args:
     experts: number of experts of the model, a multiple of the expert axis.
+    tokens: of a row, if the model can shard them: long rows are sharded too.
 
   Returns:
     Sizes along AXES.
   """
   found = [
-    (data, fsdp, chips // expert // data // fsdp, expert)
-    for expert in _divisors(math.gcd(chips, experts))
-    for data in _divisors(chips // expert)
-    for fsdp in _divisors(chips // expert // data)
+    (data, fsdp, left // data // fsdp, expert, sequence)
+    for sequence in _divisors(math.gcd(chips, tokens or 1))
+    if sequence == 1 or (tokens or 1) // sequence >= _FEWEST_TOKENS
+    for expert in _divisors(math.gcd(chips // sequence, experts))
+    for left in (chips // sequence // expert,)
+    for data in _divisors(left)
+    for fsdp in _divisors(left // data)
   ]
-  return sorted(found, key=lambda sizes: (sizes[0], sizes[2], sizes[3]))
+  return sorted(found, key=lambda sizes: (sizes[0], sizes[2], sizes[3], sizes[4]))
 
 
 def _divisors(n: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The experts of a run's model, and the FLOPs that its training step needs."""
+"""Axes along which a run's model can be sharded, and FLOPs that its step needs."""
 
 import dataclasses
 
@@ -12,11 +12,13 @@ from lorax_flax.jobs.settings import Settings
 from lorax_flax.tasks import task as tasks
 
 
-def experts(settings: Settings) -> int:
-  """Number of experts of a layer; 1 for a model without experts."""
+def sharded(settings: Settings) -> tuple[int, int | None]:
+  """Number of experts of a layer, 1 without; tokens of a row, None if not sharded."""
   task, length = tasks.opened(settings.data), settings.data.max_length
   model = outline.described(settings.model, task, length, settings.soft)
-  return getattr(model.config, "num_experts", None) or 1
+  experts = getattr(model.config, "num_experts", None) or 1
+  shards_tokens = model.family.shards_tokens(model.config) and model.soft is None
+  return experts, length if shards_tokens else None
 
 
 def useful_flops(settings: Settings, topology: Topology) -> int:

@@ -54,7 +54,7 @@ def run(settings: Settings, topology: Topology, title: str, *, minutes: float) -
   left, useful = 0, shapes.useful_flops(settings, topology)
   first = [
     Option(mesh, settings.model.remat, settings.train.batch_size)
-    for mesh in meshes(topology.size, shapes.experts(settings))
+    for mesh in meshes(topology.size, *shapes.sharded(settings))
   ]
   for stage in (lambda: first, lambda: list(_around(settings, tried))):
     options = stage()

@@ -81,7 +81,8 @@ def abstract(
   build.check_batches(mesh, settings.train)
   max_length = settings.data.max_length
   model = outline.described(settings.model, task, max_length, settings.soft)
-  length = build.padded_lengths(np.array([max_length]), 1, model)[-1]
+  outline.check_tokens(model, max_length, mesh)
+  length = build.padded_lengths(np.array([max_length]), 1, model, mesh)[-1]
   rows_B = np.zeros(settings.train.batch_size, np.int64)
   example = task.blank(model, length).batch(rows_B, length)
 

@@ -82,7 +82,8 @@ def model(
   settings = outline.for_adapter(settings, init_from)
   folder = resolve(settings.path)
   hf_config = registry.read_config(folder)
-  outline.check(settings, task, max_length, hf_config, str(folder), soft)
+  described = outline.check(settings, task, max_length, hf_config, str(folder), soft)
+  outline.check_tokens(described, max_length, mesh)
   loaded = registry.load(
     folder,
     num_labels=task.num_labels,
@@ -120,7 +121,7 @@ def _shardings(mesh: Mesh, logical_axes: Any, shapes: Any) -> Any:
 
 
 def rows(
-  settings: DataSettings, task: Task, model: registry.Loaded
+  settings: DataSettings, task: Task, model: registry.Loaded, mesh: Mesh
 ) -> tuple[Splits[Rows], tuple[int, ...]]:
   """The task's rows, and the padded lengths of their batches."""
   splits = task.read(settings, model)
@@ -128,7 +129,8 @@ def rows(
   for name, split in {"train": train, **evaluation}.items():
     _check_ids(f"{task.name}, {name}", split, model)
   lengths = [split.lengths_N for split in (train, *evaluation.values())]
-  lengths_padded = padded_lengths(np.concatenate(lengths), settings.buckets, model)
+  all_N = np.concatenate(lengths)
+  lengths_padded = padded_lengths(all_N, settings.buckets, model, mesh)
   sizes = [f"{len(s):,} in {name}" for name, s in evaluation.items()]
   padded = f"; padded to {' or '.join(map(str, lengths_padded))} tokens"
   log.info(
@@ -176,13 +178,18 @@ def _check_ids(name: str, split: Rows, model: registry.Loaded) -> None:
 
 
 def padded_lengths(
-  lengths_N: np.ndarray, count: int, model: registry.Outline
+  lengths_N: np.ndarray, count: int, model: registry.Outline, mesh: Mesh
 ) -> tuple[int, ...]:
-  """Padded lengths, at most `count`, none longer than the model takes; 1 of images."""
+  """Padded lengths, at most `count`, none longer than the model takes; 1 of images.
+
+  Multiples of the devices along which tokens are sharded.
+  """
   if not model.max_length:
     return (1,)
+  ways = mesh.shape["sequence"]
+  most = model.max_length - model.max_length % ways
   chosen = pipeline.choose_buckets(lengths_N, count)
-  return tuple(sorted({min(length, model.max_length) for length in chosen}))
+  return tuple(sorted({min(length + -length % ways, most) for length in chosen}))
 
 
 def train_batches(

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.models import registry
 from lorax_flax.models.settings import ModelSettings
 from lorax_flax.models.soft import SoftSettings
+from lorax_flax.sharding import mesh as meshes
 from lorax_flax.tasks.task import Task
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,28 @@ def check(
   if stated is not None and stated is not hf_config:
     _check_same(_outline(settings, task, stated, soft), model, folder)
   return model
+
+
+def check_tokens(model: registry.Outline, max_length: int, mesh: Mesh) -> None:
+  """Raises LoraxError unless the model's tokens can be sharded along mesh.sequence.
+
+  Args:
+    max_length: number of tokens of the longest row.
+  """
+  ways = mesh.shape["sequence"]
+  if ways == 1:
+    return
+  if not model.family.shards_tokens(model.config):
+    raise LoraxError(
+      f"mesh.sequence is {ways}, and the tokens of this {model.hf_config['model_type']}"
+      " can't be sharded: mesh.data and mesh.fsdp are for any model"
+    )
+  if model.soft is not None:
+    raise LoraxError(
+      f"mesh.sequence is {ways}, and tokens can't be sharded with soft.method="
+      f"{model.soft['method']}: its states are attended to beside them"
+    )
+  meshes.check_length(mesh, "data.max_length", max_length)
 
 
 def for_adapter(settings: ModelSettings, folder: str | None) -> ModelSettings:

@@ -185,5 +185,6 @@ FAMILIES = {
     soft=soft.PARTS,
     dropout=("dropout", "attention_dropout"),
     head_dropout=("seq_classif_dropout",),
+    shards_tokens=lambda config: True,
   )
 }

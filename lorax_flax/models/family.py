@@ -38,6 +38,8 @@ class Family:
     untied: fields of config.json that give tied tables weights of their own.
     dropout: fields of the config that are dropout rates inside the model.
     head_dropout: those before the classifier.
+    shards_tokens: (config) -> whether each device can compute its own tokens of a row
+      (mesh.sequence); what attends to others is `ops.attention` alone.
   """
 
   task: Task
@@ -54,6 +56,7 @@ class Family:
   )
   dropout: tuple[str, ...] = ()
   head_dropout: tuple[str, ...] = ()
+  shards_tokens: Callable[[Any], bool] = lambda config: False
 
   @property
   def has_labels(self) -> bool:

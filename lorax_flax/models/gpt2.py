@@ -257,5 +257,6 @@ FAMILIES = {
     cache=cache_layout,
     soft=soft.PARTS,
     dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    shards_tokens=lambda config: True,
   )
 }

@@ -140,17 +140,20 @@ class Embed(nn.Embed):
     mesh = jax.sharding.get_abstract_mesh()
     rows = self.along == "embed" and ids_BxT.ndim == 2
     rows = rows and spread.can_shard_rows(mesh, ids_BxT)
-    if rows and self.features % mesh.shape["fsdp"] == 0:
+    columns = ("fsdp", spread.TOKENS)
+    if rows and self.features % spread.num_shards(mesh.shape, columns) == 0:
       # Each device looks up its own columns for the tokens of all devices that share
       # the table; then an all-to-all exchanges them, and only then are they sharded
       # along the other axes. By itself the compiler would all-gather every row.
       constrain, free = jax.lax.with_sharding_constraint, PartitionSpec.UNCONSTRAINED
+      tokens = spread.TOKENS if spread.token_shards(ids_BxT.shape[1]) > 1 else free
       ids_BxT = constrain(ids_BxT, PartitionSpec("data", free))
       x_BxTxD = constrain(
-        super().__call__(ids_BxT), PartitionSpec("data", free, "fsdp")
+        super().__call__(ids_BxT), PartitionSpec("data", free, columns)
       )
-      x_BxTxD = constrain(x_BxTxD, PartitionSpec(("data", "fsdp"), free, free))
-      return spread.shard_rows(x_BxTxD)
+      x_BxTxD = constrain(x_BxTxD, PartitionSpec("data", tokens, "fsdp"))
+      x_BxTxD = constrain(x_BxTxD, PartitionSpec(("data", "fsdp"), tokens, free))
+      return spread.shard_tokens(x_BxTxD)
     return super().__call__(ids_BxT)
 
 

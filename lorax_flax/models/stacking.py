@@ -52,7 +52,7 @@ def stack(
     x, and the layers' own y: a tuple, or stacked as their parameters are.
   """
   each = dict(each or {})
-  x = spread.shard_rows(x)
+  x = spread.shard_tokens(x)
   if module.remat != "none":
     policy = REMAT_POLICIES[module.remat]
     layer = nn.remat(layer, policy=policy, prevent_cse=not module.scan)
@@ -61,13 +61,13 @@ def stack(
     for i in range(count):
       own = {name: rows[i] for name, rows in each.items()}
       x, y = layer(*args, name=f"layer_{i}")(x, *shared, **own)
-      x = spread.shard_rows(x)
+      x = spread.shard_tokens(x)
       made.append(y)
     return x, tuple(made)
 
   def body(module, x, own, *shared):
     x, y = module(x, *shared, **own)
-    return spread.shard_rows(x), y
+    return spread.shard_tokens(x), y
 
   run = nn.scan(
     body,

@@ -8,7 +8,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lorax_flax.devices import ROWS
+from lorax_flax.devices import ROWS, TOKENS
 
 
 def num_shards(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
@@ -21,11 +21,11 @@ def num_shards(sizes: Mapping[str, int], axes: Sequence[str] = ROWS) -> int:
 
 
 def can_shard_rows(mesh: Any, x_Bx: jax.Array) -> bool:
-  """True where there is a mesh along which the rows of x can be sharded."""
-  if not set(ROWS) <= set(mesh.axis_names):
+  """True where there is a mesh over which x can be sharded, as its rows allow."""
+  if not {*ROWS, TOKENS} <= set(mesh.axis_names):
     return False
-  apart = num_shards(mesh.shape)
-  return apart > 1 and x_Bx.ndim > 0 and x_Bx.shape[0] % apart == 0
+  apart = num_shards(mesh.shape, (*ROWS, TOKENS)) > 1
+  return apart and x_Bx.ndim > 0 and x_Bx.shape[0] % num_shards(mesh.shape) == 0
 
 
 def shard_rows(x: Any) -> Any:
@@ -34,15 +34,35 @@ def shard_rows(x: Any) -> Any:
   Given between layers, since weights that are sharded along the same axis would
   otherwise tempt the compiler to gather the activations instead. Without a mesh: x.
   """
-  mesh = jax.sharding.get_abstract_mesh()
+  return jax.tree.map(lambda x: _shard(x, ROWS), x)
 
-  def cut(x):
-    if not can_shard_rows(mesh, x):
-      return x
-    rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *rest))
 
-  return jax.tree.map(cut, x)
+def shard_tokens(x: Any) -> Any:
+  """Activations, a tree of arrays (B, T, …), as `shard_rows`, and their tokens too."""
+  return jax.tree.map(lambda x: _shard(x, ROWS, (TOKENS,)), x)
+
+
+def token_shards(length: int) -> int:
+  """Number of shards of T tokens on the mesh of the context; 1 if they don't divide."""
+  ways = jax.sharding.get_abstract_mesh().shape.get(TOKENS, 1)
+  return ways if length % ways == 0 else 1
+
+
+def _shard(x: jax.Array, *along: tuple[str, ...]) -> jax.Array:
+  """x with its first axes sharded along these of the mesh, where it can be."""
+  mesh, free = jax.sharding.get_abstract_mesh(), PartitionSpec.UNCONSTRAINED
+
+  def spec(axes: tuple[str, ...], size: int) -> Any:
+    if not set(axes) <= set(mesh.axis_names):
+      return free
+    ways = num_shards(mesh.shape, axes)
+    return axes if ways > 1 and size % ways == 0 else free
+
+  specs = [spec(axes, size) for axes, size in zip(along, x.shape, strict=False)]
+  if all(spec is free for spec in specs):
+    return x
+  specs += [free] * (x.ndim - len(specs))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*specs))
 
 
 def gathered(weight: jax.Array, axis: int) -> jax.Array:
@@ -52,7 +72,8 @@ def gathered(weight: jax.Array, axis: int) -> jax.Array:
   time. Without a mesh: the weight.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if not set(ROWS) <= set(mesh.axis_names) or num_shards(mesh.shape) == 1:
+  axes = (*ROWS, TOKENS)
+  if not set(axes) <= set(mesh.axis_names) or num_shards(mesh.shape, axes) == 1:
     return weight
   spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * weight.ndim
   spec[axis] = None
@@ -60,7 +81,7 @@ def gathered(weight: jax.Array, axis: int) -> jax.Array:
 
 
 def on_experts(
-  run: Callable[..., jax.Array], experts: int, features: int, rows: int
+  run: Callable[..., jax.Array], experts: int, features: int, rows: int, length: int
 ) -> Callable[..., jax.Array]:
   """`run` on the experts of each device and the tokens of all along their axis.
 
@@ -71,7 +92,7 @@ def on_experts(
     run: of (the number of the first expert, x NxD, weights NxC, chosen NxC, up
       ExDx2xM, down ExMxD), to the sums over these experts and features, NxD.
     experts, features: E and M, of the full model.
-    rows: B.
+    rows, length: B and T.
 
   Returns:
     A function of (x BxTxD, weights BxTxC, chosen BxTxC, up, down) to BxTxD.
@@ -83,7 +104,7 @@ def on_experts(
     return run(first, *rows, up, down).reshape(tokens[0].shape)
 
   mesh = jax.sharding.get_abstract_mesh()
-  if not {*ROWS, "tensor"} <= set(mesh.axis_names) or mesh.size == 1:
+  if not {*ROWS, TOKENS, "tensor"} <= set(mesh.axis_names) or mesh.size == 1:
     return lambda *operands: flat(0, operands)
   sizes = mesh.shape
   has_rows = rows % num_shards(sizes) == 0
@@ -106,7 +127,8 @@ def on_experts(
       return lax.psum_scatter(y, across, scatter_dimension=0, tiled=True)
     return lax.psum(y, across)
 
-  tokens = PartitionSpec(ROWS if has_rows else None)
+  along = TOKENS if token_shards(length) > 1 else None
+  tokens = PartitionSpec(ROWS if has_rows else None, along)
   kernels = PartitionSpec(across, None, None, inside), PartitionSpec(across, inside)
   sharded = jax.shard_map(
     shard, in_specs=(tokens,) * 3 + kernels, out_specs=tokens, check_vma=False
@@ -115,7 +137,8 @@ def on_experts(
   def placed(*operands: jax.Array) -> jax.Array:
     *rest, up, down = operands
     # First along tensor alone: in one step the compiler would gather all experts.
-    embed = "fsdp" if up.shape[1] % sizes["fsdp"] == 0 else None
+    embed = ("fsdp", TOKENS)  # As `sharding.mesh` shards it.
+    embed = embed if up.shape[1] % num_shards(sizes, embed) == 0 else None
     spec = PartitionSpec(across, embed, None, inside)
     return sharded(*rest, lax.with_sharding_constraint(up, spec), down)
 

@@ -25,14 +25,19 @@ from lorax_flax.sharding import activations as spread
 # that none is replicated because somebody forgot it.
 Axes = Mapping[str, tuple[str, ...]]
 
-AXES = ("data", "fsdp", "tensor", "expert")
+# One axis of the mesh or several, as a partition spec has them.
+MeshAxes = str | tuple[str, ...]
 
-# The axis of the mesh that each logical axis is sharded along; None: replicated.
-RULES: dict[str, str | None] = {
+AXES = ("data", "fsdp", "tensor", "expert", "sequence")
+# Devices that are next to each other are along the last: there most is sent.
+_NEAREST_LAST = ("data", "fsdp", "sequence", "tensor", "expert")
+
+# The axes of the mesh that each logical axis is sharded along; None: replicated.
+RULES: dict[str, MeshAxes | None] = {
   "buckets": None,
   "channels": None,
   "choices": None,
-  "embed": "fsdp",
+  "embed": ("fsdp", "sequence"),
   "expert": "expert",
   "head": None,
   "heads": "tensor",
@@ -61,12 +66,15 @@ class MeshConfig:
     tensor: shards weights and what is computed with them; nothing is gathered.
     expert: shards the batch too, and the experts of a mixture: each device computes its
       own, for the tokens of all devices along this axis.
+    sequence: shards the tokens of each row, whose keys and values are gathered for
+      attention, and each weight as fsdp does.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
   expert: int = 1
+  sequence: int = 1
 
   def __post_init__(self):
     for name in AXES:
@@ -105,11 +113,11 @@ def make(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mes
   on some TPUs alone.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = config.sizes(len(devices))
+  sizes = dict(zip(AXES, config.sizes(len(devices)), strict=True))
   arranged = mesh_utils.create_device_mesh(
-    sizes, devices, allow_split_physical_axes=True
+    [sizes[name] for name in _NEAREST_LAST], devices, allow_split_physical_axes=True
   )
-  return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(arranged, _NEAREST_LAST, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def describe(mesh: Mesh) -> str:
@@ -129,7 +137,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch(mesh: Mesh) -> NamedSharding:
-  """Sharding of batches: rows are sharded along all axes but tensor."""
+  """Sharding of batches: rows are sharded, tokens are replicated.
+
+  Attention needs every token's mask, and ids are few bytes: models shard what they make
+  of them along `sequence`.
+  """
   return NamedSharding(mesh, PartitionSpec(spread.ROWS))
 
 
@@ -145,6 +157,15 @@ def check_batch(mesh: Mesh, name: str, size: int, parts: int = 1) -> None:
     raise LoraxError(
       f"{name} is {size}, and{split} can't be spread evenly over the {ways} devices of"
       " mesh.data × mesh.fsdp × mesh.expert"
+    )
+
+
+def check_length(mesh: Mesh, name: str, length: int) -> None:
+  """Raises LoraxError unless rows of this many tokens can be sharded evenly."""
+  if length % (ways := mesh.shape["sequence"]):
+    raise LoraxError(
+      f"{name} is {length}, and can't be split evenly over the {ways} devices of"
+      " mesh.sequence"
     )
 
 
@@ -200,10 +221,10 @@ def _of_quantized(mesh: Mesh, path: str, names, leaf: Quantized) -> Quantized:
   for name, array in leaf.arrays().items():
     spec = [*stack, *(along[axis] for axis in leaf.axes[name])]
     for axis, size in zip(spec, array.shape, strict=True):
-      if axis is not None and size % mesh.shape[axis]:
+      if axis is not None and size % _ways(mesh, axis):
         raise LoraxError(
           f"{path!r} of shape {leaf.shape} is quantised, and the {size} of its {name}"
-          f" can't be split into the {mesh.shape[axis]} of mesh.{axis}"
+          f" can't be split into the {_ways(mesh, axis)} of {_spelled(axis)}"
         )
     found[name] = NamedSharding(mesh, PartitionSpec(*spec))
   return replace(leaf, **found)
@@ -250,9 +271,9 @@ def _sharding(mesh: Mesh, path: str, names, shape) -> NamedSharding:
 
 def _shards(
   mesh: Mesh, path: str, names, shape
-) -> Iterator[tuple[str | None, str, str]]:
-  """Yields, for each axis, the mesh axis that shards it, the one that should, and why
-  it does not."""
+) -> Iterator[tuple[MeshAxes | None, MeshAxes, str]]:
+  """Yields, for each axis, the mesh axes that shard it, those that should, and why they
+  do not."""
   used: set[str] = set()
   for name, size in zip(names, shape, strict=True):
     if name not in RULES:
@@ -260,27 +281,41 @@ def _shards(
         f"no rule says how to shard axis {name!r} of {path!r}: "
         f"{unknown('logical axis', str(name), RULES)}"
       )
-    axis = RULES[name]
-    if axis is None or mesh.shape[axis] == 1:
+    axes = [axis for axis in _names_of(RULES[name]) if mesh.shape[axis] > 1]
+    axis: MeshAxes = axes[0] if len(axes) == 1 else tuple(axes)
+    if not axes:
       yield None, "", ""
-    elif axis in used:
-      yield None, axis, f"{axis} shards another of its axes"
-    elif size % mesh.shape[axis]:
-      yield None, axis, f"{name} of {size} can't be split into {mesh.shape[axis]}"
+    elif not used.isdisjoint(axes):
+      taken = " and ".join(x for x in axes if x in used)
+      yield None, axis, f"{taken} shards another of its axes"
+    elif size % (ways := _ways(mesh, axis)):
+      yield None, axis, f"{name} of {size} can't be split into {ways}"
     else:
-      used.add(axis)
+      used.update(axes)
       yield axis, axis, ""
+
+
+def _names_of(axis: MeshAxes | None) -> tuple[str, ...]:
+  return (axis,) if isinstance(axis, str) else axis or ()
+
+
+def _ways(mesh: Mesh, axis: MeshAxes) -> int:
+  return spread.num_shards(mesh.shape, _names_of(axis))
+
+
+def _spelled(axis: MeshAxes) -> str:
+  return " × ".join(f"mesh.{name}" for name in _names_of(axis))
 
 
 def not_sharded(mesh: Mesh, axes: Axes, params: PyTree) -> list[str]:
   """Lines with the weights that are not sharded although a rule names an axis."""
-  found: dict[tuple[str, str], list[str]] = {}
+  found: dict[tuple[MeshAxes, str], list[str]] = {}
   for path, leaf in flatten(params).items():
     for axis, ruled, why in _shards(mesh, path, _names(axes, path), leaf.shape):
       if axis is None and ruled:
         found.setdefault((ruled, why), []).append(path)
   return [
-    f"not sharded along mesh.{axis}, since {why}: {listing(paths, most=2)}"
+    f"not sharded along {_spelled(axis)}, since {why}: {listing(paths, most=2)}"
     for (axis, why), paths in found.items()
   ]
 

@@ -109,6 +109,8 @@ def fit(
   config = _config(train, size)
   devices = jax.devices()[:1] if mesh is None else None
   made = meshes.make(mesh or meshes.MeshConfig(), devices)
+  if made.shape["sequence"] > 1:
+    raise LoraxError("mesh.sequence: a function of your own shards its own tokens")
   meshes.check_batch(made, "the number of rows of a batch", size, config.accumulation)
   axes = meshes.replicated_axes(params) if axes is None else axes
   params = meshes.place(params, meshes.of_params(made, axes, params))

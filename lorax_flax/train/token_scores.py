@@ -58,17 +58,18 @@ def token_scores(
   frozen = head.gathered()
 
   def add(sums: TokenScores, chunk: tuple[jax.Array, jax.Array]):
-    x_BxcxD, labels_Bxc = activations.shard_rows(chunk)
+    x_BxcxD, labels_Bxc = activations.shard_tokens(chunk)
     more = _sums(head, frozen, x_BxcxD, labels_Bxc, label_smoothing)
     return jax.tree.map(jnp.add, sums, more), None
 
   zeros_B = jnp.zeros(labels_BxT.shape[0], jnp.float32)
   sums = TokenScores(zeros_B, zeros_B)
-  size = _chunk_size(head, x_BxTxD, room or room_of(devices.platform()))
-  if size >= x_BxTxD.shape[1]:
+  ways = activations.token_shards(x_BxTxD.shape[1])
+  size = _chunk_size(head, x_BxTxD, ways, room or room_of(devices.platform()))
+  if size * ways >= x_BxTxD.shape[1]:
     sums, _ = add(sums, (x_BxTxD, labels_BxT))
   else:
-    chunks = (_split(x_BxTxD, size, 0), _split(labels_BxT, size, IGNORED))
+    chunks = (_split(x_BxTxD, size, ways, 0), _split(labels_BxT, size, ways, IGNORED))
     sums, _ = jax.lax.scan(add, sums, chunks)
   number_B = jnp.maximum(count(labels_BxT), 1.0)
   return TokenScores(*(sum_B / number_B for sum_B in sums))
@@ -163,9 +164,14 @@ def _(primals, tangents):
   return score_B, by_head_B + products.sum(axis=(1, 2))
 
 
-def _chunk_size(head: Head, x_BxTxD: jax.Array, room: int) -> int:
-  """Number of a row's tokens in a chunk, a multiple of 8 where that many fit."""
+def _chunk_size(head: Head, x_BxTxD: jax.Array, ways: int, room: int) -> int:
+  """Number of a row's tokens in a chunk, a multiple of 8 where that many fit.
+
+  Args:
+    ways: number of shards of the row; a chunk has this many tokens of each.
+  """
   rows, length, _ = x_BxTxD.shape
+  length //= ways
   vocabulary = jax.eval_shape(head, x_BxTxD[:, :1]).shape[-1]
   mesh = jax.sharding.get_abstract_mesh()
   if activations.can_shard_rows(mesh, x_BxTxD):
@@ -180,10 +186,16 @@ def _chunk_size(head: Head, x_BxTxD: jax.Array, room: int) -> int:
   return min(most, -(-each // 8) * 8)
 
 
-def _split(x_BxT: jax.Array, size: int, fill: int) -> jax.Array:
-  """Chunks along T, (N, B, size, …), the last one filled up."""
+def _split(x_BxT: jax.Array, size: int, ways: int, fill: int) -> jax.Array:
+  """Chunks along T, (N, B, ways · size, …), the last one filled up.
+
+  A chunk has tokens of each of the shards, so that all devices compute it.
+  """
   rows, length, *rest = x_BxT.shape
-  count = -(-length // size)
-  widths = [(0, 0), (0, count * size - length), *[(0, 0)] * len(rest)]
-  padded = jnp.pad(x_BxT, widths, constant_values=fill)
-  return jnp.swapaxes(padded.reshape(rows, count, size, *rest), 0, 1)
+  own = length // ways
+  count = -(-own // size)
+  x_BxWxt = x_BxT.reshape(rows, ways, own, *rest)
+  widths = [(0, 0), (0, 0), (0, count * size - own), *[(0, 0)] * len(rest)]
+  padded = jnp.pad(x_BxWxt, widths, constant_values=fill)
+  chunks_BxWxN = padded.reshape(rows, ways, count, size, *rest)
+  return jnp.moveaxis(chunks_BxWxN, 2, 0).reshape(count, rows, ways * size, *rest)

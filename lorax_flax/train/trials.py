@@ -402,7 +402,8 @@ def _check(runs: Sequence[Run]) -> None:
 def _width(mesh: Mesh) -> Width:
   if jax.default_backend() == "cpu":
     return within(0)
-  return within(ROOM * activations.num_shards(mesh.shape))
+  axes = (*activations.ROWS, activations.TOKENS)
+  return within(ROOM * activations.num_shards(mesh.shape, axes))
 
 
 @jax.jit

@@ -24,6 +24,7 @@ from tests.experiments import peers, token_ids
 
 def _mesh(*sizes):
   """Devices that are not there."""
+  sizes += (1,) * (len(AXES) - len(sizes))
   return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -197,3 +198,29 @@ def test_a_folder_with_config_json_alone_is_enough(folder, tmp_path):
 def test_what_does_not_fit_is_an_error(folder, changes, message):
   with pytest.raises(LoraxError, match=message):
     abstract.abstract(_wanted("gpt2", folder, **changes), _mesh(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize(
+  ("spec", "changes", "message"),
+  [
+    ("mixtral_8x7b_instruct.py", {}, "the tokens of this mixtral can't be sharded"),
+    (
+      "llama3_8b_instruct.py",
+      {"data.max_length": 2050},
+      "data.max_length is 2050, and can't be split evenly over the 4 devices",
+    ),
+    (
+      "llama3_8b_instruct.py",
+      {"soft.method": "prefix"},
+      "tokens can't be sharded with soft.method=prefix",
+    ),
+  ],
+)
+def test_tokens_that_can_not_be_sharded_are_an_error(spec, changes, message):
+  config = config_flag.load(spec)
+  for name, value in changes.items():
+    section, field = name.split(".")
+    with config.unlocked():
+      config[section][field] = value
+  with pytest.raises(LoraxError, match=message):
+    abstract.abstract(config_dict.convert(config), _mesh(1, 4, 1, 1, 4))

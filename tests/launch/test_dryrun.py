@@ -291,14 +291,14 @@ def test_suggestions_are_ranked_and_those_that_do_not_fit_are_last(
   rates = [float(row[3].replace(",", "")) for row in rows if row[-1] != "no"]
   assert rates == sorted(rates, reverse=True)
   # All of the batch that fits, nothing recomputed that need not be.
-  assert rows[0][:3] == ["1×4×1×1", "dots", "32"]
-  assert rows[-1][0] == "4×1×1×1"
+  assert rows[0][:3] == ["1×4×1×1×1", "dots", "32"]
+  assert rows[-1][0] == "4×1×1×1×1"
   assert rows[-1][-1] == "no"
   assert rows[-1][-2] == "18.00"
   assert {row[1] for row in rows} == {"none", "dots", "full"}
   # What needs more than something that does not fit is not compiled.
   assert len(compiled) == len(set(compiled)) == len(rows)
-  assert ((1, 4, 1, 1), "none", 64) not in compiled
+  assert ((1, 4, 1, 1, 1), "none", 64) not in compiled
 
 
 def test_what_time_did_not_suffice_for_is_said(wanted, pretend, monkeypatch, capsys):
@@ -313,7 +313,15 @@ def test_every_way_to_cut_the_chips_is_thought_of():
   found = options.meshes(8)
   assert len(found) == len(set(found)) == 10
   assert all(math.prod(sizes) == 8 for sizes in found)
-  assert found[0] == (1, 8, 1, 1)
+  assert found[0] == (1, 8, 1, 1, 1)
   cut = options.meshes(8, experts=12)
   assert len(cut) == len(set(cut)) == 10 + 6 + 3
   assert all(math.prod(sizes) == 8 and 12 % sizes[3] == 0 for sizes in cut)
+
+
+def test_long_rows_are_sharded_too():
+  assert options.meshes(4, tokens=4095) == options.meshes(4)
+  found = options.meshes(4, tokens=8192)
+  assert len(found) == len(set(found)) == 6 + 3 + 1
+  assert all(math.prod(sizes) == 4 for sizes in found)
+  assert max(sizes[4] for sizes in options.meshes(4, tokens=4096)) == 2

@@ -226,7 +226,7 @@ def test_all_linear_means_the_bases_layers(method, tmp_path):
 
 def test_states_are_sharded_as_what_they_stand_beside(tmp_path):
   soft_peers.save("llama", tmp_path)
-  devices = AbstractMesh((1, 2, 2, 1), mesh.AXES)
+  devices = AbstractMesh((1, 2, 2, 1, 1), mesh.AXES)
   expected = {
     "prefix": {"prefix/states": PartitionSpec(None, None, None, "tensor")},
     "prompt": {"prompt/embedding": PartitionSpec(None, "fsdp")},

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 
 from lorax_flax.models import ops
-from lorax_flax.models.ops import splash
+from lorax_flax.models.ops import cudnn, splash
 from lorax_flax.sharding.mesh import AXES
 
 CASES = {
@@ -93,11 +94,8 @@ def on_meshes():
     lambda q, k, v: kernel(q, k, v, mask), q, k, v, gradient
   )
   want = run(q, k, v, mask)
-  for sizes in ((4, 1, 2, 1), (2, 2, 1, 1), (1, 2, 2, 2)):
-    count = int(np.prod(sizes))
-    axes = (AxisType.Auto,) * 4
-    mesh = jax.make_mesh(sizes, AXES, axes, devices=jax.devices()[:count])
-    with jax.set_mesh(mesh):
+  for sizes in ((4, 1, 2, 1, 1), (2, 2, 1, 1, 1), (1, 2, 2, 2, 1)):
+    with jax.set_mesh(_mesh(sizes)):
       assert takes()
       assert not takes(batch=3)
       found = jax.jit(run)(q, k, v, mask)
@@ -105,7 +103,46 @@ def on_meshes():
       np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
 
 
+def _mesh(sizes):
+  count = int(np.prod(sizes))
+  axes = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh(sizes, AXES, axes, devices=jax.devices()[:count])
+
+
+def on_meshes_of_tokens():
+  """Each form's own queries on four and eight devices; as `on_meshes`."""
+  for case in ("causal", "windows", "padded"):
+    q, k, v, mask, gradient, options = operands(case)
+    fixed = {"window": None, "scale": K**-0.5} | options
+    forms = {
+      "plain": partial(ops.attention, **options),
+      "cudnn": partial(cudnn.attention, **fixed, implementation="xla"),
+      "splash": interpreted(options),
+    }
+    want = _of_form(forms["plain"], q, k, v, mask, gradient)
+    for sizes in ((1, 1, 1, 1, 4), (1, 2, 2, 1, 2)):
+      with jax.set_mesh(_mesh(sizes)):
+        assert not takes(t=128)  # Each device has too few.
+        for name, form in forms.items():
+          found = jax.jit(partial(_of_form, form))(q, k, v, mask, gradient)
+          for x, y in zip(found, want, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def _of_form(attend, q, k, v, mask, gradient):
+  return value_and_gradients(lambda *qkv: attend(*qkv, mask), q, k, v, gradient)
+
+
+def test_queries_are_sharded_over_the_mesh():
+  _in_a_process("on_meshes_of_tokens")
+
+
 def test_rows_and_heads_are_sharded_over_the_mesh():
-  code = "from tests.models import test_splash as t; t.on_meshes()"
+  _in_a_process("on_meshes")
+
+
+def _in_a_process(name):
+  """Calls a function of this module where there are eight devices."""
+  code = f"from tests.models import test_splash as t; t.{name}()"
   environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
   subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)

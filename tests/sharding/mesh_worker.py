@@ -1,9 +1,9 @@
 """The first steps of one job on many meshes of eight virtual devices.
 
-`python -m tests.sharding.mesh_worker CONFIG DEEP DECODER MIXTURE` prints JSON: for each
-case what `test_meshes.py` looks at. DEEP is a model of several layers, for the cases
-that scan them; DECODER and MIXTURE predict tokens. All in one process, since starting
-one takes longer than a case does.
+`python -m tests.sharding.mesh_worker CONFIG DEEP DECODER MIXTURE WINDOWED GPT2` prints
+JSON: for each case what `test_meshes.py` looks at. DEEP is a model of several layers,
+for the cases that scan them; the others predict tokens. All in one process, since
+starting one takes longer than a case does.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.files.safetensors import Reader
 from lorax_flax.jobs import abstract, settings
 from lorax_flax.sharding import mesh as meshes
-from lorax_flax.train import loop
+from lorax_flax.train import loop, token_scores
 from lorax_flax.train.config import durations
 from lorax_flax.train.loop import Job
 
@@ -43,7 +43,19 @@ DECODER = {
   "lora.tuned": (),
   "lora.dropout": 0.0,
 }
+# Rows of several texts each, whose tokens are sharded.
+PACKED = DECODER | {"data.max_length": 16, "data.packing": True}
+PACKED |= {"lora.targets": "all-linear", "train.learning_rate": 0.005}
+WINDOWED = PACKED | {
+  "model.path": "WINDOWED",
+  "model.scan": True,
+  "model.remat": "full",
+}
+LOOPED = WINDOWED | {"model.scan": False, "model.remat": "none"}
+QUANTISED = WINDOWED | {"model.quant": "int8"}
+GPT2 = PACKED | {"model.path": "GPT2", "model.dropout": 0.1}
 MIXTURE = DECODER | {"model.path": "MIXTURE", "lora.targets": "all-linear"}
+AXES = ("data", "fsdp", "tensor", "expert", "sequence")
 # data, fsdp, tensor: each alone, all, and each pair, which are on fewer than there are.
 # A way of 2 or 4 shards what one of 8 does.
 MESHES = (
@@ -55,6 +67,11 @@ OF_EXPERTS = (
   *((1, 1, 1), (2, 2, 2), (1, 1, 1, 4)),
   *((2, 1, 1, 4), (1, 2, 1, 4), (1, 1, 2, 4), (1, 2, 2, 2)),
 )
+# And sequence.
+OF_TOKENS = (
+  *((1, 1, 1), (1, 1, 1, 1, 2), (1, 1, 1, 1, 4), (1, 1, 1, 1, 8)),
+  *((1, 1, 2, 1, 4), (1, 2, 2, 1, 2)),
+)
 CASES = {
   "plain": (PLAIN, MESHES),
   "scanned": (SCANNED, ((1, 1, 1), (8, 1, 1), (1, 1, 8), (2, 2, 2))),
@@ -62,6 +79,11 @@ CASES = {
   "full": (FULL, ((8, 1, 1),)),
   "mixture": (MIXTURE, OF_EXPERTS),
   "decoder": (DECODER, MESHES[:5]),
+  "windowed": (WINDOWED, OF_TOKENS),
+  "looped": (LOOPED, ((1, 1, 1), (1, 1, 2, 1, 2))),
+  "quantised": (QUANTISED, ((1, 1, 1), (1, 2, 1, 1, 2))),
+  "gpt2": (GPT2, ((1, 1, 1), (1, 1, 2, 1, 4))),
+  "encoder": (PLAIN, ((1, 1, 1), (1, 1, 2, 1, 4))),
 }
 STEPS = 3
 
@@ -71,7 +93,7 @@ def prepare(
 ) -> tuple[settings.Settings, Job]:
   config = config_flag.load(spec)
   values: dict[str, Any] = {
-    f"mesh.{name}": n for name, n in zip(meshes.AXES, sizes, strict=False)
+    f"mesh.{name}": n for name, n in zip(AXES, sizes, strict=False)
   }
   values |= {"train.schedule": "constant", "train.weight_decay": 0.01}
   with config.unlocked():
@@ -102,6 +124,12 @@ def watched() -> Iterator[dict[str, list[int]]]:
 
 
 def run(spec: str, changes: dict[str, Any], sizes: tuple[int, ...]) -> dict:
+  # Losses of a few tokens at a time: rows of 16 are several chunks on few devices.
+  with mock.patch.object(token_scores, "room_of", return_value=512):
+    return _run(spec, changes, sizes)
+
+
+def _run(spec: str, changes: dict[str, Any], sizes: tuple[int, ...]) -> dict:
   with watched() as reads:
     wanted, made = prepare(spec, changes, sizes)
   mesh, data = made.model.mesh, made.data
@@ -116,7 +144,7 @@ def run(spec: str, changes: dict[str, Any], sizes: tuple[int, ...]) -> dict:
   for _ in range(STEPS):
     batch = {n: meshes.place(x, rows) for n, x in next(data.batches).items()}
     if compiled is None:
-      if sizes.count(2) == 3:
+      if sizes.count(2) == 3 and not changes.get("data.packing"):
         shapes = abstract.abstract(wanted, mesh)
         same = _same((state, base, batch), (shapes.state, shapes.base, shapes.batch))
       with jax.set_mesh(mesh):
@@ -128,11 +156,17 @@ def run(spec: str, changes: dict[str, Any], sizes: tuple[int, ...]) -> dict:
     "losses": found,
     "lies as described": same,
     "start": start.hexdigest(),
+    "end": [x.ravel().tolist() for x in jax.device_get(jax.tree.leaves(state.trained))]
+    if changes.get("data.packing")
+    else None,
     "reads": reads,
-    "shards": {p: leaf.addressable_shards[0].data.size for p, leaf in leaves.items()},
+    "shards": {
+      path: sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(leaf))
+      for path, leaf in leaves.items()
+    },
     "shapes": {path: leaf.shape for path, leaf in leaves.items()},
     "held": [
-      sum(leaf.addressable_shards[i].data.size for leaf in leaves.values())
+      sum(leaf.addressable_shards[i].data.size for leaf in jax.tree.leaves(leaves))
       for i in range(mesh.size)
     ],
     "moments": [
@@ -156,10 +190,13 @@ def _same(arrays: Any, shapes: Any) -> bool:
 
 def main() -> None:
   jax.config.update("jax_num_cpu_devices", 8)
-  config, deep, decoder, MIXTURE["model.path"] = sys.argv[1:]
+  config, deep, decoder, MIXTURE["model.path"], windowed, gpt2 = sys.argv[1:]
   SCANNED["model.path"] = deep
   DECODER["model.path"] = DECODER["data.path"] = decoder
   MIXTURE["data.path"] = decoder
+  for case in (WINDOWED, LOOPED, QUANTISED):
+    case |= {"model.path": windowed, "data.path": decoder}
+  GPT2.update({"model.path": gpt2, "data.path": decoder})
   found = {
     f"{name} {'×'.join(map(str, sizes))}": run(config, changes, sizes)
     for name, (changes, all_sizes) in CASES.items()

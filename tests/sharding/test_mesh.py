@@ -10,7 +10,7 @@ from lorax_flax.models import registry
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.sharding.mesh import MeshConfig
 
-EIGHT = AbstractMesh((2, 2, 2, 1), meshes.AXES, (AxisType.Auto,) * 4)
+EIGHT = AbstractMesh((2, 2, 2, 1, 1), meshes.AXES, (AxisType.Auto,) * 5)
 AXES = {
   "up": ("embed", "mlp"),
   "down": ("layers", "mlp", "embed"),
@@ -31,11 +31,12 @@ def _specs(tree):
 @pytest.mark.parametrize(
   ("config", "devices", "sizes"),
   [
-    (MeshConfig(), 8, (8, 1, 1, 1)),
-    (MeshConfig(data=1, fsdp=-1, tensor=2), 8, (1, 4, 2, 1)),
-    (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2, 1)),
-    (MeshConfig(fsdp=4, tensor=2), 8, (1, 4, 2, 1)),
-    (MeshConfig(expert=4, tensor=2), 8, (1, 1, 2, 4)),
+    (MeshConfig(), 8, (8, 1, 1, 1, 1)),
+    (MeshConfig(data=1, fsdp=-1, tensor=2), 8, (1, 4, 2, 1, 1)),
+    (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2, 1, 1)),
+    (MeshConfig(fsdp=4, tensor=2), 8, (1, 4, 2, 1, 1)),
+    (MeshConfig(expert=4, tensor=2), 8, (1, 1, 2, 4, 1)),
+    (MeshConfig(fsdp=2, sequence=4), 8, (1, 2, 1, 1, 4)),
   ],
 )
 def test_one_axis_takes_what_is_left(config, devices, sizes):
@@ -45,7 +46,11 @@ def test_one_axis_takes_what_is_left(config, devices, sizes):
 @pytest.mark.parametrize(
   ("fields", "devices", "message"),
   [
-    ({"fsdp": 3}, 8, "data -1 × fsdp 3 × tensor 1 × expert 1 does not fit 8"),
+    (
+      {"fsdp": 3},
+      8,
+      "data -1 × fsdp 3 × tensor 1 × expert 1 × sequence 1 does not fit 8",
+    ),
     ({"data": 2}, 8, "does not fit 8 devices"),
     ({"data": 16}, 8, "does not fit 8 devices"),
     ({"fsdp": -1}, 8, "only one axis can be what is left, not mesh.data, mesh.fsdp"),
@@ -152,7 +157,7 @@ def test_every_family_names_only_axes_that_the_table_has(name):
 
 
 def test_an_axis_for_experts_is_for_models_that_have_some():
-  mesh = AbstractMesh((1, 1, 2, 4), meshes.AXES, (AxisType.Auto,) * 4)
+  mesh = AbstractMesh((1, 1, 2, 4, 1), meshes.AXES, (AxisType.Auto,) * 5)
   params = {"up": _shape(8, 4, 6), "odd": _shape(6, 4, 6)}
   axes = dict.fromkeys(params, ("expert", "embed", "mlp"))
   assert _specs(meshes.of_params(mesh, axes, params)) == {
@@ -176,3 +181,26 @@ def test_a_batch_that_can_not_be_spread_is_an_error():
     meshes.check_batch(EIGHT, "train.batch_size", 6)
   with pytest.raises(LoraxError, match=r"16, and in 8 parts \(train.accumulation\)"):
     meshes.check_batch(EIGHT, "train.batch_size", 16, parts=8)
+
+
+def test_weights_are_sharded_along_the_tokens_axis_too():
+  mesh = AbstractMesh((1, 2, 1, 1, 4), meshes.AXES, (AxisType.Auto,) * 5)
+  params = {"up": _shape(16, 6), "odd": _shape(12, 6)}
+  axes = dict.fromkeys(params, ("embed", "mlp"))
+  assert _specs(meshes.of_params(mesh, axes, params)) == {
+    "up": (("fsdp", "sequence"),),
+    "odd": (),
+  }
+  assert meshes.not_sharded(mesh, axes, params) == [
+    "not sharded along mesh.fsdp × mesh.sequence, since embed of 12 can't be split into"
+    " 8: odd"
+  ]
+
+
+def test_rows_that_can_not_be_split_are_an_error():
+  mesh = AbstractMesh((1, 1, 1, 1, 4), meshes.AXES, (AxisType.Auto,) * 5)
+  meshes.check_length(mesh, "data.max_length", 64)
+  with pytest.raises(
+    LoraxError, match=r"data.max_length is 66, .* the 4 devices of mesh.sequence"
+  ):
+    meshes.check_length(mesh, "data.max_length", 66)

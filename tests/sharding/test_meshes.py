@@ -13,6 +13,8 @@ from lorax_flax.models.bert import keys as bert_keys
 from tests.sharding import mesh_worker
 from tests.train import tiny
 
+OF_TOKENS = ["windowed", "looped", "quantised", "gpt2", "encoder"]
+SAME = ["plain", "scanned", "dropped", "decoder", "mixture", *OF_TOKENS]
 LAYERS = {"plain": 1, "scanned": 2}
 
 
@@ -25,10 +27,13 @@ def cases(tmp_path_factory):
   tiny.model(folder / "decoder", tiny.LLAMA)
   tiny.token_ids(folder / "decoder", tiny.LLAMA["vocab_size"])
   tiny.model(folder / "mixture", tiny.MIXTRAL)
+  tiny.model(folder / "windowed", tiny.WINDOWED)
+  tiny.model(folder / "gpt2", tiny.GPT2)
   done = subprocess.run(
     [
       *(sys.executable, "-m", "tests.sharding.mesh_worker"),
       *(config, folder / "deep", folder / "decoder", folder / "mixture"),
+      *(folder / "windowed", folder / "gpt2"),
     ],
     cwd=tiny.ROOT,
     capture_output=True,
@@ -45,7 +50,7 @@ def _of(cases, name):
   return {k: case for k, case in cases.items() if k.split()[0] == name}
 
 
-@pytest.mark.parametrize("name", ["plain", "scanned", "dropped", "decoder", "mixture"])
+@pytest.mark.parametrize("name", SAME)
 def test_losses_are_the_same_on_every_mesh(cases, name):
   found = _of(cases, name)
   assert len(found) == len(mesh_worker.CASES[name][1]) > 1
@@ -56,7 +61,16 @@ def test_losses_are_the_same_on_every_mesh(cases, name):
       assert got == pytest.approx(wanted, abs=1e-5), mesh
 
 
-@pytest.mark.parametrize("name", ["plain", "scanned", "dropped", "decoder", "mixture"])
+@pytest.mark.parametrize("name", [name for name in OF_TOKENS if name != "encoder"])
+def test_the_adapter_ends_the_same_where_tokens_are_sharded(cases, name):
+  found = _of(cases, name)
+  want = found[f"{name} 1×1×1"]["end"]
+  for mesh, case in found.items():
+    for got, wanted in zip(case["end"], want, strict=True):
+      assert got == pytest.approx(wanted, abs=1e-5), mesh
+
+
+@pytest.mark.parametrize("name", SAME)
 def test_the_adapter_starts_the_same_on_every_mesh_bit_for_bit(cases, name):
   assert len({case["start"] for case in _of(cases, name).values()}) == 1
 
@@ -167,3 +181,18 @@ def test_gradients_are_reduced_of_trained_leaves_alone(cases, name):
 def test_full_fine_tuning_reduces_every_weight(cases):
   case = cases["full 8×1×1"]
   assert _reduced(case) == sum(map(math.prod, case["shapes"].values()))
+
+
+@pytest.mark.parametrize("mesh", ["1×1×1×1×4", "1×1×2×1×4", "1×2×2×1×2"])
+def test_of_a_rows_tokens_keys_and_values_alone_are_gathered(cases, mesh):
+  gathered = [
+    (dims, c["source"])
+    for c in cases[f"windowed {mesh}"]["collectives"]
+    if c["kind"] == "all-gather"
+    for dims in c["shapes"]
+    if len(dims) > 2
+  ]
+  assert gathered
+  for (_, tokens, heads, size), source in gathered:  # And no activations BxTxD.
+    assert (tokens, size) == (16, tiny.WINDOWED["head_dim"]), source
+    assert heads <= tiny.WINDOWED["num_key_value_heads"], source

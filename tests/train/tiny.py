@@ -47,6 +47,22 @@ LLAMA = {
   "rope_theta": 10000.0,
   "tie_word_embeddings": False,
 }
+# Each token sees few others, and most of these are another device's.
+WINDOWED = LLAMA | {
+  "model_type": "mistral",
+  "num_hidden_layers": 2,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "sliding_window": 5,
+}
+GPT2 = {
+  "model_type": "gpt2",
+  "vocab_size": 32,
+  "n_positions": 16,
+  "n_embd": 32,
+  "n_layer": 1,
+  "n_head": 8,
+}
 MIXTRAL = LLAMA | {
   "model_type": "mixtral",
   "num_local_experts": 4,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax_flax import ragged
+from lorax_flax import devices, ragged
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret import evaluations
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
@@ -311,10 +311,12 @@ def _merged(x, xs, out, free: str) -> tuple[jax.Array, list[str], list[str]]:
   """x with its free axes as one, where they are adjacent; names of x and result.
 
   The gradients of the factors then contract one axis: of several, XLA first makes the
-  last, and so stores a transposed copy of what the large product's gradient is.
+  last, and so stores a transposed copy of what the large product's gradient is. Rows
+  and tokens that are both sharded can't be one axis.
   """
   at = "".join(xs).find(free)
-  if len(free) < 2 or at < 0:
+  ways = jax.sharding.get_abstract_mesh().shape.get(devices.TOKENS, 1)
+  if len(free) < 2 or at < 0 or ways > 1:
     return x, xs, out
   rest = [c for c in out if c not in free[1:]]
   shape = [*x.shape[:at], -1, *x.shape[at + len(free) :]]

@@ -169,6 +169,7 @@ def _family(model_type: str, architecture: str, vocab: int, pad: int) -> Family:
     soft=soft.PARTS,
     dropout=("hidden_dropout_prob", "attention_probs_dropout_prob"),
     head_dropout=("classifier_dropout",),
+    shards_tokens=lambda config: True,
   )
 
 

@@ -271,6 +271,8 @@ def _family(variant: Variant) -> Family:
     inputs=text_inputs,
     max_length=lambda config: config.max_position_embeddings,
     cache=lambda config: config.cache_layout,
+    # Experts take tokens in one row.
+    shards_tokens=lambda config: config.num_experts is None,
     soft=soft.PARTS,
   )
 

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from lorax_flax import devices
 from lorax_flax.errors import LoraxError
-from lorax_flax.models.ops import cudnn, order, splash
+from lorax_flax.models.ops import cudnn, order, sharded, splash
 
 # Kernels by platform, of what their `takes` says. There nothing BxHxTxS exists.
 KERNELS: dict[str, Any] = {"gpu": cudnn, "tpu": splash}
@@ -71,32 +72,48 @@ def attention(
     return kernel.attention(
       q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxS, **form, scale=scale
     )
-  wide = order.wide(q_BxTxHxK.dtype)
-  seen = mask_BxS[:, None, None, :] != 0
-  if causal:
-    places_R = jnp.tile(jnp.arange(s - t, s), h // g)
-    back_RxS = places_R[:, None] - jnp.arange(s)[None, :]
-    visible_RxS = back_RxS >= 0
-    if window is not None:
-      visible_RxS &= back_RxS < window
-    own_BxR = jnp.tile(mask_BxS[:, s - t :], (1, h // g))
-    # A query that is padding has no segment, and no use.
-    same_BxRxS = own_BxR[:, :, None] == mask_BxS[:, None, :]
-    same_BxRxS |= (own_BxR == 0)[..., None]
-    if shared:
-      same_BxRxS |= (mask_BxS < 0)[:, None, :]
-    seen = seen & (visible_RxS[None] & same_BxRxS)[:, None]
-  # Added rather than selected, so that a compiler may fuse it into the product; the
-  # most negative float rather than -inf, so that a fully masked row stays finite.
-  bias = jnp.where(seen, 0.0, jnp.finfo(wide).min).astype(wide)
-  kept_BxGxRxS, rate = None, 0.0
+  kept_BxHxTxS, rate = None, 0.0
   if dropout:
     assert dropout_rng is not None
     rate = dropout_rate
     kept_BxHxTxS = jax.random.bernoulli(dropout_rng, 1.0 - rate, (b, h, t, s))
-    kept_BxGxRxS = kept_BxHxTxS.reshape(b, g, -1, s)
   settings = (rate, scale, softcap)
-  return _attend(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, bias, kept_BxGxRxS, settings)
+
+  def run(first, q, k, v, own_BxT, mask_BxS, window, kept_BxHxTxS):
+    (n, size, heads), groups = q.shape[:3], k.shape[2]
+    repeats = heads // groups
+    wide = order.wide(q.dtype)
+    seen = mask_BxS[:, None, None, :] != 0
+    if causal:
+      places_R = jnp.tile(s - t + first + jnp.arange(size), repeats)
+      back_RxS = places_R[:, None] - jnp.arange(s)[None, :]
+      visible_RxS = back_RxS >= 0
+      if window is not None:
+        visible_RxS &= back_RxS < window
+      own_BxR = jnp.tile(own_BxT, (1, repeats))
+      # A query that is padding has no segment, and no use.
+      same_BxRxS = own_BxR[:, :, None] == mask_BxS[:, None, :]
+      same_BxRxS |= (own_BxR == 0)[..., None]
+      if shared:
+        same_BxRxS |= (mask_BxS < 0)[:, None, :]
+      seen = seen & (visible_RxS[None] & same_BxRxS)[:, None]
+    # Added rather than selected, so that a compiler may fuse it into the product; the
+    # most negative float rather than -inf, so that a fully masked row stays finite.
+    bias = jnp.where(seen, 0.0, jnp.finfo(wide).min).astype(wide)
+    if kept_BxHxTxS is not None:
+      kept_BxHxTxS = kept_BxHxTxS.reshape(n, groups, -1, s)
+    return _attend(q, k, v, bias, kept_BxHxTxS, settings)
+
+  own_BxT = mask_BxS[:, s - t :] if causal else None
+  operands = (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, own_BxT, mask_BxS)
+  if sharded.query_shards() == 1:  # The compiler shards rows and heads by itself.
+    return run(0, *operands, window, kept_BxHxTxS)
+  return sharded.on_mesh(
+    run,
+    *operands,
+    (window, lambda rows, tokens, heads: PartitionSpec()),
+    (kept_BxHxTxS, lambda rows, tokens, heads: PartitionSpec(rows, heads, tokens)),
+  )
 
 
 def attention_by_place(

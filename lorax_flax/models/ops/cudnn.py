@@ -30,7 +30,7 @@ def takes(
   if dropout or softcap is not None or not is_static or q.dtype not in _DTYPES:
     return False
   (rows, t, _, size), (s, heads) = q.shape, k.shape[1:3]
-  if (causal and t != s) or t % 2 or s % 2 or size % 8:
+  if (causal and t != s) or (t // sharded.query_shards()) % 2 or s % 2 or size % 8:
     return False
   capability = _capability()
   if capability < _AMPERE or size > (256 if capability >= _HOPPER else 128):
@@ -88,10 +88,28 @@ def attention(
       seen = seen & (mask_BxS[:, None, :, None] == mask_BxS[:, None, None, :])
     return jax.nn.dot_product_attention(q, k, v, mask=seen, is_causal=causal, **options)
 
-  def run(q, k, v, mask_BxS):
+  # Of some of a row's queries, of which the kernel does not know the places.
+  @jax.checkpoint
+  def by_place(first, q, k, v, queries_BxT, mask_BxS):
+    places_T = first + jnp.arange(q.shape[1])
+    back_TxS = places_T[:, None] - jnp.arange(k.shape[1])[None, :]
+    seen_TxS = (
+      back_TxS >= 0 if window is None else (back_TxS >= 0) & (back_TxS < window)
+    )
+    seen = queries_BxT[:, :, None] == mask_BxS[:, None, :]
+    seen = (seen & (mask_BxS != 0)[:, None, :] & seen_TxS[None])[:, None]
+    return jax.nn.dot_product_attention(
+      q, k, v, mask=seen, scale=scale, implementation=implementation
+    )
+
+  def run(first, q, k, v, queries_BxT, mask_BxS):
+    if causal and q.shape[1] < k.shape[1]:
+      return by_place(first, q, k, v, queries_BxT, mask_BxS)
     before, after = mask_BxS[:, :-1], mask_BxS[:, 1:]
     same = before == after if causal else before != 0
     by_lengths = jnp.all(same | (after == 0))
     return lax.cond(by_lengths, by_length, by_mask, q, k, v, mask_BxS)
 
-  return sharded.on_mesh(run, 1)(q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, mask_BxS)
+  queries_BxT = mask_BxS[:, : q_BxTxHxK.shape[1]]
+  operands = (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, queries_BxT, mask_BxS)
+  return sharded.on_mesh(run, *operands)

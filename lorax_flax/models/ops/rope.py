@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.errors import LoraxError, unknown
+from lorax_flax.sharding import activations as spread
 
 # The angles' cosines and sines, BxTx1xF each.
 Rotations = tuple[jax.Array, jax.Array]
@@ -216,7 +217,7 @@ def rotations(
   positions = positions_BxT.astype(jnp.float32)[:, :, None, None]
   angles = positions * frequencies[:, :, None, :]
   cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
-  return cos.astype(dtype), sin.astype(dtype)
+  return spread.shard_tokens((cos.astype(dtype), sin.astype(dtype)))
 
 
 def rotate(x_BxTxHxK: jax.Array, by: Rotations) -> jax.Array:

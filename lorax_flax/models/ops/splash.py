@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lorax_flax.models.ops import order, sharded
 
@@ -28,7 +29,8 @@ def takes(
   """
   del causal, softcap  # Either is computed.
   is_static = window is None or isinstance(window, int)
-  if dropout or not is_static or min(q.shape[1], k.shape[1]) < _LANES:
+  queries = q.shape[1] // sharded.query_shards()
+  if dropout or not is_static or min(queries, k.shape[1]) < _LANES:
     return False
   return sharded.fits(q.shape[0], k.shape[2])
 
@@ -51,7 +53,7 @@ def attention(
     interpret: the kernel is interpreted, on any platform.
   """
   # Here, since it takes long to import, and is of one platform.
-  from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   t, s, dtype = q_BxTxHxK.shape[1], k_BxSxGxK.shape[1], v_BxSxGxK.dtype
   wide = order.wide(dtype)
@@ -64,42 +66,53 @@ def attention(
     keys_BxS = (keys_BxS != 0).astype(jnp.int32)
     queries_BxT = jnp.ones((q_BxTxHxK.shape[0], t), jnp.int32)
 
-  def run(q, k, v, queries, keys):
-    kernel = _kernel(q.shape, k.shape, s - t, causal, window, softcap, interpret)
+  ways = sharded.query_shards()
+  q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, queries_BxT, keys_BxS = (
+    _filled(x, ways) for x in (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, queries_BxT, keys_BxS)
+  )
+  lengths = q_BxTxHxK.shape[1], k_BxSxGxK.shape[1]
+  if window is not None:
+    mask: Any = splash.LocalMask(lengths, (window - 1, 0), s - t)
+  elif causal:
+    mask = splash.CausalMask(lengths, s - t)
+  else:  # The same for each shard of the queries.
+    mask = splash.FullMask((lengths[0] // ways, lengths[1]))
+  shards = ways if causal else 1
+  kernel = _kernel(mask, q_BxTxHxK.shape[2], shards, softcap, interpret)
+
+  def run(first, q, k, v, queries, keys, kernel):
+    del first  # The kernel's shard has the places of its queries.
 
     def of_row(q_HxTxK, k_GxSxK, v_GxSxK, queries_T, keys_S):
-      ids = SegmentIds(queries_T, keys_S)
+      ids = splash.SegmentIds(queries_T, keys_S)
       return kernel(q_HxTxK, k_GxSxK, v_GxSxK, segment_ids=ids)
 
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.vmap(of_row)(q, k, v, queries, keys).swapaxes(1, 2)
 
-  operands = [
-    *(_filled(x) for x in (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK)),
-    *(_filled(x) for x in (queries_BxT, keys_BxS)),
-  ]
-  return sharded.on_mesh(run, 2)(*operands)[:, :t].astype(dtype)
+  def specs(rows, tokens, heads):  # The mask is the same for all rows and heads.
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = PartitionSpec(None, tokens if causal else None)
+    return kernel.manual_sharding_spec(NamedSharding(mesh, spec))
+
+  operands = (q_BxTxHxK, k_BxSxGxK, v_BxSxGxK, queries_BxT, keys_BxS)
+  y_BxTxHxK = sharded.on_mesh(run, *operands, (kernel, specs))
+  return y_BxTxHxK[:, :t].astype(dtype)
 
 
 def _kernel(
-  q_shape: tuple[int, ...],
-  k_shape: tuple[int, ...],
-  offset: int,
-  causal: bool,
-  window: int | None,
-  softcap: float | None,
-  interpret: bool,
+  mask: Any, heads: int, shards: int, softcap: float | None, interpret: bool
 ) -> Any:
-  """The kernel of one row; the first query has the place `offset` among the keys."""
+  """The kernel of one row, a tree of arrays: which blocks of the mask are computed.
+
+  Args:
+    mask: of queries by keys.
+    shards: number of shards of the mask's queries.
+  """
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-  (_, t, heads, _), s = q_shape, k_shape[1]
-  mask: Any = splash.FullMask((t, s))
-  if window is not None:
-    mask = splash.LocalMask((t, s), (window - 1, 0), offset)
-  elif causal:
-    mask = splash.CausalMask((t, s), offset)
-  rows, columns = _block(t), _block(s)
+  heads //= jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+  rows, columns = _block(mask.shape[0] // shards), _block(mask.shape[1])
   sizes = splash.BlockSizes(
     block_q=rows,
     block_kv=columns,
@@ -108,11 +121,13 @@ def _kernel(
     block_q_dq=rows,
     block_kv_dq=columns,
   )
-  return splash.make_splash_mha_single_device(
+  return splash.make_splash_mha(
     splash.MultiHeadMask([mask] * heads),
     block_sizes=sizes,
     attn_logits_soft_cap=softcap,
     interpret=interpret,
+    head_shards=1,
+    q_seq_shards=shards,
   )
 
 
@@ -120,7 +135,7 @@ def _block(length: int) -> int:
   return next(size for size in _BLOCKS if length % size == 0)
 
 
-def _filled(x_BxTx: jax.Array) -> jax.Array:
-  """x with zeros up to a length of full blocks."""
-  more = -x_BxTx.shape[1] % _LANES
+def _filled(x_BxTx: jax.Array, ways: int) -> jax.Array:
+  """x with zeros up to a length of full blocks in each of its shards."""
+  more = -x_BxTx.shape[1] % (_LANES * ways)
   return jnp.pad(x_BxTx, [(0, 0), (0, more), *[(0, 0)] * (x_BxTx.ndim - 2)])
