@@ -138,8 +138,8 @@ def on_experts(
     *rest, up, down = operands
     # First along tensor alone: in one step the compiler would gather all experts.
     embed = ("fsdp", TOKENS)  # As `sharding.mesh` shards it.
-    embed = embed if up.shape[1] % num_shards(sizes, embed) == 0 else None
-    spec = PartitionSpec(across, embed, None, inside)
+    fits = up.shape[1] % num_shards(sizes, embed) == 0
+    spec = PartitionSpec(across, embed if fits else None, None, inside)
     return sharded(*rest, lax.with_sharding_constraint(up, spec), down)
 
   return placed
