@@ -81,7 +81,7 @@ def gathered(weight: jax.Array, axis: int) -> jax.Array:
 
 
 def on_experts(
-  run: Callable[..., jax.Array], experts: int, features: int, rows: int, length: int
+  run: Callable[..., jax.Array], experts: int, features: int, rows: int
 ) -> Callable[..., jax.Array]:
   """`run` on the experts of each device and the tokens of all along their axis.
 
@@ -92,7 +92,7 @@ def on_experts(
     run: of (the number of the first expert, x NxD, weights NxC, chosen NxC, up
       ExDx2xM, down ExMxD), to the sums over these experts and features, NxD.
     experts, features: E and M, of the full model.
-    rows, length: B and T.
+    rows: B.
 
   Returns:
     A function of (x BxTxD, weights BxTxC, chosen BxTxC, up, down) to BxTxD.
@@ -104,7 +104,7 @@ def on_experts(
     return run(first, *rows, up, down).reshape(tokens[0].shape)
 
   mesh = jax.sharding.get_abstract_mesh()
-  if not {*ROWS, TOKENS, "tensor"} <= set(mesh.axis_names) or mesh.size == 1:
+  if not {*ROWS, "tensor"} <= set(mesh.axis_names) or mesh.size == 1:
     return lambda *operands: flat(0, operands)
   sizes = mesh.shape
   has_rows = rows % num_shards(sizes) == 0
@@ -127,8 +127,7 @@ def on_experts(
       return lax.psum_scatter(y, across, scatter_dimension=0, tiled=True)
     return lax.psum(y, across)
 
-  along = TOKENS if token_shards(length) > 1 else None
-  tokens = PartitionSpec(ROWS if has_rows else None, along)
+  tokens = PartitionSpec(ROWS if has_rows else None)
   kernels = PartitionSpec(across, None, None, inside), PartitionSpec(across, inside)
   sharded = jax.shard_map(
     shard, in_specs=(tokens,) * 3 + kernels, out_specs=tokens, check_vma=False
@@ -137,9 +136,8 @@ def on_experts(
   def placed(*operands: jax.Array) -> jax.Array:
     *rest, up, down = operands
     # First along tensor alone: in one step the compiler would gather all experts.
-    embed = ("fsdp", TOKENS)  # As `sharding.mesh` shards it.
-    fits = up.shape[1] % num_shards(sizes, embed) == 0
-    spec = PartitionSpec(across, embed if fits else None, None, inside)
+    embed = "fsdp" if up.shape[1] % sizes["fsdp"] == 0 else None
+    spec = PartitionSpec(across, embed, None, inside)
     return sharded(*rest, lax.with_sharding_constraint(up, spec), down)
 
   return placed

@@ -65,7 +65,7 @@ class Experts(Module[DecoderConfig]):
     down_ExMxD = _param(self, c, "down_proj", axes, (e, m, d))
     # Gate and up apart, so that a shard has the same features of both.
     up_ExDx2xM = up_ExDx2M.astype(self.dtype).reshape(e, d, 2, m)
-    run = spread.on_experts(partial(_mixed, c), e, m, *x_BxTxD.shape[:2])
+    run = spread.on_experts(partial(_mixed, c), e, m, x_BxTxD.shape[0])
     return run(
       x_BxTxD, weights_BxTxC, chosen_BxTxC, up_ExDx2xM, down_ExMxD.astype(self.dtype)
     )
