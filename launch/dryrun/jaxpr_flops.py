@@ -7,11 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from launch.dryrun import kernels
+from lorax_flax import ragged
 from lorax_flax.adapt.interpret import encoding
 
 
 def matmul_flops(jaxpr: Any) -> int:
   """Counts 2 × the multiplications of all dots and convolutions, scans multiplied out.
+
+  Experts count the rows that are expected to choose them.
 
   Args:
     jaxpr: of the function, `jitted.trace(…).jaxpr`.
@@ -28,6 +31,8 @@ def matmul_flops(jaxpr: Any) -> int:
       total += _dot(equation)
     elif name == "conv_general_dilated":
       total += _convolution(equation)
+    elif name in ("ragged_product", "ragged_outer"):
+      total += ragged.flops(equation)
     elif name == "pallas_call":
       total += _kernel(equation)
     elif name == "shard_map":  # What each device does.

@@ -1,9 +1,11 @@
 """FLOPs of kernels whose products neither a jaxpr nor a program's text shows."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from lorax_flax import ragged
 from lorax_flax.quant import tiles
 from lorax_flax.quant.four_bit import FourBit
 
@@ -53,3 +55,16 @@ def products(name: str) -> Products | None:
   """The products of a kernel; None for any other name."""
   start = known(name)
   return None if start is None else KERNELS[start]
+
+
+_RAGGED = re.compile(rf"{ragged.SCOPE}(\d+)")
+
+
+def ragged_rows(source: str) -> int | None:
+  """Number of rows that a ragged product is expected to compute; None for others.
+
+  Args:
+    source: name stack of the kernel.
+  """
+  found = _RAGGED.search(source)
+  return None if found is None else int(found[1])

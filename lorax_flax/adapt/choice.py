@@ -11,7 +11,7 @@ from lorax_flax.adapt.interpret import roles as disc
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
 from lorax_flax.errors import LoraxError, listing
 
-CONTRACTIONS = {"conv_general_dilated", "dot_general"}
+CONTRACTIONS = {"conv_general_dilated", "dot_general", "ragged_product"}
 Look = Callable[[Sequence[str]], disc.Discovery]
 
 

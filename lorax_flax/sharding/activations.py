@@ -1,10 +1,11 @@
 """Shardings of activations, given where the compiler would choose worse ones."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from lorax_flax.devices import ROWS, TOKENS
@@ -79,18 +80,64 @@ def gathered(weight: jax.Array, axis: int) -> jax.Array:
   return jax.lax.with_sharding_constraint(weight, PartitionSpec(*spec))
 
 
-def shard_experts(x_ExNxD: jax.Array) -> jax.Array:
-  """Tokens of each expert, sharded as its weights are.
+def on_experts(
+  run: Callable[..., jax.Array], experts: int, features: int, rows: int
+) -> Callable[..., jax.Array]:
+  """`run` on the experts of each device and the tokens of all along their axis.
 
-  The batch is sharded along the experts' axis too, and the compiler is to gather tokens
-  along it and not the experts, which are larger. Without such a mesh: x.
+  Tokens are gathered along the mesh's axis of experts and not the experts, which are
+  larger, and the results summed back to the tokens' own devices.
+
+  Args:
+    run: of (the number of the first expert, x NxD, weights NxC, chosen NxC, up
+      ExDx2xM, down ExMxD), to the sums over these experts and features, NxD.
+    experts, features: E and M, of the full model.
+    rows: B.
+
+  Returns:
+    A function of (x BxTxD, weights BxTxC, chosen BxTxC, up, down) to BxTxD.
   """
+
+  def flat(first: Any, operands: Sequence[jax.Array]) -> jax.Array:
+    *tokens, up, down = operands
+    rows = (t.reshape(-1, t.shape[-1]) for t in tokens)
+    return run(first, *rows, up, down).reshape(tokens[0].shape)
+
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.shape.get("expert", 1) == 1:
-    return x_ExNxD
-  rows = tuple(name for name in ROWS if name != "expert")
-  experts, tokens, _ = x_ExNxD.shape
-  if experts % mesh.shape["expert"] or tokens % num_shards(mesh.shape, rows):
-    return x_ExNxD
-  spec = PartitionSpec("expert", rows, PartitionSpec.UNCONSTRAINED)
-  return jax.lax.with_sharding_constraint(x_ExNxD, spec)
+  if not {*ROWS, "tensor"} <= set(mesh.axis_names) or mesh.size == 1:
+    return lambda *operands: flat(0, operands)
+  sizes = mesh.shape
+  has_rows = rows % num_shards(sizes) == 0
+  across = "expert" if experts % sizes["expert"] == 0 and sizes["expert"] > 1 else None
+  inside = "tensor" if features % sizes["tensor"] == 0 and sizes["tensor"] > 1 else None
+
+  def shard(*operands: jax.Array) -> jax.Array:
+    *tokens, up, down = operands
+    first: Any = 0
+    if across is not None:
+      first = lax.axis_index(across) * up.shape[0]
+      if has_rows:
+        tokens = [lax.all_gather(t, across, axis=0, tiled=True) for t in tokens]
+    y = flat(first, [*tokens, up, down])
+    if inside is not None:
+      y = lax.psum(y, inside)
+    if across is None:
+      return y
+    if has_rows:
+      return lax.psum_scatter(y, across, scatter_dimension=0, tiled=True)
+    return lax.psum(y, across)
+
+  tokens = PartitionSpec(ROWS if has_rows else None)
+  kernels = PartitionSpec(across, None, None, inside), PartitionSpec(across, inside)
+  sharded = jax.shard_map(
+    shard, in_specs=(tokens,) * 3 + kernels, out_specs=tokens, check_vma=False
+  )
+
+  def placed(*operands: jax.Array) -> jax.Array:
+    *rest, up, down = operands
+    # First along tensor alone: in one step the compiler would gather all experts.
+    embed = "fsdp" if up.shape[1] % sizes["fsdp"] == 0 else None
+    spec = PartitionSpec(across, embed, None, inside)
+    return sharded(*rest, lax.with_sharding_constraint(up, spec), down)
+
+  return placed

@@ -81,7 +81,7 @@ def check_no_dense_gradient(lora, params, adapter, *args):
       )
       shapes |= {tuple(rest), tuple(sorted([*stack, *rest]))}
   for eqn in all_equations(jaxpr):
-    if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+    if eqn.primitive.name in ("dot_general", "conv_general_dilated", "ragged_outer"):
       for out in eqn.outvars:
         assert tuple(sorted(out.aval.shape)) not in shapes, (
           f"a dense gradient: {out.aval.shape}"

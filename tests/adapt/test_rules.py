@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorax_flax as lx
+from lorax_flax import ragged
 from lorax_flax.adapt.interpret import interpreter, look_ups, product_rules
 from tests.adapt import test_look_ups
 from tests.adapt.checks import (
@@ -154,6 +155,31 @@ PROGRAMS = {
     (3, 5, 4),
     (3, 2, 5),
     "stack in out",
+  ),
+  "ragged": (
+    lambda p, x: ragged.product(x, p["w"], jnp.array([2, 0, 4])),
+    (3, 5, 4),
+    (7, 5),
+    "stack in out",
+  ),
+  "ragged_one_group": (
+    lambda p, x: ragged.product(x, p["w"], jnp.array([4])),
+    (1, 5, 4),
+    (7, 5),
+    "stack in out",
+  ),
+  "ragged_turned_and_scanned": (
+    lambda p, x: lax.scan(
+      lambda c, w: (
+        jnp.tanh(ragged.product(c, w, jnp.array([2, 0, 5]), turned=True)),
+        None,
+      ),
+      x,
+      p["w"],
+    )[0],
+    (2, 3, 5, 5),
+    (7, 5),
+    "stack stack out in",
   ),
   "batched_last": (
     lambda p, x: jnp.einsum("bed,dfe->bef", x, p["w"]),
@@ -405,6 +431,7 @@ def test_program_equals_merged(name):
   # XLA fuses a compiled loop in its own way, with its own rounding.
   loops = (
     "dynamic_layer",
+    "ragged_turned_and_scanned",
     "pruned_as_scanned",
     "stacked_lists",
     "scan_const",

@@ -14,7 +14,7 @@ import lorax_flax as lx
 from launch.dryrun import hlo, jaxpr_flops
 from launch.dryrun import topology as topologies
 from launch.dryrun.hlo import program
-from lorax_flax import quant
+from lorax_flax import quant, ragged
 from lorax_flax.models import head as heads
 from lorax_flax.models import ops
 from lorax_flax.sharding import mesh as meshes
@@ -240,6 +240,26 @@ def test_kernels_of_attention_are_counted_by_their_operands():
   few = 2 * 2 * 4 * 256 * 64
   assert jaxpr_flops.matmul_flops(traced.jaxpr) == 6 * one + few
   assert hlo.matmul_flops(text) == 9 * one // 4  # On each of four chips.
+
+
+def test_ragged_products_count_the_rows_that_are_expected():
+  def step(x, w, sizes):
+    y, pull = jax.vjp(lambda x, w: ragged.product(x, w, sizes, active=128), x, w)
+    return pull(jnp.sin(y))
+
+  devices = topologies.describe("v5e:2x2").devices
+  put = NamedSharding(jax.sharding.Mesh(devices[:1], ("x",)), P())
+  x, w = (
+    jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=put)
+    for s in ((512, 256), (4, 256, 384))
+  )
+  sizes = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=put)
+  with topologies.quiet():
+    traced = jax.jit(step).trace(x, w, sizes)
+    text = traced.lower().compile().as_text()
+  want = 3 * 2 * 128 * 256 * 384
+  assert jaxpr_flops.matmul_flops(traced.jaxpr) == want
+  assert hlo.matmul_flops(text) == want
 
 
 def test_products_of_4_bit_kernels_are_counted_and_form_no_dense_kernel():

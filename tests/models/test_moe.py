@@ -1,12 +1,20 @@
 """Mixtures of experts against transformers."""
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import unflatten_dict
 
 import lorax_flax as lx
+from lorax_flax import quant
+from lorax_flax.adapt.paths import flatten
 from lorax_flax.models import registry
+from lorax_flax.models.llama.config import DecoderConfig
+from lorax_flax.models.llama.moe import Mixture
+from tests.adapt.checks import all_equations, perturbed
 from tests.models import family
 from tests.models.decoders import BATCH, Peer, batch, check_equals_peer, real
 
@@ -119,3 +127,112 @@ def test_a_lost_expert_is_an_error(tmp_path):
   safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
   with pytest.raises(lx.LoraxError, match=r"lacks 1 keys: .*experts\.3\.w3\.weight"):
     registry.load(tmp_path)
+
+
+CONFIG = DecoderConfig(
+  model_type="mixtral",
+  vocab_size=11,
+  hidden_size=6,
+  intermediate_size=10,
+  num_hidden_layers=1,
+  num_attention_heads=1,
+  hidden_act="silu",
+  max_position_embeddings=8,
+  rms_norm_eps=1e-5,
+  tie_word_embeddings=False,
+  num_experts=5,
+  num_experts_per_tok=2,
+)
+UP, DOWN, GATE = "experts/gate_up_proj", "experts/down_proj", "gate/weight"
+
+
+def mixture(params, x):
+  return Mixture(CONFIG, x.dtype).apply({"params": unflatten_dict(params, sep="/")}, x)
+
+
+def dense(params, x):
+  """Every expert on every token, with weight zero where it was not chosen."""
+  probs = jax.nn.softmax((x @ params[GATE]).astype(jnp.float32))
+  top, chosen = jax.lax.top_k(probs, CONFIG.num_experts_per_tok)
+  one_hot = jax.nn.one_hot(chosen, CONFIG.num_experts)
+  weights = jnp.einsum("btc,btce->bte", top / top.sum(-1, keepdims=True), one_hot)
+  gate, up = jnp.split(jnp.einsum("btd,edf->ebtf", x, params[UP]), 2, axis=-1)
+  y = jnp.einsum("ebtm,emd->ebtd", jax.nn.silu(gate) * up, params[DOWN])
+  return jnp.einsum("ebtd,bte->btd", y, weights).astype(x.dtype)
+
+
+@pytest.fixture(scope="module", params=["spread", "two experts of five"])
+def mixed(request):
+  """(parameters, tokens) of which experts get any number, or two get all."""
+  x = jax.random.normal(jax.random.key(1), (3, 7, CONFIG.hidden_size))
+  params = flatten(Mixture(CONFIG, jnp.float32).init(jax.random.key(0), x)["params"])
+  params = {p: 10 * w for p, w in nn.meta.unbox(params).items()}
+  if request.param != "spread":
+    x = x.at[..., 0].set(10.0)
+    params[GATE] = params[GATE].at[0].set(jnp.array([0.0, 9.0, 0.0, 0.0, 5.0]))
+  return params, x
+
+
+def loss_of(fn):
+  return lambda *args: (jnp.sin(fn(*args)).sum(), fn(*args))
+
+
+def check_same(got, want):
+  """To 1e-5 of an array's largest number."""
+
+  def check(g, w):
+    scale = max(1.0, float(abs(w).max()))
+    np.testing.assert_allclose(g / scale, w / scale, atol=1e-5)
+
+  jax.tree.map(check, got, want)
+
+
+def test_a_mixture_equals_its_dense_form(mixed):
+  run = lambda fn: jax.jit(jax.grad(loss_of(fn), (0, 1), has_aux=True))(*mixed)
+  check_same(run(mixture), run(dense))
+  params, x = jax.tree.map(lambda t: t.astype(jnp.bfloat16), mixed)
+  narrow, wide = (t.astype(jnp.float32) for t in (mixture(params, x), dense(*mixed)))
+  np.testing.assert_allclose(narrow, wide, atol=0.02 * float(abs(wide).max()))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "int8"])
+def test_adapted_experts_equal_the_merged_dense_form(mixed, method):
+  params, x = mixed
+  options = {"rank": 2}
+  if method == "ia3":
+    options = {"options": {"feedforward": [DOWN]}}
+  name = "lora" if method == "int8" else method
+  config = lx.LoraConfig(method=name, targets=[UP, DOWN], **options)
+  lora = lx.adapt(mixture, config)
+  adapter = perturbed(lora.init(jax.random.key(2), params, x))
+  stored = dict(params)
+  if method == "int8":
+    stored |= {p: quant.quantize(params[p], "int8") for p in (UP, DOWN)}
+    params = params | {p: stored[p].dense() for p in (UP, DOWN)}
+  trained, rest = lx.partition(adapter, lx.trainable_mask(adapter))
+  whole = lambda t: lx.combine(t, rest)
+  follow = loss_of(lambda t, x: lora.apply(stored, whole(t), x))
+  merged = loss_of(lambda t, x: dense(lx.merge(params, whole(t)), x))
+  run = lambda fn: jax.jit(jax.grad(fn, (0, 1), has_aux=True))(trained, x)
+  check_same(run(follow), run(merged))
+  if method == "lora":
+    # No expert's kernel has a gradient, nor is one transposed.
+    jaxpr = jax.make_jaxpr(lambda t: jax.grad(follow, has_aux=True)(t, x))(trained)
+    made = {
+      out.aval.shape
+      for eqn in all_equations(jaxpr)
+      for out in eqn.outvars
+      if eqn.primitive.name in ("ragged_outer", "transpose", "dot_general")
+    }
+    for e, i, o in (params[UP].shape, params[DOWN].shape):
+      assert not made & {(e, i, o), (e, o, i)}
+
+
+def test_several_adapters_of_experts_equal_each_alone(mixed):
+  params, x = mixed
+  lora = lx.adapt(mixture, lx.LoraConfig(rank=2, targets=[UP, DOWN, GATE]))
+  first = perturbed(lora.init(jax.random.key(2), params, x))
+  adapters = [first, jax.tree.map(lambda t: 2 * t, first)]
+  stacked = jax.tree.map(lambda *ts: jnp.stack(ts), *adapters)
+  both = jax.vmap(lora.apply, (None, 0, None))(params, stacked, x)
+  check_same(both, jnp.stack([lora.apply(params, a, x) for a in adapters]))

@@ -51,6 +51,12 @@ def flops(instruction: Instruction, inside: Computation) -> int:
   if instruction.op == "custom-call":
     if known := kernels.products(instruction.name):
       return known.executed * known.flops(_floats(instruction, inside))
+    rows = kernels.ragged_rows(instruction.attributes)
+    if rows is not None and "tpu_custom_call" in instruction.attributes:
+      left, result = _floats(instruction, inside)[0], instruction.arrays[0].dims
+      # A product NxO, or ExIxO, its gradient by the matrices.
+      inputs = left[1] if len(result) == 2 else result[1]
+      return 2 * rows * inputs * result[-1]
     opaque = _OPAQUE.search(instruction.attributes)
     if opaque:
       raise ValueError(f"a product in the custom call {opaque[1]!r} cannot be counted")

@@ -1,5 +1,6 @@
 """Bytes that a compiled program moves between a device and its main memory."""
 
+from launch.dryrun import kernels
 from launch.dryrun.hlo import loops, program
 from launch.dryrun.hlo.program import Computation, Instruction, Program
 
@@ -22,7 +23,8 @@ def hbm_bytes(text: str) -> float:
 
   Each instruction reads its operands and writes its results once; arrays in a cache (a
   memory space other than 0) cost nothing. A fusion that slices an operand reads the
-  slice, and one that updates a slice of an array writes the slice.
+  slice, and one that updates a slice of an array writes the slice. A ragged product
+  moves the rows that it is expected to compute.
 
   Args:
     text: the program, `compiled.as_text()`.
@@ -38,6 +40,16 @@ def hbm_bytes(text: str) -> float:
       _moved(parsed, computation, i) for i in computation.instructions.values()
     )
   return total
+
+
+def _of_rows(rows: int, inside: Computation, instruction: Instruction) -> float:
+  """Bytes of a kernel that takes `rows` of the first floating-point operand's rows."""
+  operands = [inside.instructions[name] for name in instruction.operands]
+  arrays = [a for x in (*operands, instruction) for a in x.arrays]
+  given = next(a.dims[0] for a in arrays if a.dtype.startswith(("bf", "f")))
+  share = min(1.0, rows / given)
+  moved = ((a, share if a.dims[:1] == (given,) else 1.0) for a in arrays)
+  return sum(a.padded * part for a, part in moved if a.in_hbm)
 
 
 def _moved(parsed: Program, inside: Computation, instruction: Instruction) -> float:
@@ -58,6 +70,10 @@ def _moved(parsed: Program, inside: Computation, instruction: Instruction) -> fl
   if instruction.op == "copy-start":
     # To a cache or from one: (to, from, flag).
     return sum(a.padded for a in instruction.arrays[:2] if a.in_hbm)
+  if instruction.op == "custom-call":
+    rows = kernels.ragged_rows(instruction.attributes)
+    if rows is not None:
+      return _of_rows(rows, inside, instruction)
   reads = sum(_array_bytes(inside.instructions[name]) for name in instruction.operands)
   if instruction.op.endswith("-start"):
     arrays = [a for a in instruction.arrays if a.dtype != "u32"]

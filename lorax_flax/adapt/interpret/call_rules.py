@@ -94,7 +94,8 @@ def _shard_map(run: Any, eqn: Any, call: jx.Call, operands: list[Any]) -> list[A
     "in_specs": tuple(specs),
     "out_specs": tuple(call.options["out_specs"]),
   }
-  return list(jax.shard_map(lambda *xs: tuple(body(*xs)), **options)(*operands))
+  with jx.scope(eqn):
+    return list(jax.shard_map(lambda *xs: tuple(body(*xs)), **options)(*operands))
 
 
 def in_shard(index: Any, axes: Sequence[str]) -> Any:

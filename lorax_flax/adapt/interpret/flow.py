@@ -57,6 +57,7 @@ CONTRACTIONS = {
   "dot_general",
   "ragged_dot",
   "ragged_dot_general",
+  "ragged_product",
 }
 # What leaves a product's result the result of that product.
 SAME_RESULT = {

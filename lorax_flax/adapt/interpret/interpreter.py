@@ -113,7 +113,8 @@ class Run:
         def product(x):
           if views[0].is_abstract:
             return jx.struct(eqn.outvars[0].aval)
-          return weights.product(eqn, [w.value if is_view(w) else x for w in operands])
+          pair = [w.value if is_view(w) else x for w in operands[:2]]
+          return weights.product(eqn, [*pair, *operands[2:]])
 
         with jx.scope(eqn):
           result = product_rules.RULES[name](

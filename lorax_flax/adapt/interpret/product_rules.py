@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax_flax import devices
+from lorax_flax import devices, ragged
 from lorax_flax.adapt.interpret import encoding as jx
 from lorax_flax.adapt.interpret import evaluations
 from lorax_flax.adapt.interpret.layout_rules import Unsupported
@@ -42,14 +42,16 @@ def axes_of(eqn: Any, operands: list[Any]) -> Axes:
   if len(where) != 1:
     raise Unsupported("a product of two adapted weights")
   n, name = len(operands[where[0]].dims), eqn.primitive.name
-  numbers = jx.param(eqn, "dimension_numbers")
   window: tuple[int, ...] = ()
   if name == "dot_general":
-    contract, batch = numbers
+    contract, batch = jx.param(eqn, "dimension_numbers")
     contracted, shared = tuple(contract[where[0]]), tuple(batch[where[0]])
   elif where[0] != 1:
     raise Unsupported("a weight in the place of the input")
+  elif name == "ragged_product":
+    contracted, shared = ((2,) if jx.param(eqn, "turned") else (1,)), (0,)
   else:
+    numbers = jx.param(eqn, "dimension_numbers")
     contracted, shared = (numbers.rhs_spec[1],), ()
     window = tuple(numbers.rhs_spec[2:])
     if jx.param(eqn, "batch_group_count") != 1:
@@ -398,4 +400,55 @@ def _on_channel(t: jax.Array, d: Any, out_axis: int) -> jax.Array:
   return t.reshape(shape)
 
 
-RULES = {"conv_general_dilated": conv, "dot_general": dot_general}
+def ragged_product(eqn, operands, product, drop, observe) -> jax.Array:
+  """base + ragged(ragged(x, contracted), other), with the rows of the same groups."""
+  x, view, sizes = operands
+  if view.is_frozen:
+    return product(x)
+  if observe is not None:
+    raise Unsupported("the inputs of a ragged product are not observed")
+  if view.choice is not None and view.choice.by_token:
+    raise Unsupported("tokens that choose adapters are sorted for a ragged product")
+  view, axes = view.chosen(), axes_of(eqn, operands)
+  contracted, other, turned = _factors(view, axes)
+  (i,), (o,) = axes.contracted, axes.kept
+  own = ragged.groups(sizes, x.shape[0])
+
+  def each(t):
+    """A part for each group, though they share it: rows of no group have none."""
+    return jnp.broadcast_to(t, (view.shape[0], *t.shape[1:]))
+
+  def place(t):
+    """An out_scale or a bias of each row, by its group."""
+    t = each(t).reshape(view.shape[0], -1)
+    return t.at[own].get(mode="fill", fill_value=0)
+
+  def times(x, t, back=False):
+    """Rows times a factor, ExIxr, or back from r outputs by ExOxr."""
+    active = jx.param(eqn, "active")
+    return ragged.product(x, each(t).astype(x.dtype), sizes, turned=back, active=active)
+
+  if turned:
+    _no_bias(view)
+  scaled = _scales_input(view, axes.contracted)
+  if scaled:
+    x = x * place(view.out_scale).astype(x.dtype)
+  base, dropped = product(x), drop(view, x)
+  kept, base = (None, base) if scaled else _kept(base, x, dropped, view, product)
+  if contracted.shape[o] != 1:  # The change is one factor, and dense.
+    change = jnp.broadcast_to(dense(contracted, other, jnp.float32), view.shape)
+    y = jx.bind(eqn, [dropped, change.astype(x.dtype), sizes])[0]
+  else:
+    full = list(contracted.shape)
+    full[i] = view.shape[i]
+    contracted = jnp.broadcast_to(contracted, full).squeeze(o)
+    y = times(times(dropped, contracted), other.squeeze(i), back=True)
+  y = _finished(_sum(base, y), view, place, scaled)
+  return y if kept is None else kept + y
+
+
+RULES = {
+  "conv_general_dilated": conv,
+  "dot_general": dot_general,
+  "ragged_product": ragged_product,
+}

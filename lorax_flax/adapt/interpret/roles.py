@@ -35,6 +35,7 @@ PLAIN = {
   "jit",
   "name",
   "pjit",
+  "ragged_product",
   "remat2",
   "scan",
   "sharding_constraint",

@@ -114,29 +114,30 @@ def evaluated(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def product(eqn: Any, operands: Sequence[Any]) -> Any:
-  """A product, linear in the operand that is no weight."""
+  """A product of the first two operands, linear in the one that is no weight."""
   place = next((i for i, x in enumerate(operands) if is_stored(x)), None)
   if place is None:
     return jx.bind(eqn, operands)[0]
-  weight, x = operands[place], operands[1 - place]
+  weight, x, others = operands[place], operands[1 - place], operands[2:]
   times, times_transposed = _forms(eqn, place, weight, x)
 
   @jax.custom_vjp
-  def multiplied(weight, x):
-    return times(_after(weight, x), x)
+  def multiplied(weight, others, x):
+    return times(_after(weight, x), others, x)
 
-  def forward(weight, x):
-    return multiplied(weight, x), weight
+  def forward(weight, others, x):
+    return multiplied(weight, others, x), (weight, others)
 
-  def backward(weight, gradient):
-    return None, times_transposed(_after(weight, gradient), gradient)
+  def backward(kept, gradient):
+    weight, others = kept
+    return None, None, times_transposed(_after(weight, gradient), others, gradient)
 
   multiplied.defvjp(forward, backward)
-  return multiplied(weight, x)
+  return multiplied(weight, others, x)
 
 
 def _forms(eqn: Any, place: int, weight: Stored, x: Any) -> tuple[Callable, Callable]:
-  """The product as a function of the weight and x, and its transpose, of a gradient.
+  """The product of the weight, other operands and x, and its transpose, of a gradient.
 
   By a kernel of `quant.KERNELS` where one takes it: a product of rows with a leaf as it
   is. Otherwise the dense kernel is formed.
@@ -146,20 +147,21 @@ def _forms(eqn: Any, place: int, weight: Stored, x: Any) -> tuple[Callable, Call
   is_plain = is_plain and eqn.outvars[0].aval.dtype == x.dtype
   if kernel is not None and is_plain and kernel.takes(weight.leaf, x):
 
-    def multiply(weight, x, transposed=False):
+    def multiply(weight, others, x, transposed=False):
+      del others
       return kernel.product(weight.leaf, x, transposed=transposed)
 
     return multiply, partial(multiply, transposed=True)
 
-  def times(w, x):
-    return jx.bind(eqn, [w, x] if place == 0 else [x, w])[0]
+  def times(w, others, x):
+    return jx.bind(eqn, [*([w, x] if place == 0 else [x, w]), *others])[0]
 
-  def transposed(weight, gradient):
-    times_w = partial(times, weight.dense())
+  def transposed(weight, others, gradient):
+    times_w = partial(times, weight.dense(), others)
     (by_x,) = jax.linear_transpose(times_w, jx.struct(x))(gradient)
     return by_x
 
-  return lambda weight, x: times(weight.dense(), x), transposed
+  return lambda weight, *rest: times(weight.dense(), *rest), transposed
 
 
 def _after(weight: Stored, x: jax.Array) -> Stored:

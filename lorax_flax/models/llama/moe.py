@@ -1,21 +1,25 @@
 """A mixture of experts in place of a feed-forward part.
 
-Source: arXiv 2401.04088 (Mixtral), as transformers computes it. Every expert computes
-every token, and those that were not chosen have weight zero: exact, at num_experts /
-num_experts_per_tok times the FLOPs of a dispatch of tokens. On a mesh with an axis of
-experts, a device computes its own experts alone.
+Source: arXiv 2401.04088 (Mixtral), as transformers computes it. Tokens are sorted by
+expert, and each expert computes those that chose it: exact, whatever their number.
 
-Shapes: N tokens of a batch, D hidden_size, E experts, C chosen experts, M features of
-an expert.
+On a mesh with an axis of experts, tokens are gathered along it, and each device
+computes those of its own experts. There are no buffers of a capacity to fill, as an
+all-to-all of a fixed size would need.
+
+Shapes: B batch, T tokens, N = B · T tokens, D hidden_size, E experts, C chosen experts,
+M features of an expert, R rows: a token for each of its experts.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lorax_flax import ragged
 from lorax_flax.models import ops
 from lorax_flax.models.layers import Module
 from lorax_flax.models.llama.config import DecoderConfig
@@ -29,23 +33,22 @@ def _param(module: nn.Module, c: DecoderConfig, name: str, axes, shape) -> jax.A
 
 
 class Router(Module[DecoderConfig]):
-  """The weight of each expert for each token."""
+  """The experts of each token, and their weights."""
 
   experts: int
 
   @nn.compact
-  def __call__(self, x_NxD: jax.Array) -> jax.Array:
-    """Weights, NxE float32, zero for experts that are not chosen."""
+  def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights, BxTxC float32, and the numbers of the chosen experts, BxTxC int32."""
     c = self.config
-    shape = x_NxD.shape[-1], self.experts
+    shape = x_BxTxD.shape[-1], self.experts
     kernel_DxE = _param(self, c, "weight", ("embed", "choices"), shape)
-    logits_NxE = x_NxD @ kernel_DxE.astype(self.dtype)
-    probs_NxE = jax.nn.softmax(logits_NxE.astype(jnp.float32))
-    top_NxC, chosen_NxC = lax.top_k(probs_NxE, c.num_experts_per_tok)
+    logits_BxTxE = x_BxTxD @ kernel_DxE.astype(self.dtype)
+    probs_BxTxE = jax.nn.softmax(logits_BxTxE.astype(jnp.float32))
+    top_BxTxC, chosen_BxTxC = lax.top_k(probs_BxTxE, c.num_experts_per_tok)
     if c.norm_topk_prob:
-      top_NxC /= top_NxC.sum(-1, keepdims=True)
-    one_hot_NxCxE = jax.nn.one_hot(chosen_NxC, self.experts, dtype=jnp.float32)
-    return jnp.einsum("NC,NCE->NE", top_NxC, one_hot_NxCxE)
+      top_BxTxC /= top_BxTxC.sum(-1, keepdims=True)
+    return top_BxTxC, chosen_BxTxC
 
 
 class Experts(Module[DecoderConfig]):
@@ -54,23 +57,77 @@ class Experts(Module[DecoderConfig]):
   experts: int
 
   @nn.compact
-  def __call__(self, x_NxD: jax.Array, weights_NxE: jax.Array) -> jax.Array:
-    c, e, d, m = self.config, self.experts, x_NxD.shape[-1], self.config.expert_size
+  def __call__(self, x_BxTxD, weights_BxTxC, chosen_BxTxC) -> jax.Array:
+    c, e, d, m = self.config, self.experts, x_BxTxD.shape[-1], self.config.expert_size
     axes = ("expert", "embed", "mlp")
     up_ExDx2M = _param(self, c, "gate_up_proj", axes, (e, d, 2 * m))
     axes = ("expert", "mlp", "embed")
     down_ExMxD = _param(self, c, "down_proj", axes, (e, m, d))
-    # The expert is a batch axis of every product, so that a LoRA has a pair of factors
-    # for each.
-    shard = spread.shard_experts
-    x_ExNxD = shard(jnp.broadcast_to(x_NxD[None], (e, *x_NxD.shape)))
-    gate_up_ExNx2M = shard(
-      jnp.einsum("END,EDM->ENM", x_ExNxD, up_ExDx2M.astype(self.dtype))
+    # Gate and up apart, so that a shard has the same features of both.
+    up_ExDx2xM = up_ExDx2M.astype(self.dtype).reshape(e, d, 2, m)
+    run = spread.on_experts(partial(_mixed, c), e, m, x_BxTxD.shape[0])
+    return run(
+      x_BxTxD, weights_BxTxC, chosen_BxTxC, up_ExDx2xM, down_ExMxD.astype(self.dtype)
     )
-    y_ExNxM = shard(ops.gated(c.hidden_act, *jnp.split(gate_up_ExNx2M, 2, axis=-1)))
-    y_ExNxD = shard(jnp.einsum("ENM,EMD->END", y_ExNxM, down_ExMxD.astype(self.dtype)))
-    y_NxD = jnp.einsum("END,NE->ND", y_ExNxD.astype(jnp.float32), weights_NxE)
-    return spread.shard_rows(y_NxD.astype(self.dtype))
+
+
+def _mixed(c, first, x_NxD, weights_NxC, chosen_NxC, up_ExDx2xM, down_ExMxD):
+  """The weighted sums of the outputs of experts `first`, `first` + 1, …, NxD."""
+  e, d, _, m = up_ExDx2xM.shape
+  n, chosen = chosen_NxC.shape
+  own_NxC = chosen_NxC - first
+  own_NxC = jnp.where((own_NxC >= 0) & (own_NxC < e), own_NxC, e)
+  order = jnp.argsort(own_NxC.reshape(-1), stable=True)
+  # No token is with more experts than there are here.
+  route = _Route(order[: n * min(chosen, e)], jnp.argsort(order).reshape(n, chosen))
+  sizes_E = jnp.bincount(own_NxC.reshape(-1), length=e).astype(jnp.int32)
+  times = partial(
+    ragged.product, sizes_E=sizes_E, active=max(1, n * chosen * e // c.num_experts)
+  )
+  gate_up_RxF = times(_rows(x_NxD, route), up_ExDx2xM.reshape(e, d, 2 * m))
+  y_RxM = ops.gated(c.hidden_act, *jnp.split(gate_up_RxF, 2, axis=-1))
+  y_RxD = times(y_RxM, down_ExMxD)
+  weights_R = weights_NxC.reshape(-1)[route.order_R]
+  y_RxD = y_RxD.astype(jnp.float32) * weights_R[:, None]
+  return _summed(y_RxD.astype(x_NxD.dtype), route)
+
+
+class _Route(NamedTuple):
+  """The tokens of rows that are sorted by expert; the last ones may have none here.
+
+  Attributes:
+    order_R: number of each row's token and choice, of N · C.
+    places_NxC: of each token and choice, its row; R or more where there is none.
+  """
+
+  order_R: jax.Array
+  places_NxC: jax.Array
+
+
+@jax.custom_vjp
+def _rows(x_NxD: jax.Array, route: _Route) -> jax.Array:
+  """The row of each token and choice, RxD.
+
+  Gathers alone: the gradient of an indexing would be a scatter.
+  """
+  return x_NxD[route.order_R // route.places_NxC.shape[1]]
+
+
+@jax.custom_vjp
+def _summed(y_RxD: jax.Array, route: _Route) -> jax.Array:
+  """The sum of each token's rows, NxD: the transpose of `_rows`."""
+  y_NxCxD = y_RxD.at[route.places_NxC].get(mode="fill", fill_value=0)
+  return y_NxCxD.sum(1, dtype=jnp.float32).astype(y_RxD.dtype)
+
+
+_rows.defvjp(
+  lambda x, route: (_rows(x, route), route),
+  lambda route, ct: (_summed(ct, route), None),
+)
+_summed.defvjp(
+  lambda y, route: (_summed(y, route), route),
+  lambda route, ct: (_rows(ct, route), None),
+)
 
 
 class Mixture(Module[DecoderConfig]):
@@ -80,7 +137,6 @@ class Mixture(Module[DecoderConfig]):
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
     c, experts = self.config, self.config.num_experts
     assert experts is not None  # Otherwise this is not a mixture.
-    x_NxD = x_BxTxD.reshape((-1, x_BxTxD.shape[-1]))
-    weights_NxE = Router(c, self.dtype, experts, name="gate")(x_NxD)
-    y_NxD = Experts(c, self.dtype, experts, name="experts")(x_NxD, weights_NxE)
-    return y_NxD.reshape(x_BxTxD.shape)
+    weights_BxTxC, chosen_BxTxC = Router(c, self.dtype, experts, name="gate")(x_BxTxD)
+    feed = Experts(c, self.dtype, experts, name="experts")
+    return feed(x_BxTxD, weights_BxTxC, chosen_BxTxC)
