@@ -10,22 +10,20 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from lorax_flax.adapt import training
-from lorax_flax.adapt.partition import combine, partition, trainable_mask
 from lorax_flax.distributed import processes
 from lorax_flax.errors import LoraxError
-from lorax_flax.files import bucket, workdir
+from lorax_flax.files import workdir
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import mesh as meshes
-from lorax_flax.train import judging, places, trials
+from lorax_flax.train import ending, judging, places, trials
 from lorax_flax.train import step as steps
 from lorax_flax.train.checkpoint import Checkpoints
 from lorax_flax.train.compile_by_shape import Compiled
 from lorax_flax.train.config import Durations, durations
 from lorax_flax.train.evaluate import Batches, NotFinite, evaluate
 from lorax_flax.train.judging import Judge, Standing
-from lorax_flax.train.logs import confusion, curves, memory, page
-from lorax_flax.train.logs.history import Diverged, History
+from lorax_flax.train.logs import memory
+from lorax_flax.train.logs.history import Diverged
 from lorax_flax.train.logs.progress_bar import Display
 from lorax_flax.train.logs.timer import Stopwatch
 from lorax_flax.train.objective import Objective
@@ -152,9 +150,6 @@ def program_of(
     return trials.program(job.runs, numbers, plan, job.model, job.objective, width)
   [run] = job.runs
   return steps.program(run.config, plan, job.model, job.objective, run.adapter)
-
-
-_NOTHING = "Nothing was saved yet"
 
 
 class _AllDiverged(Exception):
@@ -308,7 +303,7 @@ class _Loop:
     if seat.trains:
       trained = self.program.best(state, place, seat.run, restored)
     seconds = seat.seconds(self.clock.seconds())
-    self.results[seat.number] = _finish(seat.run, history, trained, kept, seconds)
+    self.results[seat.number] = ending.finish(seat.run, history, trained, kept, seconds)
 
   def _place(
     self, batch: Mapping[str, Any], sharding: NamedSharding
@@ -469,7 +464,7 @@ class _Loop:
       done, total = number - seat.start, self.plan.total
       try:
         status = f"Under way: {done:,} of {total:,} steps are done."
-        _report(seat.run, seat.history, status)
+        ending.report(seat.run, seat.history, status)
       except OSError as error:  # A page is no reason to stop a run.
         log.warning("%s: %s", workdir.REPORT, error)
 
@@ -493,52 +488,6 @@ class _Loop:
         seat.history.record.flush()
       self.checkpoints.save(number, state, self.places.progress(position, seconds))
     self._saved_at = self._total_seconds()
-
-
-def _finish(
-  run: Run, history: History, trained: Adapter, kept: int | None, seconds: Seconds
-) -> dict[str, Any] | Diverged | None:
-  """Writes a run's result and exports its best adapter; of one that was pruned nothing.
-
-  Args:
-    trained: the trained leaves at the best evaluation.
-    kept: step of the last checkpoint.
-    seconds: wall time by what it was spent on.
-  """
-  if history.failed is not None:
-    advice = f"The checkpoint of step {kept} is kept" if kept else _NOTHING
-    diverged = Diverged(**history.failed, kept=f". {advice}")
-    _report(run, history, f"Ended at step {diverged.step:,}: {diverged}")
-    return diverged
-  if history.pruned is not None:
-    step, reason = history.pruned["step"], history.pruned["reason"]
-    _report(run, history, f"Stopped at step {step:,}: {reason}")
-    return None
-  rest = partition(run.adapter, trainable_mask(run.adapter))[1]
-  adapter = meshes.gather(combine(trained, rest))
-  result = history.result(training.size(adapter), seconds)
-  with bucket.staging(run.folder) as here:
-    paths = run.export(adapter, result, here)
-  result |= {n: str(run.folder / Path(p).relative_to(here)) for n, p in paths.items()}
-  if processes.first():
-    title = run.about.title
-    curves.draw(run.folder / workdir.CURVES, history.record.lines, title)
-    if table := result.get("report", {}).get("confusion"):
-      confusion.draw(run.folder / workdir.CONFUSION, table, title)
-    _report(run, history, "Finished.", result)
-    workdir.write_json(run.folder / workdir.RESULT, result)
-  return result
-
-
-def _report(
-  run: Run, history: History, status: str, result: Mapping[str, Any] | None = None
-) -> None:
-  """Writes report.html anew; process 0 alone."""
-  if processes.first():
-    best = history.best_and_last()[0]["step"]
-    record = history.record
-    text = page.render(run.about, record.lines, best, status, result, record.samples)
-    workdir.write_text(run.folder / workdir.REPORT, text)
 
 
 @contextlib.contextmanager
