@@ -149,11 +149,15 @@ def _pairs(count, seed):
     yield {"text": text, "text_pair": other, "label": float(rng.uniform(0, 5))}
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
-def test_the_abstract_step_is_the_very_step_that_trains(kind, folder, monkeypatch):
+@pytest.mark.parametrize(
+  ("kind", "changes"), [("gpt2", {}), ("gpt2", {"data.packing": True}), ("bert", {})]
+)
+def test_the_abstract_step_is_the_very_step_that_trains(
+  kind, changes, folder, monkeypatch
+):
   splits = Splits(list(_pairs(9, 0)), {"validation": list(_pairs(3, 1))})
   monkeypatch.setattr(classification.data, "load", lambda *args, **kwargs: splits)
-  wanted = _wanted(kind, folder)
+  wanted = _wanted(kind, folder, **changes)
   real = run.prepare({Path(): wanted})
   plan, mesh = durations(wanted.train, real.data.steps_per_epoch), real.model.mesh
   program = loop.program_of(real, plan)
@@ -165,7 +169,7 @@ def test_the_abstract_step_is_the_very_step_that_trains(kind, folder, monkeypatc
   with jax.set_mesh(mesh):
     want = program.step.lower(state, base, batch).as_text()
   assert made.lower().as_text() == want
-  other = abstract.abstract(_wanted(kind, folder, **{"lora.rank": 2}), mesh)
+  other = abstract.abstract(_wanted(kind, folder, **changes, **{"lora.rank": 2}), mesh)
   assert other.lower().as_text() != want
 
 

@@ -39,6 +39,10 @@ def _open(settings: TextSettings) -> Task:
       read_once[model.folder] = (found, trained)
     return read_once[model.folder]
 
+  def blank(_: Located, length: int) -> Sequences:
+    row = sequences.blank(length)
+    return packing.pack(row, length) if settings.packing else row
+
   def splits(_: TextSettings, model: Located) -> Splits:
     found, trained = data(model)
     held_out = {name: each.rows for name, each in found.rows.items() if name != TRAIN}
@@ -51,7 +55,7 @@ def _open(settings: TextSettings) -> Task:
     labels=None,
     settings=TextSettings,
     read=splits,
-    blank=lambda model, length: sequences.blank(length),
+    blank=blank,
     objective=perplexity.objective(
       lambda batch: next_labels(batch["labels"]), objective.TOKENS
     ),
