@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorax_flax import ragged
-from lorax_flax.ragged import blocks, megablox
+from lorax_flax.ragged import blocks, masked, megablox
 
 N, E, I, O = 37, 5, 6, 9
 SIZES = ([3, 0, 20, 6, 8], [0, 0, N, 0, 0], [1, 2, 3, 0, 4], [0] * E)
@@ -53,12 +53,15 @@ def test_values_and_gradients_equal_the_dense_form(fn):
     check_close(*(f(jnp.array(sizes, jnp.int32)) for f in both))
 
 
-def test_the_kernel_of_tpus_equals_the_dense_form():
+@pytest.mark.parametrize(
+  ("form", "options"), [(megablox, {"interpret": True}), (masked, {})]
+)
+def test_the_other_forms_equal_the_dense_one(form, options):
   for sizes in map(jnp.array, SIZES):
     y, dx, dw = back(dense, X, W, sizes, CT)
-    check_close(megablox.product(X, W, sizes, turned=False, interpret=True), y)
-    check_close(megablox.product(CT, W, sizes, turned=True, interpret=True), dx)
-    check_close(megablox.outer(X, CT, sizes, interpret=True), dw)
+    check_close(form.product(X, W, sizes, turned=False, **options), y)
+    check_close(form.product(CT, W, sizes, turned=True, **options), dx)
+    check_close(form.outer(X, CT, sizes, **options), dw)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def use(folder: str | None) -> None:
 
 
 def _use_own() -> None:
-  if jax.config.values["jax_compilation_cache_dir"] is not None:
+  values = jax.config.values
+  if values["jax_compilation_cache_dir"] or not values["jax_enable_compilation_cache"]:
     return
   place = assets.cache_dir() / "programs"
   try:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from lorax_flax.ragged import blocks, megablox
+from lorax_flax.ragged import blocks, masked, megablox
 
 # Kernels by platform; elsewhere the loop over blocks of rows.
 KERNELS: dict[str, Any] = {"tpu": megablox}
@@ -158,11 +158,15 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _scoped(kernel: Any, name: str) -> Any:
-  """A kernel's function, under a name that tells the rows it is expected to compute."""
+  """A kernel's function, under a name that tells the rows it is expected to compute.
+
+  Where their number is a variable, it is the one of `masked`.
+  """
 
   def run(*args, active, **params):
+    chosen = kernel if isinstance(args[0].shape[0], int) else masked
     with jax.named_scope(f"{SCOPE}{active}"):
-      return getattr(kernel, name)(*args, **params)
+      return getattr(chosen, name)(*args, **params)
 
   return mlir.lower_fun(run, multiple_results=False)
 

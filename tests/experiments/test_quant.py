@@ -53,7 +53,8 @@ def test_logits_are_those_of_the_dense_kernels(root, tmp_path, adapted):
   found = []
   for base, name in (("base", "nf4"), ("dense", None), ("base", None)):
     out = tmp_path / f"{base}-{name}.jsonl"
-    predict(str(root / base), adapter, str(root / "in.jsonl"), str(out), quant=name)
+    files = (str(root / base), adapter, str(root / "in.jsonl"), str(out))
+    predict(*files, quant=name, other_base=base == "dense")
     found.append(np.array([line["logits"] for line in _written(out)]))
   np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-5)
   assert np.abs(found[0] - found[2]).max() > 1e-3  # Quantising changes something.
@@ -66,7 +67,8 @@ def test_texts_are_those_of_the_dense_kernels(root, tmp_path, fields):
   for base, name in (("base", "nf4"), ("dense", None)):
     out = tmp_path / f"{base}.jsonl"
     files = (str(root / "run/adapter"), str(root / "in.jsonl"), str(out))
-    generate(str(root / base), *files, decoding, quant=name)
+    other_base = base == "dense"
+    generate(str(root / base), *files, decoding, quant=name, other_base=other_base)
     found.append(_written(out))
   assert found[0] == found[1]
 

@@ -98,6 +98,7 @@ def test_processes_share_a_bucket_for_workdir_and_programs_and_one_goes_on(
     *("-m", "launch.local", "--processes=2", "--grace=60", "--"),
     *("-m", "tests.distributed.saboteur", *flags),
     SABOTAGE="1 term 4",
+    JAX_ENABLE_COMPILATION_CACHE="true",
   )
   assert code == 143, said
   told = re.search(r"told to stop: saved at step (\d+)", said)
