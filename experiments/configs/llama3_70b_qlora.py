@@ -6,7 +6,7 @@ The kernels of the layers lie in memory as NF4 with double quantisation (arXiv
 Expected result: none is published for data of one's own; the held-out perplexity falls.
 `python -m launch.dryrun` says what a chip holds, without the model and without a chip.
 
-Hardware: TPU v5e, 8 chips (2×4), by the dry run 13.9 of 16 GiB each.
+Hardware: TPU v5e, 8 chips (2×4), by the dry run 11.1 of 16 GiB each.
 Command: python -m experiments.run --config=llama3_70b_qlora.py \\
 --config.data.path=FOLDER --workdir=DIR
 

@@ -7,7 +7,7 @@ float32 masters and Adam's two moments of each.
 Expected result: none is published for data of one's own; the held-out perplexity falls.
 `python -m launch.dryrun` says what a chip holds, without the model and without a chip.
 
-Hardware: TPU v5e, 16 chips (4×4), by the dry run 4.3 of 16 GiB each.
+Hardware: TPU v5e, 16 chips (4×4), by the dry run 2.9 of 16 GiB each.
 Command: python -m experiments.run --config=llama3_8b_instruct.py \\
 --config.data.path=FOLDER --workdir=DIR
 
