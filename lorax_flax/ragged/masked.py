@@ -37,7 +37,7 @@ def outer(x_NxI: jax.Array, y_NxO: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
 
 def _own(group: jax.Array, sizes_E: jax.Array, x_NxI: jax.Array) -> jax.Array:
-  """Whether each row is in a group, Nx1."""
+  """Membership of each row in a group, Nx1 bool."""
   stop = jnp.cumsum(sizes_E)[group]
   places_N = jnp.arange(x_NxI.shape[0], dtype=sizes_E.dtype)
   return ((places_N >= stop - sizes_E[group]) & (places_N < stop))[:, None]
