@@ -15,7 +15,7 @@ from lorax_flax.train import objective
 from lorax_flax.train.token_scores import next_labels
 
 if TYPE_CHECKING:
-  from lorax_flax.models.registry import Located
+  from lorax_flax.models.registry import Located, Outline
   from lorax_flax.tasks.causal_lm.read import Found
 
 _NAME = "next_token"
@@ -39,7 +39,7 @@ def _open(settings: TextSettings) -> Task:
       read_once[model.folder] = (found, trained)
     return read_once[model.folder]
 
-  def blank(_: Located, length: int) -> Sequences:
+  def blank(_: Outline, length: int) -> Sequences:
     row = sequences.blank(length)
     return packing.pack(row, length) if settings.packing else row
 
