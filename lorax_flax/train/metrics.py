@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,35 +38,20 @@ class Mean:
 # the first step need not wait.
 
 
-def _accuracy(predicted_N, labels_N) -> float:
-  import sklearn.metrics
+def _score(name: str, **options: Any) -> Callable[[np.ndarray, np.ndarray], float]:
+  """A score of scikit-learn's."""
 
-  return float(sklearn.metrics.accuracy_score(labels_N, predicted_N))
-
-
-def _f1(predicted_N, labels_N) -> float:
-  import sklearn.metrics
-
-  # GLUE's F1 is the positive class's. No positive anywhere makes it 0, as there.
-  return float(sklearn.metrics.f1_score(labels_N, predicted_N, zero_division=0))
-
-
-def _average_f1(average: str) -> Callable[[np.ndarray, np.ndarray], float]:
-  def f1(predicted_N, labels_N) -> float:
+  def score(predicted_N, labels_N) -> float:
     import sklearn.metrics
 
-    found = sklearn.metrics.f1_score(
-      labels_N, predicted_N, average=average, zero_division=0
-    )
-    return float(found)
+    return float(getattr(sklearn.metrics, name)(labels_N, predicted_N, **options))
 
-  return f1
+  return score
 
 
-def _matthews(predicted_N, labels_N) -> float:
-  import sklearn.metrics
-
-  return float(sklearn.metrics.matthews_corrcoef(labels_N, predicted_N))
+def _f1(**options: Any) -> Callable[[np.ndarray, np.ndarray], float]:
+  # No positive anywhere makes it 0, as in GLUE.
+  return _score("f1_score", zero_division=0, **options)
 
 
 def _perplexity(loss: float) -> float:
@@ -105,14 +91,15 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-  "accuracy": Metric(_accuracy),
+  "accuracy": Metric(_score("accuracy_score")),
   "eval_loss": Metric(float, of_loss=True, better=operator.lt),
   # Of several classes at once, all of them have to be right.
-  "exact_match": Metric(_accuracy),
-  "f1": Metric(_f1),
-  "macro_f1": Metric(_average_f1("macro")),
-  "matthews_correlation": Metric(_matthews),
-  "micro_f1": Metric(_average_f1("micro")),
+  "exact_match": Metric(_score("accuracy_score")),
+  # GLUE's is the positive class's.
+  "f1": Metric(_f1()),
+  "macro_f1": Metric(_f1(average="macro")),
+  "matthews_correlation": Metric(_score("matthews_corrcoef")),
+  "micro_f1": Metric(_f1(average="micro")),
   "pearson": Metric(_correlation("pearsonr")),
   "perplexity": Metric(_perplexity, of_loss=True, better=operator.lt),
   "spearman": Metric(_correlation("spearmanr")),
