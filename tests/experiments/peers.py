@@ -178,8 +178,13 @@ def logits(model, lines, tokenizer=None, max_length=None):
 
 def run(module, *args, stdin=None, **environment):
   """A command in a process of its own."""
+  return python("-m", f"experiments.{module}", *args, stdin=stdin, **environment)
+
+
+def python(*args, stdin=None, **environment):
+  """Python in a process of its own, in the project's folder."""
   return subprocess.run(
-    [sys.executable, "-m", f"experiments.{module}", *args],
+    [sys.executable, *args],
     cwd=ROOT,
     env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
     stdin=stdin,

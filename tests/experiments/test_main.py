@@ -2,8 +2,6 @@
 
 import configparser
 import importlib
-import subprocess
-import sys
 
 import pytest
 
@@ -12,13 +10,7 @@ from tests.experiments import peers
 
 
 def _lorax(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.cli.main", *arguments],
-    cwd=peers.ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  return peers.run("cli.main", *arguments)
 
 
 def test_it_is_installed_as_lorax():
@@ -36,13 +28,8 @@ def test_help_lists_every_command_and_imports_no_jax():
     "import sys; from experiments.cli import main; main.main(['--help']); "
     "sys.exit('jax' in sys.modules)"
   )
-  done = subprocess.run(
-    [sys.executable, "-c", program],
-    cwd=peers.ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
+  done = peers.python("-c", program)
+  assert done.returncode == 0, done.stderr
   for name in main.COMMANDS:
     assert f"\n  {name}  " in done.stdout
   assert "merge          Writes a base with an adapter merged in" in done.stdout
@@ -58,14 +45,8 @@ def test_every_module_of_the_table_is_a_command():
 )
 def test_a_commands_help_is_the_modules(name, module):
   ours = _lorax(*name.split(), "--help")
-  theirs = subprocess.run(
-    [sys.executable, "-m", module, "--help"],
-    cwd=peers.ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert ours.returncode == 0
+  theirs = peers.python("-m", module, "--help")
+  assert (ours.returncode, theirs.returncode) == (0, 0)
   assert ours.stdout == theirs.stdout
 
 

@@ -1,8 +1,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -128,11 +126,6 @@ class Watched:
 folder = pathlib.Path({str(tmp_path)!r})
 toy.fit(toy.with_batches(toy.job(folder), Watched), folder)
 """
-  done = subprocess.run(
-    [sys.executable, "-c", program],
-    cwd=peers.ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
+  done = peers.python("-c", program)
+  assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines()[-1] == "[]"

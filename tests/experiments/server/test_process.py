@@ -119,12 +119,6 @@ def test_a_missing_package_is_an_error_that_names_the_extra(root):
     "import sys; sys.modules['uvicorn'] = None; sys.argv = ['serve', '--base=x']; "
     "import runpy; runpy.run_module('experiments.serve', run_name='__main__')"
   )
-  done = subprocess.run(
-    [sys.executable, "-c", program],
-    cwd=peers.ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  done = peers.python("-c", program)
   assert done.returncode == 1
   assert "pip install 'lorax-flax[serve]'" in done.stderr
