@@ -1,7 +1,12 @@
 """Strict by default: no implicit rank or dtype promotion anywhere in a test."""
 
+import gc
 import os
 import subprocess
+
+# Tracing makes many objects that live long: a tenth of the time went into looking
+# through them for what does not.
+gc.set_threshold(50_000)
 
 # libtpu is installed for the dry runs: nothing is to look for a TPU, in a test's own
 # processes neither.
@@ -13,6 +18,8 @@ from tests import compiler
 # for one another more than they compute. Both hold in a test's own processes too.
 os.environ.setdefault("XLA_FLAGS", compiler.QUICK)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Programs need not know the lines that they come from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # A run would start anew for large pages, and import everything twice.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
 # No test finds another's programs, or leaves its own in the user's cache.
