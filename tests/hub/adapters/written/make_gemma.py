@@ -1,6 +1,7 @@
-"""Writes gemma/ by the gemma library's LoRA and checkpoints, and its logits.
+r"""Writes gemma/ by the gemma library's LoRA and checkpoints, and its logits.
 
-pip install gemma==3.3.0 kauldron==1.3.0 jax==0.8.0 flax==0.12.0 tensorflow-cpu
+pip install gemma==3.3.0 kauldron==1.3.0 jax==0.8.0 flax==0.12.0 \
+  orbax-checkpoint==0.11.26 typeguard==4.4.4 tensorflow-cpu
 python tests/hub/adapters/written/make_gemma.py
 """
 
@@ -90,7 +91,6 @@ if __name__ == "__main__":
   assert shapes == {k: x.shape for k, x in weights().items()}, shapes
   flat = flatten_dict(lora, sep="/")
   for i, (name, leaf) in enumerate(sorted(flat.items())):
-    print(name, leaf.shape)
     flat[name] = jnp.asarray(base.value(i, *leaf.shape), jnp.float32)
   lora = unflatten_dict(flat, sep="/")
   params = peft.merge_params(unflatten_dict(weights(), sep="/"), lora)

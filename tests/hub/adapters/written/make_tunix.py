@@ -7,6 +7,7 @@ python tests/hub/adapters/written/make_tunix.py
 import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import base
@@ -66,13 +67,11 @@ def restored(folder, scratch):
 
 
 if __name__ == "__main__":
-  scratch = Path("/tmp/tunix_base")
-  scratch.mkdir(exist_ok=True)
+  scratch = Path(tempfile.mkdtemp())
   trained = model(scratch)
   state = nnx.to_flat_state(nnx.state(trained, nnx.LoRAParam))
   leaves = sorted(state, key=lambda item: str(item[0]))
-  for i, (path, leaf) in enumerate(leaves):
-    print("/".join(map(str, path)), leaf[...].shape)
+  for i, (_, leaf) in enumerate(leaves):
     leaf[...] = jnp.asarray(base.value(i, *leaf[...].shape), jnp.float32)
   nnx.update(trained, nnx.from_flat_state(leaves))
   shutil.rmtree(OUT, ignore_errors=True)
