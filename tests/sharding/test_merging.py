@@ -1,6 +1,7 @@
 """A sharded base with an adapter merged in, on eight virtual devices."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.checkpoints import export
 from lorax_flax.models import registry
 from lorax_flax.sharding import mesh as meshes
-from tests.experiments import peers
 from tests.train import tiny
 
 
@@ -25,7 +25,13 @@ def found(tmp_path_factory):
   """What `main` prints in a process of eight devices."""
   folder = tmp_path_factory.mktemp("merging")
   tiny.model(folder / "base", tiny.LLAMA | {"num_hidden_layers": 6})
-  done = peers.python("-m", "tests.sharding.test_merging", folder)
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.sharding.test_merging", folder],
+    cwd=tiny.ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   return folder, json.loads(done.stdout)
 
