@@ -109,7 +109,7 @@ def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
 def _shifts(
   params: PyTree, adapter: Adapter, sign: float
 ) -> dict[str, Callable[[], jax.Array]]:
-  """For each leaf that changes, () -> it with its delta added, or taken out."""
+  """Makers, by path, of each leaf that changes: its delta added, or taken out."""
   leaves = arrays(params)
   for path in adapter:
     if path not in leaves:
