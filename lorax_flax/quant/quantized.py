@@ -109,5 +109,5 @@ def is_quantized(x: Any) -> bool:
 
 
 def dense(x: Any) -> Any:
-  """The weight as an array, whether it is quantised or not."""
-  return x.dense() if is_quantized(x) else x
+  """The weight as an array, be it quantised, deferred or neither."""
+  return x.dense() if hasattr(x, "dense") else x
