@@ -23,6 +23,11 @@ Compiled programs are kept for the next start, in the user's cache or in
 gs://BUCKET/FOLDER (with the extra gcs). JAX_ENABLE_COMPILATION_CACHE=false keeps none.
 """
 
+from experiments.cli import large_pages
+
+if __name__ == "__main__":
+  large_pages.restart()  # First, or all that is imported would be imported twice.
+
 import dataclasses
 import functools
 import logging
@@ -33,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from experiments.cli import command as cli
-from experiments.cli import config_flag, large_pages, run_flags
+from experiments.cli import config_flag, run_flags
 
 if TYPE_CHECKING:
   from lorax_flax.jobs.settings import Settings
@@ -149,7 +154,6 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
 def main() -> int:
   chosen = config_flag.read(FLAGS)
   settings = chosen.settings()
-  large_pages.restart()
   from experiments.cli import training
   from lorax_flax.distributed import processes
   from lorax_flax.files import bucket
