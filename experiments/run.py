@@ -134,11 +134,13 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
     start = starts.started(plan, lora, mine, own.train.seed, objective, batches, mesh)
     adapter = build.adapter(start, mine, own.init_adapter)
     about = describe.about(own, task, mine, plan, adapter, splits, lengths, workdir)
+    mine, adapter = build.released(mine, adapter)
     card = functools.partial(describe.card, own, task, mine, adapter, about)
     proof = functools.partial(prove, own, mine)
     write = export(own.lora, own.model.path, task, mine, card, proof)
     name = workdir.name if len(runs) > 1 else ""
     made.append(Run(own.train, adapter, workdir, write, about, name))
+  model, _ = build.released(model, made[0].adapter)
   for line in build.describe(plan, made[0].adapter, model.params).values():
     log.info(line)
   return Job(
