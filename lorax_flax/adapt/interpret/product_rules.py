@@ -192,7 +192,7 @@ def dot_general(eqn, operands, product, drop, observe) -> jax.Array:
       free = {j: n for j, n in enumerate(x.shape) if j not in shared}
       token = xs[view.choice.token_axis(view.path, free)]
       w.append(token)
-    form = _form(view, view.choice, axes, x, jx.param(eqn, "precision"), observe)
+    form = _form(view, view.choice, axes, x, observe)
     view = view.chosen() if form == "gathered" else view.scaled_as_chosen()
   contracted, other, turned = _factors(view, axes)
   if turned:
@@ -222,7 +222,7 @@ def dot_general(eqn, operands, product, drop, observe) -> jax.Array:
   out = [c for c in out if c in told]
   if form == "sorted":
     delta = _Named(contracted, contracted_names), _Named(other, other_names)
-    found = _sorted(_Named(x, xs), *delta, view.choice, token, base.dtype)
+    found = _sorted(_Named(x, xs), *delta, view.choice, token, base.dtype, kwargs)
     y = jnp.einsum(f"{''.join(found.names)}->{''.join(out)}", found.array)
   else:
     z = jnp.einsum(
@@ -265,6 +265,7 @@ def _sorted(
   choice: Choice,
   token: str | None,
   dtype: Any,
+  options: dict[str, Any],
 ) -> _Named:
   """(x contracted) other, with the factors of each place's slot."""
   places = [c for c in x.names if c not in contracted.names]
@@ -287,19 +288,18 @@ def _sorted(
     choice.of_places(sizes, places.index(token) if token else 0),
     of_slots(contracted, inputs),
     of_slots(other, outputs).swapaxes(1, 2),
-    dtype,
+    dtype=dtype,
+    **options,
   )
   return _Named(y.reshape((*sizes, *(size[c] for c in outputs))), places + outputs)
 
 
 def _form(
-  view: View, choice: Choice, axes: Axes, x: jax.Array, precision: Any, observe: Any
+  view: View, choice: Choice, axes: Axes, x: jax.Array, observe: Any
 ) -> evaluations.Form:
   """The evaluation of a product with a view of several adapters."""
   contracted, other, _ = _factors(view, axes)
   sortable = not axes.shared and observe is None
-  # Ragged products have no other precision than the default.
-  sortable &= precision in (None, (jax.lax.Precision.DEFAULT,) * 2)
   sortable &= all(contracted.shape[i] == 1 for i in axes.kept)
   sortable &= all(other.shape[i] in (1, view.shape[i]) for i in axes.kept)
   places = x.size // math.prod(view.shape[i] for i in (*axes.contracted, *axes.shared))
