@@ -118,7 +118,7 @@ def draw(file: Path, found: Mapping[str, Mapping[str, Any]], title: str) -> None
 
 
 def _recorded(file: Path | None, key: Mapping[str, Any]) -> dict[str, Any]:
-  """The figures of these settings in a file, without these; nothing if there are none."""
+  """The figures of these settings in a file, the settings left out."""
   lines = file.read_text().splitlines() if file and file.exists() else []
   for line in map(json.loads, lines):
     if {**line, **key} == line:
