@@ -15,7 +15,7 @@ from lorax_flax.errors import LoraxError
 class Quantized:
   """A kernel (*stack, in, out) as codes and scales; the base of the formats.
 
-  Arrays have torch's layout, (*stack, out, in): blocks run along the contracted axis,
+  Codes have torch's layout, (*stack, out, in): blocks run along the contracted axis,
   and codes are those that bitsandbytes gives the weight of a torch.nn.Linear. The stack
   axes (layers, experts) come first in every array, so that a scan slices a leaf as it
   slices a kernel.
@@ -101,7 +101,7 @@ class Quantized:
 # One program: step by step, each of the intermediate arrays would be stored.
 @functools.partial(jax.jit, inline=True)
 def _dense(leaf: Quantized) -> jax.Array:
-  return jnp.swapaxes(leaf.matrices(), -1, -2)
+  return leaf.matrices().mT
 
 
 def is_quantized(x: Any) -> bool:
