@@ -101,14 +101,22 @@ class DoubleNF4(FourBit):
   @classmethod
   def of_matrices(cls, m: jax.Array, dtype: Any) -> Self:
     """The codes of `NF4`, their scales quantised."""
-    codes, absmax = _quantized(m, CODE, cls.block)
+    return cls.from_rows(NF4.of_matrices(m, dtype))
+
+  @classmethod
+  def by_rows(cls) -> type[NF4]:
+    return NF4
+
+  @classmethod
+  def from_rows(cls, rows: NF4) -> Self:
+    absmax = rows.absmax.mT
     flat = blocks.join(absmax)
     mean = flat.mean(-1, keepdims=True)
     more = -flat.shape[-1] % cls.group
     padded = jnp.pad(flat - mean, [(0, 0)] * (flat.ndim - 1) + [(0, more)])
     scales, scales_absmax = _quantized(padded, DYNAMIC, cls.group)
     scales = scales[..., : flat.shape[-1]].reshape(absmax.shape).mT
-    return cls(blocks.pack(codes), scales, scales_absmax, mean, dtype=dtype)
+    return cls(rows.codes, scales, scales_absmax, mean, dtype=rows.dtype)
 
   values = staticmethod(NF4.values)
 

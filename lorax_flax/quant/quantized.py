@@ -41,6 +41,16 @@ class Quantized:
     """The codes of (*stack, out, in) float32."""
     raise NotImplementedError
 
+  @classmethod
+  def by_rows(cls) -> "type[Quantized]":
+    """The format in which each output's weights are quantised by themselves."""
+    return cls
+
+  @classmethod
+  def from_rows(cls, rows: Any) -> Self:
+    """The leaf, of that of one kernel in the format `by_rows`."""
+    return rows
+
   def matrices(self) -> jax.Array:
     """The weights, (*stack, out, in), computed in float32 and rounded to `dtype`."""
     raise NotImplementedError

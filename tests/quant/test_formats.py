@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorax_flax import LoraxError, quant
+from lorax_flax.hub.checkpoints import quantized
 from lorax_flax.quant import nf4
 
 OUT, IN = 40, 512
@@ -105,6 +106,29 @@ def test_places_of_a_stack_are_quantised_by_themselves(name):
   abstract = quant.quantize(jax.ShapeDtypeStruct(kernels.shape, jnp.float32), name)
   assert jax.tree.structure(abstract) == jax.tree.structure(leaf)
   assert abstract.shape == kernels.shape
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4", "int8", "q8_0"])
+def test_a_leaf_is_made_of_some_outputs_at_a_time(name, monkeypatch):
+  kernels = np.asarray(jax.random.normal(jax.random.key(0), (2, 128, 50)))
+  monkeypatch.setattr(quantized, "_BLOCK", 16 * 128 * 4)  # The last one has two.
+  sizes = []
+
+  def read(block):
+    part = kernels[tuple(slice(*ends) for ends in block)]
+    sizes.append(part.shape)
+    return part
+
+  shape = jax.ShapeDtypeStruct(kernels.shape, kernels.dtype)
+  filled = quantized.fill(quant.quantize(shape, name), read)
+  assert sizes == [(1, 128, n) for n in (16, 16, 16, 2)] * 2
+  at_once = quant.quantize(kernels, name)
+  assert jax.tree.structure(filled) == jax.tree.structure(at_once)
+  for array, full in zip(
+    jax.tree.leaves(filled), jax.tree.leaves(at_once), strict=True
+  ):
+    assert isinstance(array, np.ndarray)
+    np.testing.assert_allclose(array, full, rtol=1e-6)
 
 
 def test_errors_name_the_format_and_the_axis():
