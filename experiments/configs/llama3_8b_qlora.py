@@ -6,7 +6,7 @@ The kernels of the layers lie in memory as NF4 with double quantisation (arXiv
 Expected result: none is published for data of one's own; the held-out perplexity falls.
 `python -m launch.dryrun` says what a chip holds, without the model and without a chip.
 
-Hardware: one TPU v5e chip, by the dry run 8.2 of 16 GiB.
+Hardware: one TPU v5e chip, by the dry run 7.9 of 16 GiB.
 Command: python -m experiments.run --config=llama3_8b_qlora.py \\
 --config.data.path=FOLDER --workdir=DIR
 

@@ -86,7 +86,7 @@ def quantize(kernel: Any, name: str) -> Quantized:
 
 @functools.partial(jax.jit, static_argnames="name")
 def _quantize(kernel: jax.Array, name: str) -> Quantized:
-  m = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32)
+  m = kernel.mT.astype(jnp.float32)
   return FORMATS[name].of_matrices(m, kernel.dtype)
 
 
