@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten, map_with_path
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, check_known, listing, unknown
 from lorax_flax.files import strict_json
 from lorax_flax.hub.checkpoints import load as hub_load
 from lorax_flax.hub.checkpoints import quantized
@@ -29,11 +29,11 @@ from lorax_flax.models import (
   distilbert,
   gpt2,
   llama,
-  stacking,
   t5,
   vit,
 )
 from lorax_flax.models.family import Family
+from lorax_flax.models.remat import REMAT
 from lorax_flax.models.soft import SoftSettings, places
 
 FAMILIES: dict[str, Family] = {
@@ -285,7 +285,7 @@ def outline(
     if not hasattr(family.configure(hf_config), "vocab_size"):
       raise LoraxError(f"a {hf_config['model_type']} has no vocab_size")
     hf_config = {**hf_config, "vocab_size": vocab_size}
-  stacking.check_remat(remat)
+  check_known("remat", remat, REMAT)
   overrides = {} if num_labels is None else {"num_labels": num_labels}
   if overrides and not family.has_labels:
     raise LoraxError(

@@ -130,6 +130,7 @@ def _kernel(
     interpret=interpret,
     head_shards=1,
     q_seq_shards=shards,
+    residual_checkpoint_name="attention",
   )
 
 
