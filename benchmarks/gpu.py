@@ -57,7 +57,7 @@ ROWS: dict[str, Case] = {
 }
 # Ways to train, by side: whether layers are scanned, and what is recomputed.
 WAYS = {
-  "lorax_flax": [(False, "none"), (True, "none"), (True, "dots"), (True, "full")],
+  "lorax_flax": [(False, "none"), (True, "none"), (True, "inputs"), (True, "full")],
   "peft": [(False, "none"), (False, "full")],
 }
 
