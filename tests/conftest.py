@@ -13,6 +13,8 @@ from tests import compiler
 # for one another more than they compute. Both hold in a test's own processes too.
 os.environ.setdefault("XLA_FLAGS", compiler.QUICK)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A run would start anew for large pages, and import everything twice.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
 # No test finds another's programs, or leaves its own in the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 

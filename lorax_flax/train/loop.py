@@ -195,6 +195,8 @@ class _Loop:
       processes.Preempted: SIGTERM asked for it; everything is saved.
     """
     total, epoch = self.plan.total, self.plan.epoch
+    # Where nothing is measured at the end of an epoch, it is a step like any other.
+    measures = bool(self._data.evaluation) or self.job.samples is not None
     number = done
     if self.places.waiting() and not done:
       self._arrange()
@@ -222,7 +224,9 @@ class _Loop:
           number, lambda n: n == total or n % self._config.log_steps == 0
         ):
           self._log(number, logged)
-        if evaluated := self._due(number, lambda n: n == total or n % epoch == 0):
+        if evaluated := self._due(
+          number, lambda n: n == total or (measures and n % epoch == 0)
+        ):
           state = self._evaluate(number, evaluated, state, base)
           self._answer(number, evaluated, state, base)
         if judged := self._due(number, self._is_judged):

@@ -1,11 +1,8 @@
 import dataclasses
 import gc
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -31,7 +28,7 @@ from lorax_flax.models import registry
 from lorax_flax.tasks import classification
 from lorax_flax.tasks.task import TASKS
 from lorax_flax.train import loop
-from tests.experiments import peers
+from tests.experiments import commands, peers
 
 SHRUNK = {
   "model.path": "BASE",
@@ -453,20 +450,8 @@ def test_a_file_of_the_users_own(tmp_path, monkeypatch):
 
 
 def _command(*arguments, cwd):
-  environment = os.environ | {
-    "PYTHONPATH": str(peers.ROOT),
-    "HF_HUB_OFFLINE": "1",
-    "HF_HOME": str(cwd / "hf"),
-  }
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.run", *arguments],
-    cwd=cwd,
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
+  hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
+  return commands.run("experiments.run", *arguments, cwd=cwd, **hub)
 
 
 def test_the_command_refuses_without_a_traceback_and_helps(tmp_path):
