@@ -1,7 +1,7 @@
 """A sweep's trials together against one after another, on the quick start's task.
 
   python -m benchmarks.sweeps [--steps=30] [--trials=8] [--step]
-  python -m benchmarks.sweeps --trials=64 --prune=halving
+  python -m benchmarks.sweeps --trials=64 --prune=halving [--alone=4] [--workdir=DIR]
 
 One after another is `experiments.run` for each trial, in a process of its own; together
 is `experiments.sweep`, in one process. Both train the same number of steps, evaluate
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,48 +102,74 @@ def _row(name: str, wall: float, printed: str, results: list[dict[str, Any]]) ->
   ]
 
 
-def measure(chosen: list[Trial], steps: int, prune: str | None) -> str:
+def _sweep(
+  chosen: list[Trial], workdir: Path, given: Sequence[str]
+) -> tuple[float, str, list[dict[str, Any]]]:
+  """Wall seconds of a sweep of the trials, what it printed, their results."""
+  with tempfile.NamedTemporaryFile("w", suffix=".py") as listed:
+    listed.write(_SOME.format([dict(trial.changes) for trial in chosen]))
+    listed.flush()
+    wall, printed = _command(
+      "sweep", f"--config={listed.name}", *given, f"--workdir={workdir}"
+    )
+  results = [_result(workdir / trial.name, "result.json") for trial in chosen]
+  return wall, printed, results
+
+
+def measure(
+  chosen: list[Trial], steps: int, prune: str | None, alone: int, folder: Path
+) -> str:
   """The first table: wall time and programs."""
-  given = [f"--config={_SPEC}", f"--config.train.steps={steps}"]
-  with tempfile.TemporaryDirectory() as temporary:
-    folder = Path(temporary)
-    rows, results, walls, prints = [], [], 0.0, ""
-    for trial in chosen:
+  given = [f"--config.train.steps={steps}"]
+  rows, walls, prints = [], 0.0, ""
+  some = [chosen[i * len(chosen) // alone] for i in range(alone)]
+  own_results: dict[str, dict[str, Any]] = {}
+  with tempfile.TemporaryDirectory() as scratch:
+    for trial in some:
       own = [f"--config.{name}={value}" for name, value in trial.changes.items()]
-      here = folder / trial.name
-      wall, printed = _command("run", *given, *own, f"--workdir={here}")
+      here = Path(scratch) / trial.name
+      wall, printed = _command(
+        "run", f"--config={_SPEC}", *given, *own, f"--workdir={here}"
+      )
       walls, prints = walls + wall, prints + printed
-      results.append(_result(here, "result.json"))
-    rows.append(_row("one after another", walls, prints, results))
+      own_results[trial.name] = _result(here, "result.json")
+    rows.append(_row(f"{alone} alone", walls, prints, [*own_results.values()]))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    sweep, listed = folder / "sweep", folder / "some.py"
-    listed.write_text(_SOME.format([dict(trial.changes) for trial in chosen]))
-    given[0] = f"--config={listed}"
-    given += [] if prune is None else [f"--prune={prune}"]
-    wall, printed = _command("sweep", *given, f"--workdir={sweep}")
-    folders = [sweep / trial.name for trial in chosen]
-    ours = [_result(own, "result.json") for own in folders]
+    walls *= len(chosen) / alone
+    options = [] if prune is None else [f"--prune={prune}"]
+    sweep = Path(scratch) / "sweep"
+    wall, printed, ours = _sweep(chosen, sweep, [*given, *options])
     taken = [
-      steps if result else _result(own, "judged.json")["pruned"]["step"]
-      for own, result in zip(folders, ours, strict=True)
+      steps if result else _result(sweep / trial.name, "judged.json")["pruned"]["step"]
+      for trial, result in zip(chosen, ours, strict=True)
     ]
-    # Of trials that take turns the last one's seconds are not those of all.
-    shared = [result for result in ours[:1] if prune is None]
-    rows.append(_row("together", wall, printed, shared))
+  # Of trials that take turns the last one's seconds are not those of all.
+  shared = [result for result in ours[:1] if prune is None]
+  rows.append(_row("together", wall, printed, shared))
+  if alone < len(chosen):
+    ended = _sweep(chosen, folder / "to_the_end", given)[2]
+  else:
+    ended = [own_results[trial.name] for trial in chosen]
   header = ["trials", "wall s", "compile", "steps", "evaluate", "save", "rest"]
   title = f"{len(chosen)} trials of {_SPEC}, {steps} steps each, {os.cpu_count()} cores"
   table = common.table(title, [*header, "programs"], rows)
-  pairs = [(a, b) for a, b in zip(results, ours, strict=True) if b]
+  to_end = {trial.name: own for trial, own in zip(chosen, ours, strict=True) if own}
+  pairs = [
+    (a, b[name])
+    for b in (to_end, {t.name: e for t, e in zip(chosen, ended, strict=True)})
+    for name, a in own_results.items()
+    if name in b
+  ]
   largest = max(
     abs(a[name] - b[name]) for a, b in pairs for name in ("accuracy", "eval_loss")
   )
-  best = [_best(results), _best(ours)]
-  scores = [f"{results[i]['accuracy']:.4f}" for i in best]
+  best = [_best(ended), _best(ours)]
+  scores = [f"{ended[i]['accuracy']:.4f}" for i in best]
   return (
     f"{table}\ntogether over one after another: {wall / walls:.3f} of the time, "
-    f"{sum(taken) / (steps * len(chosen)):.3f} of the steps; {len(pairs)} of "
+    f"{sum(taken) / (steps * len(chosen)):.3f} of the steps; {len(to_end)} of "
     f"{len(chosen)} trials to the end\n"
-    f"best trial, and its accuracy alone: one after another {chosen[best[0]].name} "
+    f"best trial, and its accuracy to the end: of all {chosen[best[0]].name} "
     f"{scores[0]}, together {chosen[best[1]].name} {scores[1]}\n"
     f"largest difference of accuracy and eval_loss: {largest:.1e}; "
     f"peak memory of one alone: {peak * 1024 / _MEGABYTE:,.0f} MB"
@@ -201,13 +228,18 @@ def main() -> None:
   parser.add_argument("--steps", type=int, help="of each trial; 30, or 250 to prune")
   parser.add_argument("--trials", type=int, default=8, help="number of trials")
   parser.add_argument("--prune", help="as of experiments.sweep")
+  parser.add_argument("--alone", type=int, help="trials one after another; all")
+  parser.add_argument("--workdir", type=Path, help="of the sweep without pruning")
   parser.add_argument("--step", action="store_true", help="the second table alone")
   found = parser.parse_args()
   large_pages.restart()
   steps = found.steps or (30 if found.prune is None else 250)
   chosen = _chosen(found.trials, steps)
   if not found.step:
-    print(measure(chosen, steps, found.prune), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+      folder = found.workdir or Path(scratch)
+      alone = found.alone or len(chosen)
+      print(measure(chosen, steps, found.prune, alone, folder), flush=True)
   if found.prune is None:
     print(one_step(chosen))
   print(common.repeat())

@@ -1,6 +1,7 @@
 """The devices that a program is compiled for."""
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 # The axes of a mesh along which the rows of a batch are sharded, where there is a mesh.
 ROWS = ("data", "fsdp", "expert")
@@ -8,10 +9,12 @@ ROWS = ("data", "fsdp", "expert")
 TOKENS = "sequence"
 
 
-def platform() -> str:
+def platform(mesh: Mesh | AbstractMesh | None = None) -> str:
   """The platform that is compiled for: "cpu", "gpu", "tpu".
 
-  It is that of the context's mesh, whose devices need not be of this machine.
+  It is that of a mesh, by default the context's; its devices need not be of this
+  machine.
   """
-  device = jax.sharding.get_abstract_mesh().abstract_device
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  device = mesh.abstract_mesh.abstract_device
   return jax.default_backend() if device is None else device.platform

@@ -5,10 +5,9 @@ import math
 from dataclasses import dataclass
 
 from lorax_flax.jobs.settings import Settings
+from lorax_flax.models.remat import REMAT
 from lorax_flax.sharding.mesh import AXES, MeshConfig, spell
 
-# Remat policies, from the most memory to the least.
-REMAT = ("none", "dots", "full")
 # Fewest tokens of a row that a chip is to have: rows of fewer need no more chips.
 _FEWEST_TOKENS = 2048
 

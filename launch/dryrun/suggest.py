@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from launch.dryrun import costs, report
 from launch.dryrun import step as shapes
-from launch.dryrun.options import REMAT, Option, meshes
+from launch.dryrun.options import Option, meshes
 from launch.dryrun.topology import Topology
 from lorax_flax import text_table
 from lorax_flax.errors import LoraxError
 from lorax_flax.jobs.abstract import abstract
 from lorax_flax.jobs.settings import Settings
+from lorax_flax.models.remat import REMAT
 from lorax_flax.sharding import activations
 from lorax_flax.sharding.mesh import AXES
 

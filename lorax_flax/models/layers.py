@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from lorax_flax.errors import LoraxError
@@ -52,7 +53,7 @@ class Model(Module[Config]):
 
   Attributes:
     scan: the layers are stacked under "…/layers" and scanned.
-    remat: recomputation in the backward pass: "none", "full" or "dots".
+    remat: what the backward pass recomputes: one of `models.remat.REMAT`.
   """
 
   dtype: DType = jnp.float32
@@ -100,6 +101,20 @@ def check_length(input_ids_BxT: jax.Array, most: int) -> None:
     raise LoraxError(f"a text of {length} tokens: the model takes at most {most}")
 
 
+class Dense(nn.Dense):
+  """A dense layer whose result a remat policy can keep; see `models.remat`.
+
+  Attributes:
+    axis: logical name of the features of its result, and the name of that value.
+  """
+
+  axis: str = ""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return checkpoint_name(super().__call__(x), self.axis)
+
+
 def dense(
   features: int,
   axes: tuple[str, str],
@@ -108,7 +123,7 @@ def dense(
   *,
   std: float = 0.02,
   bias: bool = True,
-) -> nn.Dense:
+) -> Dense:
   """A dense layer.
 
   Args:
@@ -116,8 +131,9 @@ def dense(
     dtype: of computation.
     std: standard deviation of a fresh kernel.
   """
-  return nn.Dense(
+  return Dense(
     features,
+    axis=axes[1],
     use_bias=bias,
     dtype=dtype,
     kernel_init=nn.with_logical_partitioning(nn.initializers.normal(std), axes),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.paths import flatten, map_with_path
-from lorax_flax.errors import LoraxError, listing, unknown
+from lorax_flax.errors import LoraxError, check_known, listing, unknown
 from lorax_flax.files import strict_json
 from lorax_flax.hub.checkpoints import load as hub_load
 from lorax_flax.hub.checkpoints import quantized
@@ -29,11 +29,11 @@ from lorax_flax.models import (
   distilbert,
   gpt2,
   llama,
-  stacking,
   t5,
   vit,
 )
 from lorax_flax.models.family import Family
+from lorax_flax.models.remat import REMAT
 from lorax_flax.models.soft import SoftSettings, places
 
 FAMILIES: dict[str, Family] = {
@@ -180,6 +180,7 @@ def load(
   vocab_size: int | None = None,
   quant: str | None = None,
   soft: SoftSettings | None = None,
+  deferred: bool = False,
 ) -> Loaded:
   """Loads a model from a Hugging Face folder, or from a GGUF file.
 
@@ -203,6 +204,8 @@ def load(
       such a model.
     soft: trained states beside the weights: new leaves, to be named in
       `LoraConfig.tuned` as a new head is (`Outline.soft_paths`).
+    deferred: leave the weights on disk; each leaf is read when it is used and not kept
+      (see `quant.Deferred`).
 
   Raises:
     LoraxError: an unknown family, an unsupported config, or keys that do not match.
@@ -230,6 +233,7 @@ def load(
     seed=seed,
     new_head=new_head,
     shardings=shardings and shardings(axes(stored.module), shapes),
+    deferred=deferred,
   )
   params = weights.params
   if model is not stored:
@@ -281,7 +285,7 @@ def outline(
     if not hasattr(family.configure(hf_config), "vocab_size"):
       raise LoraxError(f"a {hf_config['model_type']} has no vocab_size")
     hf_config = {**hf_config, "vocab_size": vocab_size}
-  stacking.check_remat(remat)
+  check_known("remat", remat, REMAT)
   overrides = {} if num_labels is None else {"num_labels": num_labels}
   if overrides and not family.has_labels:
     raise LoraxError(

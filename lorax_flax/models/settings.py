@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorax_flax.errors import LoraxError, check_known, unknown
+from lorax_flax.errors import LoraxError, check_known
+from lorax_flax.models.remat import REMAT
 from lorax_flax.quant import CHOICES
 
 DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "full", "dots")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,10 @@ class ModelSettings:
       None: they are not quantised.
     scan: whether the layers are stacked and scanned: compiles faster, runs slower on a
       CPU.
-    remat: what is recomputed in the backward pass: "none", "full", "dots".
+    remat: what the backward pass recomputes: "none"; "inputs": no product with a
+      kernel; "attention": the products into the feed-forward part too; "full": all;
+      "offload": all, with the layers' inputs in the host's memory. Each needs less
+      memory than the one before.
     untie: whether each use of a tied table gets a weight of its own.
     vocab_size: number of tokens, where the model is to have more or fewer than the
       checkpoint; None takes the checkpoint's.
@@ -54,5 +57,4 @@ class ModelSettings:
       check_known("model.quant", self.quant, CHOICES)
     if self.vocab_size is not None and self.vocab_size < 1:
       raise LoraxError(f"model.vocab_size is {self.vocab_size}, not 1 or more")
-    if self.remat not in REMAT:
-      raise LoraxError(unknown("model.remat", self.remat, REMAT))
+    check_known("model.remat", self.remat, REMAT)

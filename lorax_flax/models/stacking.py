@@ -7,21 +7,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 
-from lorax_flax.errors import check_known
+from lorax_flax.models.remat import POLICIES
 from lorax_flax.sharding import activations as spread
 
-# Policies of nn.remat: the values kept for the backward pass.
-REMAT_POLICIES: dict[str, Callable[..., bool]] = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  # Products with kernels are kept, attention's and the element-wise rest recomputed.
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
-
-def check_remat(remat: str) -> None:
-  """Raises LoraxError unless `remat` is "none" or a policy."""
-  check_known("remat", remat, ["none", *REMAT_POLICIES])
+def policy(remat: str) -> Callable[..., Any]:
+  """The policy of jax.checkpoint."""
+  kept = POLICIES[remat]
+  return jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=kept.device,
+    names_which_can_be_offloaded=kept.host,
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
 
 
 def stack(
@@ -40,7 +40,7 @@ def stack(
 
   Args:
     module: the caller. Its `scan` decides whether to stack the layers' parameters and
-      scan; its `remat` is "none", or a key of REMAT_POLICIES.
+      scan; its `remat` is "none", or one of `remat.POLICIES`.
     layer: a module class whose call takes (x, *shared, **each) and returns (x, y).
     args: of its constructor.
     x: the carry: an array or a tree of arrays.
@@ -53,24 +53,23 @@ def stack(
   """
   each = dict(each or {})
   x = spread.shard_tokens(x)
+
+  def run(layer, x, *shared, **own):
+    x, y = layer(checkpoint_name(x, "layer"), *shared, **own)
+    return spread.shard_tokens(x), y
+
   if module.remat != "none":
-    policy = REMAT_POLICIES[module.remat]
-    layer = nn.remat(layer, policy=policy, prevent_cse=not module.scan)
+    run = nn.remat(run, policy=policy(module.remat), prevent_cse=not module.scan)
   if not module.scan:
     made = []
     for i in range(count):
       own = {name: rows[i] for name, rows in each.items()}
-      x, y = layer(*args, name=f"layer_{i}")(x, *shared, **own)
-      x = spread.shard_tokens(x)
+      x, y = run(layer(*args, name=f"layer_{i}"), x, *shared, **own)
       made.append(y)
     return x, tuple(made)
 
-  def body(module, x, own, *shared):
-    x, y = module(x, *shared, **own)
-    return spread.shard_tokens(x), y
-
-  run = nn.scan(
-    body,
+  scanned = nn.scan(
+    lambda layer, x, own, *shared: run(layer, x, *shared, **own),
     variable_axes={"params": 0},
     split_rngs={"params": True, "dropout": True},
     in_axes=(0, *(nn.broadcast for _ in shared)),
@@ -78,7 +77,7 @@ def stack(
     metadata_params={meta.PARTITION_NAME: "layers"},
   )
   own = jax.tree.map(jnp.asarray, each)
-  return run(layer(*args, name="layers"), x, own, *shared)
+  return scanned(layer(*args, name="layers"), x, own, *shared)
 
 
 class Stack(nn.Module):

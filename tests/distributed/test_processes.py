@@ -99,7 +99,8 @@ def test_a_run_moves_between_devices_and_meshes_and_survives(config, alone, tmp_
   assert "Traceback" not in said
   assert step in _checkpoints(tmp_path)
 
-  # They go on with fewer devices and another mesh, and one dies while a checkpoint is written.
+  # They go on with fewer devices and another mesh, and one dies while a checkpoint is
+  # written.
   code, said = _launch(config, tmp_path, 2, "--config.mesh.tensor=2",
                        sabotage="1 kill-save 9")  # fmt: skip
   assert code == 128 + 9, said

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import common
 from experiments.cli import config_dict, config_flag
@@ -19,7 +21,9 @@ from launch.dryrun import step as shapes
 from launch.dryrun import topology as topologies
 from lorax_flax.errors import LoraxError
 from lorax_flax.jobs.abstract import abstract
+from lorax_flax.models.remat import REMAT
 from lorax_flax.sharding import mesh as meshes
+from lorax_flax.train import step as steps
 
 pytest.importorskip("libtpu")
 
@@ -235,6 +239,18 @@ def test_a_batch_that_does_not_come_out_even_is_refused(wanted):
     run.run(wanted, _topology("v5e:4x4"), "title")
 
 
+def test_a_sharded_kernel_is_gathered_before_its_product():
+  topology = _topology("v5e:2x2")
+  mesh = meshes.make(meshes.MeshConfig(fsdp=4), topology.devices)
+  rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+  kernel = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=rows)
+  x = jax.ShapeDtypeStruct((4, 512, 4096), jnp.bfloat16, sharding=rows)
+  step = steps.jitted(lambda x, w: (jnp.tanh(x @ w), 0), rows)
+  with jax.set_mesh(mesh):
+    text = step.lower(x, kernel).compile().as_text()
+  assert {c.kind for c in hlo.collectives(text)} == {"all-gather"}
+
+
 # Suggestions
 
 
@@ -281,8 +297,9 @@ def test_suggestions_are_ranked_and_those_that_do_not_fit_are_last(
 ):
   def fits(sizes, remat, rows):
     # Copies cost memory and tensor time; a batch costs some of both.
-    gib = 4 * sizes[0] + rows / 8 + {"none": 8, "dots": 4, "full": 1}[remat]
-    return gib, 1.0 + sizes[2] + rows / 100 + (remat == "full")
+    kept = {"none": 8, "inputs": 4, "attention": 2, "full": 1, "offload": 0}[remat]
+    gib = 4 * sizes[0] + rows / 8 + kept
+    return gib, 1.0 + sizes[2] + rows / 100 + (kept < 4)
 
   compiled = pretend(fits)
   suggest.run(wanted, _topology("v5e:2x2"), "title", minutes=1)
@@ -290,11 +307,11 @@ def test_suggestions_are_ranked_and_those_that_do_not_fit_are_last(
   rates = [float(row[3].replace(",", "")) for row in rows if row[-1] != "no"]
   assert rates == sorted(rates, reverse=True)
   # All of the batch that fits, nothing recomputed that need not be.
-  assert rows[0][:3] == ["1×4×1×1×1", "dots", "32"]
+  assert rows[0][:3] == ["1×4×1×1×1", "inputs", "32"]
   assert rows[-1][0] == "4×1×1×1×1"
   assert rows[-1][-1] == "no"
   assert rows[-1][-2] == "18.00"
-  assert {row[1] for row in rows} == {"none", "dots", "full"}
+  assert {row[1] for row in rows} == set(REMAT)
   # What needs more than something that does not fit is not compiled.
   assert len(compiled) == len(set(compiled)) == len(rows)
   assert ((1, 4, 1, 1, 1), "none", 64) not in compiled

@@ -46,7 +46,7 @@ def test_activations_equal_transformers(tmp_path, act):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "inputs"])
 def test_gradients_equal_torch_with_scan_and_remat(tmp_path, family, remat):
   model = peers.save(tmp_path, family, num_labels=3)
   inputs = peers.batch(family)

@@ -152,7 +152,7 @@ def test_padding_on_the_left_and_rows_of_nothing_else_equal_transformers(tmp_pat
 
 
 @pytest.mark.parametrize(
-  ("fields", "remat"), [(V2, "full"), (SPLIT, "dots")], ids=["v2", "split"]
+  ("fields", "remat"), [(V2, "full"), (SPLIT, "inputs")], ids=["v2", "split"]
 )
 def test_gradients_equal_torch_with_scan_and_remat(tmp_path, fields, remat):
   model = save(tmp_path, fields)

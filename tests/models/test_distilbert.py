@@ -44,7 +44,7 @@ def test_variants_equal_transformers(tmp_path, fields):
   family.check_logits(tmp_path, save(tmp_path, **fields), [batch()])
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "inputs"])
 def test_gradients_equal_torch_with_scan_and_remat(tmp_path, remat):
   model = save(tmp_path)
   family.check_gradients(tmp_path, model, batch(), scan=True, remat=remat)

@@ -121,7 +121,9 @@ def test_where_nothing_is_evaluated_an_epoch_ends_without_a_checkpoint(monkeypat
   monkeypatch.setattr(Checkpoints, "save", saved)
   one_a_epoch = list(_batches(1))
   changes = SETTINGS | {"steps": 6}
-  lx.fit(_lora(apply_fn, targets), params, one_a_epoch, _loss, inputs=_inputs, **changes)
+  lx.fit(
+    _lora(apply_fn, targets), params, one_a_epoch, _loss, inputs=_inputs, **changes
+  )
   assert steps == [4, 6]
 
 
