@@ -4,10 +4,6 @@ import gc
 import os
 import subprocess
 
-# Tracing makes many objects that live long: a tenth of the time went into looking
-# through them for what does not.
-gc.set_threshold(50_000)
-
 # libtpu is installed for the dry runs: nothing is to look for a TPU, in a test's own
 # processes neither.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,6 +31,10 @@ from tests import imports
 # Folder of published files that the project does not ship (loralib's released adapter,
 # GLUE's archive), for the tests marked real_data.
 REAL_DATA = os.environ.get("LORAX_FLAX_TEST_DATA")
+
+# Tracing makes many objects that live long: a tenth of the time went into looking
+# through them for what does not.
+gc.set_threshold(50_000)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
