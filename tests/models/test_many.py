@@ -44,18 +44,15 @@ def adapters_of(loaded, inputs):
   found = []
   for i, config in enumerate(({"rank": 2}, {"rank": 3, "method": "dora"}, {"rank": 1})):
     lora = lx.adapt(plain, lx.LoraConfig(alpha=3, **config))
-    start = jax.jit(lambda key, lora=lora: lora.init(key, loaded.params, **inputs))
-    found.append(checks.perturbed(start(jax.random.key(i)), i))
+    adapter = lora.init(jax.random.key(i), loaded.params, **inputs)
+    found.append(checks.perturbed(adapter, i))
   found[-1] = dict([*found[-1].items()][::2])
   return lora, found
 
 
-merged = jax.jit(lx.merge)
-
-
 def alone_params(loaded, adapters, i):
   """The base with one of the adapters in it, or none."""
-  return merged(loaded.params, adapters[i]) if i >= 0 else loaded.params
+  return lx.merge(loaded.params, adapters[i]) if i >= 0 else loaded.params
 
 
 def filled(lora, loaded, adapters):
