@@ -146,6 +146,7 @@ MODELS = {
     {
       "query_value": {"targets": ["q_proj", "v_proj"]},
       "all_linear": {"targets": "all-linear"},
+      "dora": {"targets": "all-linear", "method": "dora"},
       "full": {"targets": (), "tuned": ".*"},
     },
     losses.next_token,
@@ -183,7 +184,7 @@ def job(
   """The training step of `lorax_flax.train` for a method, and its arguments.
 
   Args:
-    method: a key of `METHODS`.
+    method: a key of the model's `methods`.
     dtype: dtype of the computation, and of the frozen weights.
     quant: format of a decoder's frozen kernels.
     abstract: makes shapes instead of arrays, to compile without running.
