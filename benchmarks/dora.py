@@ -2,9 +2,9 @@
 
   python -m benchmarks.dora [--layers=8] [--rounds=7]
 
-Layers of SmolLM2's shape with all linear layers adapted; the step's norms of the changed
-kernels are in it. The two take turns in one process; the ratio is taken round by round.
-FLOPs and bytes are the compiler's.
+Layers of SmolLM2's shape, all linear layers adapted; the norms of the changed kernels
+are a part of the step. The two take turns in one process; the ratio is taken round by
+round. FLOPs and bytes are the compiler's.
 """
 
 import argparse
