@@ -1,10 +1,12 @@
 """Requests to a running server at rising load: how many, how soon, how evenly.
 
   python -m benchmarks.serve --url=http://127.0.0.1:8000 --clients=1,2,4,8,16
+  python -m benchmarks.serve --classify
 
 Clients ask one request after another, each time of the next model that the server has,
 and read its stream. Any server of OpenAI's API will do. Times to the first token and
-between two tokens are of all requests of a load; what was refused is counted.
+between two tokens are of all requests of a load; what was refused is counted. With
+--classify a request is a headline for /v1/classify, and the first token is the answer.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ import httpx
 import numpy as np
 
 from benchmarks import common
+from lorax_flax.data import headlines
 
 
 @dataclass
@@ -31,33 +34,47 @@ class _Seen:
   failed: int = 0
 
 
-async def _ask(client: httpx.AsyncClient, body: dict[str, Any], seen: _Seen) -> None:
+# A client's request, and what it saw of the answer.
+_Ask = Callable[[httpx.AsyncClient, dict[str, Any], _Seen], Awaitable[None]]
+
+
+async def _complete(
+  client: httpx.AsyncClient, body: dict[str, Any], seen: _Seen
+) -> None:
   before, times = time.perf_counter(), seen.first
-  try:
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-      answer.raise_for_status()
-      async for line in answer.aiter_lines():
-        if not line.startswith("data: {"):
-          continue
-        if "error" in json.loads(line.removeprefix("data: ")):
-          seen.failed += 1
-          return
-        now = time.perf_counter()
-        times.append(now - before)
-        before, times = now, seen.between
-  except httpx.HTTPError:
-    seen.failed += 1
+  async with client.stream("POST", "/v1/completions", json=body) as answer:
+    answer.raise_for_status()
+    async for line in answer.aiter_lines():
+      if not line.startswith("data: {"):
+        continue
+      if "error" in json.loads(line.removeprefix("data: ")):
+        seen.failed += 1
+        return
+      now = time.perf_counter()
+      times.append(now - before)
+      before, times = now, seen.between
+
+
+async def _classify(
+  client: httpx.AsyncClient, body: dict[str, Any], seen: _Seen
+) -> None:
+  before = time.perf_counter()
+  (await client.post("/v1/classify", json=body)).raise_for_status()
+  seen.first.append(time.perf_counter() - before)
 
 
 async def _load(
-  client: httpx.AsyncClient, bodies: Iterator[dict[str, Any]], clients: int
+  client: httpx.AsyncClient, ask: _Ask, bodies: Iterator[dict[str, Any]], clients: int
 ) -> _Seen:
   """Asks until there are no more bodies."""
   seen = _Seen()
 
   async def one() -> None:
     for body in bodies:
-      await _ask(client, body, seen)
+      try:
+        await ask(client, body, seen)
+      except httpx.HTTPError:
+        seen.failed += 1
 
   await asyncio.gather(*(one() for _ in range(clients)))
   return seen
@@ -65,7 +82,11 @@ async def _load(
 
 def _bodies(models: list[str], count: int, args: Any) -> Iterator[dict[str, Any]]:
   rng = np.random.default_rng(0)
-  for _, model in zip(range(count), itertools.cycle(models), strict=False):
+  texts = headlines.load().train if args.classify else []
+  for i, model in zip(range(count), itertools.cycle(models), strict=False):
+    if args.classify:
+      yield {"model": model, "input": [texts[i % len(texts)]["text"]]}
+      continue
     ids = rng.integers(100, 1000, args.prompt).tolist()
     fields = {"max_tokens": args.tokens, "temperature": 0, "stream": True}
     yield {"model": model, "prompt": ids, **fields}
@@ -79,11 +100,12 @@ async def _rows(args: Any) -> list[tuple[Any, ...]]:
   ) as client:
     answer = (await client.get("/v1/models")).raise_for_status().json()
     models = [model["id"] for model in answer["data"]]
-    await _load(client, _bodies(models, 2, args), 1)  # Compiles.
+    ask = _classify if args.classify else _complete
+    await _load(client, ask, _bodies(models, 2, args), 1)  # Compiles.
     rows = []
     for clients in args.clients:
       begun, count = time.perf_counter(), args.requests * clients
-      seen = await _load(client, _bodies(models, count, args), clients)
+      seen = await _load(client, ask, _bodies(models, count, args), clients)
       seconds = time.perf_counter() - begun
       done = count - seen.failed
       tokens = len(seen.first) + len(seen.between)
@@ -112,12 +134,14 @@ def main() -> None:
   parser.add_argument("--clients", type=integers, default=[1, 2, 4, 8, 16])
   parser.add_argument("--requests", type=int, default=4, help="of each client")
   parser.add_argument("--prompt", type=int, default=64, help="tokens")
+  parser.add_argument("--classify", action="store_true", help="a classifier's server")
   parser.add_argument("--tokens", type=int, default=32, help="new ones")
   args = parser.parse_args()
   rows = asyncio.run(_rows(args))
   names = ("first p50", "first p99", "between p50", "between p99")
   header = ("clients", "requests/s", "events/s", *(f"{n}, ms" for n in names), "failed")
-  title = f"{args.url}: {args.prompt} + {args.tokens} tokens a request"
+  asked = "a headline" if args.classify else f"{args.prompt} + {args.tokens} tokens"
+  title = f"{args.url}: {asked} a request"
   print(common.table(title, header, rows))
   print(common.repeat())
 
