@@ -233,7 +233,8 @@ def job(
   shardings = None
   if mesh is not None:
     axes = meshes.names_by_path(_axes(model, ids_BxT))
-    adapter_shardings = meshes.of_adapter(mesh, axes, base.adapter(state.trained))
+    adapter = base.adapter(state.trained)
+    adapter_shardings = states.own(meshes.of_adapter(mesh, axes, adapter))
     shardings = states.shardings(state, adapter_shardings, mesh)
     mask = trainable_mask(adapter_shardings)
     rest = partition(adapter_shardings, mask)[1]

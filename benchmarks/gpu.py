@@ -7,7 +7,9 @@ Llamas of 1B's and 8B's shapes with random weights, so that nothing is downloade
 of rank 16 on all linear layers, AdamW. Each side runs alone, in a process of its own,
 in each of its ways (gradient checkpointing or not; our layers scanned or not), and its
 fastest that fits counts. transformers attends by torch's sdpa and trains under
-autocast; QLoRA's peer is bitsandbytes, where it is installed.
+autocast; QLoRA's peer is bitsandbytes, where it is installed. Besides JAX, Flax, optax
+and orbax, a checkout of this project needs gguf here, and the peers torch, transformers
+and peft.
 
 MFU is the step's needed FLOPs by the card's peak: two products with each frozen kernel
 (three where it is trained), six FLOPs for each number of a factor, and the causal half
@@ -55,7 +57,7 @@ ROWS: dict[str, Case] = {
 }
 # Ways to train, by side: whether layers are scanned, and what is recomputed.
 WAYS = {
-  "lorax_flax": [(False, "none"), (True, "none"), (True, "dots"), (True, "full")],
+  "lorax_flax": [(False, "none"), (True, "none"), (True, "inputs"), (True, "full")],
   "peft": [(False, "none"), (False, "full")],
 }
 

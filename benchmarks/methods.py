@@ -1,15 +1,18 @@
 """Every method on the quick start's task: accuracy, size, time and memory.
 
   python -m benchmarks.methods [--seeds=3] [--steps=N] [--methods=lora,dora] [--out=PNG]
+  python -m benchmarks.methods --figures=FILE
 
 A row is the quick start with another method, and no rate or size of it is tuned. The
 seeds of one method train together where it has one program for them. Accuracy is the
 mean and the range over seeds of the best evaluation; seconds are those of a training
 step of one seed; MB are the compiled step's arguments and temporaries, KB the adapter's
-weights file. The picture has accuracy by trained parameters.
+weights file. The picture has accuracy by trained parameters. What is in the file
+--figures is not run again.
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,6 +117,15 @@ def draw(file: Path, found: Mapping[str, Mapping[str, Any]], title: str) -> None
   picture.write(file, made)
 
 
+def _recorded(file: Path | None, key: Mapping[str, Any]) -> dict[str, Any]:
+  """The figures of these settings in a file, the settings left out."""
+  lines = file.read_text().splitlines() if file and file.exists() else []
+  for line in map(json.loads, lines):
+    if {**line, **key} == line:
+      return {name: value for name, value in line.items() if name not in key}
+  return {}
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -121,6 +133,7 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--steps", type=int, default=250, help="of each run")
   parser.add_argument("--methods", default="", help="rows, by commas; all of them")
+  parser.add_argument("--figures", type=Path, help="JSON lines, read and added to")
   parser.add_argument("--out", type=Path, default=Path("methods.png"), help="picture")
   given = parser.parse_args()
   large_pages.restart()
@@ -129,8 +142,14 @@ def main() -> None:
     check_known("method", name, ROWS)
   found = {}
   for name in chosen:
-    with tempfile.TemporaryDirectory() as folder:
-      found[name] = measure(name, given.steps, given.seeds, Path(folder))
+    key = {"method": name, "steps": given.steps, "seeds": given.seeds}
+    found[name] = _recorded(given.figures, key)
+    if not found[name]:
+      with tempfile.TemporaryDirectory() as folder:
+        found[name] = measure(name, given.steps, given.seeds, Path(folder))
+      if given.figures:
+        with given.figures.open("a") as file:
+          file.write(f"{json.dumps({**key, **found[name]})}\n")
   header = ["method", "accuracy", "range", "trained", "s a step", "MB", "KB"]
   forms = ("{:.4f}", "{:.4f}", "{:,}", "{:.3f}", "{:,.0f}", "{:,.0f}")
   rows = [

@@ -1,12 +1,13 @@
 """Reads an adapter of any form and writes it in another.
 
   python -m experiments.convert --base=B --from=A --to=DIR \
-    [--format=peft|loralib|vllm|orbax|gguf|mlx|torchtune]
+    [--format=peft|loralib|vllm|orbax|gemma|gguf|mlx|torchtune|tunix]
 
-A is a PEFT folder, a folder that this command wrote, a GGUF file, a folder of mlx-lm,
-torchtune's adapter_model.pt (it does not hold --alpha), or a state dict of loralib
-(.bin, .pt, .safetensors; it does not hold --alpha, nor --enable_lora where layers are
-merged). Its form is found.
+A is a PEFT folder, a folder that this command wrote, a GGUF file, a folder of mlx-lm, a
+checkpoint of the gemma library, torchtune's adapter_model.pt or a folder of Tunix's
+trainer (these do not hold --alpha), or a state dict of loralib (.bin, .pt,
+.safetensors; it does not hold --alpha, nor --enable_lora where layers are merged). Its
+form is found.
 The adapter read is printed, and written to DIR atomically. Our own form, orbax, keeps
 all that PEFT's says: the way back gives the same tensors.
 """
@@ -45,7 +46,10 @@ FORMAT = flags.DEFINE_string(
   "format", "orbax", f"What to write: {', '.join(FORMATS)}.", flag_values=FLAGS
 )
 ALPHA = flags.DEFINE_float(
-  "alpha", None, "lora_alpha of a loralib or torchtune file.", flag_values=FLAGS
+  "alpha",
+  None,
+  "lora_alpha of loralib's, torchtune's or Tunix's files.",
+  flag_values=FLAGS,
 )
 ENABLE_LORA = flags.DEFINE_list(
   "enable_lora",

@@ -10,13 +10,18 @@ is printed. Texts are searched as in the LoRA paper, with 10 beams, unless flags
 otherwise.
 """
 
+from experiments.cli import large_pages
+
+if __name__ == "__main__":
+  large_pages.restart()  # First, or all that is imported would be imported twice.
+
 from pathlib import Path
 
 from absl import flags
 
 from experiments import generate, run
 from experiments.cli import command as cli
-from experiments.cli import config_flag, decoding_flags, large_pages, run_flags
+from experiments.cli import config_flag, decoding_flags, run_flags
 from experiments.inference import results, scored
 from lorax_flax.data import e2e as data
 from lorax_flax.errors import LoraxError, check_known
@@ -105,7 +110,6 @@ def main() -> int:
   chosen = config_flag.read(FLAGS)
   settings = chosen.settings()
   decoding = DECODING()
-  large_pages.restart()
   from experiments.cli import training
 
   workdir = Path(WORKDIR.value or config_flag.default_workdir(chosen.spec)).expanduser()

@@ -1,10 +1,11 @@
-"""Writes a base with an adapter merged in: a Hugging Face checkpoint, GGUF, StableHLO.
+"""Writes a base with an adapter merged in: Hugging Face's form, orbax, GGUF, StableHLO.
 
   python -m experiments.merge --base=minilm --adapter=RUN/adapter --out=DIR
   python -m experiments.merge --base=smollm2 --adapter=RUN/adapter --out=DIR \
     --format=gguf --dtype=q8_0
 
-DIR then holds config.json, model.safetensors and what lies beside the base's weights:
+DIR then holds config.json, model.safetensors (of more than 5 GB, shards of it) and what
+lies beside the base's weights:
 its tokenizer (or the adapter's own), templates, settings; and a model card of its own
 in the place of the base's. transformers loads it as it
 would any other, and so does --base here. It is written atomically.
@@ -13,9 +14,15 @@ receipt.json says how much of the adapter's change is left after rounding to the
 numbers, and how far logits of a few random inputs are from those of the adapter beside
 the base. A change of which less than --min_kept is left is refused.
 
+Weights are read, merged and written one after another. The logits alone need a model in
+memory: with --noprobe it may be larger than that, and the receipt has null for them.
+
 With --quant=nf4 the kernels are those that nf4 makes of the base, as an adapter knows
 them that was trained beside such; what is written is dense, in the base's dtype, which
 transformers loads. The receipt also says what would be left were it quantised again.
+
+--format=orbax writes params/ instead, the params tree as NumPy arrays, which orbax
+restores without this package.
 
 --format=gguf writes model.gguf instead, which llama.cpp loads, with the tokenizer and
 the chat template inside. Its matrices keep their dtype unless --dtype names another.
@@ -72,6 +79,13 @@ MIN_KEPT = flags.DEFINE_float(
   upper_bound=1.0,
   flag_values=FLAGS,
 )
+PROBE = flags.DEFINE_bool(
+  "probe",
+  True,
+  "Compare logits, for which the model has to fit in memory; --noprobe merges a model"
+  " that does not.",
+  flag_values=FLAGS,
+)
 OVERWRITE = model_flags.overwrite(FLAGS, "a checkpoint in --out that was written here")
 
 
@@ -85,6 +99,7 @@ def merge(
   quant: str | None = None,
   other_base: bool = False,
   min_kept: float = 0.99,
+  probe: bool = True,
   overwrite: bool = False,
 ) -> dict[str, Any]:
   """Merges and writes; see the flags. Returns the content of receipt.json."""
@@ -96,7 +111,7 @@ def merge(
   folder = Path(out).expanduser()
   atomic.refuse_inputs(folder, (Path(base).expanduser(), Path(adapter).expanduser()))
   atomic.refuse_unless_free(folder, overwrite=overwrite)
-  loaded, deltas = merged.read(base, adapter, quant, other_base)
+  loaded, deltas = merged.read(base, adapter, quant, other_base, deferred=True)
   store: receipts.Store = lambda path, leaf: leaf
   if dtype is not None:
     about = gguf.describe(loaded)
@@ -104,7 +119,7 @@ def merge(
   stores = {"stored": store}
   if quant is not None:
     stores["requantized"] = receipts.requantized(loaded)
-  params, figures = receipts.merge(loaded, deltas, stores)
+  params, figures = receipts.merge(loaded, deltas, stores, probe=probe)
   _check(figures["stored"], min_kept)
   receipt: dict[str, Any] = {"base": base, "adapter": adapter, "quant": quant}
   receipt |= {name: dataclasses.asdict(found) for name, found in figures.items()}
@@ -126,10 +141,12 @@ def _check(found: receipts.Figures, min_kept: float) -> None:
   """Refuses a change that rounding takes away, or enlarges."""
   if abs(1 - found.kept) > 1 - min_kept and found.least is not None:
     share, path = found.least
+    error = found.largest_logit_difference
+    on_probe = f" On the probe, logits would differ by up to {error or 0:.3g}."
     raise LoraxError(
       f"the stored numbers would keep {found.kept:.1%} of the adapter's change, the"
-      f" rest is rounded away; the least, {share:.1%}, of {path}. On the probe, logits"
-      f" would differ by up to {found.largest_logit_difference:.3g}."
+      f" rest is rounded away; the least, {share:.1%}, of {path}."
+      f"{'' if error is None else on_probe}"
       f" --min_kept={max(0, 1 - abs(1 - found.kept)):.2f} writes them all the same"
     )
 
@@ -157,14 +174,14 @@ def main() -> None:
     quant=QUANT.value,
     other_base=OTHER_BASE.value,
     min_kept=MIN_KEPT.value,
+    probe=PROBE.value,
     overwrite=OVERWRITE.value,
   )
   for name, found in receipt.items():
     if isinstance(found, dict):
-      print(
-        f"{name}: {found['kept']:.1%} of the change is kept, logits differ by up to"
-        f" {found['largest_logit_difference']:.3g}"
-      )
+      error = found["largest_logit_difference"]
+      logits = "are not compared" if error is None else f"differ by up to {error:.3g}"
+      print(f"{name}: {found['kept']:.1%} of the change is kept, logits {logits}")
   print(f"Merged checkpoint: {OUT.value}")
 
 

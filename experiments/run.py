@@ -23,6 +23,11 @@ Compiled programs are kept for the next start, in the user's cache or in
 gs://BUCKET/FOLDER (with the extra gcs). JAX_ENABLE_COMPILATION_CACHE=false keeps none.
 """
 
+from experiments.cli import large_pages
+
+if __name__ == "__main__":
+  large_pages.restart()  # First, or all that is imported would be imported twice.
+
 import dataclasses
 import functools
 import logging
@@ -33,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from experiments.cli import command as cli
-from experiments.cli import config_flag, large_pages, run_flags
+from experiments.cli import config_flag, run_flags
 
 if TYPE_CHECKING:
   from lorax_flax.jobs.settings import Settings
@@ -129,11 +134,13 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
     start = starts.started(plan, lora, mine, own.train.seed, objective, batches, mesh)
     adapter = build.adapter(start, mine, own.init_adapter)
     about = describe.about(own, task, mine, plan, adapter, splits, lengths, workdir)
+    mine, adapter = build.released(mine, adapter)
     card = functools.partial(describe.card, own, task, mine, adapter, about)
     proof = functools.partial(prove, own, mine)
     write = export(own.lora, own.model.path, task, mine, card, proof)
     name = workdir.name if len(runs) > 1 else ""
     made.append(Run(own.train, adapter, workdir, write, about, name))
+  model, _ = build.released(model, made[0].adapter)
   for line in build.describe(plan, made[0].adapter, model.params).values():
     log.info(line)
   return Job(
@@ -149,7 +156,6 @@ def prepare(runs: Mapping[Path, "Settings"]) -> "Job":
 def main() -> int:
   chosen = config_flag.read(FLAGS)
   settings = chosen.settings()
-  large_pages.restart()
   from experiments.cli import training
   from lorax_flax.distributed import processes
   from lorax_flax.files import bucket

@@ -33,6 +33,11 @@ trial that is not stopped is what it is without pruning. results.html grows mean
 slice; --table then makes the table.
 """
 
+from experiments.cli import large_pages
+
+if __name__ == "__main__":
+  large_pages.restart()  # First, or all that is imported would be imported twice.
+
 import os
 import sys
 from collections.abc import Sequence
@@ -40,7 +45,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments.cli import command as cli
-from experiments.cli import config_flag, large_pages, run_flags
+from experiments.cli import config_flag, run_flags
 from experiments.sweeps.trials import Pack
 from lorax_flax import text_table
 from lorax_flax.errors import LoraxError, listing
@@ -95,7 +100,6 @@ def main() -> int:
   if LIST.value:
     _list(found.packs(found.listed(), AT_ONCE.value))
     return 0
-  large_pages.restart()
   from experiments.sweeps import runner
   from lorax_flax.distributed import processes
   from lorax_flax.files import bucket, lock

@@ -1,5 +1,6 @@
 """Strict by default: no implicit rank or dtype promotion anywhere in a test."""
 
+import gc
 import os
 import subprocess
 
@@ -13,6 +14,10 @@ from tests import compiler
 # for one another more than they compute. Both hold in a test's own processes too.
 os.environ.setdefault("XLA_FLAGS", compiler.QUICK)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Programs need not know the lines that they come from.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# A run would start anew for large pages, and import everything twice.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
 # No test finds another's programs, or leaves its own in the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
@@ -26,6 +31,10 @@ from tests import imports
 # Folder of published files that the project does not ship (loralib's released adapter,
 # GLUE's archive), for the tests marked real_data.
 REAL_DATA = os.environ.get("LORAX_FLAX_TEST_DATA")
+
+# Tracing makes many objects that live long: a tenth of the time went into looking
+# through them for what does not.
+gc.set_threshold(50_000)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,5 +1,6 @@
 """The forms in which a merged model is written, by name."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from lorax_flax.hub.checkpoints import (
   beside,
   export,
   export_gguf,
+  export_orbax,
   export_stablehlo,
 )
 from lorax_flax.hub.files import gguf_vocabulary
@@ -36,7 +38,7 @@ class Form:
 
 
 def _checkpoint(
-  folder: Path, model: Loaded, base: str, adapter: Path, dtype: None, **texts: Any
+  folder: Path, model: Loaded, base: str, adapter: Path, dtype: None, **options: Any
 ) -> None:
   del base, dtype
   export.write_checkpoint(
@@ -48,7 +50,7 @@ def _checkpoint(
     labels=None,
     base=model.folder,
     adapter=adapter,
-    **texts,
+    **options,
   )
 
 
@@ -99,6 +101,11 @@ def _stablehlo(
 FORMS = {
   "transformers": Form(
     "transformers", lambda model: usage.of_model(model.family.task, "."), _checkpoint
+  ),
+  "orbax": Form(
+    "jax",
+    lambda model: usage.of_orbax(export_orbax.FOLDER),
+    functools.partial(_checkpoint, write_weights=export_orbax.write),
   ),
   "gguf": Form(
     "llama.cpp", lambda model: {"Run": f"llama-cli -m {export_gguf.FILE}"}, _gguf

@@ -92,12 +92,16 @@ def _loaded(
 
 
 def read(
-  base: str, adapter: str | None, quant: str | None = None, other_base: bool = False
+  base: str,
+  adapter: str | None,
+  quant: str | None = None,
+  other_base: bool = False,
+  deferred: bool = False,
 ) -> tuple[registry.Loaded, Adapter]:
   """A base with the outputs' names of an adapter, and the adapter.
 
   Args:
-    quant, other_base: as of `with_adapter.load`.
+    quant, other_base, deferred: as of `with_adapter.load`.
 
   Raises:
     LoraxError: as of `load`.
@@ -106,9 +110,11 @@ def read(
   deltas: Adapter = {}
   own, problem_type = None, None
   if adapter is None:
-    loaded = registry.load(resolve(base), quant=quant)
+    loaded = registry.load(resolve(base), quant=quant, deferred=deferred)
   else:
-    loaded, saved = with_adapter.load(base, adapter, quant=quant, other_base=other_base)
+    loaded, saved = with_adapter.load(
+      base, adapter, quant=quant, other_base=other_base, deferred=deferred
+    )
     deltas, own, problem_type = saved.adapter, saved.labels, saved.problem_type
   brought = {path for path, delta in deltas.items() if isinstance(delta, Tuned)}
   if absent := set(loaded.new_paths) - brought:

@@ -12,7 +12,6 @@ import jax
 from launch.dryrun import hlo
 from launch.dryrun.topology import Topology, quiet
 from lorax_flax.errors import LoraxError
-from lorax_flax.methods import Tuned
 
 # The compilers' messages about a program that is too large.
 _USED = (
@@ -214,10 +213,8 @@ def _too_large(message: str) -> TooLarge | None:
 def arguments(job: Any) -> Arguments:
   """Bytes of a step's arguments on each chip; compiles nothing."""
   small = (job.state.step, job.state.key, job.batch)
-  # The original of a weight that trains in full shares the base's buffer.
-  rest = {p: d for p, d in job.base.rest.items() if not isinstance(d, Tuned)}
   return Arguments(
-    weights=_size((job.base.params, rest)),
+    weights=_size(job.base),
     adapter=_size(job.state.trained),
     optimizer=_size(job.state.opt_state),
     batch=_size(small),

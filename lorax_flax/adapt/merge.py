@@ -1,6 +1,8 @@
 """Deltas into the base and out again, in float32."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from lorax_flax.adapt.paths import PyTree, arrays, beside, map_with_path
 from lorax_flax.errors import LoraxError, unknown
 from lorax_flax.methods import Adapter
 from lorax_flax.methods.delta import OnBias
-from lorax_flax.quant import dense
+from lorax_flax.quant import Deferred, dense
 
 
 def merge(params: PyTree, adapter: Adapter) -> PyTree:
@@ -27,6 +29,22 @@ def merge(params: PyTree, adapter: Adapter) -> PyTree:
       with a bias where the base has no bias that could take it.
   """
   return _shifted(params, adapter, 1.0)
+
+
+def deferred(params: PyTree, adapter: Adapter) -> PyTree:
+  """`merge` of leaves that are made at each use and not kept (`quant.Deferred`).
+
+  Raises:
+    LoraxError: as `merge`; a shape that does not fit, when the leaf is made.
+  """
+  new = _shifts(params, adapter, 1.0)
+
+  def defer(path: str, leaf: Any) -> Any:
+    if path not in new:
+      return leaf
+    return Deferred(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), new[path])
+
+  return map_with_path(defer, params)
 
 
 def unmerge(params: PyTree, adapter: Adapter) -> PyTree:
@@ -84,6 +102,14 @@ def kept(
 
 
 def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
+  new = _shifts(params, adapter, sign)
+  return map_with_path(lambda path, leaf: new[path]() if path in new else leaf, params)
+
+
+def _shifts(
+  params: PyTree, adapter: Adapter, sign: float
+) -> dict[str, Callable[[], jax.Array]]:
+  """Makers, by path, of each leaf that changes: its delta added, or taken out."""
   leaves = arrays(params)
   for path in adapter:
     if path not in leaves:
@@ -91,10 +117,8 @@ def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
 
   biases = _biases(leaves, adapter)
 
-  def shift(path, leaf):
-    delta = adapter.get(path)
-    if delta is None and path not in biases:
-      return leaf
+  def shift(path: str) -> jax.Array:
+    leaf, delta = leaves[path], adapter.get(path)
     new = dense(leaf)
     scale, added = biases.get(path, OnBias())
     if path in biases and sign < 0:
@@ -108,7 +132,8 @@ def _shifted(params: PyTree, adapter: Adapter, sign: float) -> PyTree:
       new = new if added is None else new + added
     return new.astype(leaf.dtype)
 
-  return map_with_path(shift, params)
+  changed = adapter.keys() | biases.keys()
+  return {path: functools.partial(shift, path) for path in changed}
 
 
 def _biases(leaves: dict, adapter: Adapter) -> dict[str, OnBias]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from lorax_flax.adapt.paths import PyTree, map_with_path
@@ -43,6 +44,27 @@ def combine(chosen: PyTree, rest: PyTree) -> PyTree:
     return y if x is None else x
 
   return jax.tree.map(pick, chosen, rest, is_leaf=lambda x: x is None)
+
+
+def without_replaced(
+  params: PyTree, adapter: Adapter, instead: Callable[[Any], Any]
+) -> PyTree:
+  """params with `instead(leaf)` for each leaf that a delta is in the place of."""
+  gone = {path for path, delta in adapter.items() if delta.replaces}
+  return map_with_path(lambda path, x: instead(x) if path in gone else x, params)
+
+
+def without(adapter: Adapter, chosen: Callable[[Delta], Collection[str]]) -> Adapter:
+  """The adapter with `absent` leaves where `chosen(delta)` names them."""
+  return {
+    path: replace(d, **{name: absent(d.leaves()[name]) for name in chosen(d)})
+    for path, d in adapter.items()
+  }
+
+
+def absent(leaf: Any) -> np.ndarray:
+  """NaN of a leaf's shape and dtype, in no memory: for what nothing reads any more."""
+  return np.broadcast_to(np.asarray(np.nan, leaf.dtype), leaf.shape)
 
 
 def params_mask(params: PyTree, paths: Any) -> PyTree:

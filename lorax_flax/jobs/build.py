@@ -14,6 +14,7 @@ import lorax_flax as lx
 from lorax_flax import quant
 from lorax_flax.adapt import training
 from lorax_flax.adapt.config import LoraConfig, with_tuned
+from lorax_flax.adapt.partition import absent, without, without_replaced
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.adapt.plan import Plan
 from lorax_flax.adapt.transform import Adapted
@@ -26,6 +27,7 @@ from lorax_flax.errors import LoraxError, listing
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.hub.resolve import resolve
 from lorax_flax.jobs import outline
+from lorax_flax.jobs.export import form
 from lorax_flax.jobs.warm_start import start_from
 from lorax_flax.methods import Adapter, Tuned
 from lorax_flax.models import registry
@@ -301,6 +303,21 @@ def adapter(
   return made if init_from is None else start_from(init_from, made, model)
 
 
+def released(
+  model: registry.Loaded, adapter: Adapter
+) -> tuple[registry.Loaded, Adapter]:
+  """The model and the adapter without what no step and no export reads.
+
+  Where a model is written and no adapter, these are the base's leaves that are trained
+  in full: `absent` takes their place. Training then has the base in memory once.
+  """
+  if form(adapter, model.keymap) != "model":
+    return model, adapter
+  params = without_replaced(model.params, adapter, absent)
+  kept = without(adapter, lambda delta: delta.from_base if delta.replaces else ())
+  return dataclasses.replace(model, params=params), kept
+
+
 def _check_new(new_paths: Sequence[str], adapter: Adapter) -> None:
   left = [path for path in new_paths if not isinstance(adapter.get(path), Tuned)]
   if left:
@@ -318,16 +335,18 @@ def describe(plan: Plan, adapter: Adapter, params: Any) -> dict[str, str]:
   tuned = {path: delta for path, delta in adapter.items() if isinstance(delta, Tuned)}
   deltas = {path: delta for path, delta in adapter.items() if path not in tuned}
   low, full = training.size(deltas), training.size(tuned)
-  leaves = flatten(params).values()
+  leaves = flatten(params)
+  read = [x for p, x in leaves.items() if p not in adapter or not adapter[p].replaces]
   stored_as = sorted(
-    {quant.name_of(x) if quant.is_quantized(x) else x.dtype.name for x in leaves}
+    {quant.name_of(x) if quant.is_quantized(x) else x.dtype.name for x in read}
   )
-  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
+  base = f"the base is in memory as {' and '.join(stored_as)}: {memory.show(size)}"
   left_out = plan.summary()
   return {
-    "trained": f"training {low + full:,} of {sum(leaf.size for leaf in leaves):,} "
+    "trained": f"training {low + full:,} of {sum(x.size for x in leaves.values()):,} "
     f"parameters: {low:,} in {len(deltas)} low-rank deltas, {full:,} in {len(tuned)} "
     "weights in full",
     **({"left out": f"left out of the targets: {left_out}"} if left_out else {}),
-    "base": f"the base is in memory as {' and '.join(stored_as)}: {memory.show(size)}",
+    "base": base if read else "no base is in memory: all of it is trained",
   }

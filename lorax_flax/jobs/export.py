@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import lorax_flax as lx
 from lorax_flax.adapt.config import LoraConfig
+from lorax_flax.adapt.merge import deferred
 from lorax_flax.distributed import processes
 from lorax_flax.hub.adapters import native
 from lorax_flax.hub.checkpoints import export as hub_export
@@ -92,8 +92,10 @@ def export(
     )
 
   def write_model(target: Path, adapter: Adapter, result: Result) -> None:
-    merged = meshes.gather(lx.merge(loaded.params, adapter))
+    merged = deferred(loaded.params, adapter)
     if not processes.first():
+      for _ in hub_export.gathered(hub_export.leaves(merged, loaded.keymap)):
+        pass  # Gathering a leaf takes all processes.
       return
     hub_export.write_checkpoint(
       target,

@@ -49,7 +49,8 @@ def prover(
     inputs: digests by name, of `lorax_flax.jobs.fingerprint`.
   """
   logits = receipt.probed(model)
-  weights = functools.cache(lambda: _records(model.folder))
+  folder = model.folder  # Alone: the weights may leave memory.
+  weights = functools.cache(lambda: _records(folder))
 
   def prove(
     settings: Settings, base: registry.Loaded, adapter: Adapter

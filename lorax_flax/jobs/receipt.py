@@ -10,7 +10,7 @@ import numpy as np
 
 import lorax_flax as lx
 from lorax_flax import quant
-from lorax_flax.adapt.merge import kept
+from lorax_flax.adapt.merge import deferred, kept
 from lorax_flax.adapt.paths import arrays, map_with_path
 from lorax_flax.methods import Adapter
 from lorax_flax.models.registry import Loaded
@@ -30,26 +30,32 @@ class Figures:
       square; above 1 where rounding enlarges it.
     least: the share of the weight that keeps least, and its path; None where nothing
       changes.
-    largest_logit_difference: from the adapter beside the base, over the `probe`.
+    largest_logit_difference: from the adapter beside the base, over the `probe`; None
+      where that was left out.
   """
 
   kept: float
   least: tuple[float, str] | None
-  largest_logit_difference: float
+  largest_logit_difference: float | None
 
 
 def merge(
-  loaded: Loaded, deltas: Adapter, stores: Mapping[str, Store]
+  loaded: Loaded, deltas: Adapter, stores: Mapping[str, Store], *, probe: bool = True
 ) -> tuple[Any, dict[str, Figures]]:
   """Merges an adapter, and compares what is stored with the adapter beside the base.
 
+  The share that is kept is measured a weight at a time. The probe needs a model at a
+  time in memory: the base, then each of `stores`.
+
   Args:
-    loaded: the base.
+    loaded: the base; its leaves may be deferred.
     deltas: the adapter.
     stores: by name, forms of the merged weights.
+    probe: whether to compare logits too.
 
   Returns:
-    The merged weights in the base's dtypes, and the figures of each of `stores`.
+    The merged weights in the base's dtypes, those that change deferred, and the figures
+    of each of `stores`.
 
   Raises:
     LoraxError: as of `lx.merge`.
@@ -64,27 +70,36 @@ def merge(
       return jnp.asarray(quant.dense(found), jnp.float32)
 
     shares[name] = kept(loaded.params, in_base, stored)
+  merged = deferred(loaded.params, deltas)
+  errors = _errors(loaded, deltas, merged, stores) if probe else {}
+  return merged, {n: _figures(each, errors.get(n)) for n, each in shares.items()}
+
+
+def _errors(
+  loaded: Loaded, deltas: Adapter, merged: Any, stores: Mapping[str, Store]
+) -> dict[str, float]:
+  """The largest difference of a logit over the probe, of each of `stores`."""
   logits = probed(loaded)
-  expected = np.asarray(logits(loaded.params, deltas))
-  merged = lx.merge(loaded.params, deltas)
-  found = {}
-  for name, store in stores.items():
-    params = map_with_path(
-      lambda path, leaf, store=store: store(path, quant.dense(leaf)), merged
-    )
-    error = np.abs(np.asarray(logits(params, {})) - expected).max()
-    found[name] = _figures(shares[name], float(error))
-  return merged, found
+  expected = np.asarray(logits(*quant.realized((loaded.params, deltas))))
+
+  def error(store: Store) -> float:
+    def stored(path: str, leaf: Any) -> quant.Deferred:
+      return quant.Deferred(leaf, lambda: store(path, quant.dense(leaf)))
+
+    params = quant.realized(map_with_path(stored, merged))
+    return float(np.abs(np.asarray(logits(params, {})) - expected).max())
+
+  return {name: error(store) for name, store in stores.items()}
 
 
 def requantized(loaded: Loaded) -> Store:
   """The form of a base whose kernels are quantised as they are in `loaded`."""
   leaves = arrays(loaded.params)
+  likes = {path: getattr(leaf, "like", leaf) for path, leaf in leaves.items()}
+  names = {p: quant.name_of(x) for p, x in likes.items() if quant.is_quantized(x)}
 
   def store(path: str, leaf: jax.Array) -> Any:
-    base = leaves[path]
-    is_stored = quant.is_quantized(base)
-    return quant.quantize(leaf, quant.name_of(base)) if is_stored else leaf
+    return quant.quantize(leaf, names[path]) if path in names else leaf
 
   return store
 
@@ -125,7 +140,7 @@ def probed(model: Loaded) -> Callable[[Any, Adapter], jax.Array]:
   return logits
 
 
-def _figures(shares: Mapping[str, tuple[float, float]], error: float) -> Figures:
+def _figures(shares: Mapping[str, tuple[float, float]], error: float | None) -> Figures:
   total = sum(square for _, square in shares.values())
   share = sum(product for product, _ in shares.values()) / total if total else 1.0
   each = [(product / square, path) for path, (product, square) in shares.items()]

@@ -69,6 +69,28 @@ def of_model(task: Task, folder: str, heading: str = "Serve") -> dict[str, str]:
   return {heading: f"from transformers import pipeline\n\n{load}"}
 
 
+def of_orbax(folder: str) -> dict[str, str]:
+  """Code that restores weights as `hub.checkpoints.export_orbax` writes them.
+
+  Args:
+    folder: name of the folder of the weights.
+  """
+  restore = f"""\
+from pathlib import Path
+import orbax.checkpoint as ocp
+
+with ocp.StandardCheckpointer() as checkpointer:
+  params = checkpointer.restore(Path({folder!r}).absolute())
+"""
+  run = """\
+from lorax_flax.models import registry
+
+module = registry.outline(registry.read_config(Path("."))).module
+# outputs = module.apply({"params": params}, **inputs)
+"""
+  return {"Restore": restore, "Run with lorax_flax": run}
+
+
 def of_stablehlo(inputs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, str]:
   """Code that runs a program as `hub.checkpoints.export_stablehlo` writes it.
 

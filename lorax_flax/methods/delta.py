@@ -79,6 +79,11 @@ class Delta:
     layers = None
     bias_name = "bias"
 
+  @property
+  def replaces(self) -> bool:
+    """True where the base's leaf is not read: the delta is in its place."""
+    return False
+
   def merged(self, w: jax.Array) -> jax.Array:
     """The base's leaf w with the delta in it, dense."""
     raise NotImplementedError

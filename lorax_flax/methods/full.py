@@ -22,7 +22,7 @@ class Tuned(Delta):
   Attributes:
     value: what the leaf is now, or these layers of it; trained.
     original: the base leaf, kept so that `unmerge` can put it back. It shares the
-      base's buffer until the adapter is saved or moved.
+      base's buffer until the adapter is saved or moved. A training step has none.
     layers: where layers are stacked and some of them trained, their indices; None for
       all, or for a leaf that is no stack.
   """
@@ -68,6 +68,10 @@ class Tuned(Delta):
   def kernel_axes(self) -> Mapping[str, tuple[int, ...]]:
     axes = tuple(range(len(self.value.shape)))
     return {"kernel": axes, "stack": axes[:1]}
+
+  @property
+  def replaces(self) -> bool:
+    return self.layers is None
 
   def merged(self, w: Any) -> jax.Array:
     """The base's leaf with the value in its place, in the value's dtype."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax import quant
 from lorax_flax.methods.axes import LeafAxes, Shape, by_role, resolved, shape_of
 from lorax_flax.methods.delta import Delta, OnBias
 from lorax_flax.methods.parts import Parts, dense, full
@@ -70,7 +71,7 @@ class Followed(Delta):
   def on_bias(self, w: jax.Array) -> OnBias:
     if not self.has_bias and not self.scales_bias:
       return OnBias()
-    parts = self.parts(w)
+    parts = self.parts(quant.dense(w))
     return OnBias(*map(self._as_bias, (self._bias_scale(parts), parts.bias)))
 
   def _bias_scale(self, parts: Parts) -> jax.Array | None:

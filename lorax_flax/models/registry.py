@@ -180,6 +180,7 @@ def load(
   vocab_size: int | None = None,
   quant: str | None = None,
   soft: SoftSettings | None = None,
+  deferred: bool = False,
 ) -> Loaded:
   """Loads a model from a Hugging Face folder, or from a GGUF file.
 
@@ -203,6 +204,8 @@ def load(
       such a model.
     soft: trained states beside the weights: new leaves, to be named in
       `LoraConfig.tuned` as a new head is (`Outline.soft_paths`).
+    deferred: leave the weights on disk; each leaf is read when it is used and not kept
+      (see `quant.Deferred`).
 
   Raises:
     LoraxError: an unknown family, an unsupported config, or keys that do not match.
@@ -230,6 +233,7 @@ def load(
     seed=seed,
     new_head=new_head,
     shardings=shardings and shardings(axes(stored.module), shapes),
+    deferred=deferred,
   )
   params = weights.params
   if model is not stored:

@@ -28,6 +28,7 @@ def load(
   quant: str | None = None,
   param_dtype: str | None = None,
   other_base: bool = False,
+  deferred: bool = False,
 ) -> tuple[registry.Loaded, Saved]:
   """Loads a base with a head of the adapter's width, untied and resized as it needs.
 
@@ -35,7 +36,7 @@ def load(
     base: a folder, an alias or a hub name.
     adapter: of any form.
     alpha, enable_lora: as of `adapters.read`.
-    quant, param_dtype: as of `registry.load`.
+    quant, param_dtype, deferred: as of `registry.load`.
     other_base: whether the base may be another than the adapter's provenance.json
       says; see `base_check`.
 
@@ -50,6 +51,7 @@ def load(
     quant=quant,
     param_dtype=param_dtype,
     other_base=other_base,
+    deferred=deferred,
   )
   return loaded, saved
 
@@ -63,6 +65,7 @@ def load_all(
   quant: str | None = None,
   param_dtype: str | None = None,
   other_base: bool = False,
+  deferred: bool = False,
 ) -> tuple[registry.Loaded, list[Saved]]:
   """Loads a base and several adapters, which must fit the same base; as `load`."""
   folder = resolve(base)
@@ -103,6 +106,7 @@ def load_all(
     soft=None if soft is None else SoftSettings(**soft),
     quant=quant,
     param_dtype=param_dtype,
+    deferred=deferred,
   )
   for source, each in needs.items():
     if each.vocab_size is not None:

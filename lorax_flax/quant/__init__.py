@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from lorax_flax.errors import check_known
 from lorax_flax.quant import tiles
+from lorax_flax.quant.deferred import Deferred, realized
 from lorax_flax.quant.fp8 import Fp8
 from lorax_flax.quant.int4 import Int4
 from lorax_flax.quant.int8 import Int8
@@ -56,11 +57,13 @@ __all__ = [
   "CHOICES",
   "FORMATS",
   "KERNELS",
+  "Deferred",
   "Quantized",
   "dense",
   "is_quantized",
   "name_of",
   "quantize",
+  "realized",
 ]
 
 
@@ -83,7 +86,7 @@ def quantize(kernel: Any, name: str) -> Quantized:
 
 @functools.partial(jax.jit, static_argnames="name")
 def _quantize(kernel: jax.Array, name: str) -> Quantized:
-  m = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32)
+  m = kernel.mT.astype(jnp.float32)
   return FORMATS[name].of_matrices(m, kernel.dtype)
 
 

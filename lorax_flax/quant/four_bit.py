@@ -11,7 +11,9 @@ from lorax_flax.quant.quantized import Quantized
 class FourBit(Quantized):
   """W = values(codes) * steps(); the base of these formats.
 
-  The even weight of a pair along the contracted axis is in a byte's high bits.
+  The even weight of a pair along the contracted axis is in a byte's high bits. The
+  blocks' scales are stored with the outputs last: a TPU pads the last axis of an array
+  to 128, and there may be 64 blocks.
   """
 
   per_code: ClassVar[int] = 2
@@ -23,8 +25,9 @@ class FourBit(Quantized):
     raise NotImplementedError
 
   def steps(self) -> jax.Array:
-    """The blocks' scales, (*stack, out, in / block) float32."""
+    """The blocks' scales, (*stack, in / block, out) float32."""
     raise NotImplementedError
 
   def matrices(self) -> jax.Array:
-    return blocks.unpacked(self.codes, self.values, self.steps(), self.dtype)
+    steps = self.steps().mT
+    return blocks.unpacked(self.codes, self.values, steps, self.dtype)

@@ -16,12 +16,12 @@ class Int4(FourBit):
   """W = (codes - 8) * absmax / 7, two codes in a byte.
 
   Attributes:
-    absmax: (*stack, out, in / block) float32.
+    absmax: (*stack, in / block, out) float32.
   """
 
   absmax: jax.Array
 
-  axes: ClassVar = {"codes": ("out", "in"), "absmax": ("out", "in")}
+  axes: ClassVar = {"codes": ("out", "in"), "absmax": ("in", "out")}
 
   @classmethod
   def of_matrices(cls, m: jax.Array, dtype: Any) -> Self:
@@ -29,7 +29,8 @@ class Int4(FourBit):
     m = blocks.split(m, cls.block)
     absmax = blocks.absmax(m)
     codes = jnp.round(m * (7.0 * blocks.inverse(absmax))[..., None]) + 8
-    return cls(blocks.pack(blocks.join(codes.astype(jnp.uint8))), absmax, dtype=dtype)
+    codes = blocks.pack(blocks.join(codes.astype(jnp.uint8)))
+    return cls(codes, absmax.mT, dtype=dtype)
 
   @staticmethod
   def values(codes: jax.Array) -> jax.Array:

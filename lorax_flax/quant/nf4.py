@@ -53,18 +53,18 @@ class NF4(FourBit):
   """W = CODE[codes] * absmax, two codes in a byte.
 
   Attributes:
-    absmax: (*stack, out, in / block) float32.
+    absmax: (*stack, in / block, out) float32.
   """
 
   absmax: jax.Array
 
-  axes: ClassVar = {"codes": ("out", "in"), "absmax": ("out", "in")}
+  axes: ClassVar = {"codes": ("out", "in"), "absmax": ("in", "out")}
 
   @classmethod
   def of_matrices(cls, m: jax.Array, dtype: Any) -> Self:
     """The nearest codes of each block."""
     codes, absmax = _quantized(m, CODE, cls.block)
-    return cls(blocks.pack(codes), absmax, dtype=dtype)
+    return cls(blocks.pack(codes), absmax.mT, dtype=dtype)
 
   @staticmethod
   def values(codes: jax.Array) -> jax.Array:
@@ -80,8 +80,9 @@ class DoubleNF4(FourBit):
   """NF4 whose scales are quantised: absmax = DYNAMIC[scales] * scales_absmax + mean.
 
   Attributes:
-    scales: (*stack, out, in / block) uint8.
-    scales_absmax: (*stack, n) float32, of groups of 256 of one kernel's scales.
+    scales: (*stack, in / block, out) uint8.
+    scales_absmax: (*stack, n) float32, of groups of 256 of one kernel's scales, which
+      stand in the order of a torch weight: those of an output together.
     mean: (*stack, 1) float32, of one kernel's scales.
   """
 
@@ -91,7 +92,7 @@ class DoubleNF4(FourBit):
 
   axes: ClassVar = {
     "codes": ("out", "in"),
-    "scales": ("out", "in"),
+    "scales": ("in", "out"),
     "scales_absmax": (None,),
     "mean": (None,),
   }
@@ -100,24 +101,33 @@ class DoubleNF4(FourBit):
   @classmethod
   def of_matrices(cls, m: jax.Array, dtype: Any) -> Self:
     """The codes of `NF4`, their scales quantised."""
-    codes, absmax = _quantized(m, CODE, cls.block)
+    return cls.from_rows(NF4.of_matrices(m, dtype))
+
+  @classmethod
+  def by_rows(cls) -> type[NF4]:
+    return NF4
+
+  @classmethod
+  def from_rows(cls, rows: NF4) -> Self:
+    absmax = rows.absmax.mT
     flat = blocks.join(absmax)
     mean = flat.mean(-1, keepdims=True)
     more = -flat.shape[-1] % cls.group
     padded = jnp.pad(flat - mean, [(0, 0)] * (flat.ndim - 1) + [(0, more)])
     scales, scales_absmax = _quantized(padded, DYNAMIC, cls.group)
-    scales = scales[..., : flat.shape[-1]].reshape(absmax.shape)
-    return cls(blocks.pack(codes), scales, scales_absmax, mean, dtype=dtype)
+    scales = scales[..., : flat.shape[-1]].reshape(absmax.shape).mT
+    return cls(rows.codes, scales, scales_absmax, mean, dtype=rows.dtype)
 
   values = staticmethod(NF4.values)
 
   def steps(self) -> jax.Array:
-    flat = jnp.asarray(DYNAMIC)[blocks.join(self.scales)]
-    spread = jnp.repeat(self.scales_absmax, self.group, -1)[..., : flat.shape[-1]]
+    *stack, count, out = self.scales.shape
+    spread = jnp.repeat(self.scales_absmax, self.group, -1)[..., : count * out]
+    spread = spread.reshape(*stack, out, count).mT
     # The maximum is the product itself; without one, compilers would make a fused
     # multiply-add, and round where bitsandbytes does not.
-    absmax = jnp.maximum(flat * spread, -spread) + self.mean
-    return absmax.reshape(self.scales.shape)
+    absmax = jnp.maximum(jnp.asarray(DYNAMIC)[self.scales] * spread, -spread)
+    return absmax + self.mean[..., None]
 
 
 def _quantized(

@@ -15,7 +15,7 @@ from lorax_flax.errors import LoraxError
 class Quantized:
   """A kernel (*stack, in, out) as codes and scales; the base of the formats.
 
-  Arrays have torch's layout, (*stack, out, in): blocks run along the contracted axis,
+  Codes have torch's layout, (*stack, out, in): blocks run along the contracted axis,
   and codes are those that bitsandbytes gives the weight of a torch.nn.Linear. The stack
   axes (layers, experts) come first in every array, so that a scan slices a leaf as it
   slices a kernel.
@@ -40,6 +40,16 @@ class Quantized:
   def of_matrices(cls, m: jax.Array, dtype: Any) -> Self:
     """The codes of (*stack, out, in) float32."""
     raise NotImplementedError
+
+  @classmethod
+  def by_rows(cls) -> "type[Quantized]":
+    """The format in which each output's weights are quantised by themselves."""
+    return cls
+
+  @classmethod
+  def from_rows(cls, rows: Any) -> Self:
+    """The leaf, of that of one kernel in the format `by_rows`."""
+    return rows
 
   def matrices(self) -> jax.Array:
     """The weights, (*stack, out, in), computed in float32 and rounded to `dtype`."""
@@ -101,7 +111,7 @@ class Quantized:
 # One program: step by step, each of the intermediate arrays would be stored.
 @functools.partial(jax.jit, inline=True)
 def _dense(leaf: Quantized) -> jax.Array:
-  return jnp.swapaxes(leaf.matrices(), -1, -2)
+  return leaf.matrices().mT
 
 
 def is_quantized(x: Any) -> bool:
@@ -109,5 +119,5 @@ def is_quantized(x: Any) -> bool:
 
 
 def dense(x: Any) -> Any:
-  """The weight as an array, whether it is quantised or not."""
-  return x.dense() if is_quantized(x) else x
+  """The weight as an array, be it quantised, deferred or neither."""
+  return x.dense() if hasattr(x, "dense") else x

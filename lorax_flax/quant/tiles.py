@@ -72,7 +72,7 @@ def product(
   fan_in, _ = leaf.shape
   tile = _largest(_IN, fan_in)
   # Steps of a tile are rows of its columns: a step is broadcast down its block.
-  steps_TxBxO = leaf.steps().T.reshape(fan_in // tile, tile // leaf.block, -1)
+  steps_TxBxO = leaf.steps().reshape(fan_in // tile, tile // leaf.block, -1)
 
   def run(x, codes_OxP, steps_TxBxO):
     x_NxK = x.reshape(-1, x.shape[-1])

@@ -158,7 +158,7 @@ def fit(
         stack.enter_context(lock.held(folder))
       files.claim(folder, about.settings)
     job = loop.Job(
-      [Run(config, adapter, folder, export, about)],
+      [Run(config, dict(adapter), folder, export, about)],
       Model(forward, params, axes, made),
       Objective(per_example, (), "eval_loss", predictions=lambda outputs: None),
       loop.Data(

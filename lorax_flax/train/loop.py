@@ -124,6 +124,8 @@ def fit(
     seated = [0 if seat is None else seat.number for seat in seats.seats]
     program = program_of(job, plan, width, seated)
     state, base = program.start()
+    for _, seat in seats.seated():
+      seat.run.started()
     if done:
       state = checkpoints.restore(done, state)
       batches.set_state(progress[0].position)
@@ -193,6 +195,8 @@ class _Loop:
       processes.Preempted: SIGTERM asked for it; everything is saved.
     """
     total, epoch = self.plan.total, self.plan.epoch
+    # Where nothing is measured at the end of an epoch, it is a step like any other.
+    measures = bool(self._data.evaluation) or self.job.samples is not None
     number = done
     if self.places.waiting() and not done:
       self._arrange()
@@ -220,7 +224,9 @@ class _Loop:
           number, lambda n: n == total or n % self._config.log_steps == 0
         ):
           self._log(number, logged)
-        if evaluated := self._due(number, lambda n: n == total or n % epoch == 0):
+        if evaluated := self._due(
+          number, lambda n: n == total or (measures and n % epoch == 0)
+        ):
           state = self._evaluate(number, evaluated, state, base)
           self._answer(number, evaluated, state, base)
         if judged := self._due(number, self._is_judged):
@@ -275,6 +281,7 @@ class _Loop:
       else:
         assert isinstance(self.program, trials.Program)
         state, base = self.program.seat(state, base, place, new.run)
+        new.run.started()
         seated = True
     if seated:
       self._arrange()
@@ -448,12 +455,11 @@ class _Loop:
     if samples is None or not alive:
       return
     self._drain()
-    params = self.job.model.params
     with self.clock.on("answer"), jax.set_mesh(self.job.model.mesh):
       for place, seat in alive:
-        adapter, step = self.program.adapter(state, base, place), number - seat.start
+        step = number - seat.start
         try:
-          found = samples.answer(params, adapter)
+          found = samples.answer(*self.program.full(state, base, place))
         except LoraxError as error:  # An answer is no reason to stop a run.
           log.warning("the prompts are not answered at step %d: %s", step, error)
           return

@@ -1,14 +1,16 @@
 """The state that a step changes, and the base that it reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lorax_flax.adapt.partition import combine, partition, trainable_mask
+from lorax_flax.adapt.partition import combine, leaf_mask, partition, trainable_mask
+from lorax_flax.adapt.paths import arrays, map_with_path
 from lorax_flax.methods import Adapter
+from lorax_flax.quant import dense
 from lorax_flax.sharding import mesh as meshes
 
 PyTree = Any
@@ -38,16 +40,42 @@ class Base:
   """Everything that a step only reads: neither differentiated nor donated.
 
   Attributes:
-    params: the model's, frozen.
-    rest: the untrained leaves of the adapter, None for the trained ones.
+    params: the model's, frozen; anything in place of a leaf that is trained in full.
+    rest: the untrained leaves of the adapter, None for the trained ones and for those
+      that repeat the base's.
   """
 
   params: PyTree
   rest: Adapter
 
+  def full(self, trained: Adapter) -> tuple[PyTree, Adapter]:
+    """The params and the adapter, as `lora.apply` takes them.
+
+    Both have what is trained in full as it is now: the adapter can't be unmerged.
+    """
+
+    def now(path, leaf):
+      delta = trained.get(path)
+      return delta.merged(leaf) if delta is not None and delta.replaces else leaf
+
+    params = map_with_path(now, self.params)
+    leaves = arrays(params)
+    rest = {
+      path: replace(d, **dict.fromkeys(d.from_base, dense(leaves[path])))
+      if d.from_base
+      else d
+      for path, d in self.rest.items()
+    }
+    return params, combine(trained, rest)
+
   def adapter(self, trained: Adapter) -> Adapter:
-    """The full adapter, as `lora.apply` takes it."""
-    return combine(trained, self.rest)
+    """The adapter of `full`."""
+    return self.full(trained)[1]
+
+
+def own(adapter: Adapter) -> Adapter:
+  """The adapter, or its shardings, with None for the leaves that repeat the base's."""
+  return partition(adapter, leaf_mask(adapter, lambda delta: delta.from_base))[1]
 
 
 def create(
@@ -61,6 +89,7 @@ def create(
   The trained leaves are copied: the state is donated to each step, and a tuned leaf may
   share its buffer with the base.
   """
+  adapter = own(adapter)
   trained, rest = partition(adapter, trainable_mask(adapter))
   trained = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trained)
   state = TrainState(trained, optimizer.init(trained), jnp.zeros((), jnp.int32), key)

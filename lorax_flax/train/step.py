@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from lorax_flax import devices
-from lorax_flax.adapt.partition import partition, trainable_mask
+from lorax_flax.adapt.partition import partition, trainable_mask, without_replaced
 from lorax_flax.adapt.training import penalty, scheduled
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import mesh as meshes
@@ -83,10 +84,10 @@ class Program:
     """The part of each run in a tree that a step takes or returns."""
     return [tree]
 
-  def adapter(self, state: TrainState, base: Base, place: int) -> Adapter:
-    """The run's adapter, as `lora.apply` takes it."""
+  def full(self, state: TrainState, base: Base, place: int) -> tuple[PyTree, Adapter]:
+    """The run's params and adapter, as `lora.apply` takes them."""
     del place
-    return base.adapter(state.trained)
+    return base.full(state.trained)
 
   def evaluated(self, state: TrainState, due: Sequence[bool]) -> Adapter:
     """The first argument of `eval_step`."""
@@ -129,7 +130,7 @@ def program(
   """
   mesh = model.mesh
   optimizer, rate = optimizer_of(config, plan, adapter)
-  placed = meshes.of_adapter(mesh, model.axes, adapter)
+  placed = states.own(meshes.of_adapter(mesh, model.axes, adapter))
 
   def create(params, adapter):
     return create_state(params, adapter, optimizer, config.seed)
@@ -138,13 +139,18 @@ def program(
   shardings = states.shardings(state, placed, mesh)
 
   def start():
-    state, base = create(model.params, meshes.place(adapter, placed))
+    own = meshes.place(states.own(adapter), placed)
+    state, base = create(read_params(model, adapter), own)
     return meshes.place(state, shardings), base
 
   def abstract():
-    state, base = jax.eval_shape(create, model.params, adapter)
+    empty = lambda leaf: jax.ShapeDtypeStruct((0,), leaf.dtype)
+    params = without_replaced(model.params, adapter, empty)
+    state, base = jax.eval_shape(create, params, adapter)
     rest = partition(placed, trainable_mask(placed))[1]
-    bases = Base(meshes.of_params(mesh, model.axes, model.params), rest)
+    every = meshes.of_params(mesh, model.axes, model.params)
+    replicated = meshes.replicated(mesh)
+    bases = Base(without_replaced(every, adapter, lambda _: replicated), rest)
     return meshes.abstract(state, shardings), meshes.abstract(base, bases)
 
   loss, accumulation = objective.loss, config.accumulation
@@ -185,6 +191,13 @@ def optimizer_of(
   chosen = {name: fields[name] for name in (*names, *reads)}
   optimizer = optim.optimizer(rate, name=config.optimizer, **chosen)
   return scheduled(optimizer, adapter), rate
+
+
+def read_params(model: Model, adapter: Adapter) -> PyTree:
+  """The params that a step reads: an empty array where a leaf is trained in full."""
+  replicated = meshes.replicated(model.mesh)
+  empty = lambda leaf: meshes.place(np.zeros(0, leaf.dtype), replicated)
+  return without_replaced(model.params, adapter, empty)
 
 
 def create_state(
@@ -254,8 +267,8 @@ def train_step(
   """
 
   def microbatch_loss(trained, base, batch, weight, key):
-    adapter = base.adapter(trained)
-    outputs = forward(base.params, adapter, batch, key)
+    params, adapter = base.full(trained)
+    outputs = forward(params, adapter, batch, key)
     value = jnp.sum(loss(outputs, batch) * batch["weights"]) / weight
     return value + penalty(adapter) / accumulation
 
@@ -303,7 +316,7 @@ def eval_step(
   """Makes (trained, base, batch) -> (predictions, mean loss), a pure function."""
 
   def step(trained: Adapter, base: Base, batch: Batch):
-    outputs = forward(base.params, base.adapter(trained), batch, None)
+    outputs = forward(*base.full(trained), batch, None)
     losses_B = loss(outputs, batch) * batch["weights"]
     weight = jnp.sum(batch["weights"])
     return predictions(outputs), Mean(jnp.sum(losses_B), weight)

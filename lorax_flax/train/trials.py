@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lorax_flax.adapt.partition import leaf_mask, partition, trainable_mask
+from lorax_flax.adapt.partition import leaf_mask, partition, trainable_mask, without
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import activations
@@ -52,8 +52,9 @@ class Run:
 
   Attributes:
     config: how it trains; `MAY_DIFFER` names the fields that may be its own.
-    adapter: the adapter before the first step. Leaves of the base that are not the
-      same in all runs (a new head, drawn by the seed) are trained in full.
+    adapter: the adapter before the first step; its trained leaves are given up once
+      they are in the state (`started`). Leaves of the base that are not the same in all
+      runs (a new head, drawn by the seed) are trained in full.
     folder: claimed by this run.
     export: (adapter, content of result.json so far, folder) -> paths of what it wrote
       there, by the names under which result.json has them. Every process calls it, with
@@ -68,6 +69,10 @@ class Run:
   export: Callable[[Adapter, Mapping[str, Any], Path], Mapping[str, str]]
   about: About
   name: str = ""
+
+  def started(self) -> None:
+    """Gives up the memory of the adapter's trained leaves."""
+    self.adapter.update(without(self.adapter, lambda delta: delta.trained))
 
 
 @jax.tree_util.register_dataclass
@@ -140,10 +145,10 @@ class Program:
     """The part of each place in a tree that a step takes or returns."""
     return [_one(tree, i) for i in range(self.places)]
 
-  def adapter(self, state: States, bases: Bases, place: int) -> Adapter:
-    """The adapter of a place, as `lora.apply` takes it, its ranks padded."""
+  def full(self, state: States, bases: Bases, place: int) -> tuple[PyTree, Adapter]:
+    """Params and adapter of a place, as `lora.apply` takes them, its ranks padded."""
     base = bases.of(_one(bases.own, place))
-    return base.adapter(_one(state.trained, place))
+    return base.full(_one(state.trained, place))
 
   def evaluated(self, state: States, due: Sequence[bool]) -> tuple[Adapter, np.ndarray]:
     """The first argument of `eval_step`, which skips the places that are not due."""
@@ -184,7 +189,7 @@ def program(
   adapters = [run.adapter for run in runs]
   ranks, mesh, config = _largest_ranks(adapters), model.mesh, runs[0].config
   at_once = _width(mesh) if width is None else lambda tokens: width
-  placed = meshes.of_adapter(mesh, model.axes, adapters[0])
+  placed = states.own(meshes.of_adapter(mesh, model.axes, adapters[0]))
   optimizer, _ = steps.optimizer_of(config, plan, adapters[0])
   replicated = meshes.replicated(mesh)
 
@@ -205,7 +210,7 @@ def program(
 
   def fresh(run: Run) -> tuple[PyTree, Adapter]:
     """A run before its first step, and the untrained leaves that all share."""
-    padded = meshes.place(_padded(run.adapter, ranks), placed)
+    padded = meshes.place(states.own(_padded(run.adapter, ranks)), placed)
     state, base = create(padded, run.config.seed)
     mine, shared = own_and_shared(base.rest)
     numbers = {n: np.float32(getattr(run.config, n)) for n in NUMBERS}
@@ -215,7 +220,8 @@ def program(
   def start() -> tuple[States, Bases]:
     each = [fresh(runs[i]) for i in seated]
     state, (mine, numbers) = meshes.place(_stack([own for own, _ in each]), stacked)
-    return state, Bases(Base(model.params, each[0][1]), mine, numbers)
+    params = steps.read_params(model, adapters[0])
+    return state, Bases(Base(params, each[0][1]), mine, numbers)
 
   def seat(state: States, bases: Bases, place: int, run: Run) -> tuple[States, Bases]:
     there = state, (bases.own, bases.numbers)

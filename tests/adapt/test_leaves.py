@@ -1,5 +1,7 @@
 """Params of any kind: modules, and trees with keys, numbers and functions in them."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -119,3 +121,39 @@ def test_nnx_update_writes_merged_weights_through_to_params():
   )
   back = lx.unmerge(params, adapter)
   np.testing.assert_allclose(back["up"]["kernel"][...], base, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_hundred_swaps_in_place_do_not_drift(dtype):
+  """Each adapter is merged into the base that is kept, over what was merged before."""
+  params = tree()[1]
+  params = {name: params[name].astype(dtype) for name in ("up", "down")}
+  lora = lx.adapt(
+    lambda p, x: x @ p["up"] @ p["down"], lx.LoraConfig(rank=2, targets=["up", "down"])
+  )
+  start = lora.init(jax.random.key(1), params, X.astype(dtype))
+  adapters = [perturbed(start, seed) for seed in (1, 2)]
+  base = jax.tree.map(np.array, params)
+
+  @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+  def swap(old, params, adapter):
+    del old  # Its buffers take what is merged now.
+    return lx.merge(params, adapter)
+
+  @jax.jit
+  def undo(merged, old, adapter):
+    return lx.merge(lx.unmerge(merged, old), adapter)
+
+  merged = swap(jax.tree.map(jnp.copy, params), params, adapters[0])
+  first = jax.tree.map(np.array, merged)
+  places = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(merged)}
+  undone = lx.merge(params, adapters[0])
+  for i in range(1, 101):
+    merged = swap(merged, params, adapters[i % 2])
+    undone = undo(undone, adapters[(i - 1) % 2], adapters[i % 2])
+  assert swap._cache_size() == 1
+  assert {x.unsafe_buffer_pointer() for x in jax.tree.leaves(merged)} == places
+  same = lambda tree, other: jax.tree.all(jax.tree.map(np.array_equal, tree, other))
+  assert same(merged, first)
+  assert same(params, base)
+  assert not same(undone, first), "taking an adapter out again rounds each time"

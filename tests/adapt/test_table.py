@@ -19,11 +19,16 @@ LIBRARIES = {
   "equinox": (cells.equinox, {name: c[1] for name, c in cells.EQUINOX.items()}),
   "haiku": (cells.haiku, {name: c[1] for name, c in cells.HAIKU.items()}),
 }
-CASES = [(library, cell) for library, (_, found) in LIBRARIES.items() for cell in found]
+# A layer of a remat is followed as one of a scan's remat is: by one cell alone.
+CASES = [
+  (library, cell, mode)
+  for library, (_, found) in LIBRARIES.items()
+  for cell in found
+  for mode in ("plain", "scan", "scan_remat", *["remat"] * (cell == "attention"))
+]
 
 
-@pytest.mark.parametrize("mode", ["plain", "scan", "remat", "scan_remat"])
-@pytest.mark.parametrize(("library", "cell"), CASES)
+@pytest.mark.parametrize(("library", "cell", "mode"), CASES)
 def test_adapted_equals_merged_and_forms_no_dense_gradient(library, cell, mode):
   build, targets = LIBRARIES[library][0], LIBRARIES[library][1][cell]
   apply_fn, params, x = build(cell, mode)

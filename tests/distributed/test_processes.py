@@ -36,12 +36,12 @@ def _here(config, workdir):
   return workdir
 
 
-def _launch(config, workdir, count, *flags, sabotage="-1 none 0"):
-  """Several processes with two devices each: the exit code, and all lines."""
+def _launch(config, workdir, count, *flags, sabotage="-1 none 0", devices=2):
+  """Several processes with some devices each: the exit code, and all lines."""
   done = subprocess.run(
     [
       *(sys.executable, "-m", "launch.local", f"--processes={count}"),
-      *("--devices=2", "--grace=30", "--", "-m", "tests.distributed.saboteur"),
+      *(f"--devices={devices}", "--grace=30", "--", "-m", "tests.distributed.saboteur"),
       *(f"--config={config}", f"--workdir={workdir}", *flags),
     ],
     cwd=tiny.ROOT,
@@ -83,24 +83,24 @@ def _check_same(workdir, wanted):
     assert np.abs(want[name]).max() > 1e-3  # or the tolerance would mean nothing
 
 
-def test_a_run_moves_between_process_counts_and_meshes_and_survives(
-  config, alone, tmp_path
-):
-  # One of four is told to stop: all save, and exit with SIGTERM's code.
+def test_a_run_moves_between_devices_and_meshes_and_survives(config, alone, tmp_path):
+  # One is told to stop: both save, and exit with SIGTERM's code.
   code, said = _launch(
-    *(config, tmp_path, 4, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
-    sabotage="2 term 4",
+    *(config, tmp_path, 2, "--config.mesh.fsdp=2", "--config.mesh.tensor=2"),
+    sabotage="1 term 4",
+    devices=4,
   )
   assert code == 143, said
-  assert "8 devices: data 2 × fsdp 2 × tensor 2, in 4 processes" in said
+  assert "8 devices: data 2 × fsdp 2 × tensor 2, in 2 processes" in said
   told = re.search(r"told to stop: saved at step (\d+)", said)
   assert told, said
-  step = told[1]  # The first that none of them had passed.
+  step = told[1]  # The first that neither had passed.
   assert 4 < int(step) < 9
   assert "Traceback" not in said
   assert step in _checkpoints(tmp_path)
 
-  # Two go on with another mesh, and one dies while a checkpoint is written.
+  # They go on with fewer devices and another mesh, and one dies while a checkpoint is
+  # written.
   code, said = _launch(config, tmp_path, 2, "--config.mesh.tensor=2",
                        sabotage="1 kill-save 9")  # fmt: skip
   assert code == 128 + 9, said
@@ -112,7 +112,7 @@ def test_a_run_moves_between_process_counts_and_meshes_and_survives(
   assert "8" in _checkpoints(tmp_path)
   assert "9" not in _checkpoints(tmp_path)
 
-  # And two end it, with yet another one.
+  # And they end it, with yet another one.
   code, said = _launch(config, tmp_path, 2, "--config.mesh.fsdp=-1",
                        "--config.mesh.data=1")  # fmt: skip
   assert code == 0, said

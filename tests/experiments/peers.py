@@ -176,11 +176,6 @@ def logits(model, lines, tokenizer=None, max_length=None):
   return rows
 
 
-def run(module, *args, stdin=None, **environment):
-  """A command in a process of its own."""
-  return python("-m", f"experiments.{module}", *args, stdin=stdin, **environment)
-
-
 def python(*args, stdin=None, **environment):
   """Python in a process of its own, in the project's folder."""
   return subprocess.run(

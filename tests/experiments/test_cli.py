@@ -1,14 +1,13 @@
 """What every command shares: one message for a user's mistake, and an exit code."""
 
-import subprocess
-import sys
+import os
 
 import pytest
 from absl import flags
 
 from experiments.cli import command as cli
 from lorax_flax.errors import LoraxError
-from tests.experiments import peers
+from tests.experiments import commands
 
 COMMAND = '''"""Adds one."""
 import logging
@@ -30,20 +29,12 @@ if __name__ == "__main__": cli.run(main, FLAGS, more_help=lambda argv: str(len(a
 '''
 
 
-@pytest.fixture
-def command(tmp_path):
-  (tmp_path / "command.py").write_text(COMMAND)
-
-  def run(*args):
-    return subprocess.run(
-      [sys.executable, str(tmp_path / "command.py"), *args],
-      env={"PYTHONPATH": str(peers.ROOT)},
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-
-  return run
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("command")
+  (folder / "command.py").write_text(COMMAND)
+  path = f"{folder}{os.pathsep}{commands.ROOT}"
+  return lambda *args: commands.run("command", *args, PYTHONPATH=path)
 
 
 def test_a_command_runs_and_its_exit_code_is_its_own(command):

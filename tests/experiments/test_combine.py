@@ -14,7 +14,7 @@ from experiments import combine as command
 from experiments.combine import combine
 from lorax_flax.adapt import algebra
 from lorax_flax.errors import LoraxError
-from tests.experiments import peers
+from tests.experiments import commands, peers
 
 WEIGHTS = (0.7, -0.3)
 BOTH = ["q_proj", "down_proj"]
@@ -219,10 +219,12 @@ def test_ranks_that_differ_have_no_sum_of_factors_here_or_there(base, make, tmp_
 def test_the_command_prints_what_is_lost_and_refuses_in_one_line(base, make, tmp_path):
   flags = [f"--base={base}", f"--adapter={make(1, BOTH)}", f"--adapter={make(2, BOTH)}"]
   flags += ["--weights=1,0.5", "--rank=2"]
-  done = peers.run("combine", *flags, f"--out={tmp_path / 'out'}")
+  done = commands.run("experiments.combine", *flags, f"--out={tmp_path / 'out'}")
   assert done.returncode == 0, done.stderr
   assert "4 weights, ranks 2\ncut off: at most 0." in done.stdout
-  bad = peers.run("combine", *flags, f"--out={tmp_path / 'no'}", "--type=tise")
+  bad = commands.run(
+    "experiments.combine", *flags, f"--out={tmp_path / 'no'}", "--type=tise"
+  )
   assert bad.stderr.startswith(
     "error: unknown type of combination 'tise'; did you mean"
   )

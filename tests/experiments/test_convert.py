@@ -22,7 +22,7 @@ from lorax_flax.hub.adapters import native as orbax_adapter
 from lorax_flax.hub.files import torch_file
 from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.models import registry
-from tests.experiments import peers
+from tests.experiments import commands, peers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Whatever says the same in another way: compared by what peft makes of it.
@@ -329,11 +329,13 @@ def test_every_method_of_delta_is_kept(tmp_path):
 
 def test_the_command_prints_the_table_and_refuses_in_one_line(base, saved, tmp_path):
   flags = [f"--base={base}", f"--from={saved('plain')}", f"--to={tmp_path / 'out'}"]
-  done = peers.run("convert", *flags, "--format=loralib")
+  done = commands.run("experiments.convert", *flags, "--format=loralib")
   assert done.returncode == 0, done.stderr
   assert "layer.1.attention.self.value  LoRA" in done.stdout
   assert "is for lora_alpha=8, not stored there" in done.stdout
-  again = peers.run("convert", *flags, "--format=loralib", "--enable_lora=true,maybe")
+  again = commands.run(
+    "experiments.convert", *flags, "--format=loralib", "--enable_lora=true,maybe"
+  )
   assert again.returncode == 1
   assert again.stderr.startswith("error: ")
   assert "'maybe'" in again.stderr

@@ -9,7 +9,7 @@ import transformers
 from experiments.generate import generate
 from lorax_flax.errors import LoraxError
 from lorax_flax.serve.settings import Decoding
-from tests.experiments import peers
+from tests.experiments import commands, peers
 
 TEMPLATE = (
   "{% for m in messages %}<s> {{ m.content }} {% endfor %}"
@@ -104,12 +104,16 @@ def test_the_command_reads_its_flags_and_says_what_is_wrong_with_them(folders):
   root, _ = folders
   source, out = _write(root / "two.jsonl", LINES[:1]), root / "two-out.jsonl"
   files = (f"--base={root / 'base'}", f"--input={source}", f"--out={out}")
-  done = peers.run(
-    "generate", *files, "--max_new_tokens=3", "--stop=zz", "--temperature=0.5"
+  done = commands.run(
+    "experiments.generate",
+    *files,
+    "--max_new_tokens=3",
+    "--stop=zz",
+    "--temperature=0.5",
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout == f"Texts: {out} (1 lines)\n"
   assert len(json.loads(out.read_text())["output_ids"]) <= 3
-  wrong = peers.run("generate", *files, "--beams=2", "--temperature=1")
+  wrong = commands.run("experiments.generate", *files, "--beams=2", "--temperature=1")
   assert wrong.returncode == 1
   assert wrong.stderr.startswith("error: beams=2 and temperature=1: either search")

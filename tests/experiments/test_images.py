@@ -19,7 +19,7 @@ from experiments.cli import config_flag
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub import small_vit
 from lorax_flax.jobs.abstract import abstract
-from tests.experiments import peers
+from tests.experiments import commands, peers
 from tests.train.stopping import interrupt
 
 CLASSES = ("dark", "light", "striped")
@@ -202,7 +202,9 @@ def test_what_is_read_is_shown(base, tmp_path):
 
 def test_lorax_data_knows_the_task_by_the_model(base, tmp_path):
   folder = _splits(tmp_path)
-  done = peers.run("cli.main", "data", str(folder), f"--config.model.path={base}")
+  done = commands.run(
+    "experiments.cli.main", "data", str(folder), f"--config.model.path={base}"
+  )
   assert done.returncode == 0, done.stderr
   assert "images: 12 × 10 pixels; the model takes 8 × 8" in done.stdout
 

@@ -7,7 +7,11 @@ import sys
 import pytest
 
 from experiments.cli import large_pages
+from tests.experiments import peers
 
+NEEDS_LARGE_PAGES = pytest.mark.skipif(
+  not large_pages._available(), reason="no glibc with large pages"
+)
 SCRIPT = """
 import os, sys
 from experiments.cli import large_pages
@@ -31,7 +35,22 @@ def started(tmp_path, **environment):
   ).stdout.splitlines()
 
 
-@pytest.mark.skipif(not large_pages._available(), reason="no glibc with large pages")
+@NEEDS_LARGE_PAGES
+@pytest.mark.parametrize("name", ["run", "sweep", "e2e"])
+def test_a_command_starts_anew_before_it_imports_jax(name):
+  program = f"""
+import os, runpy, sys
+os.environ.pop("GLIBC_TUNABLES", None)
+def execve(*_):
+  print("jax" in sys.modules, flush=True)
+  os._exit(0)
+os.execve = execve
+runpy.run_module("experiments.{name}", run_name="__main__", alter_sys=True)
+"""
+  assert peers.python("-c", program).stdout == "False\n"
+
+
+@NEEDS_LARGE_PAGES
 def test_a_command_starts_anew_once_with_the_same_arguments(tmp_path):
   first, again, tunables = started(tmp_path)
   assert first == again == "started ['--a=b c']"

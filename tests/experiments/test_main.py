@@ -6,11 +6,11 @@ import importlib
 import pytest
 
 from experiments.cli import main
-from tests.experiments import peers
+from tests.experiments import commands, peers
 
 
 def _lorax(*arguments):
-  return peers.run("cli.main", *arguments)
+  return commands.run("experiments.cli.main", *arguments)
 
 
 def test_it_is_installed_as_lorax():
@@ -45,7 +45,7 @@ def test_every_module_of_the_table_is_a_command():
 )
 def test_a_commands_help_is_the_modules(name, module):
   ours = _lorax(*name.split(), "--help")
-  theirs = peers.python("-m", module, "--help")
+  theirs = commands.run(module, "--help")
   assert (ours.returncode, theirs.returncode) == (0, 0)
   assert ours.stdout == theirs.stdout
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments.merge import merge
 from lorax_flax.errors import LoraxError
-from tests.experiments import peers
+from tests.experiments import commands, peers
 
 LINES = [{"text": "a man a plan"}, {"text": "was it a cat", "text_pair": "i saw"}]
 
@@ -131,13 +131,13 @@ def test_the_command_says_where_it_wrote_and_refuses_in_one_line(
   base, adapter, tmp_path
 ):
   flags = [f"--base={base}", f"--adapter={adapter}", f"--out={tmp_path / 'out'}"]
-  done = peers.run("merge", *flags)
+  done = commands.run("experiments.merge", *flags)
   assert done.returncode == 0, done.stderr
   assert str(tmp_path / "out") in done.stdout
   config = json.loads((tmp_path / "out/config.json").read_text())
   assert config["architectures"] == ["BertForSequenceClassification"]
 
-  again = peers.run("merge", *flags)
+  again = commands.run("experiments.merge", *flags)
   assert again.returncode == 1
   assert again.stderr.startswith("error: ")
   assert "not empty" in again.stderr

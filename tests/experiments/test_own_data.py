@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,7 +14,7 @@ from experiments.cli import config_flag
 from lorax_flax.data.own.splits import read_splits
 from lorax_flax.errors import LoraxError
 from lorax_flax.jobs.abstract import abstract
-from tests.experiments import peers
+from tests.experiments import commands, peers
 
 WORDS = [word for word in peers.WORDS.split() if word.isalpha() and word != "cat"]
 STEPS = 60
@@ -82,15 +80,9 @@ def _predicted(base, workdir, folder, texts):
 def test_a_csv_with_two_odd_columns_trains_from_one_command(base, tmp_path):
   file = _csv(tmp_path / "my.csv", lambda cat, _: "cat" if cat else "no cat")
   flags = [f"--config.{name}={x}" for name, x in _flags(base, file).items()]
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "experiments.run", "--config=classify.py"),
-      *(f"--workdir={tmp_path / 'run'}", *flags),
-    ],
-    cwd=peers.ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
+  done = commands.run(
+    *("experiments.run", "--config=classify.py", f"--workdir={tmp_path / 'run'}"),
+    *flags,
   )
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / "run/result.json").read_text())
@@ -174,13 +166,8 @@ def test_lorax_data_shows_the_file_alone(base, tmp_path, capsys):
   given = [f"--config.{n}={x}" for n, x in flags.items() if n != "data.path"]
   argv = data.arguments(["data", str(file), *given])
   assert argv[1] == f"--config.data.path={file}"
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.cli.main", "data", str(file), *given],
-    cwd=peers.ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
+  done = commands.run("experiments.cli.main", "data", str(file), *given)
+  assert done.returncode == 0, done.stderr
   assert f"{file}: texts with labels" in done.stdout
   assert "rows are cut to data.max_length = 6; " in done.stdout
   lines = [x for x in done.stdout.splitlines() if x.startswith("example: ")]

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from experiments.predict import predict
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.peft import folder as hub_peft
-from tests.experiments import peers
+from tests.experiments import commands, peers
 
 TEXTS = [
   {"text": "a man a plan a canal panama"},
@@ -253,7 +253,9 @@ def test_the_command_prints_where_it_wrote_and_keeps_an_old_file_on_failure(tmp_
   adapted = peers.adapt(model, tmp_path / "adapter")
   source, out = _write(tmp_path / "in.jsonl", INPUTS), tmp_path / "deep/out.jsonl"
   flags = [f"--base={tmp_path / 'base'}", f"--adapter={tmp_path / 'adapter'}"]
-  done = peers.run("predict", *flags, f"--input={source}", f"--out={out}")
+  done = commands.run(
+    "experiments.predict", *flags, f"--input={source}", f"--out={out}"
+  )
   assert done.returncode == 0, done.stderr
   assert f"{out} (4 lines)" in done.stdout
   written = out.read_text()
@@ -261,7 +263,7 @@ def test_the_command_prints_where_it_wrote_and_keeps_an_old_file_on_failure(tmp_
   np.testing.assert_allclose(_logits(results), peers.logits(adapted, INPUTS), atol=1e-5)
 
   flags = [f"--base={tmp_path / 'bsae'}", f"--input={source}", f"--out={out}"]
-  failed = peers.run("predict", *flags)
+  failed = commands.run("experiments.predict", *flags)
   assert failed.returncode == 1
   assert failed.stderr.startswith("error: no folder")
   assert f"did you mean {tmp_path / 'base'}" in failed.stderr
@@ -273,12 +275,15 @@ def test_lines_come_from_standard_input_and_go_to_standard_output(tmp_path):
   peers.tiny("bert", tmp_path / "base", num_labels=3)
   base, source = f"--base={tmp_path / 'base'}", tmp_path / "in.jsonl"
   _write(source, INPUTS)
-  to_file = peers.run(
-    "predict", base, f"--input={source}", f"--out={tmp_path / 'out.jsonl'}"
+  to_file = commands.run(
+    "experiments.predict", base, f"--input={source}", f"--out={tmp_path / 'out.jsonl'}"
   )
   assert to_file.returncode == 0, to_file.stderr
   with source.open() as stream:
-    piped = peers.run("predict", base, "--input=/dev/stdin", "--out=-", stdin=stream)
+    piped = peers.python(
+      *("-m", "experiments.predict", base, "--input=/dev/stdin", "--out=-"),
+      stdin=stream,
+    )
   assert piped.stdout == (tmp_path / "out.jsonl").read_text(), piped.stderr
   assert "Predictions: - (4 lines)" in piped.stderr
 
@@ -295,11 +300,11 @@ def test_the_input_is_never_replaced(bert_base, tmp_path):
 
 
 def test_help_explains_and_a_mistyped_flag_suggests():
-  done = peers.run("predict", "--help")
+  done = commands.run("experiments.predict", "--help")
   assert done.returncode == 0
   for words in ("text_pair", "--adapter", "--batch_size", "default: '32'"):
     assert words in done.stdout
-  typo = peers.run("predict", "--inptu=x")
+  typo = commands.run("experiments.predict", "--inptu=x")
   assert typo.returncode == 1
   assert "Did you mean: input" in typo.stderr
   assert "Traceback" not in typo.stderr

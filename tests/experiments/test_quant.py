@@ -13,7 +13,7 @@ from lorax_flax import quant
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError
 from lorax_flax.serve.settings import Decoding
-from tests.experiments import own_text, peers
+from tests.experiments import commands, own_text
 from tests.quant import checkpoints
 
 STEPS = 3
@@ -89,8 +89,12 @@ def test_what_is_trained_in_full_is_refused(root):
 
 
 def test_the_flag_names_the_formats(root):
-  done = peers.run(
-    "predict", f"--base={root}", "--quant=nf5", "--input=a", f"--out={root}/b"
+  done = commands.run(
+    "experiments.predict",
+    f"--base={root}",
+    "--quant=nf5",
+    "--input=a",
+    f"--out={root}/b",
   )
   assert done.returncode == 1
   assert "nf4_single" in done.stderr

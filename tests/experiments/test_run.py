@@ -1,13 +1,12 @@
 import dataclasses
+import gc
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
+import jax
 import numpy as np
 import peft
 import pytest
@@ -28,7 +27,8 @@ from lorax_flax.jobs import claim
 from lorax_flax.models import registry
 from lorax_flax.tasks import classification
 from lorax_flax.tasks.task import TASKS
-from tests.experiments import peers
+from lorax_flax.train import loop
+from tests.experiments import commands, peers
 
 SHRUNK = {
   "model.path": "BASE",
@@ -181,10 +181,23 @@ def test_a_second_run_in_one_workdir_is_refused(base, tmp_path):
     run.run(_settings("quickstart.py", base), tmp_path)
 
 
-def test_full_fine_tuning_writes_a_checkpoint_that_transformers_loads(tmp_path, base):
-  workdir = tmp_path / "run"
+def _live_bytes():
+  gc.collect()
+  return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_full_fine_tuning_has_the_weights_once_and_writes_what_transformers_loads(
+  tmp_path, base, monkeypatch
+):
+  workdir, live, before = tmp_path / "run", [], _live_bytes()
   wanted = _settings("quickstart.py:full", base, **{"train.steps": 2})
+  monkeypatch.setattr(
+    loop._Loop, "_save_is_due", lambda *_: live.append(_live_bytes() - before)
+  )
   result = run.run(wanted, workdir)
+  # Weights and two moments in float32; the rest are batches and metrics.
+  trained = 3 * 4 * result["trained_parameters"]
+  assert trained <= live[0] < 1.05 * trained
   assert not (workdir / "adapter").exists()
   model = transformers.AutoModelForSequenceClassification.from_pretrained(
     workdir / "model"
@@ -437,20 +450,8 @@ def test_a_file_of_the_users_own(tmp_path, monkeypatch):
 
 
 def _command(*arguments, cwd):
-  environment = os.environ | {
-    "PYTHONPATH": str(peers.ROOT),
-    "HF_HUB_OFFLINE": "1",
-    "HF_HOME": str(cwd / "hf"),
-  }
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.run", *arguments],
-    cwd=cwd,
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
+  hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd / "hf")}
+  return commands.run("experiments.run", *arguments, cwd=cwd, **hub)
 
 
 def test_the_command_refuses_without_a_traceback_and_helps(tmp_path):

@@ -25,7 +25,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.hub.peft import folder as hub_peft
 from lorax_flax.jobs.abstract import abstract
 from lorax_flax.models import registry
-from tests.experiments import own_text, peers
+from tests.experiments import commands, own_text, peers
 from tests.train.stopping import interrupt
 
 STEPS, RATE, CLIP, DECAY = 8, 5e-3, 1.0, 0.1
@@ -364,8 +364,8 @@ def test_lorax_data_knows_the_task_by_the_model(tmp_path):
   file = _write(tmp_path / "data") / "train.jsonl"
   config = json.loads((tmp_path / "config.json").read_text()) | {"n_positions": 128}
   (tmp_path / "config.json").write_text(json.dumps(config))
-  done = peers.run(
-    *("cli.main", "data", str(file), f"--config.model.path={tmp_path}"),
+  done = commands.run(
+    *("experiments.cli.main", "data", str(file), f"--config.model.path={tmp_path}"),
     "--config.data.columns.prompt=article",
   )
   assert done.returncode == 0, done.stderr

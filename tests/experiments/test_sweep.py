@@ -19,14 +19,14 @@ from lorax_flax.distributed import subprocesses
 from lorax_flax.errors import LoraxError
 from tests.train import tiny
 
-# Four of two rates and seeds, one of another rank and scale, and one that diverges.
+# Four of two rates and seeds, one in which all differs, and one that diverges.
 SWEEP = """
 
 def sweep(add):
   for seed in (0, 1):
     for rate in (0.02, 0.005):
       add(**{"train.learning_rate": rate, "seed": seed})
-  add(**{"train.learning_rate": 0.02, "lora.rank": 4, "lora.alpha": 32.0})
+  add(**{"train.learning_rate": 0.01, "seed": 2, "lora.rank": 4, "lora.alpha": 32.0})
   add(**{"train.learning_rate": 1e38, "train.weight_decay": 1.0})
 """
 
@@ -91,9 +91,8 @@ def _in_this_process(monkeypatch, wanted, folder):
   return commands
 
 
-@pytest.mark.parametrize("number", [3, 4])
-def test_each_trial_equals_its_own_separate_run(config, swept, tmp_path, number):
-  found = _plan(config).listed()
+def test_a_trial_equals_its_own_separate_run(config, swept, tmp_path):
+  found, number = _plan(config).listed(), 4
   assert len(trials.packs(found, 8)) == 1
   ours = swept / found[number].name
   result = run.run(found[number].settings, tmp_path)

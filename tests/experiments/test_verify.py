@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.hub import provenance as hub_provenance
 from lorax_flax.jobs import provenance
 from lorax_flax.models import registry, with_adapter
-from tests.experiments import own_text, peers
+from tests.experiments import commands, own_text
 from tests.hub.peft import peers as hub_peers
 
 WEIGHTS = "model.safetensors"
@@ -63,13 +61,7 @@ def _verify(base, adapter):
 
 def test_the_command_says_what_holds_and_peft_reads_the_folder(root, base, adapter):
   arguments = ["--base", str(base), "--adapter", str(adapter)]
-  done = subprocess.run(
-    [sys.executable, "-m", "experiments.cli.main", "verify", *arguments],
-    cwd=peers.ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  done = commands.run("experiments.cli.main", "verify", *arguments)
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("holds: ") == 3
   about = json.loads((adapter / hub_provenance.FILE).read_text())

@@ -180,21 +180,22 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
   assert names(tmp_path) == ["pipe"]
 
 
-@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/proc/self/fd/1", "link"])
-def test_standard_output_appends_where_the_shell_does(tmp_path, name):
-  (tmp_path / "link").symlink_to("/proc/self/fd/1")
-  (tmp_path / "log").write_text("before ")
+def test_standard_output_appends_where_the_shell_does(tmp_path):
+  link = tmp_path / "link"
+  link.symlink_to("/proc/self/fd/1")
+  (tmp_path / "log").write_text("before")
   code = "import sys, pathlib; from tests.files.test_atomic import write; "
-  code += "write(pathlib.Path(sys.argv[1]), b'after')"
+  code += "[write(pathlib.Path(name), b' after') for name in sys.argv[1:]]"
+  names = ("-", "/dev/stdout", "/proc/self/fd/1", str(link))
   with (tmp_path / "log").open("a") as log:
     subprocess.run(
-      [sys.executable, "-c", code, name if name != "link" else tmp_path / name],
+      [sys.executable, "-c", code, *names],
       stdout=log,
       check=True,
       cwd=Path(__file__).parents[2],
     )
-  assert (tmp_path / "log").read_text() == "before after"
-  assert (tmp_path / "link").is_symlink()
+  assert (tmp_path / "log").read_text() == "before" + 4 * " after"
+  assert link.is_symlink()
 
 
 def test_json_lines_are_read_from_a_pipe_and_from_a_descriptor(tmp_path):

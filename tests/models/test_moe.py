@@ -226,6 +226,10 @@ def test_adapted_experts_equal_the_merged_dense_form(mixed, method):
     }
     for e, i, o in (params[UP].shape, params[DOWN].shape):
       assert not made & {(e, i, o), (e, o, i)}
+    # Nor has an array the gate of each row beside its other half, written to be read.
+    of_rows = {out.aval.shape for eqn in all_equations(jaxpr) for out in eqn.outvars}
+    wide = params[UP].shape[2]
+    assert not [shape for shape in of_rows if len(shape) == 2 and shape[1] == wide]
 
 
 def test_several_adapters_of_experts_equal_each_alone(mixed):

@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from lorax_flax.models import ops
 from lorax_flax.models.ops import cudnn, splash
 from lorax_flax.sharding.mesh import AXES
+from tests.adapt.checks import all_equations
 
 CASES = {
   "causal": {"causal": True},
@@ -75,6 +76,21 @@ def test_values_and_gradients_are_the_other_forms(case):
   )
   for x, y in zip(got, want, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
+
+
+def test_one_of_128_lanes_is_kept_for_the_gradient():
+  q, k, v, mask, _, options = operands("causal")
+  attend = interpreted(options)
+  made = jax.make_jaxpr(lambda q: jax.vjp(lambda q: attend(q, k, v, mask), q))(q)
+  kept = [
+    [tuple(x.aval.shape) for x in e.outvars]
+    for e in all_equations(made.jaxpr)
+    if e.primitive.name == "optimization_barrier"
+  ]
+  (kept,) = kept  # Together with the result, which waits for them.
+  length = S + -S % 128
+  assert {(B, H, length), (B, H, length, K)} <= {*kept}
+  assert (B, H, length, 128) not in kept
 
 
 def test_what_the_kernel_does_not_compute_is_left_to_the_other_form():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorax_flax import LoraxError, quant
+from lorax_flax.hub.checkpoints import quantized
 from lorax_flax.quant import nf4
 
 OUT, IN = 40, 512
@@ -37,7 +38,7 @@ def test_nf4_single_is_bitsandbytes():
   leaf = quant.quantize(weight().T, "nf4_single")
   assert np.ravel(leaf.codes)[:8].tolist() == [13, 148, 31, 200, 65, 236, 115, 30]
   assert digest(leaf.codes) == "1a977fd504f93340"
-  assert digest(leaf.absmax) == "31abae4d8f0631bf"
+  assert digest(leaf.absmax.T) == "31abae4d8f0631bf"
   assert digest(leaf.dense().T) == "5105c57bbc4e6f42"
   half = quant.quantize(jnp.asarray(weight().T, jnp.bfloat16), "nf4_single")
   assert digest(half.codes) == "492970dd639df942"
@@ -48,7 +49,7 @@ def test_nf4_single_is_bitsandbytes():
 def test_double_quantised_nf4_is_bitsandbytes():
   leaf = quant.quantize(weight().T, "nf4")
   assert digest(leaf.codes) == "1a977fd504f93340"
-  assert digest(leaf.scales) == "c33aacb369f024c3"
+  assert digest(leaf.scales.T) == "c33aacb369f024c3"
   # The mean of numbers depends on their order, in the last bit.
   theirs = {"scales_absmax": [24.741186141967773, 24.116235733032227]}
   theirs |= {"mean": [24.741186141967773]}
@@ -105,6 +106,29 @@ def test_places_of_a_stack_are_quantised_by_themselves(name):
   abstract = quant.quantize(jax.ShapeDtypeStruct(kernels.shape, jnp.float32), name)
   assert jax.tree.structure(abstract) == jax.tree.structure(leaf)
   assert abstract.shape == kernels.shape
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4", "int8", "q8_0"])
+def test_a_leaf_is_made_of_some_outputs_at_a_time(name, monkeypatch):
+  kernels = np.asarray(jax.random.normal(jax.random.key(0), (2, 128, 50)))
+  monkeypatch.setattr(quantized, "_BLOCK", 16 * 128 * 4)  # The last one has two.
+  sizes = []
+
+  def read(block):
+    part = kernels[tuple(slice(*ends) for ends in block)]
+    sizes.append(part.shape)
+    return part
+
+  shape = jax.ShapeDtypeStruct(kernels.shape, kernels.dtype)
+  filled = quantized.fill(quant.quantize(shape, name), read)
+  assert sizes == [(1, 128, n) for n in (16, 16, 16, 2)] * 2
+  at_once = quant.quantize(kernels, name)
+  assert jax.tree.structure(filled) == jax.tree.structure(at_once)
+  for array, full in zip(
+    jax.tree.leaves(filled), jax.tree.leaves(at_once), strict=True
+  ):
+    assert isinstance(array, np.ndarray)
+    np.testing.assert_allclose(array, full, rtol=1e-6)
 
 
 def test_errors_name_the_format_and_the_axis():

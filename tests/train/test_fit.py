@@ -13,6 +13,7 @@ from flax import nnx
 import lorax_flax as lx
 from lorax_flax.errors import LoraxError
 from lorax_flax.sharding.mesh import MeshConfig
+from lorax_flax.train.checkpoint import Checkpoints
 from tests.train.stopping import Stopped
 
 IN, HIDDEN, OUT = 6, 16, 3
@@ -111,6 +112,19 @@ def test_a_tuple_and_a_mean_loss_train_as_a_dict_and_losses_of_examples():
     by_place.adapter,
   )
   assert by_name.result["best_step"] == 30
+
+
+def test_where_nothing_is_evaluated_an_epoch_ends_without_a_checkpoint(monkeypatch):
+  params, apply_fn, targets = _plain()
+  steps, save = [], Checkpoints.save
+  saved = lambda self, step, *state: steps.append(step) or save(self, step, *state)
+  monkeypatch.setattr(Checkpoints, "save", saved)
+  one_a_epoch = list(_batches(1))
+  changes = SETTINGS | {"steps": 6}
+  lx.fit(
+    _lora(apply_fn, targets), params, one_a_epoch, _loss, inputs=_inputs, **changes
+  )
+  assert steps == [4, 6]
 
 
 def test_on_a_mesh_it_trains_as_on_one_device(monkeypatch):

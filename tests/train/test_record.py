@@ -100,7 +100,6 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
 
 
 def test_a_start_waits_for_nothing_that_the_first_step_does_not_need(tmp_path):
-  # tensorboardX imports torch where that is installed.
   program = f"""
 import os, pathlib, sys
 from lorax_flax.jobs import about, build, export, provenance
@@ -117,7 +116,7 @@ class Watched:
 
   def __next__(self):
     if self.steps:
-      slow = {{"matplotlib", "scipy.stats", "sklearn", "tensorboardX", "torch"}}
+      slow = {{"matplotlib", "scipy.stats", "sklearn", "tensorboard", "torch"}}
       print(sorted(slow & sys.modules.keys()), flush=True)
       os._exit(0)
     self.steps += 1

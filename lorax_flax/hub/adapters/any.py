@@ -6,7 +6,7 @@ from typing import Any
 
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing, prefixed
-from lorax_flax.hub.adapters import gguf, loralib, mlx, plain, torchtune
+from lorax_flax.hub.adapters import gemma, gguf, loralib, mlx, plain, torchtune, tunix
 from lorax_flax.hub.adapters import native as orbax_adapter
 from lorax_flax.hub.adapters.native import Saved
 from lorax_flax.hub.checkpoints.keymap import KeyMap
@@ -17,7 +17,13 @@ from lorax_flax.hub.peft.needs import Needs
 from lorax_flax.methods import Tuned
 
 # Forms of plain LoRAs alone, by their names.
-PLAIN: Mapping[str, plain.Form] = {"gguf": gguf, "mlx": mlx, "torchtune": torchtune}
+PLAIN: Mapping[str, plain.Form] = {
+  "gemma": gemma,
+  "gguf": gguf,
+  "mlx": mlx,
+  "torchtune": torchtune,
+  "tunix": tunix,
+}
 
 
 def form(source: str | Path) -> str:

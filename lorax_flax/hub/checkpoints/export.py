@@ -1,14 +1,13 @@
 """A model written as a Hugging Face checkpoint that transformers loads."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-from safetensors.numpy import save_file
 
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.errors import LoraxError, listing
@@ -16,11 +15,18 @@ from lorax_flax.files import atomic
 from lorax_flax.files.workdir import write_json
 from lorax_flax.hub.checkpoints import beside
 from lorax_flax.hub.checkpoints.keymap import KeyMap, file_key
-from lorax_flax.hub.files import gguf_header, gguf_tokenizer
+from lorax_flax.hub.files import gguf_header, gguf_tokenizer, safetensors_writer
 from lorax_flax.quant import dense
+from lorax_flax.sharding import mesh as meshes
 
-WEIGHTS_FILE = "model.safetensors"
 RECEIPT = "receipt.json"
+# (folder, leaves by path, keymap)
+WriteWeights = Callable[[Path, Mapping[str, Any], KeyMap], None]
+
+
+def write_safetensors(folder: Path, leaves: Mapping[str, Any], keymap: KeyMap) -> None:
+  """Writes the weights as transformers does, one leaf at a time."""
+  safetensors_writer.write(folder, likes(leaves, keymap), tensors(leaves, keymap))
 
 
 def write_checkpoint(
@@ -36,14 +42,15 @@ def write_checkpoint(
   adapter: Path | None = None,
   card: str | None = None,
   receipt: Mapping[str, Any] | None = None,
+  write_weights: WriteWeights = write_safetensors,
   overwrite: bool,
 ) -> None:
-  """Writes config.json, model.safetensors and what lies beside these; all or nothing.
+  """Writes config.json, the weights and what lies beside these; all or nothing.
 
   Args:
     folder: the destination.
     params: the model's tree; each leaf is stored in its own dtype, quantised ones
-      dense.
+      dense. Leaves are made (`quant.Deferred`), gathered and written one at a time.
     keymap: of the model.
     hf_config: of the base.
     architecture: transformers' class of the model.
@@ -54,6 +61,7 @@ def write_checkpoint(
     adapter: a folder whose tokenizer takes the place of the base's, if it has one.
     card: the text of README.md, in the place of the base's.
     receipt: the content of receipt.json.
+    write_weights: (folder, leaves by path, keymap) of the form of the weights.
     overwrite: whether to replace a folder that was written here.
 
   Raises:
@@ -64,11 +72,7 @@ def write_checkpoint(
     config = to_hf_config(hf_config, architecture, labels, problem_type)
     text = json.dumps(config, indent=2, sort_keys=True)
     (scratch / "config.json").write_text(f"{text}\n", encoding="utf-8")
-    try:
-      tensors = to_tensors(params, keymap)
-      save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-      raise LoraxError(f"cannot write {folder}: {error}") from error
+    write_weights(scratch, leaves(params, keymap), keymap)
     write_beside(scratch, base, adapter, card, receipt)
 
 
@@ -130,36 +134,59 @@ def to_tensors(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
   """The tensors of a checkpoint, by key, of a params tree.
 
   Raises:
+    LoraxError: a leaf that no checkpoint has; a number that is not finite.
+  """
+  found = tensors(leaves(params, keymap), keymap)
+  return {key: np.ascontiguousarray(value) for key, value in found}
+
+
+def tensors(
+  leaves: Mapping[str, Any], keymap: KeyMap
+) -> Iterator[tuple[str, np.ndarray]]:
+  """The tensors of a checkpoint with their keys, as views of one leaf after another.
+
+  Args:
+    leaves: of `leaves`.
+
+  Raises:
     LoraxError: a number that is not finite; it names the weight.
   """
-  tensors = views(params, keymap)
-  for key, value in tensors.items():
-    check_finite(key, value)
-  return {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+  for path, value in gathered(leaves):
+    for bare in keymap.keys[path]:
+      site = keymap.sites[bare]
+      key, part = file_key(keymap, bare), value[site.place(value.shape)]
+      check_finite(key, part)
+      yield key, site.entry.form.to_stored(part)
 
 
-def views(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
-  """The tensors of a checkpoint, by key, as views of the leaves of a params tree.
+def likes(leaves: Mapping[str, Any], keymap: KeyMap) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes and dtypes of `tensors`, in their order."""
+  found = {}
+  for path, leaf in leaves.items():
+    for bare in keymap.keys[path]:
+      site = keymap.sites[bare]
+      shape = site.entry.form.stored_shape(site.shape(leaf.shape))
+      found[file_key(keymap, bare)] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+  return found
+
+
+def gathered(leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+  """Leaves in full on this host, dense, one after another.
+
+  A leaf that is sharded over processes is gathered when it is taken: all of them have
+  to iterate.
+  """
+  for path, leaf in leaves.items():
+    yield path, np.asarray(meshes.gather(dense(leaf)))
+
+
+def leaves(params: Any, keymap: KeyMap) -> dict[str, Any]:
+  """The leaves of a params tree by path.
 
   Raises:
     LoraxError: a leaf that no checkpoint has.
   """
-  found = leaves(params, keymap)
-  return {
-    file_key(keymap, bare): site.entry.form.to_stored(
-      found[site.path][site.place(found[site.path].shape)]
-    )
-    for bare, site in keymap.sites.items()
-  }
-
-
-def leaves(params: Any, keymap: KeyMap) -> dict[str, np.ndarray]:
-  """The leaves of a params tree by path, quantised ones dense.
-
-  Raises:
-    LoraxError: a leaf that no checkpoint has.
-  """
-  found = {path: np.asarray(dense(leaf)) for path, leaf in flatten(params).items()}
+  found = flatten(params)
   if beside := [path for path in found if path not in keymap.keys]:
     raise LoraxError(
       f"a checkpoint of a {keymap.family} has no place for {listing(beside, most=4)}: "

@@ -50,8 +50,7 @@ def write(
       destination that is taken, or can't be written.
   """
   outputs = {name: Output(value, Kind.F32) for name, value in tensors.items()}
-  for key, value in export.views(params, keymap).items():
-    export.check_finite(key, value)
+  for key, value in export.tensors(export.leaves(params, keymap), keymap):
     module, name = architecture.file_name(key)
     value = architecture.form(module, config, value.ndim).to_file(value)
     outputs[name] = Output(value, gguf_writer.kind_of(name, value, dtype))

@@ -1,17 +1,17 @@
 """A model written as StableHLO, which runs without the code that made it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.export import Exported
-from safetensors.numpy import save_file
 
 from lorax_flax.files import atomic
 from lorax_flax.files.workdir import write_json
 from lorax_flax.hub.checkpoints import export
+from lorax_flax.hub.files import safetensors_writer
 
 FILE = "model.stablehlo"
 ARGUMENTS = "params.json"
@@ -20,7 +20,7 @@ ARGUMENTS = "params.json"
 def write(
   folder: Path,
   program: Exported,
-  leaves: Mapping[str, np.ndarray],
+  leaves: Mapping[str, Any],
   *,
   labels: Mapping[str, str] | None,
   base: Path,
@@ -37,7 +37,7 @@ def write(
 
   Args:
     program: (weights by path, inputs by name) -> logits; see `models.stablehlo`.
-    leaves: the weights, by path; see `export.leaves`.
+    leaves: the weights, by path; see `export.leaves`. They are written one at a time.
     labels: names of the outputs by index; None where they are a vocabulary.
     base, adapter, card, receipt, overwrite: as of `export.write_checkpoint`.
 
@@ -45,8 +45,6 @@ def write(
     LoraxError: the destination is taken, or can't be written; a weight that is not
       finite.
   """
-  for path, value in leaves.items():
-    export.check_finite(path, value)
   (weights, inputs), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
   about: dict[str, Any] = {
     "platforms": program.platforms,
@@ -57,11 +55,16 @@ def write(
   if labels is not None:
     about["labels"] = labels
   with atomic.new_folder(folder, overwrite=overwrite) as scratch:
-    tensors = {path: np.ascontiguousarray(value) for path, value in leaves.items()}
-    save_file(tensors, scratch / export.WEIGHTS_FILE)
+    safetensors_writer.write(scratch, leaves, _finite(leaves))
     export.write_beside(scratch, base, adapter, card, receipt)
     (scratch / FILE).write_bytes(program.serialize())
     write_json(scratch / ARGUMENTS, about)
+
+
+def _finite(leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+  for path, value in export.gathered(leaves):
+    export.check_finite(path, value)
+    yield path, value
 
 
 def _rows(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """Checkpoints read into params trees: every key is used, every leaf filled."""
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from lorax_flax.hub.checkpoints import quantized, shards
 from lorax_flax.hub.checkpoints.entries import kind
 from lorax_flax.hub.files import safetensors
 from lorax_flax.hub.files.safetensors import Reader
-from lorax_flax.quant import Quantized, is_quantized, name_of
+from lorax_flax.quant import Deferred, Quantized, dense, is_quantized, name_of
 from lorax_flax.quant.ggml import Ggml
 
 _GROUP = 64 << 20  # bytes that are transferred to a device at once
@@ -87,6 +88,7 @@ def load(
   seed: int,
   new_head: bool,
   shardings: Any = None,
+  deferred: bool = False,
 ) -> Weights:
   """Fills a tree from a checkpoint, some tensors at a time.
 
@@ -102,6 +104,8 @@ def load(
     new_head: replace a head of another shape by a new one; otherwise it is an error.
     shardings: the tree, of shardings. Only the shards of this process's devices are
       read, one after another.
+    deferred: leave the leaves where they are stored; each is read when it is used (see
+      `quant.Deferred`).
 
   Raises:
     LoraxError: a key of the wrong shape, or without floating-point numbers.
@@ -121,21 +125,28 @@ def load(
       return lambda: _quantized(found, path, leaf, dtype, block)
     return lambda: block(shards.full(leaf.shape))
 
+  def placed(path, leaf, sharding):
+    if sharding is None:
+      return jax.device_put(read(path, leaf)())
+    if is_quantized(leaf):
+      return jax.tree.map(_sharded, read(path, leaf)(), sharding)
+    shard = lambda block: _leaf(found, path, leaf.shape, dtype, block)
+    return shards.make_array(leaf.shape, sharding, shard)
+
   def fill(path, leaf, sharding=None):
     if path in absent:
       new = _fresh(path, leaf.shape, dtype or jnp.float32, std, seed)
       if sharding is None:
         return new
       return _sharded(new, sharding)
-    if sharding is None:
-      return next(full)
-    if is_quantized(leaf):
-      return jax.tree.map(_sharded, read(path, leaf)(), sharding)
-    shard = lambda block: _leaf(found, path, leaf.shape, dtype, block)
-    return shards.make_array(leaf.shape, sharding, shard)
+    if deferred:
+      like = _like(found, path, leaf, dtype)
+      return Deferred(like, functools.partial(placed, path, leaf, sharding))
+    return next(full) if sharding is None else placed(path, leaf, sharding)
 
   present = {path: leaf for path, leaf in leaves.items() if path not in absent}
-  jobs = [read(*item) for item in present.items()] if shardings is None else []
+  at_once = shardings is None and not deferred
+  jobs = [read(*item) for item in present.items()] if at_once else []
   full = _on_device(_ahead(jobs))
   sites = found.keymap.sites
   used = {found.keys[bare] for bare in sites if bare in found.keys}
@@ -305,12 +316,8 @@ def _leaf(
 ) -> np.ndarray:
   """A block of one leaf, assembled from its tensors."""
   sites = {bare: found.keymap.sites[bare] for bare in found.keymap.keys[path]}
-  if dtype is None:
-    dtypes = [found.reader.dtype(found.keys[bare]) for bare in sites]
-    # Stacked tensors may differ; float32 holds all supported dtypes.
-    stored = dtypes[0] if len(set(dtypes)) == 1 else jnp.float32
-    dtype = jax.dtypes.canonicalize_dtype(stored)
-  out = safetensors.empty(shards.shape_of(block), np.dtype(dtype))
+  dtype = _dtype(found, path) if dtype is None else np.dtype(dtype)
+  out = safetensors.empty(shards.shape_of(block), dtype)
   for bare, site in sites.items():
     overlap = shards.overlap(site, shape, block)
     if overlap is not None:
@@ -318,6 +325,22 @@ def _leaf(
       view = site.entry.form.to_stored(out[(*index, ...)])
       found.reader.read(found.keys[bare], part, view)
   return out
+
+
+def _dtype(found: Found, path: str) -> np.dtype:
+  """The dtype in which a leaf is stored."""
+  dtypes = {found.reader.dtype(found.keys[bare]) for bare in found.keymap.keys[path]}
+  # Stacked tensors may differ; float32 holds all supported dtypes.
+  stored = next(iter(dtypes)) if len(dtypes) == 1 else jnp.float32
+  return jax.dtypes.canonicalize_dtype(stored)
+
+
+def _like(found: Found, path: str, leaf: Any, dtype: Any) -> Any:
+  """A leaf's struct, in the dtype in which it is read."""
+  dtype = jnp.dtype(_dtype(found, path) if dtype is None else dtype)
+  if is_quantized(leaf):
+    return replace(leaf, dtype=dtype)
+  return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
 def resized(params: Any, shapes: Any, shardings: Any = None) -> Any:
@@ -332,7 +355,7 @@ def resized(params: Any, shapes: Any, shardings: Any = None) -> Any:
     if leaf.shape == shape.shape:
       return leaf
     with_rows = jax.jit(_with_rows, static_argnums=1, out_shardings=sharding)
-    return with_rows(leaf, shape.shape)
+    return with_rows(dense(leaf), shape.shape)
 
   rest = () if shardings is None else (shardings,)
   return map_with_path(resize, params, shapes, *rest)

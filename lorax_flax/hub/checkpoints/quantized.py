@@ -1,5 +1,6 @@
 """The quantised kernels of a model: which they are, and how they are filled."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,11 @@ from lorax_flax.hub.checkpoints.entries import Site, kind
 from lorax_flax.hub.checkpoints.keymap import KeyMap
 from lorax_flax.hub.files import safetensors
 from lorax_flax.quant.ggml import Ggml
+
+# Bytes of the float32 numbers that are quantised at once.
+_BLOCK = 4 << 20
+# A place of a stack, outputs of the kernel there, and their weights.
+_Part = tuple[tuple[int, ...], Any, quant.Quantized]
 
 
 def kernels(keymap: KeyMap) -> set[str]:
@@ -94,20 +100,32 @@ def shapes(tree: Any, formats: Mapping[str, str]) -> Any:
 def fill(
   leaf: quant.Quantized, read: Callable[[shards.Block], np.ndarray]
 ) -> quant.Quantized:
-  """A leaf of NumPy arrays, read and quantised one kernel of its stack at a time.
+  """A leaf of NumPy arrays, read and quantised some outputs of a kernel at a time.
 
   Args:
     leaf: of ShapeDtypeStructs.
     read: a block of the kernel, all of its axes.
   """
-  stack, full = leaf.shape[:-2], shards.full(leaf.shape[-2:])
+  kind, (*stack, fan_in, fan_out) = type(leaf), leaf.shape
+  rows = kind.by_rows().struct((fan_in, fan_out), leaf.dtype)
+  name, count = quant.name_of(rows), max(1, _BLOCK // (4 * fan_in))
 
-  def quantised(place: tuple[int, ...]) -> quant.Quantized:
-    block = (*((i, i + 1) for i in place), *full)
-    made = quant.quantize(read(block), quant.name_of(leaf))
-    return jax.tree.map(lambda x: np.asarray(x)[(0,) * len(stack)], made)
+  def quantised(place: tuple[int, ...], first: int) -> _Part:
+    outputs = first, min(first + count, fan_out)
+    block = (*((i, i + 1) for i in place), (0, fan_in), outputs)
+    numbers = read(block).reshape(fan_in, -1)
+    return (), slice(*outputs), quant.quantize(numbers, name)
 
-  return _filled(leaf, ((place, quantised(place)) for place in np.ndindex(*stack)))
+  def kernel(place: tuple[int, ...]) -> _Part:
+    parts = (quantised(place, first) for first in range(0, fan_out, count))
+    return place, slice(None), _from_rows(_filled(rows, parts), kind=kind)
+
+  return _filled(leaf, (kernel(place) for place in np.ndindex(*stack)))
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _from_rows(rows: quant.Quantized, kind: type[quant.Quantized]) -> quant.Quantized:
+  return kind.from_rows(rows)
 
 
 def fill_stored(
@@ -121,21 +139,19 @@ def fill_stored(
     dtype: of the dense kernel.
   """
 
-  def part(key: str, site: Site) -> tuple[tuple[Any, ...], quant.Quantized]:
+  def part(key: str, site: Site) -> _Part:
     # The last axis of a kernel is the rows' of its arrays.
     place, depth = site.place(leaf.shape), len(leaf.shape) - 2
-    rows = place[-1:] if len(place) > depth + 1 else ()
-    return (*site.index, *rows), type(leaf).of_rows(reader.rows(key), dtype)
+    rows = place[-1] if len(place) > depth + 1 else slice(None)
+    return site.index, rows, type(leaf).of_rows(reader.rows(key), dtype)
 
   return _filled(leaf, (part(key, site) for key, site in keys.items()))
 
 
-def _filled(
-  leaf: quant.Quantized, parts: Iterator[tuple[tuple[Any, ...], quant.Quantized]]
-) -> quant.Quantized:
-  """A leaf of parts, each of which goes to its index in each array."""
+def _filled(leaf: quant.Quantized, parts: Iterator[_Part]) -> quant.Quantized:
+  """A leaf of NumPy arrays, made of parts."""
   filled: quant.Quantized | None = None
-  for place, part in parts:
+  for place, outputs, part in parts:
     if filled is None:
       dtypes = {name: x.dtype for name, x in part.arrays().items()}
       made: dict[str, Any] = {
@@ -144,6 +160,7 @@ def _filled(
       }
       filled = replace(part, **made)
     for name, array in filled.arrays().items():
-      array[place] = part.arrays()[name]
+      cuts = (outputs if axis == "out" else slice(None) for axis in leaf.axes[name])
+      array[*place, *cuts] = part.arrays()[name]
   assert filled is not None  # A kernel has tensors.
   return filled

@@ -7,6 +7,7 @@ process's memory beside the array that it was copied to.
 
 import contextlib
 import math
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 # Bytes; what is transposed on the way stays in the processor's cache.
 _CHUNK = 256 << 10
 _HUGE_PAGE = 2 << 20
+_PAGES = 128 << 10  # bytes of the least array that has pages of its own
 _ALIGNED = 64  # bytes; XLA uses an array with this alignment without a copy
 
 Index = tuple[slice, ...]
@@ -196,9 +198,15 @@ def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
   size = math.prod(shape) * dtype.itemsize
   # Aligned to a huge page, a large array takes one page fault for each of these.
   start = _HUGE_PAGE if size >= 2 * _HUGE_PAGE else _ALIGNED
-  raw = np.empty(size + start, np.uint8)
+  raw = _pages(size + start) if size >= _PAGES else np.empty(size + start, np.uint8)
   offset = -raw.ctypes.data % start
   return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def _pages(size: int) -> np.ndarray:
+  """Bytes in pages of their own; among malloc's, they would part those it frees."""
+  flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+  return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)
 
 
 def _indexed(folder: Path) -> dict[str, File]:

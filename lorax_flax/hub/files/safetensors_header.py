@@ -1,10 +1,11 @@
-"""The header of a safetensors file: its tensors, and their offsets.
+"""The header of a safetensors file, read and written: its tensors and their offsets.
 
 The format is the header's length in eight bytes, the header as JSON, and the tensors'
 bytes one after another without holes. All of it is checked against the file's size
 before anything is allocated.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -87,6 +88,30 @@ def read(path: Path) -> tuple[dict[str, Stored], os.stat_result]:
   ):
     status = os.fstat(file.fileno())
     return _parse(_text(file, status.st_size), status.st_size), status
+
+
+def write(
+  tensors: Mapping[str, Any], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+  """The first bytes of a file of these tensors, and the offset of each in the file.
+
+  Args:
+    tensors: by key, each with `shape` and `dtype`. The widest numbers come first, so
+      that all are aligned.
+    metadata: of the file.
+  """
+  names = {np.dtype(kind): n for n, (_, kind) in _DTYPES.items() if kind is not None}
+  header: dict[str, Any] = {_METADATA: dict(metadata)}
+  stop, starts = 0, {}
+  for key in sorted(tensors, key=lambda key: -np.dtype(tensors[key].dtype).itemsize):
+    dtype, shape = np.dtype(tensors[key].dtype), [*map(int, tensors[key].shape)]
+    starts[key], stop = stop, stop + math.prod(shape) * dtype.itemsize
+    offsets = [starts[key], stop]
+    header[key] = {"dtype": names[dtype], "shape": shape, "data_offsets": offsets}
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  first = len(text).to_bytes(8, "little") + text
+  return first, {key: len(first) + start for key, start in starts.items()}
 
 
 def _text(file: Any, size: int) -> bytes:

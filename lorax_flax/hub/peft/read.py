@@ -104,7 +104,8 @@ def base_tables(
       leaf = leaves[slot.path]
       table = jnp.asarray(slot.form.to_ours(tensors.get(key)), leaf.dtype)
       if table.shape == leaf.shape and not np.array_equal(table, leaf):
-        found[slot.path] = jax.device_put(table, leaf.sharding)
+        sharding = getattr(leaf, "sharding", None)  # A deferred leaf has none yet.
+        found[slot.path] = jax.device_put(table, sharding)
   return found
 
 

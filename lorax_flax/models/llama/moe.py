@@ -73,7 +73,7 @@ class Experts(Module[DecoderConfig]):
 
 def _mixed(c, first, x_NxD, weights_NxC, chosen_NxC, up_ExDx2xM, down_ExMxD):
   """The weighted sums of the outputs of experts `first`, `first` + 1, …, NxD."""
-  e, d, _, m = up_ExDx2xM.shape
+  e = up_ExDx2xM.shape[0]
   n, chosen = chosen_NxC.shape
   own_NxC = chosen_NxC - first
   own_NxC = jnp.where((own_NxC >= 0) & (own_NxC < e), own_NxC, e)
@@ -84,8 +84,11 @@ def _mixed(c, first, x_NxD, weights_NxC, chosen_NxC, up_ExDx2xM, down_ExMxD):
   times = partial(
     ragged.product, sizes_E=sizes_E, active=max(1, n * chosen * e // c.num_experts)
   )
-  gate_up_RxF = times(_rows(x_NxD, route), up_ExDx2xM.reshape(e, d, 2 * m))
-  y_RxM = ops.gated(c.hidden_act, *jnp.split(gate_up_RxF, 2, axis=-1))
+  x_RxD = _rows(x_NxD, route)
+  # Two products: what adapters add to each is then added where the gate is computed.
+  # An array of both would be read and written again for it, and for its gradient.
+  gate_RxM, up_RxM = (times(x_RxD, up_ExDx2xM[:, :, i]) for i in range(2))
+  y_RxM = ops.gated(c.hidden_act, gate_RxM, up_RxM)
   y_RxD = times(y_RxM, down_ExMxD)
   weights_R = weights_NxC.reshape(-1)[route.order_R]
   y_RxD = y_RxD.astype(jnp.float32) * weights_R[:, None]

@@ -1,5 +1,6 @@
 """Order of recomputation, and precision, in operations with gradients of their own."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -29,6 +30,24 @@ def recomputed(kept: T, like: jax.Array, grad: jax.Array) -> tuple[T, jax.Array]
   kept, like, grad = lax.optimization_barrier((kept, like, grad))
   # The compiler can't fold it to `like`: 0 · x isn't 0 where x is not finite.
   return kept, like + 0.0 * grad.astype(like.dtype)
+
+
+def with_residuals(run: Callable[..., T]) -> Callable[..., T]:
+  """`run`, whose arrays for its gradient are complete once its result is.
+
+  A compiler could cut a small residual out of a large array when the gradient is
+  computed, and keep the large one until then.
+
+  Args:
+    run: a function of all that it depends on.
+  """
+  made = jax.custom_vjp(run)
+
+  def forward(*operands):
+    return lax.optimization_barrier(jax.vjp(run, *operands))
+
+  made.defvjp(forward, lambda pullback, grad: pullback(grad))
+  return made
 
 
 def wide(dtype) -> np.dtype:

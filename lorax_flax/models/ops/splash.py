@@ -83,12 +83,14 @@ def attention(
   def run(first, q, k, v, queries, keys, kernel):
     del first  # The kernel's shard has the places of its queries.
 
-    def of_row(q_HxTxK, k_GxSxK, v_GxSxK, queries_T, keys_S):
+    def of_row(kernel, q_HxTxK, k_GxSxK, v_GxSxK, queries_T, keys_S):
       ids = splash.SegmentIds(queries_T, keys_S)
       return kernel(q_HxTxK, k_GxSxK, v_GxSxK, segment_ids=ids)
 
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    return jax.vmap(of_row)(q, k, v, queries, keys).swapaxes(1, 2)
+    # The kernel writes the sum of a query's exponentials to 128 lanes, and keeps one.
+    of_rows = order.with_residuals(jax.vmap(of_row, in_axes=(None, *[0] * 5)))
+    return of_rows(kernel, q, k, v, queries, keys).swapaxes(1, 2)
 
   def specs(rows, tokens, heads):  # The mask is the same for all rows and heads.
     mesh = jax.sharding.get_abstract_mesh()

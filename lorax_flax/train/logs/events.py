@@ -1,5 +1,6 @@
 """TensorBoard's events of a run."""
 
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,48 +8,53 @@ from typing import Any
 
 from lorax_flax.files import atomic
 
+_VERSION = "brain.Event:2"
+
 
 class Events:
   """A file of events, which the first of them makes.
 
-  tensorboardX is imported then: it imports PyTorch where that is installed, and the
-  first step need not wait for it.
+  TensorBoard's writer of records is imported then: the first step need not wait for it.
   """
 
   def __init__(self, folder: Path, step: int):
     """Resumes after `step`: drops later events, of a process that was killed."""
     self._folder, self._step = folder, step
-    self._writer: Any = None
+    self._file: Any = None
     with atomic.naming(folder):
       folder.mkdir(exist_ok=True)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes values by name."""
-    from tensorboardX import summary
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
     with atomic.naming(self._folder):
-      if self._writer is None:
+      if self._file is None:
         self._open()
       for name, value in values.items():
-        self._event(step, summary=summary.scalar(name, value))
-      self._writer.flush()
+        scalar = Summary.Value(tag=name, simple_value=value)
+        self._event(step=step, summary=Summary(value=[scalar]))
+      self._file.flush()
 
   def close(self) -> None:
-    if self._writer is not None:
+    if self._file is not None:
       with atomic.naming(self._folder):
-        self._writer.close()
+        self._file.close()
 
   def _open(self) -> None:
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import SessionLog
+    from tensorboard.compat.proto.event_pb2 import SessionLog
 
-    # The suffix keeps two files of one second apart.
-    self._writer = EventsWriter(str(self._folder / "events"), f".{self._step}")
+    # The step keeps two files of one second apart.
+    place = f"{int(time.time()):010d}.{socket.gethostname()}.{self._step}"
+    self._file = (self._folder / f"events.out.tfevents.{place}").open("wb")
+    self._event(file_version=_VERSION)
     if self._step:
       start = SessionLog(status=SessionLog.START)
-      self._event(self._step + 1, session_log=start)
+      self._event(step=self._step + 1, session_log=start)
 
-  def _event(self, step: int, **what: Any) -> None:
-    from tensorboardX.proto.event_pb2 import Event
+  def _event(self, **fields: Any) -> None:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    self._writer.write_event(Event(wall_time=time.time(), step=step, **what))
+    event = Event(wall_time=time.time(), **fields)
+    RecordWriter(self._file).write(event.SerializeToString())

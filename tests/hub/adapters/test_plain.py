@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import lorax_flax as lx
 from experiments.convert import convert
 from lorax_flax.errors import LoraxError
 from lorax_flax.hub.adapters import any as adapters
-from lorax_flax.hub.adapters import mlx, plain, torchtune
+from lorax_flax.hub.adapters import mlx, plain, torchtune, trees, tunix
 from lorax_flax.hub.files import torch_file
 from lorax_flax.methods import Tuned
 from lorax_flax.models import gguf, registry, with_adapter
@@ -26,16 +27,24 @@ from tests.hub.adapters.written import base as described
 
 WRITTEN = Path(__file__).parent / "written"
 # What a tool's file does not say.
-ALPHA = {"mlx": None, "torchtune": 3.0}
+ALPHA = {"gemma": None, "mlx": None, "torchtune": 3.0, "tunix": 3.0}
 QUERY = "model/layer_1/self_attn/q_proj/kernel"
+
+
+def _base(folder, config):
+  (folder / "config.json").write_text(json.dumps(config))
+  save_file(described.weights(config), folder / "model.safetensors")
+  return str(folder)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("base")
-  (folder / "config.json").write_text(json.dumps(described.CONFIG))
-  save_file(described.weights(), folder / "model.safetensors")
-  return str(folder)
+  return _base(tmp_path_factory.mktemp("base"), described.CONFIG)
+
+
+@pytest.fixture(scope="module")
+def gemma_base(tmp_path_factory):
+  return _base(tmp_path_factory.mktemp("gemma_base"), described.GEMMA)
 
 
 def _logits(base, source, alpha=None):
@@ -48,16 +57,17 @@ def _logits(base, source, alpha=None):
 
 
 @pytest.fixture(scope="module", params=ALPHA)
-def theirs(request, base):
-  """A form, its tool's folder, our logits of that, and the tool's."""
+def theirs(request, base, gemma_base):
+  """A form, its base, its tool's folder, our logits of that, and the tool's."""
+  base = gemma_base if request.param == "gemma" else base
   folder = WRITTEN / request.param
   want = np.array(json.loads((folder / "logits.json").read_text()))
   got, saved = _logits(base, folder, ALPHA[request.param])
-  return request.param, folder, got, want, saved
+  return request.param, base, folder, got, want, saved
 
 
-def test_a_tools_adapter_has_its_logits(theirs, base):
-  _, _, got, want, _ = theirs
+def test_a_tools_adapter_has_its_logits(theirs):
+  _, base, _, got, want, _ = theirs
   np.testing.assert_allclose(got, want, atol=1e-5)
   loaded = registry.load(base)
   ids = jnp.asarray([described.IDS])
@@ -66,16 +76,29 @@ def test_a_tools_adapter_has_its_logits(theirs, base):
 
 
 @pytest.mark.parametrize("form", ["peft", "loralib", *adapters.PLAIN])
-def test_each_form_to_each_has_equal_logits(form, theirs, base, tmp_path):
-  name, folder, got, _, saved = theirs
+def test_each_form_to_each_has_equal_logits(form, theirs, tmp_path):
+  name, base, folder, got, _, saved = theirs
   alpha, to = ALPHA[name], tmp_path / "x"
-  if (name, form) == ("mlx", "torchtune"):
-    with pytest.raises(LoraxError, match=r"unknown torchtune module 'model\.embed_tok"):
-      convert(base, str(folder), str(to), form)
+  refused = {
+    ("mlx", "torchtune"): r"unknown torchtune module 'model\.embed_tok",
+    ("mlx", "tunix"): r"unknown module of Tunix's LoRA 'model\.embed_tok",
+    **dict.fromkeys(
+      [("mlx", "gemma"), ("torchtune", "gemma"), ("tunix", "gemma")],
+      "unknown gemma model family 'llama'",
+    ),
+    **{
+      ("gemma", tool): f"unknown {named} model family 'gemma3_text'"
+      for tool, named in (("torchtune", "torchtune"), ("tunix", "Tunix"))
+    },
+    ("tunix", "torchtune"): r"adapts all of mlp\.w1, mlp\.w2, mlp\.w3 or none",
+  }
+  if (name, form) in refused:
+    with pytest.raises(LoraxError, match=refused[name, form]):
+      convert(base, str(folder), str(to), form, alpha=alpha)
     return
   convert(base, str(folder), str(to), form, alpha=alpha)
   assert adapters.form(to) == form
-  given = saved.config.alpha if form in ("loralib", "torchtune") else None
+  given = saved.config.alpha if form in ("loralib", "torchtune", "tunix") else None
   again, _ = _logits(base, to, given)
   np.testing.assert_allclose(again, got, atol=1e-5)
   convert(base, str(to), str(tmp_path / "back"), name, alpha=given)
@@ -140,6 +163,62 @@ def test_mlx_lm_names_layers_apart_where_they_differ(base, tmp_path):
   assert config["num_layers"] == 2
 
 
+def test_tunixs_own_checkpoint_comes_back(base, tmp_path):
+  source = WRITTEN / "tunix"
+  *_, notes = convert(base, str(source), str(tmp_path / "x"), "tunix", alpha=3.0)
+  assert "lora_alpha=3, not stored there" in notes[0]
+  loaded, _ = with_adapter.load(base, source, alpha=3.0)
+  target = plain.Base(loaded.keymap, gguf.heads(loaded.config))
+  steps = (source / "7", tmp_path / "x" / "0")
+  want, got = (tunix.read(step, target)[0] for step in steps)
+  assert got.keys() == want.keys()
+  for key, tensor in want.items():
+    np.testing.assert_array_equal(got[key], tensor, err_msg=key)
+  want, got = (trees.leaves(step / "model_params") for step in steps)
+  assert {k: x.shape for k, x in got.items()} == {k: x.shape for k, x in want.items()}
+  with pytest.raises(LoraxError, match="tunix's, which does not store alpha"):
+    with_adapter.load(base, source)
+
+
+def test_gemma_adapts_all_linear_layers(gemma_base, tmp_path):
+  loaded, saved = with_adapter.load(gemma_base, WRITTEN / "gemma")
+  target = plain.Base(loaded.keymap, gguf.heads(loaded.config))
+  some = {path: x for path, x in saved.adapter.items() if path != QUERY}
+  factors = plain.of_adapter(some, loaded.keymap, "gemma")
+  with pytest.raises(LoraxError, match=r"no LoRA of model\.layers\.1\.self_attn\.q_p"):
+    adapters.PLAIN["gemma"].write(tmp_path, factors, target)
+
+
+def test_gemmas_keys_and_values_of_other_a_are_one_lora(gemma_base, tmp_path):
+  loaded, saved = with_adapter.load(gemma_base, WRITTEN / "gemma")
+  key = QUERY.replace("q_proj", "k_proj")
+  lora = saved.adapter[key]
+  adapter = saved.adapter | {key: replace(lora, a=lora.a + 1.0)}
+  target = plain.Base(loaded.keymap, gguf.heads(loaded.config))
+  factors = plain.of_adapter(adapter, loaded.keymap, "gemma")
+  adapters.PLAIN["gemma"].write(tmp_path, factors, target)
+  again = with_adapter.load(gemma_base, tmp_path)[1].adapter
+  assert again[key].a.shape[1] == 2 * lora.a.shape[1]
+  _same_deltas(again, adapter)
+
+
+def test_a_tree_of_one_rank_holds_modules_of_others(base, tmp_path):
+  loaded, saved = with_adapter.load(base, WRITTEN / "tunix", alpha=3.0)
+  lora = saved.adapter[QUERY]
+  scaled = replace(lora, a=lora.a[:, :1], b=lora.b[:1], scale=2 * lora.scale)
+  adapter = saved.adapter | {QUERY: scaled}
+  target = plain.Base(loaded.keymap, gguf.heads(loaded.config))
+  tunix.write(tmp_path, plain.of_adapter(adapter, loaded.keymap, "Tunix"), target)
+  again = with_adapter.load(base, tmp_path, alpha=3.0)[1].adapter
+  assert again[QUERY].a.shape == lora.a.shape
+  _same_deltas(again, adapter)
+
+
+def _same_deltas(got, want):
+  deltas = ({k: x.scale * (x.a @ x.b) for k, x in each.items()} for each in (got, want))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *deltas)
+
+
 @pytest.mark.parametrize("form", adapters.PLAIN)
 def test_what_a_form_cannot_hold_is_refused_by_name(form, base):
   loaded, saved = with_adapter.load(base, WRITTEN / "mlx")
@@ -153,7 +232,7 @@ def test_what_a_form_cannot_hold_is_refused_by_name(form, base):
       plain.of_adapter({QUERY: delta}, loaded.keymap, adapters.PLAIN[form].TOOL)
 
 
-@pytest.mark.parametrize("form", ALPHA)
+@pytest.mark.parametrize("form", ["mlx", "torchtune"])
 def test_a_tool_with_one_rank_refuses_others(form, base, tmp_path):
   loaded, saved = with_adapter.load(base, WRITTEN / form, alpha=ALPHA[form])
   lora = saved.adapter[QUERY]

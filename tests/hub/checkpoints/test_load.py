@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lorax_flax import quant
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.checkpoints import load as hub_load
 from lorax_flax.hub.files import safetensors
@@ -103,3 +104,27 @@ def test_what_is_read_is_handed_over_and_not_copied():
   placed = jax.device_put(array)
   if jax.default_backend() == "cpu":
     assert placed.unsafe_buffer_pointer() == array.ctypes.data
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"scan": True},
+    {"param_dtype": "bfloat16"},
+    {"quant": "int8", "param_dtype": "bfloat16"},
+    {"vocab_size": 41, "num_labels": 5, "new_head": True},
+  ],
+  ids=str,
+)
+def test_deferred_leaves_are_those_that_are_read_at_once(folder, options):
+  want = flatten(registry.load(folder, **options).params)
+  got = flatten(registry.load(folder, deferred=True, **options).params)
+  assert got.keys() == want.keys()
+  deferred = [leaf for leaf in got.values() if isinstance(leaf, quant.Deferred)]
+  assert len(deferred) >= len(got) - 3, "a table and a head are made"
+  for path, leaf in got.items():
+    assert (leaf.shape, leaf.dtype) == (want[path].shape, want[path].dtype)
+    one, other = (quant.realized({path: x}) for x in (leaf, want[path]))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, other))
+    np.testing.assert_array_equal(np.asarray(leaf), quant.dense(want[path]))
