@@ -240,15 +240,18 @@ def test_a_batch_that_does_not_come_out_even_is_refused(wanted):
 
 
 def test_a_sharded_kernel_is_gathered_before_its_product():
-  topology = _topology("v5e:2x2")
-  mesh = meshes.make(meshes.MeshConfig(fsdp=4), topology.devices)
+  topology = _topology("v5e:4x4")
+  mesh = meshes.make(meshes.MeshConfig(fsdp=16), topology.devices)
   rows = NamedSharding(mesh, PartitionSpec("fsdp"))
-  kernel = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16, sharding=rows)
-  x = jax.ShapeDtypeStruct((4, 512, 4096), jnp.bfloat16, sharding=rows)
-  step = steps.jitted(lambda x, w: (jnp.tanh(x @ w), 0), rows)
+  kernel = jax.ShapeDtypeStruct((4096, 14336), jnp.bfloat16, sharding=rows)
+  x = jax.ShapeDtypeStruct((16, 2048, 4096), jnp.bfloat16, sharding=rows)
+  state = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
+  step = steps.jitted(
+    lambda state, x, w: (state, jnp.tanh(x @ w).sum()), meshes.replicated(mesh)
+  )
   with jax.set_mesh(mesh):
-    text = step.lower(x, kernel).compile().as_text()
-  assert {c.kind for c in hlo.collectives(text)} == {"all-gather"}
+    text = step.lower(state, x, kernel).compile().as_text()
+  assert {c.kind for c in hlo.collectives(text)} == {"all-gather", "all-reduce"}
 
 
 # Suggestions
