@@ -7,7 +7,7 @@ as bfloat16, as they are stored. `:full` trains all of them instead, for compari
 Expected result: none is published for data of one's own; the held-out perplexity falls.
 `python -m launch.dryrun` says what a chip holds, without the model and without a chip.
 
-Hardware: TPU v5e, 16 chips (4×4), by the dry run 14.5 of 16 GiB each and 2,165 tokens/s
+Hardware: TPU v5e, 16 chips (4×4), by the dry run 14.5 of 16 GiB each and 2,188 tokens/s
 a chip at most. A token is computed by its own two experts.
 Command: python -m experiments.run --config=mixtral_8x7b_instruct.py \\
 --config.data.path=FOLDER --workdir=DIR
