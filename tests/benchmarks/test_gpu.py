@@ -45,7 +45,7 @@ def test_a_table_of_recorded_figures(tmp_path, monkeypatch, capsys):
   found = {
     "lorax_flax/loop/none": {"error": "out of memory"},
     "lorax_flax/scan/none": {"seconds": 0.2, **card},
-    "lorax_flax/scan/dots": {"seconds": 0.3, **card},
+    "lorax_flax/scan/inputs": {"seconds": 0.3, **card},
     "lorax_flax/scan/full": {"seconds": 0.3, **card},
     "peft/loop/none": {"seconds": 0.4, **card},
   }

@@ -14,7 +14,7 @@ from lorax_flax.adapt.paths import flatten
 from lorax_flax.hub.checkpoints import export
 from lorax_flax.hub.files import safetensors_writer
 from lorax_flax.models import registry
-from tests.experiments import own_text, peers
+from tests.experiments import commands, own_text, peers
 
 FORMS = ("transformers", "orbax", "stablehlo")
 # Of the largest leaf's size: as it is read, merged, and on its way to the file.
@@ -131,6 +131,8 @@ def test_a_large_checkpoint_is_split_as_transformers_reads_it(
 
 def test_the_probe_can_be_left_out_of_the_command(root, tmp_path):
   flags = [f"--{name}={root / name}" for name in ("base", "adapter")]
-  done = peers.run("merge", *flags, f"--out={tmp_path / 'out'}", "--noprobe")
+  done = commands.run(
+    "experiments.merge", *flags, f"--out={tmp_path / 'out'}", "--noprobe"
+  )
   assert done.returncode == 0, done.stderr
   assert "100.0% of the change is kept, logits are not compared" in done.stdout
