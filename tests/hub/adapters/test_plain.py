@@ -4,6 +4,7 @@ written/ holds files that the tools themselves wrote, each with the tool's own l
 the scripts beside them say how.
 """
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -47,13 +48,18 @@ def gemma_base(tmp_path_factory):
   return _base(tmp_path_factory.mktemp("gemma_base"), described.GEMMA)
 
 
+@functools.cache
+def _forward(module):
+  """params -> logits of the last token, one program for all forms."""
+  ids = jnp.asarray([described.IDS])
+  return jax.jit(lambda p: module.apply({"params": p}, ids, jnp.ones_like(ids))[0, -1])
+
+
 def _logits(base, source, alpha=None):
   """Logits of the last token, and the adapter."""
   loaded, saved = with_adapter.load(base, source, alpha=alpha)
   params = lx.merge(loaded.params, saved.adapter)
-  ids = jnp.asarray([described.IDS])
-  found = loaded.module.apply({"params": params}, ids, jnp.ones_like(ids))
-  return np.asarray(found[0, -1]), saved
+  return np.asarray(_forward(loaded.module)(params)), saved
 
 
 @pytest.fixture(scope="module", params=ALPHA)
@@ -70,9 +76,7 @@ def test_a_tools_adapter_has_its_logits(theirs):
   _, base, _, got, want, _ = theirs
   np.testing.assert_allclose(got, want, atol=1e-5)
   loaded = registry.load(base)
-  ids = jnp.asarray([described.IDS])
-  plain_logits = loaded.module.apply({"params": loaded.params}, ids, jnp.ones_like(ids))
-  assert np.abs(plain_logits[0, -1] - want).max() > 0.1
+  assert np.abs(_forward(loaded.module)(loaded.params) - want).max() > 0.1
 
 
 @pytest.mark.parametrize("form", ["peft", "loralib", *adapters.PLAIN])
