@@ -1,4 +1,4 @@
-"""Where a training step's time goes on a CPU: its products and other parts, each alone.
+"""Parts of a CPU training step, each timed alone: products, attention, GELU, norms.
 
   python -m benchmarks.parts [--method=all_linear] [--layers=12]
 
