@@ -16,7 +16,7 @@ os.environ.setdefault("XLA_FLAGS", compiler.QUICK)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Programs need not know the lines that they come from.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-# A run would start anew for large pages, and import everything twice.
+# A run would start anew for large pages.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
 # No test finds another's programs, or leaves its own in the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")

@@ -46,11 +46,16 @@ def combine(chosen: PyTree, rest: PyTree) -> PyTree:
   return jax.tree.map(pick, chosen, rest, is_leaf=lambda x: x is None)
 
 
+def replaced(adapter: Adapter) -> set[str]:
+  """Paths of the base's leaves that a delta is in the place of."""
+  return {path for path, delta in adapter.items() if delta.replaces}
+
+
 def without_replaced(
   params: PyTree, adapter: Adapter, instead: Callable[[Any], Any]
 ) -> PyTree:
   """params with `instead(leaf)` for each leaf that a delta is in the place of."""
-  gone = {path for path, delta in adapter.items() if delta.replaces}
+  gone = replaced(adapter)
   return map_with_path(lambda path, x: instead(x) if path in gone else x, params)
 
 

@@ -14,7 +14,7 @@ import lorax_flax as lx
 from lorax_flax import quant
 from lorax_flax.adapt import training
 from lorax_flax.adapt.config import LoraConfig, with_tuned
-from lorax_flax.adapt.partition import absent, without, without_replaced
+from lorax_flax.adapt.partition import absent, replaced, without, without_replaced
 from lorax_flax.adapt.paths import flatten
 from lorax_flax.adapt.plan import Plan
 from lorax_flax.adapt.transform import Adapted
@@ -335,8 +335,8 @@ def describe(plan: Plan, adapter: Adapter, params: Any) -> dict[str, str]:
   tuned = {path: delta for path, delta in adapter.items() if isinstance(delta, Tuned)}
   deltas = {path: delta for path, delta in adapter.items() if path not in tuned}
   low, full = training.size(deltas), training.size(tuned)
-  leaves = flatten(params)
-  read = [x for p, x in leaves.items() if p not in adapter or not adapter[p].replaces]
+  leaves, gone = flatten(params), replaced(adapter)
+  read = [x for path, x in leaves.items() if path not in gone]
   stored_as = sorted(
     {quant.name_of(x) if quant.is_quantized(x) else x.dtype.name for x in read}
   )

@@ -180,6 +180,17 @@ def gathered(leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     yield path, np.asarray(meshes.gather(dense(leaf)))
 
 
+def finite(leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+  """As `gathered`.
+
+  Raises:
+    LoraxError: a number that is not finite; it names the leaf.
+  """
+  for path, value in gathered(leaves):
+    check_finite(path, value)
+    yield path, value
+
+
 def leaves(params: Any, keymap: KeyMap) -> dict[str, Any]:
   """The leaves of a params tree by path.
 

@@ -43,8 +43,7 @@ def write(folder: Path, leaves: Mapping[str, Any], keymap: KeyMap) -> None:
 
   def defer(path: str, leaf: Any) -> Deferred:
     def make() -> np.ndarray:
-      ((_, value),) = export.gathered({path: leaf})
-      export.check_finite(path, value)
+      ((_, value),) = export.finite({path: leaf})
       return value
 
     return Deferred(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), make)

@@ -1,11 +1,10 @@
 """A model written as StableHLO, which runs without the code that made it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.export import Exported
 
 from lorax_flax.files import atomic
@@ -55,16 +54,10 @@ def write(
   if labels is not None:
     about["labels"] = labels
   with atomic.new_folder(folder, overwrite=overwrite) as scratch:
-    safetensors_writer.write(scratch, leaves, _finite(leaves))
+    safetensors_writer.write(scratch, leaves, export.finite(leaves))
     export.write_beside(scratch, base, adapter, card, receipt)
     (scratch / FILE).write_bytes(program.serialize())
     write_json(scratch / ARGUMENTS, about)
-
-
-def _finite(leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-  for path, value in export.gathered(leaves):
-    export.check_finite(path, value)
-    yield path, value
 
 
 def _rows(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
