@@ -234,7 +234,7 @@ def job(
   shardings = None
   if mesh is not None:
     axes = meshes.names_by_path(_axes(model, ids_BxT))
-    adapter = base.adapter(state.trained)
+    _, adapter = base.full(state.trained)
     adapter_shardings = states.own(meshes.of_adapter(mesh, axes, adapter))
     shardings = states.shardings(state, adapter_shardings, mesh)
     mask = trainable_mask(adapter_shardings)

@@ -68,10 +68,6 @@ class Base:
     }
     return params, combine(trained, rest)
 
-  def adapter(self, trained: Adapter) -> Adapter:
-    """The adapter of `full`."""
-    return self.full(trained)[1]
-
 
 def own(adapter: Adapter) -> Adapter:
   """The adapter, or its shardings, with None for the leaves that repeat the base's."""

@@ -87,7 +87,7 @@ def _train_ours(folder, adapter_folder, family, accumulation):
     state, metrics = train(state, base, batch | weights)
     found.append(metrics["loss"].value())
     norms.append(metrics["grad_norm"].value())
-  return found, norms, base.adapter(state.trained), loaded
+  return found, norms, base.full(state.trained)[1], loaded
 
 
 # PEFT asks transformers by a name that is on its way out.
