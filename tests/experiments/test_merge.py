@@ -216,9 +216,18 @@ def test_an_adapters_own_tokenizer_takes_the_place_of_the_bases(
   assert "processor_config.json" in found
 
 
-@pytest.mark.parametrize("value", [np.nan, 1e30, np.inf])
+@pytest.mark.parametrize(
+  ("value", "form", "named"),
+  [
+    (np.nan, "transformers", r"query\.weight"),
+    (1e30, "transformers", r"query\.weight"),
+    (np.inf, "transformers", r"query\.weight"),
+    (np.nan, "orbax", "query/kernel"),
+    (np.nan, "stablehlo", "query/kernel"),
+  ],
+)
 def test_a_sum_that_is_not_finite_is_named_and_nothing_is_written(
-  base, adapter, tmp_path, value
+  base, adapter, tmp_path, value, form, named
 ):
   half = {
     k: v.astype(np.float16) for k, v in load_file(base / "model.safetensors").items()
@@ -229,6 +238,6 @@ def test_a_sum_that_is_not_finite_is_named_and_nothing_is_written(
   name = next(key for key in factors if "query.lora_B" in key)
   factors[name] = np.full_like(factors[name], value)
   save_file(factors, file, metadata={"format": "pt"})
-  with pytest.raises(LoraxError, match=r"query\.weight would be .*NaN or infinite"):
-    merge(str(base), str(adapter), str(tmp_path / "out"))
+  with pytest.raises(LoraxError, match=f"{named} would be .*NaN or infinite"):
+    merge(str(base), str(adapter), str(tmp_path / "out"), form)
   assert not (tmp_path / "out").exists()
