@@ -71,9 +71,16 @@ class Choice:
     held = self._along(self.slot >= 0, axis, chosen.ndim)
     return jnp.where(held, chosen, jnp.asarray(without, t.dtype))
 
+  def each(self, t: jax.Array) -> jax.Array:
+    """The slots' (…, slots * n) as they are stored, (slots, n, …)."""
+    t = t.reshape((*t.shape[:-1], self.slots, -1))
+    return jnp.moveaxis(t, (-2, -1), (0, 1))
+
   def part(self, t: jax.Array, without: float = 0.0) -> jax.Array:
     """The chosen one's n columns of the slots' (…, slots * n): (…, n), or (…, T, n)."""
-    return self.of(t.reshape((*t.shape[:-1], self.slots, -1)), -2, without)
+    found = self.of(self.each(t), 0, without)
+    held = self.slot.ndim  # axes of tokens, then n, then the rest
+    return jnp.moveaxis(found, range(held + 1), range(-held - 1, 0))
 
   def mask(self, t: jax.Array, axis: int = 0) -> jax.Array:
     """The slots' columns, (…, slots * n), zero but for the chosen one's.
@@ -106,9 +113,9 @@ class Slots(MethodDelta):
   """The slots of a kernel.
 
   Attributes:
-    a: (*stack, *in, slots, rank), and b: (*stack, *out, slots, rank), the scale folded
-      into b.
-    out_scale, bias: (*stack, *out, slots); None where no adapter may have one.
+    a: (*stack, slots, rank, *in), and b: (*stack, slots, rank, *out), the scale folded
+      into b. A slot's factors are one piece of memory, which a product reads in place.
+    out_scale, bias: (*stack, slots, *out); None where no adapter may have one.
     choice: the example's slot, while a function is evaluated.
   """
 
@@ -119,10 +126,10 @@ class Slots(MethodDelta):
   choice: Choice | None = None
 
   axes: ClassVar = {
-    "a": ("stack", "in", "slots", "rank"),
-    "b": ("stack", "out", "slots", "rank"),
-    "out_scale": ("stack", "out", "slots"),
-    "bias": ("stack", "out", "slots"),
+    "a": ("stack", "slots", "rank", "in"),
+    "b": ("stack", "slots", "rank", "out"),
+    "out_scale": ("stack", "slots", "out"),
+    "bias": ("stack", "slots", "out"),
   }
   trained = ()
 
@@ -194,13 +201,13 @@ class Slots(MethodDelta):
       part, axes = getattr(parts, name), self.leaf_axes(name)
       if part is None:
         part = jnp.full((1,) * (kernel.ndim + 1), _EMPTY[name])
-      part = _carried(part, axes, kernel.shape)
+      part, place = _carried(part, axes, kernel.shape), axes.index("slots")
       if "rank" in axes:
-        more = leaf.shape[-1] - part.shape[-1]
+        more = self.rank - part.shape[-1]
         part = jnp.pad(part, [*((0, 0),) * (part.ndim - 1), (0, more)])
+        part = jnp.moveaxis(part, -1, place)  # where it stands once slots are gone
       else:
         part = part[..., 0]
-      place = axes.index("slots")
       found[name] = jax.lax.dynamic_update_index_in_dim(
         leaf, part.astype(leaf.dtype), index, place
       )

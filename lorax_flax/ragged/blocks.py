@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# The most rows of a block. A group's last block is not full.
+# The most rows of a block. A group's last block is not full, and so a block has no more
+# rows than a group has on average.
 _ROWS = 256
 
 
@@ -60,7 +61,7 @@ def _over(
   needs do nothing.
   """
   rows = start.shape[0] if rows is None else rows
-  size = min(_ROWS, rows)
+  size = min(_ROWS, -(-rows // sizes_E.shape[0]))
   count_E = (sizes_E + size - 1) // size
   ends_E, stop_E = jnp.cumsum(count_E), jnp.cumsum(sizes_E)
 

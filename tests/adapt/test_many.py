@@ -57,9 +57,8 @@ def params():
 def evaluation(request, monkeypatch):
   speed = 1e-9 if request.param == "gathered" else 1e9
   monkeypatch.setitem(evaluations.SPEED, "cpu", speed)
-  if request.param == "sorted":
-    monkeypatch.setattr(evaluations, "RAGGED", {"cpu"})
-    monkeypatch.setattr(evaluations, "SORTING", 0)
+  sorting = -1e9 if request.param == "sorted" else 1e9
+  monkeypatch.setitem(evaluations.SORTING, "cpu", sorting)
   return request.param
 
 
@@ -119,7 +118,7 @@ def test_each_token_equals_its_adapter_alone(params, fn, evaluation):
   ids[0] = -1
   got = apply(params, slots, ids, X)
   text = str(jax.make_jaxpr(many.apply)(params, slots, ids, X))
-  assert ("ragged_dot" in text) == (evaluation == "sorted")
+  assert ("ragged_product" in text) == (evaluation == "sorted")
   alone_of = jax.jit(lora.apply)
   for i, adapter in [*enumerate(adapters), (-1, {})]:
     alone = alone_of(params, adapter, X)
@@ -150,29 +149,25 @@ def test_an_index_for_each_token_needs_tokens(params):
     many.apply(params, filled(many, params, [tuned]), ids, X)
 
 
-def test_a_program_sorts_tokens_where_the_compiler_meets_groups_alone(monkeypatch):
-  of = lambda slots, tokens: evaluations.form_of(
-    Choice(jnp.zeros(tokens, jnp.int32), slots, 8), 512, 16, sortable=True
+def test_a_program_takes_the_evaluation_of_the_least_time(monkeypatch):
+  def of(slots, examples, places, tokens=(), sortable=True):
+    choice = Choice(jnp.zeros(tokens, jnp.int32), slots, examples)
+    return evaluations.form_of(choice, places, 16, sortable)
+
+  # A step of decoding reads an adapter once for each row; of a prompt, that is little.
+  assert of(64, 64, 1) == of(8, 64, 1) == "sorted"
+  assert of(64, 64, 1, sortable=False) == "gathered"
+  assert of(8, 8, 512) == of(2048, 8, 512) == "gathered"
+  assert of(64, 8, 512, (512,)) == "sorted"
+  platform = lambda name: monkeypatch.setattr(
+    evaluations.devices, "platform", lambda: name
   )
-  # Factors of each example are few, beside its tokens; of each token many.
-  assert of(8, ()) == of(2048, ()) == "gathered"
-  assert [of(slots, 512) for slots in (8, 64, 1024)] == [
-    "side by side",
-    "gathered",
-    "gathered",
-  ]
-  monkeypatch.setattr(evaluations.devices, "platform", lambda: "tpu")
-  assert [of(slots, 512) for slots in (8, 64, 512)] == [
-    "side by side",
-    "side by side",
-    "sorted",
-  ]
-  assert (
-    evaluations.form_of(
-      Choice(jnp.zeros(512, jnp.int32), 512, 8), 512, 16, sortable=False
-    )
-    == "side by side"
-  )
+  platform("tpu")
+  by_token = [of(slots, 8, 512, (512,)) for slots in (8, 64, 512)]
+  assert by_token == ["side by side", "side by side", "sorted"]
+  assert of(512, 8, 512, (512,), sortable=False) == "side by side"
+  platform("gpu")
+  assert of(512, 8, 512, (512,)) == "side by side"
 
 
 def test_a_function_may_take_gradients_of_each_example(params, evaluation):
@@ -475,8 +470,8 @@ slots, ids = tests.filled(many, params, adapters), np.array([0, 1, -1, 1])
 x = rng.integers(0, 11, (4, 7))
 expected = jax.jit(many.apply)(params, slots, ids, x)
 placed = meshes.of_adapter(mesh, axes, slots)
-assert tuple(placed["layers/k"].a.spec) == (None, "fsdp")
-assert tuple(placed["layers/k"].b.spec) == (None, "tensor")
+assert tuple(placed["layers/k"].a.spec) == (None, None, None, "fsdp")
+assert tuple(placed["layers/k"].b.spec) == (None, None, None, "tensor")
 with jax.set_mesh(mesh):
   sharded = meshes.place(params, meshes.of_params(mesh, axes, params))
   slots = meshes.place(slots, placed)
@@ -485,7 +480,7 @@ with jax.set_mesh(mesh):
   got = jax.jit(many.apply)(sharded, slots, ids, x)
   np.testing.assert_allclose(got, expected, atol=1e-5)
   slots = many.put(sharded, slots, 0, adapters[1])
-  assert tuple(slots["layers/k"].a.sharding.spec) == (None, "fsdp")
+  assert tuple(slots["layers/k"].a.sharding.spec) == (None, None, None, "fsdp")
   got = jax.jit(many.apply)(sharded, slots, ids, x)
   np.testing.assert_allclose(got[1], expected[1], atol=1e-5)
   assert np.abs(got[0] - expected[0]).max() > 1e-3

@@ -192,7 +192,8 @@ def dot_general(eqn, operands, product, drop, observe) -> jax.Array:
       free = {j: n for j, n in enumerate(x.shape) if j not in shared}
       token = xs[view.choice.token_axis(view.path, free)]
       w.append(token)
-    form = _form(view, view.choice, axes, x, observe)
+    sortable = observe is None and jx.param(eqn, "precision") is None
+    form = _form(view, view.choice, axes, x, sortable)
     view = view.chosen() if form == "gathered" else view.scaled_as_chosen()
   contracted, other, turned = _factors(view, axes)
   if turned:
@@ -222,7 +223,7 @@ def dot_general(eqn, operands, product, drop, observe) -> jax.Array:
   out = [c for c in out if c in told]
   if form == "sorted":
     delta = _Named(contracted, contracted_names), _Named(other, other_names)
-    found = _sorted(_Named(x, xs), *delta, view.choice, token, base.dtype, kwargs)
+    found = _sorted(_Named(x, xs), *delta, view.choice, token)
     y = jnp.einsum(f"{''.join(found.names)}->{''.join(out)}", found.array)
   else:
     z = jnp.einsum(
@@ -259,13 +260,7 @@ class _Named(NamedTuple):
 
 
 def _sorted(
-  x: _Named,
-  contracted: _Named,
-  other: _Named,
-  choice: Choice,
-  token: str | None,
-  dtype: Any,
-  options: dict[str, Any],
+  x: _Named, contracted: _Named, other: _Named, choice: Choice, token: str | None
 ) -> _Named:
   """(x contracted) other, with the factors of each place's slot."""
   places = [c for c in x.names if c not in contracted.names]
@@ -273,33 +268,32 @@ def _sorted(
   outputs = [c for c in other.names if c != "z"]
 
   def of_slots(t: _Named, names: list[str]) -> jax.Array:
-    """Slots x the axes of these names as one x rank."""
+    """Slots x rank x the axes of these names as one."""
     array = jnp.einsum(f"{''.join(t.names)}->{''.join(names)}z", t.array)
-    array = array.astype(x.array.dtype)
-    sizes = -1, choice.slots, array.shape[-1] // choice.slots
-    return array.reshape(sizes).transpose(1, 0, 2)
+    array = choice.each(array.astype(x.array.dtype))
+    return array.reshape((*array.shape[:2], -1))
 
   size = dict(zip(x.names, x.array.shape, strict=True))
   size |= zip(other.names, other.array.shape, strict=True)
   rows = jnp.einsum(f"{''.join(x.names)}->{''.join([*places, *inputs])}", x.array)
-  sizes = [size[c] for c in places]
+  sizes, slots = [size[c] for c in places], choice.slot
+  if token:
+    slots = choice.of_places(sizes, places.index(token))
   y = evaluations.sorted_product(
     rows.reshape((*sizes, -1)),
-    choice.of_places(sizes, places.index(token) if token else 0),
+    slots,
     of_slots(contracted, inputs),
-    of_slots(other, outputs).swapaxes(1, 2),
-    dtype=dtype,
-    **options,
+    of_slots(other, outputs),
   )
   return _Named(y.reshape((*sizes, *(size[c] for c in outputs))), places + outputs)
 
 
 def _form(
-  view: View, choice: Choice, axes: Axes, x: jax.Array, observe: Any
+  view: View, choice: Choice, axes: Axes, x: jax.Array, sortable: bool
 ) -> evaluations.Form:
   """The evaluation of a product with a view of several adapters."""
   contracted, other, _ = _factors(view, axes)
-  sortable = not axes.shared and observe is None
+  sortable &= not axes.shared
   sortable &= all(contracted.shape[i] == 1 for i in axes.kept)
   sortable &= all(other.shape[i] in (1, view.shape[i]) for i in axes.kept)
   places = x.size // math.prod(view.shape[i] for i in (*axes.contracted, *axes.shared))
