@@ -53,7 +53,9 @@ def outer(
 def groups(sizes_E: jax.Array, rows: int) -> jax.Array:
   """The group of each row, N int32; E for a row of none."""
   places = jnp.arange(rows, dtype=sizes_E.dtype)
-  return jnp.searchsorted(jnp.cumsum(sizes_E), places, side="right").astype(jnp.int32)
+  ends_E = jnp.cumsum(sizes_E)
+  found = jnp.searchsorted(ends_E, places, side="right", method="compare_all")
+  return found.astype(jnp.int32)
 
 
 def flops(eqn: Any) -> int:

@@ -61,21 +61,25 @@ def _over(
   needs do nothing.
   """
   rows = start.shape[0] if rows is None else rows
-  size = min(_ROWS, -(-rows // sizes_E.shape[0]))
+  size = min(_ROWS, math.ceil(rows / sizes_E.shape[0]))
   count_E = (sizes_E + size - 1) // size
   ends_E, stop_E = jnp.cumsum(count_E), jnp.cumsum(sizes_E)
+  most = min(rows, math.ceil(rows / size) + sizes_E.shape[0])
+  # M blocks, all at once: products with the same groups then share this.
+  blocks_M = jnp.arange(most, dtype=ends_E.dtype)
+  group_M = jnp.searchsorted(ends_E, blocks_M, side="right", method="compare_all")
+  group_M = jnp.minimum(group_M, sizes_E.shape[0] - 1).astype(jnp.int32)
+  first_M = (stop_E - sizes_E - (ends_E - count_E) * size)[group_M] + blocks_M * size
+  until_M = stop_E[group_M]
 
   def step(i, made):
-    group = jnp.searchsorted(ends_E, i, side="right").astype(jnp.int32)
-    block = i - (ends_E - count_E)[group]
-    first = (stop_E - sizes_E)[group] + block * size
+    first = first_M[i]
     at = jnp.minimum(first, rows - size)
     places_R = at + jnp.arange(size, dtype=at.dtype)
-    own_R = (places_R >= first) & (places_R < stop_E[group])
-    return add(made, group, at, own_R)
+    own_R = (places_R >= first) & (places_R < until_M[i])
+    return add(made, group_M[i], at, own_R)
 
   def maybe(i, made):
     return lax.cond(i < ends_E[-1], step, lambda _, made: made, i, made)
 
-  most = min(rows, math.ceil(rows / size) + sizes_E.shape[0])
   return lax.fori_loop(0, most, maybe, start)
