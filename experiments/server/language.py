@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 _HOST_BYTES = 1 << 30
 # Adapters that are loaded later have a rank of at least this.
 _LEAST_RANK = 16
+# Of the texts that are written before any is asked for.
+_WARM = Decoding(max_new_tokens=2)
 # Texts whose vectors are computed between two steps.
 _TOGETHER = 8
 
@@ -169,11 +171,15 @@ class Language:
     self.engine.call(functools.partial(self._adapters.remove, name)).result()
 
   def warm(self) -> None:
-    """Compiles what a first short request needs."""
-    ended = threading.Event()
-    request = Request([0], Decoding(max_new_tokens=2))
-    self.engine.submit(request, lambda piece: ended.set() if piece.finish else None)
-    ended.wait()
+    """Compiles what short requests need: a first one, and one that begins as another."""
+    most = self.engine.length - _WARM.max_new_tokens
+    for tokens in sorted({1, min(decoder.LEAST_WIDTH + 1, most)}):
+      ended = threading.Event()
+      request = Request([0] * tokens, _WARM)
+      self.engine.submit(
+        request, lambda piece, end=ended: end.set() if piece.finish else None
+      )
+      ended.wait()
 
   def close(self) -> None:
     """Takes no more requests, and returns once all have been answered."""

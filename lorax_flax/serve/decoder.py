@@ -19,6 +19,8 @@ from lorax_flax.models import head as heads
 from lorax_flax.models.cache import Cache
 from lorax_flax.models.registry import Outline
 
+# The fewest tokens to which prompts are padded.
+LEAST_WIDTH = 16
 # (params, cache=, **inputs) -> (the next token's logits, BxV float32, cache)
 Forward = Callable[..., tuple[jax.Array, Cache]]
 
@@ -119,7 +121,7 @@ def decoder_of(model: Outline, forward: Forward | None = None) -> Decoder:
 def prompts(rows: Sequence[Sequence[int]], most: int) -> dict[str, np.ndarray]:
   """Token ids of unequal lengths as input_ids and attention_mask, int32 BxT.
 
-  Padded on the right to a power of two, from 16 on, or to `most` if that is smaller, so
+  Padded on the right to a power of two, from LEAST_WIDTH on, or to `most` if that is smaller, so
   that few lengths are compiled.
 
   Raises:
@@ -128,7 +130,7 @@ def prompts(rows: Sequence[Sequence[int]], most: int) -> dict[str, np.ndarray]:
   lengths = [len(row) for row in rows]
   if not lengths or min(lengths) < 1 or max(lengths) > most:
     raise LoraxError(f"prompts of {lengths} tokens: each needs from 1 to {most}")
-  width = min(most, max(16, 1 << (max(lengths) - 1).bit_length()))
+  width = min(most, max(LEAST_WIDTH, 1 << (max(lengths) - 1).bit_length()))
   ids_BxT = np.zeros((len(rows), width), np.int32)
   mask_BxT = np.zeros_like(ids_BxT)
   for i, row in enumerate(rows):

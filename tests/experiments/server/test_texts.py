@@ -15,6 +15,7 @@ import transformers
 from starlette.testclient import TestClient
 
 from experiments.server import app
+from tests import compiles
 from tests.experiments.server.conftest import language
 
 NEW = 12
@@ -122,6 +123,19 @@ def test_tools_and_their_calls_reach_the_template(served, client):
   answer = client.post("/v1/chat/completions", json=broken)
   assert answer.status_code == 400
   assert "arguments of a tool call are no JSON" in answer.json()["error"]["message"]
+
+
+def test_a_warm_server_compiles_nothing_for_a_short_text_or_one_that_goes_on(root):
+  served = language(root, length=96)
+  served.warm()
+  client, before = TestClient(app.create(served)), served.engine.reused
+  with compiles.counted() as found:
+    for model in ("tiny", "first"):
+      for tokens in (3, 18):
+        _complete(client, model, [5] * tokens)
+  served.close()
+  assert served.engine.reused > before
+  assert not found
 
 
 def test_a_full_queue_is_429_and_a_closed_server_503(root):
