@@ -28,6 +28,9 @@ POLICIES = {
   "inputs": Kept((*_ATTENTION, "mlp")),
   # The products into the feed-forward part are, the widest by far.
   "attention": Kept(_ATTENTION),
+  # What attention and its last product give is in the host's memory, as are the layers'
+  # inputs; all else is computed a second time.
+  "offload_attention": Kept(host=("layer", "attention", "embed")),
   "full": Kept(),
   # The same, and each layer's input is in the host's memory.
   "offload": Kept(host=("layer",)),

@@ -27,9 +27,10 @@ class ModelSettings:
     scan: whether the layers are stacked and scanned: compiles faster, runs slower on a
       CPU.
     remat: what the backward pass recomputes: "none"; "inputs": no product with a
-      kernel; "attention": the products into the feed-forward part too; "full": all;
-      "offload": all, with the layers' inputs in the host's memory. Each needs less
-      memory than the one before.
+      kernel; "attention": the products into the feed-forward part too;
+      "offload_attention": all but attention, which is in the host's memory, as are the
+      layers' inputs; "full": all; "offload": all, with the layers' inputs in the host's
+      memory. Each needs less memory than the one before.
     untie: whether each use of a tied table gets a weight of its own.
     vocab_size: number of tokens, where the model is to have more or fewer than the
       checkpoint; None takes the checkpoint's.

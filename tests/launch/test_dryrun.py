@@ -300,7 +300,7 @@ def test_suggestions_are_ranked_and_those_that_do_not_fit_are_last(
 ):
   def fits(sizes, remat, rows):
     # Copies cost memory and tensor time; a batch costs some of both.
-    kept = {"none": 8, "inputs": 4, "attention": 2, "full": 1, "offload": 0}[remat]
+    kept = dict(zip(REMAT, (8, 4, 2, 1.5, 1, 0), strict=True))[remat]
     gib = 4 * sizes[0] + rows / 8 + kept
     return gib, 1.0 + sizes[2] + rows / 100 + (kept < 4)
 

@@ -53,6 +53,8 @@ IDS = np.random.default_rng(0).integers(3, 37, (B, T)).astype(np.int32)
 # the results of attention's output and of the feed-forward part (24), and up (56).
 ATTENTION = {"llama": [24, 12, 12, 24], "bert": [24, 24, 24, 24, 24]}
 MLP = {"llama": [40, 40], "bert": [56]}
+# Number of results of attention's output and of the feed-forward part that are needed.
+OFFLOADED = {"llama": 1, "bert": 2}
 
 
 @cache
@@ -118,9 +120,12 @@ def kept(loss, adapter):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_policy_keeps_what_it_names_and_nothing_else(family, remat):
   loss_of, adapter = losses(family, True)
-  want = Counter({("<host>" if remat == "offload" else "device", D): 1})
+  where = "<host>" if remat.startswith("offload") else "device"
+  want = Counter({(where, D): 1})
   if remat in ("inputs", "attention"):
     want.update(("device", size) for size in ATTENTION[family])
+  if remat == "offload_attention":
+    want.update({("<host>", D): OFFLOADED[family]})
   if remat == "inputs":
     want.update(("device", size) for size in MLP[family])
   assert kept(loss_of[remat], adapter) == want
