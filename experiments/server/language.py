@@ -171,7 +171,7 @@ class Language:
     self.engine.call(functools.partial(self._adapters.remove, name)).result()
 
   def warm(self) -> None:
-    """Compiles what short requests need: a first one, and one that begins as another."""
+    """Compiles what a first short request needs, and one that begins as it does."""
     most = self.engine.length - _WARM.max_new_tokens
     for tokens in sorted({1, min(decoder.LEAST_WIDTH + 1, most)}):
       ended = threading.Event()

@@ -121,8 +121,8 @@ def decoder_of(model: Outline, forward: Forward | None = None) -> Decoder:
 def prompts(rows: Sequence[Sequence[int]], most: int) -> dict[str, np.ndarray]:
   """Token ids of unequal lengths as input_ids and attention_mask, int32 BxT.
 
-  Padded on the right to a power of two, from LEAST_WIDTH on, or to `most` if that is smaller, so
-  that few lengths are compiled.
+  Padded on the right to a power of two, from LEAST_WIDTH on, or to `most` if that is
+  smaller, so that few lengths are compiled.
 
   Raises:
     LoraxError: a row without a token, or with more than `most`.
