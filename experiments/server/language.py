@@ -174,16 +174,18 @@ class Language:
     """Compiles what a first short request needs, and one that begins as it does."""
     most = self.engine.length - _WARM.max_new_tokens
     for tokens in sorted({1, min(decoder.LEAST_WIDTH + 1, most)}):
-      ended = threading.Event()
-      request = Request([0] * tokens, _WARM)
-      self.engine.submit(
-        request, lambda piece, end=ended: end.set() if piece.finish else None
-      )
-      ended.wait()
+      self._write([0] * tokens)
 
   def close(self) -> None:
     """Takes no more requests, and returns once all have been answered."""
     self.engine.close()
+
+  def _write(self, prompt: Sequence[int]) -> None:
+    """Writes a short text of the base."""
+    ended = threading.Event()
+    listener = lambda piece: ended.set() if piece.finish else None
+    self.engine.submit(Request(prompt, _WARM), listener)
+    ended.wait()
 
   def _embedded(self, adapter: str | None, inputs: Any) -> np.ndarray:
     slot = self._params.acquire(adapter)
