@@ -1,5 +1,6 @@
 """Classifiers of texts over the weights of one base, by name."""
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Sequence
@@ -153,7 +154,9 @@ class Classifiers:
     loaded = model.loaded
     tokenizer = load_tokenizer(loaded.folder, source)
     params = map_with_path(self._one, loaded.params)
-    classifier = Classifier(loaded, params, model.rest or {}, tokenizer)
+    # Without the weights that were read for this adapter and are the base's own.
+    shared = dataclasses.replace(loaded, params=params)
+    classifier = Classifier(shared, params, model.rest or {}, tokenizer)
     assert model.labels is not None
     return _Served(classifier, model.labels, model.problem_type)
 

@@ -1,7 +1,9 @@
 """Classification over HTTP: each adapter's labels, with the scores of `predict`."""
 
+import gc
 import json
 
+import jax
 import pytest
 from starlette.testclient import TestClient
 
@@ -89,6 +91,18 @@ def test_adapters_share_the_bases_arrays(root):
   )
   apart = {path for path in one if one[path] is not other[path]}
   assert apart == {"classifier/kernel", "classifier/bias"}
+
+
+def test_an_adapter_adds_no_base_to_the_memory(root):
+  served = _served(root)
+
+  def held():
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+  before, base = held(), served._served["two"].classifier.params
+  served.load("again", "two")
+  assert held() - before < sum(x.nbytes for x in jax.tree.leaves(base)) / 4
 
 
 def test_a_model_of_another_task_is_refused(tmp_path):
