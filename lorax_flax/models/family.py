@@ -1,6 +1,7 @@
 """A model family, as the registry knows it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,10 +66,7 @@ class Family:
 
   def abstract_params(self, module: nn.Module) -> Any:
     """Shapes of the parameters, boxed with their logical axis names; traced only."""
-    inputs = self.inputs(module.config)  # type: ignore[attr-defined]
-    init = lambda key, inputs: module.init(key, **inputs)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(init, key, inputs)["params"]
+    return _abstract_params(self.inputs, module)
 
   def shapes(self, module: nn.Module) -> Any:
     """The parameters' tree, of ShapeDtypeStructs."""
@@ -81,6 +79,14 @@ class Family:
   def logical_axes(self, module: nn.Module) -> Any:
     """The parameters' tree with the logical names of each leaf's axes."""
     return nn.get_partition_spec(self.abstract_params(module))
+
+
+@functools.lru_cache(maxsize=4)  # A start asks several times, and a trace takes long.
+def _abstract_params(inputs_of: Callable[..., Any], module: nn.Module) -> Any:
+  inputs = inputs_of(module.config)  # type: ignore[attr-defined]
+  init = lambda key, inputs: module.init(key, **inputs)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(init, key, inputs)["params"]
 
 
 def text_inputs(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
