@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from benchmarks import common
 from experiments.cli import config_dict, config_flag
 from launch.dryrun import hlo, report, topology
+from lorax_flax.data.pipeline import LENGTH, Cut
 from lorax_flax.jobs import settings
 from lorax_flax.jobs.abstract import DURATIONS, Abstract, abstract
 from lorax_flax.sharding import mesh as meshes
@@ -32,9 +33,16 @@ from lorax_flax.train.state import Base, TrainState
 def together(one: Abstract, requested: settings.Settings, n: int) -> Abstract:
   """The step of n trials, from that of one."""
   objective = tasks.opened(requested.data).objective(requested.train.label_smoothing)
-  state, base, batch = _stacked(one.state, one.base, one.batch, n)
+  weights = one.batch["weights"]
+  length = jax.ShapeDtypeStruct(weights.shape, jnp.int32, sharding=weights.sharding)
+  state, base, batch = _stacked(one.state, one.base, {**one.batch, LENGTH: length}, n)
   step = trials.train_step(
-    one.forward, objective, requested.train, DURATIONS, trials.within(trials.ROOM)
+    one.forward,
+    objective,
+    requested.train,
+    DURATIONS,
+    trials.within(trials.ROOM),
+    Cut((), ()),
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   jitted = steps.jitted(step, shardings)

@@ -172,11 +172,15 @@ def _rows_by_batch(rows_N: np.ndarray, batch_size: int) -> np.ndarray:
   return order.reshape(steps, batch_size)
 
 
+def _length(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> int:
+  """The padded length of a batch of these rows."""
+  lengths = tokens.lengths_N[rows_B[rows_B >= 0]]
+  return shape.buckets[int(shape.bucket_of(lengths).max())]
+
+
 def _assemble(tokens: Rows, shape: Shape, rows_B: np.ndarray) -> Batch:
   """A batch of these rows, at its own padded length."""
-  lengths = tokens.lengths_N[rows_B[rows_B >= 0]]
-  length = shape.buckets[int(shape.bucket_of(lengths).max())]
-  return tokens.batch(rows_B, length)
+  return tokens.batch(rows_B, _length(tokens, shape, rows_B))
 
 
 @dataclass(frozen=True)
@@ -228,12 +232,32 @@ def training(tokens: Rows, shape: Shape, *, seed: int) -> grain.DatasetIterator[
   return _read_ahead(tokens, shape, lambda i: _assemble(tokens, shape, rows(i)))
 
 
+@dataclass(frozen=True)
+class Cut:
+  """What makes of a run's batch in `Together` the one that it has alone.
+
+  Attributes:
+    lengths: padded lengths, ascending, of which its column `LENGTH` has its own.
+    columns: those whose second axis is cut to that length.
+  """
+
+  lengths: tuple[int, ...]
+  columns: tuple[str, ...]
+
+
+# A column of batches of `Together`, int32: the length to which a run's is padded alone.
+LENGTH = "length"
+
+
 class Together:
   """Training batches of several runs that differ in their seed at most, without end.
 
   Each array has a leading axis, over the runs: batch i of run n has the rows that
   `training` gives it with that seed, and all are padded to the longest of them. The
   runs may start at different times, and others may take their places (`arrange`).
+
+  Attributes:
+    cut: from a run's part of a batch to its batch alone.
   """
 
   def __init__(self, tokens: Rows, shape: Shape, *, seeds: Sequence[int]):
@@ -241,6 +265,11 @@ class Together:
     _check(tokens, shape)
     self._tokens, self._shape = tokens, shape
     self._taken = 0
+    first, last = (
+      tokens.batch(np.array([-1]), n) for n in (shape.buckets[0], shape.buckets[-1])
+    )
+    varying = tuple(name for name in first if first[name].shape != last[name].shape)
+    self.cut = Cut(shape.buckets, varying)
     self.arrange(seeds, [0] * len(seeds))
 
   def arrange(self, seeds: Sequence[int], starts: Sequence[int]) -> None:
@@ -258,8 +287,10 @@ class Together:
 
     def make(number: int) -> Batch:
       # In one batch, so that all of them have the same padded lengths.
-      rows = np.concatenate([runs[seed](number - start) for seed, start in streams])
-      batch = _assemble(self._tokens, self._shape, rows)
+      each = [runs[seed](number - start) for seed, start in streams]
+      batch = _assemble(self._tokens, self._shape, np.concatenate(each))
+      own = [_length(self._tokens, self._shape, rows_B) for rows_B in each]
+      batch[LENGTH] = np.repeat(np.array(own, np.int32), self._shape.batch_size)
       return {
         name: x.reshape(len(streams), -1, *x.shape[1:])[order]
         for name, x in batch.items()

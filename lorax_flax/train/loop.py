@@ -44,7 +44,7 @@ class Data:
   Attributes:
     batches: an endless iterator over training batches, with `get_state()`, which is
       JSON-able, and `set_state()`. Of several runs each array has a leading axis, over
-      the runs.
+      the runs (`pipeline.Together`).
     steps_per_epoch: number of batches in an epoch.
     evaluation: batches by the split's name, the same for all runs.
   """
@@ -149,7 +149,8 @@ def program_of(
   """
   if len(job.runs) > 1:
     numbers = seated or range(len(job.runs))
-    return trials.program(job.runs, numbers, plan, job.model, job.objective, width)
+    cut = job.data.batches.cut
+    return trials.program(job.runs, numbers, plan, job.model, job.objective, width, cut)
   [run] = job.runs
   return steps.program(run.config, plan, job.model, job.objective, run.adapter)
 

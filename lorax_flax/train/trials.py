@@ -7,6 +7,7 @@ so the padding stays zero and the trial is what it is alone.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax_flax.adapt.partition import leaf_mask, partition, trainable_mask, without
+from lorax_flax.data.pipeline import LENGTH, Cut
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Adapter
 from lorax_flax.sharding import activations
@@ -175,12 +177,14 @@ def program(
   model: steps.Model,
   objective: Objective,
   width: int | None,
+  cut: Cut,
 ) -> Program:
   """The program of several runs.
 
   Args:
     seated: number of the run in each place at the start.
     width: as in `lorax_flax.train.loop.fit`.
+    cut: of the training batches.
 
   Raises:
     LoraxError: two of the runs differ in more than they may.
@@ -233,7 +237,7 @@ def program(
 
   return Program(
     steps.jitted(
-      train_step(model.forward, objective, config, plan, at_once), stacked[0]
+      train_step(model.forward, objective, config, plan, at_once, cut), stacked[0]
     ),
     jax.jit(eval_step(model.forward, objective, at_once), out_shardings=replicated),
     sharding(meshes.batch(mesh)),
@@ -269,17 +273,21 @@ def train_step(
   config: TrainConfig,
   plan: Durations,
   width: Width,
+  cut: Cut,
 ) -> Any:
   """Makes (States, Bases, batch) -> (States, metrics), every leaf with an axis N.
 
   Args:
     config: of its fields, those that all trials have in common.
+    cut: of the batches. Trials one by one compute theirs as they do alone; several at
+      once compute what is padded to the longest.
   """
   loss, accumulation = objective.loss, config.accumulation
 
-  def one(bases, state, alive, own, numbers, batch):
+  def one(bases, cut, state, alive, own, numbers, batch, length):
     optimizer, rate = steps.optimizer_of(config, plan, state.trained, numbers)
     step = steps.train_step(forward, loss, optimizer, rate, accumulation, "skip")
+    step = _cut_to(length, cut, step)
     new, metrics = _where(
       alive, step, lambda none: (state, none[1]), state, bases.of(own), batch
     )
@@ -289,10 +297,13 @@ def train_step(
     return new, alive, metrics
 
   def step(state: States, bases: Bases, batch: steps.Batch):
+    batch, none = dict(batch), Cut((), ())
+    length_N = batch.pop(LENGTH)[:, 0]
+    at_once = width(objective.throughput.padded(batch) // len(state.alive))
     new, alive, metrics = _each(
-      lambda *own: one(bases, *own),
-      (state.each, state.alive, bases.own, bases.numbers, batch),
-      width(objective.throughput.padded(batch) // len(state.alive)),
+      lambda *own: one(bases, cut if at_once == 1 else none, *own),
+      (state.each, state.alive, bases.own, bases.numbers, batch, length_N),
+      at_once,
     )
     return States(new, state.best, alive), metrics
 
@@ -318,6 +329,29 @@ def eval_step(forward: steps.Forward, objective: Objective, width: Width) -> Any
     )
 
   return step
+
+
+def _cut_to(length: jax.Array, cut: Cut, step: Any) -> Any:
+  """The step, of the part of a batch up to a length.
+
+  What is beyond it is padding, but costs time, and changes what dropout draws.
+  """
+
+  def own(state: TrainState, base: Base, batch: steps.Batch):
+    if not cut.columns:
+      return step(state, base, batch)
+    full = batch[cut.columns[0]].shape[1]
+    lengths = [n for n in cut.lengths if n <= full]
+
+    def up_to(n: int, state: TrainState, base: Base, batch: steps.Batch):
+      part = {name: batch[name][:, :n] for name in cut.columns}
+      return step(state, base, {**batch, **part})
+
+    number = jnp.searchsorted(jnp.array(lengths), length)
+    branches = [functools.partial(up_to, n) for n in lengths]
+    return jax.lax.switch(number, branches, state, base, batch)
+
+  return own
 
 
 def _where(flag: jax.Array, function: Any, otherwise: Any, *args: Any) -> Any:

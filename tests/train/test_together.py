@@ -25,8 +25,9 @@ def _config(number, **changes):
   return dataclasses.replace(toy.CONFIG, **own, **changes)
 
 
-def _job(folder, number, name="", **changes):
-  return toy.job(folder, _config(number, **changes), TRIALS[number][-1], name)
+def _job(folder, number, name="", buckets=(24,), **changes):
+  config = _config(number, **changes)
+  return toy.job(folder, config, TRIALS[number][-1], name, buckets)
 
 
 def _trials(folder, **changes):
@@ -91,6 +92,27 @@ def _check_same(ours, alone):
 @pytest.mark.parametrize("number", range(len(TRIALS)))
 def test_a_trial_is_what_it_is_alone(whole, alone, number):
   _check_same(whole / f"t{number}", alone[number])
+
+
+def test_one_at_a_time_each_has_its_own_padding(tmp_path):
+  """Dropout is drawn for padding too, so that another padding is another mask."""
+  buckets, jobs = (12, 24), []
+  for i in range(len(TRIALS)):
+    (tmp_path / f"t{i}").mkdir()
+    jobs.append(_job(tmp_path / f"t{i}", i, f"t{i}", buckets=buckets))
+  shape = pipeline.Shape(toy.CONFIG.batch_size, buckets)
+  seeds = [job.runs[0].config.seed for job in jobs]
+  batches = pipeline.Together(toy.tokens(60, 1), shape, seeds=seeds)
+  assert batches.cut.columns == ("input_ids", "attention_mask")
+  job = toy.with_batches(jobs[0], lambda _: batches)
+  runs = [job.runs[0] for job in jobs]
+  together = tmp_path / "together"
+  loop.fit(dataclasses.replace(job, runs=runs), together, width=1)
+  for i in range(len(TRIALS)):
+    folder = tmp_path / f"alone{i}"
+    folder.mkdir()
+    toy.fit(_job(folder, i, buckets=buckets), folder)
+    _check_same(tmp_path / f"t{i}", folder)
 
 
 def test_they_are_the_same_some_at_a_time(alone, tmp_path):

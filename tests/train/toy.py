@@ -75,10 +75,14 @@ def params():
 
 
 def job(
-  folder: Path = Path(), config: TrainConfig = CONFIG, rank: int = 2, name: str = ""
+  folder: Path = Path(),
+  config: TrainConfig = CONFIG,
+  rank: int = 2,
+  name: str = "",
+  buckets: tuple[int, ...] = (24,),
 ) -> Job:
   train, held_out = tokens(60, 1), tokens(37, 2)
-  shape = pipeline.Shape(config.batch_size, (24,))
+  shape = pipeline.Shape(config.batch_size, buckets)
   lora = lx.adapt(
     apply_fn,
     lx.LoraConfig(
