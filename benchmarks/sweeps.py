@@ -13,7 +13,10 @@ trial and of all, from the compiler, and the minimum of some steps' seconds a tr
 With --prune each trial has the quick start's full epoch, and the sweep stops those that
 do worse; only the first table is printed, then the steps that were taken, the ratio of
 wall times, and whether the best trial is the same. More than the quick start's eight
-trials are drawn at random: learning rate, rank, alpha and seed.
+trials are drawn at random: learning rate, rank, alpha and seed. With --alone=N only N
+are run one after another, and their time is taken for all; the best of all is then that
+of a sweep to the end in --workdir, which goes on where it stopped, and without a
+--workdir it is left open.
 """
 
 import argparse
@@ -117,9 +120,9 @@ def _sweep(
 
 
 def measure(
-  chosen: list[Trial], steps: int, prune: str | None, alone: int, folder: Path
-) -> str:
-  """The first table: wall time and programs."""
+  chosen: list[Trial], steps: int, prune: str | None, alone: int, folder: Path | None
+) -> None:
+  """Prints the first table, wall time and programs, and what follows from it."""
   given = [f"--config.train.steps={steps}"]
   rows, walls, prints = [], 0.0, ""
   some = [chosen[i * len(chosen) // alone] for i in range(alone)]
@@ -146,34 +149,41 @@ def measure(
   # Of trials that take turns the last one's seconds are not those of all.
   shared = [result for result in ours[:1] if prune is None]
   rows.append(_row("together", wall, printed, shared))
-  if alone < len(chosen):
-    ended = _sweep(chosen, folder / "to_the_end", given)[2]
-  else:
-    ended = [own_results[trial.name] for trial in chosen]
   header = ["trials", "wall s", "compile", "steps", "evaluate", "save", "rest"]
   title = f"{len(chosen)} trials of {_SPEC}, {steps} steps each, {os.cpu_count()} cores"
-  table = common.table(title, [*header, "programs"], rows)
+  print(common.table(title, [*header, "programs"], rows))
   to_end = {trial.name: own for trial, own in zip(chosen, ours, strict=True) if own}
-  pairs = [
-    (a, b[name])
-    for b in (to_end, {t.name: e for t, e in zip(chosen, ended, strict=True)})
-    for name, a in own_results.items()
-    if name in b
-  ]
-  largest = max(
-    abs(a[name] - b[name]) for a, b in pairs for name in ("accuracy", "eval_loss")
-  )
-  best = [_best(ended), _best(ours)]
-  scores = [f"{ended[i]['accuracy']:.4f}" for i in best]
-  return (
-    f"{table}\ntogether over one after another: {wall / walls:.3f} of the time, "
+  print(
+    f"together over one after another: {wall / walls:.3f} of the time, "
     f"{sum(taken) / (steps * len(chosen)):.3f} of the steps; {len(to_end)} of "
-    f"{len(chosen)} trials to the end\n"
-    f"best trial, and its accuracy to the end: of all {chosen[best[0]].name} "
-    f"{scores[0]}, together {chosen[best[1]].name} {scores[1]}\n"
-    f"largest difference of accuracy and eval_loss: {largest:.1e}; "
-    f"peak memory of one alone: {peak * 1024 / _MEGABYTE:,.0f} MB"
+    f"{len(chosen)} trials to the end; peak memory of one alone: "
+    f"{peak * 1024 / _MEGABYTE:,.0f} MB",
+    flush=True,
   )
+  # Those that are run to the end; nothing for the others.
+  ended = [own_results.get(trial.name, {}) for trial in chosen]
+  others = [to_end]
+  if alone < len(chosen) and folder is not None:
+    ended = _sweep(chosen, folder / "to_the_end", given)[2]
+    others.append({trial.name: e for trial, e in zip(chosen, ended, strict=True)})
+  differences = [
+    abs(own[figure] - other[name][figure])
+    for other in others
+    for name, own in own_results.items()
+    if name in other
+    for figure in ("accuracy", "eval_loss")
+  ]
+  if differences:
+    print(f"largest difference of accuracy and eval_loss: {max(differences):.1e}")
+  best = _best(ours)
+  print(f"best trial, and its accuracy: together {_told(chosen, ours, best)}", end="")
+  if all(ended):
+    print(f", of all {_told(chosen, ended, _best(ended))}", end="")
+  print()
+
+
+def _told(chosen: list[Trial], results: list[dict[str, Any]], number: int) -> str:
+  return f"{chosen[number].name} {results[number]['accuracy']:.4f}"
 
 
 def _best(results: list[dict[str, Any]]) -> int:
@@ -236,10 +246,8 @@ def main() -> None:
   steps = found.steps or (30 if found.prune is None else 250)
   chosen = _chosen(found.trials, steps)
   if not found.step:
-    with tempfile.TemporaryDirectory() as scratch:
-      folder = found.workdir or Path(scratch)
-      alone = found.alone or len(chosen)
-      print(measure(chosen, steps, found.prune, alone, folder), flush=True)
+    alone = found.alone or len(chosen)
+    measure(chosen, steps, found.prune, alone, found.workdir)
   if found.prune is None:
     print(one_step(chosen))
   print(common.repeat())
