@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.models.given import Given
 from lorax_flax.sharding import activations as spread
 
 
@@ -84,7 +85,7 @@ def linear(kernel_DxV: Any) -> Head:
   return Head(kernel_DxV, "...D,DV->...V")
 
 
-class Linear(nn.Module):
+class Linear(Given):
   """A head with a kernel of its own; called, it gives the head as a function.
 
   Attributes:

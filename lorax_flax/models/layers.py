@@ -13,6 +13,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.models import ops
 from lorax_flax.models.cache import Chunk, KeyValues
 from lorax_flax.models.cache import attend as attend_cached
+from lorax_flax.models.given import Given
 from lorax_flax.sharding import activations as spread
 
 DType = Any
@@ -21,7 +22,7 @@ EVERY_SEGMENT = -1
 Config = TypeVar("Config")
 
 
-class Module(nn.Module, Generic[Config]):
+class Module(Given, Generic[Config]):
   """A module of a family, whose fresh weights have its config's standard deviation.
 
   Attributes:
@@ -101,7 +102,7 @@ def check_length(input_ids_BxT: jax.Array, most: int) -> None:
     raise LoraxError(f"a text of {length} tokens: the model takes at most {most}")
 
 
-class Dense(nn.Dense):
+class Dense(Given, nn.Dense):
   """A dense layer whose result a remat policy can keep; see `models.remat`.
 
   Attributes:
@@ -142,7 +143,7 @@ def dense(
   )
 
 
-class Embed(nn.Embed):
+class Embed(Given, nn.Embed):
   """An embedding table, whose rows are sharded like activations after the look-up.
 
   Attributes:
@@ -217,7 +218,7 @@ class MLP(Part[Any]):
     return nn.Dropout(self.rate)(y_BxTxD, self.deterministic)
 
 
-class Norm(nn.Module):
+class Norm(Given):
   """Layer norm over the features."""
 
   eps: float
@@ -228,7 +229,7 @@ class Norm(nn.Module):
     return ops.layer_norm(x_BxTxD, scale_D, bias_D, self.eps)
 
 
-class RmsNorm(nn.Module):
+class RmsNorm(Given):
   """RMS norm over the last axis; see `ops.rms_norm`.
 
   Attributes:
@@ -248,7 +249,7 @@ class RmsNorm(nn.Module):
     return ops.rms_norm(x, scale_D, self.eps, self.offset, self.late)
 
 
-class NormWeights(nn.Module):
+class NormWeights(Given):
   """The scale and the bias, (D,) each, of a layer norm that is computed elsewhere."""
 
   @nn.compact
