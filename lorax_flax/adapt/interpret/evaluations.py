@@ -34,7 +34,8 @@ def form_of(choice: Choice, places: int, rank: int, sortable: bool) -> Form:
   Args:
     places: number of those of one example that the product has.
     rank: of one slot's factors.
-    sortable: whether the factors are one pair of matrices for each slot.
+    sortable: whether the factors are one pair of matrices for each slot, and ragged
+      products can take the place of the product.
   """
   platform, slots = devices.platform(), choice.slots
   speed, total = SPEED.get(platform, _SPEED), choice.examples * places

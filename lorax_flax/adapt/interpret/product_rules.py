@@ -192,6 +192,7 @@ def dot_general(eqn, operands, product, drop, observe) -> jax.Array:
       free = {j: n for j, n in enumerate(x.shape) if j not in shared}
       token = xs[view.choice.token_axis(view.path, free)]
       w.append(token)
+    # A ragged product has no precision of its own.
     sortable = observe is None and jx.param(eqn, "precision") is None
     form = _form(view, view.choice, axes, x, sortable)
     view = view.chosen() if form == "gathered" else view.scaled_as_chosen()
