@@ -23,9 +23,9 @@ Form = Literal["gathered", "side by side", "sorted"]
 SPEED = {"cpu": 10}
 _SPEED = 300  # of any accelerator
 # Reads in which one place is sorted there and back, in rows of a factor, by platform;
-# elsewhere ragged products are too slow. On a CPU the multiply-adds hide it; a TPU's is
-# from the memory traffic of the program for a v5e: 160 MiB for 4,096 places, 64 slots of
-# rank 16 and 2,048 inputs and outputs in bfloat16.
+# elsewhere ragged products are too slow. On a CPU the multiply-adds hide it. A TPU's is
+# from the memory traffic of a program for v5e: 160 MiB for 4,096 places, 64 slots of
+# rank 16, and 2,048 inputs and outputs in bfloat16.
 SORTING = {"cpu": 0, "tpu": 3.5}
 
 
