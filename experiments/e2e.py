@@ -10,10 +10,11 @@ is printed. Texts are searched as in the LoRA paper, with 10 beams, unless flags
 otherwise.
 """
 
-from experiments.cli import large_pages
+from experiments.cli import collector, large_pages
 
 if __name__ == "__main__":
   large_pages.restart()  # First, or all that is imported would be imported twice.
+  collector.seldom()
 
 from pathlib import Path
 

@@ -23,10 +23,11 @@ Compiled programs are kept for the next start, in the user's cache or in
 gs://BUCKET/FOLDER (with the extra gcs). JAX_ENABLE_COMPILATION_CACHE=false keeps none.
 """
 
-from experiments.cli import large_pages
+from experiments.cli import collector, large_pages
 
 if __name__ == "__main__":
   large_pages.restart()  # First, or all that is imported would be imported twice.
+  collector.seldom()
 
 import dataclasses
 import functools

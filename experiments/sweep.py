@@ -33,10 +33,11 @@ trial that is not stopped is what it is without pruning. results.html grows mean
 slice; --table then makes the table.
 """
 
-from experiments.cli import large_pages
+from experiments.cli import collector, large_pages
 
 if __name__ == "__main__":
   large_pages.restart()  # First, or all that is imported would be imported twice.
+  collector.seldom()
 
 import os
 import sys
