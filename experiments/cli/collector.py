@@ -2,7 +2,7 @@
 
 import gc
 
-# New objects between two collections. A start makes millions that stay: imports, traces.
+# New objects between two collections. Imports and traces make millions that stay.
 _OBJECTS = 50_000
 
 
