@@ -42,6 +42,7 @@ from experiments import run
 from experiments.cli import config_flag, large_pages
 from experiments.sweeps import plan
 from experiments.sweeps.trials import Trial
+from lorax_flax.data.pipeline import LENGTH
 from lorax_flax.train import loop
 from lorax_flax.train.config import durations
 
@@ -220,7 +221,7 @@ def one_step(chosen: list[Trial]) -> str:
     cells = (f"{x / _MEGABYTE:,.0f}" for x in (*sizes, sum(sizes)))
     rows.append([name, *cells, f"{min(seconds) / count:.3f}"])
 
-  one = {name: x[0] for name, x in batch.items()}
+  one = {name: x[0] for name, x in batch.items() if name != LENGTH}
   add("one trial", alone.step, *alone.start(), one, 1)
   for width in (1, len(chosen)):
     made = loop.program_of(job, plan, width)
