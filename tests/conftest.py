@@ -1,6 +1,5 @@
 """Strict by default: no implicit rank or dtype promotion anywhere in a test."""
 
-import gc
 import os
 import subprocess
 
@@ -26,6 +25,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from experiments.cli import collector
 from tests import imports
 
 # Folder of published files that the project does not ship (loralib's released adapter,
@@ -34,7 +34,7 @@ REAL_DATA = os.environ.get("LORAX_FLAX_TEST_DATA")
 
 # Tracing makes many objects that live long: a tenth of the time went into looking
 # through them for what does not.
-gc.set_threshold(50_000)
+collector.seldom()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -234,7 +234,7 @@ def training(tokens: Rows, shape: Shape, *, seed: int) -> grain.DatasetIterator[
 
 @dataclass(frozen=True)
 class Cut:
-  """What makes of a run's batch in `Together` the one that it has alone.
+  """Lengths and columns by which a run's batch in `Together` is cut to its own.
 
   Attributes:
     lengths: padded lengths, ascending, of which its column `LENGTH` has its own.

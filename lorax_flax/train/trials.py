@@ -337,9 +337,10 @@ def _cut_to(length: jax.Array, cut: Cut, step: Any) -> Any:
   What is beyond it is padding, but costs time, and changes what dropout draws.
   """
 
+  if not cut.columns:
+    return step
+
   def own(state: TrainState, base: Base, batch: steps.Batch):
-    if not cut.columns:
-      return step(state, base, batch)
     full = batch[cut.columns[0]].shape[1]
     lengths = [n for n in cut.lengths if n <= full]
 

@@ -181,7 +181,7 @@ def gathered(leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def finite(leaves: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-  """As `gathered`.
+  """Leaves as `gathered` gives them, each finite.
 
   Raises:
     LoraxError: a number that is not finite; it names the leaf.
