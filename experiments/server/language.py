@@ -171,7 +171,8 @@ class Language:
     self.engine.call(functools.partial(self._adapters.remove, name)).result()
 
   def warm(self) -> None:
-    """Compiles what a first short request needs, and one that begins as it does."""
+    """Compiles what short requests need, alone or with others."""
+    self.engine.warm()
     most = self.engine.length - _WARM.max_new_tokens
     for tokens in sorted({1, min(decoder.LEAST_WIDTH + 1, most)}):
       self._write([0] * tokens)

@@ -161,6 +161,23 @@ class Cache:
     of_length = replace(other, length=self.length)
     return jax.tree.map(written, self, of_length, self.row_axes)
 
+  def put_newest(self, rows_R: jax.Array, other: "Cache") -> "Cache":
+    """The cache with the newest token of each row of another one, which began as its.
+
+    Args:
+      rows_R: numbers of the rows of `take` that the other one was.
+    """
+
+    def written(x: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+      column_R = (other.lengths_B + self.virtual - 1) % x.shape[-2]
+      before = (slice(None),) * axis
+      newest = new[*before, jnp.arange(len(rows_R)), :, column_R]
+      return x.at[*before, rows_R, :, column_R].set(newest)
+
+    layers = jax.tree.map(written, self.layers, other.layers, self.row_axes.layers)
+    lengths_B = self.lengths_B.at[rows_R].set(other.lengths_B)
+    return replace(self, layers=layers, lengths_B=lengths_B)
+
   def take(self, rows_B: jax.Array) -> "Cache":
     """Rows in another order, some of them repeated or left out: of beams, of slots."""
     return jax.tree.map(

@@ -5,6 +5,7 @@ and from then on its row steps with the others', each with its own settings, ada
 and end.
 """
 
+import functools
 import logging
 import threading
 from collections import OrderedDict, deque
@@ -24,7 +25,6 @@ from lorax_flax.serve import (
   history,
   prefixes,
   rules,
-  sampling,
   slots,
 )
 from lorax_flax.serve import ends as ends_of
@@ -174,6 +174,11 @@ class Engine:
       self._condition.notify()
     return future
 
+  def warm(self) -> None:
+    """Compiles the steps of every number of rows; returns once they are there."""
+    for size in slots.sizes(len(self._rows)):
+      self.call(functools.partial(self._step, size)).result()
+
   def close(self) -> None:
     """Takes no more requests, and returns once all that were taken have ended."""
     with self._condition:
@@ -269,16 +274,27 @@ class Engine:
     # As long as the rows, so that one program for each length of the rest is compiled.
     return row, slots.copied(self._slots, np.int32(row), np.int32(number)), rest
 
-  def _step(self) -> None:
-    """Asks for the next token of each row."""
-    self._slots, tokens = _advance(
-      self._writer,
-      self._params.of(self._held),
+  def _step(self, least: int = 1) -> None:
+    """Asks for the next token of each row that writes.
+
+    Args:
+      least: number of rows that the step has at least.
+    """
+    needed = max(self.running, least)
+    size = next(n for n in slots.sizes(len(self._rows)) if n >= needed)
+    # Those that are free come last, and fill what is left of the step.
+    chosen = sorted(range(len(self._rows)), key=lambda row: self._rows[row] is None)
+    chosen = sorted(chosen[:size])
+    rows = [self._rows[row] for row in chosen]
+    self._slots, tokens = slots.advance(
+      self._writer.decoder.step,
+      self._params.of([self._held[row] for row in chosen]),
       self._slots,
+      np.array(chosen, np.int32),
       self._eos_E,
-      np.array([r is None for r in self._rows]),
+      np.array([running is None for running in rows]),
     )
-    self._unread.append((list(self._rows), tokens))
+    self._unread.append((rows, tokens))
 
   def _read(self, rows: _Rows, tokens: Tokens) -> None:
     """Gives tokens to the requests that they are of."""
@@ -314,15 +330,6 @@ class Engine:
     self._kept = [None] * len(self._rows)
     # The old ones may have been donated.
     self._slots = slots.blank(self._writer.model, len(self._rows), self.length)
-
-
-def _advance(
-  writer: Writer, params: Any, rows: slots.Slots, eos_E: Any, free_B: np.ndarray
-) -> tuple[slots.Slots, Tokens]:
-  carry, tokens = sampling.advance(
-    writer.decoder.step, params, rows.carry, rows.rules, eos_E, free_B
-  )
-  return slots.Slots(carry, rows.rules), tokens
 
 
 def _said(error: Exception) -> LoraxError:

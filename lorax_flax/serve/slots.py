@@ -1,10 +1,11 @@
 """Rows of one cache that requests take and give back, each at a token of its own.
 
-Shapes: B rows, N places of a row, V vocabulary.
+Shapes: B rows, R of them, N places of a row, V vocabulary.
 """
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from lorax_flax.serve.history import History
 from lorax_flax.serve.rules import Rules
 from lorax_flax.serve.sampling import Carry, Tokens
 from lorax_flax.serve.settings import Decoding
+from lorax_flax.serve.steps import State, Step
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +28,11 @@ class Slots:
 
   carry: Carry
   rules: Rules
+
+
+def sizes(rows: int) -> list[int]:
+  """Numbers of rows that a step may have: powers of two to a half of them, and all."""
+  return [*(1 << n for n in range((rows // 2).bit_length())), rows]
 
 
 def blank(model: Outline, rows: int, length: int) -> Slots:
@@ -75,10 +82,51 @@ def admit(
   carry, tokens = sampling.first(
     logits_1xV, cache, history, own, eos_E, jnp.zeros(1, bool)
   )
+  state = slots.carry.state.put(row, carry.state)
+  put = _put(slots.carry, row[None], carry, state)
   written = lambda x, new: x.at[row].set(new[0])
-  rest = lambda c: (c.history, c.ids_B, c.new_B, c.done_B)
-  put = Carry(
-    slots.carry.state.put(row, carry.state),
-    *jax.tree.map(written, rest(slots.carry), rest(carry)),
-  )
   return Slots(put, jax.tree.map(written, slots.rules, own)), tokens
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="slots")
+def advance(
+  step: Step,
+  params: Any,
+  slots: Slots,
+  rows_R: jax.Array,
+  eos_E: jax.Array,
+  stopped_R: jax.Array,
+) -> tuple[Slots, Tokens]:
+  """The next token of some rows, which are computed alone; the slots are donated.
+
+  All others are left as they are. Where these are all, nothing is copied.
+
+  Args:
+    step: of the model.
+    params: what it takes first, for these rows.
+    rows_R: int32, their numbers, each once, in order.
+    eos_E: ids that end a text.
+    stopped_R: True for those that have ended.
+  """
+  if len(rows_R) == len(slots.carry.ids_B):
+    carry, tokens = sampling.advance(
+      step, params, slots.carry, slots.rules, eos_E, stopped_R
+    )
+    return Slots(carry, slots.rules), tokens
+  taken = lambda x: x[rows_R]
+  part = Carry(slots.carry.state.take(rows_R), *jax.tree.map(taken, _rest(slots.carry)))
+  own = jax.tree.map(taken, slots.rules)
+  carry, tokens = sampling.advance(step, params, part, own, eos_E, stopped_R)
+  state = slots.carry.state.put_newest(rows_R, carry.state)
+  return Slots(_put(slots.carry, rows_R, carry, state), slots.rules), tokens
+
+
+def _rest(carry: Carry) -> tuple[Any, ...]:
+  """What a carry has beside the model's state."""
+  return carry.history, carry.ids_B, carry.new_B, carry.done_B
+
+
+def _put(carry: Carry, rows_R: jax.Array, part: Carry, state: State) -> Carry:
+  """A carry with that of some rows in their places, and this state."""
+  written = lambda x, new: x.at[rows_R].set(new)
+  return Carry(state, *jax.tree.map(written, _rest(carry), _rest(part)))

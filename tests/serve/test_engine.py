@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lorax_flax.errors import LoraxError
-from lorax_flax.serve import bank, decoder
+from lorax_flax.serve import bank, decoder, history, rules, slots
 from lorax_flax.serve import generate as generation
 from lorax_flax.serve.adapters import Adapters
 from lorax_flax.serve.bank import Alone, Bank
@@ -92,7 +92,7 @@ def _requests(writer):
 
 
 def test_each_text_is_that_of_its_request_alone(of_form):
-  engine = Engine(of_form, Alone(of_form.params), rows=3, length=LENGTH)
+  engine = Engine(of_form, Alone(of_form.params), rows=6, length=LENGTH)
   requests = _requests(of_form)
   answers = [[Answer(engine, request) for request in requests] for _ in range(2)]
   finishes = set()
@@ -106,6 +106,70 @@ def test_each_text_is_that_of_its_request_alone(of_form):
       finishes.add(pieces[-1].finish)
   assert finishes == {"stop", "length"}
   engine.close()
+
+
+def test_a_step_has_the_rows_that_write_and_no_others(talker):
+  asked = []
+
+  class Seen(Alone):
+    def of(self, slots):
+      asked.append(len(slots))
+      return super().of(slots)
+
+  endless = dataclasses.replace(talker, ends=generation.Ends())
+  engine = Engine(endless, Seen(talker.params), rows=6, length=LENGTH)
+  for count, most in ((1, 1), (2, 2), (3, 6)):
+    request = Request([5, 6], Decoding(max_new_tokens=10), talker.tokenizer)
+    asked.clear()
+    begin = threading.Event()
+    engine.call(begin.wait)
+    answers = [Answer(engine, request) for _ in range(count)]
+    begin.set()
+    alone = _alone(endless, request).ids
+    for answer in answers:
+      assert tuple(piece.id for piece in answer.all()) == alone
+    assert max(asked) == most
+  engine.close()
+
+
+def test_a_step_of_some_rows_leaves_the_others_as_they_are(of_form):
+  """Rows of which the last wrote more than a window has places."""
+  begun = slots.blank(of_form.model, 3, LENGTH)
+  for row, tokens in enumerate((4, 9, 20)):
+    prompt = RNG.integers(3, 500, tokens).tolist()
+    inputs = decoder.prompts([prompt], most=LENGTH)
+    blank = of_form.model.blank_cache(1, inputs["input_ids"].shape[1])
+    logits, cache = of_form.decoder.prefill(of_form.params, inputs, blank)
+    begun, _ = slots.admit(
+      begun,
+      np.int32(row),
+      logits,
+      cache,
+      history.of([prompt], LENGTH),
+      rules.of([Decoding(max_new_tokens=20)], np.array([0])),
+      np.array([], np.int32),
+    )
+
+  def after(chosen):
+    copy = jax.tree.map(lambda x: x.copy(), begun)
+    ends = np.array([], np.int32), np.zeros(len(chosen), bool)
+    rows = np.array(chosen, np.int32)
+    return slots.advance(of_form.decoder.step, of_form.params, copy, rows, *ends)
+
+  everything, all_tokens = after([0, 1, 2])
+  some, tokens = after([0, 2])
+  np.testing.assert_array_equal(tokens.ids_B, all_tokens.ids_B[np.array([0, 2])])
+
+  def of_row(found, row):
+    carry = found.carry
+    own = carry.history, carry.ids_B, carry.new_B, carry.done_B
+    return jax.tree.leaves(
+      (carry.state.take(np.array([row])), [x[row] for x in jax.tree.leaves(own)])
+    )
+
+  for row, expected in ((0, everything), (1, begun), (2, everything)):
+    for x, y in zip(of_row(some, row), of_row(expected, row), strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_a_request_that_does_not_fit_is_refused_at_once(talker, engine):
@@ -176,14 +240,19 @@ def test_a_failed_step_ends_its_texts_and_no_others(talker, caplog):
 
   class Failing(Alone):
     def of(self, slots):
-      if failing.is_set() and len(slots) > 1:
+      if failing.is_set() and len(slots) == 2:
         raise RuntimeError("no memory")
       return super().of(slots)
 
   engine = Engine(talker, Failing(talker.params), rows=2, length=LENGTH)
   request = Request([3], Decoding(max_new_tokens=5), talker.tokenizer)
   failing.set()
-  assert "server's log says why" in str(Answer(engine, request).all()[-1].error)
+  begin = threading.Event()
+  engine.call(begin.wait)
+  both = [Answer(engine, request), Answer(engine, request)]
+  begin.set()
+  for answer in both:
+    assert "server's log says why" in str(answer.all()[-1].error)
   failing.clear()
   ids = tuple(piece.id for piece in Answer(engine, request).all())
   assert ids == _alone(talker, request).ids
