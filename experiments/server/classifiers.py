@@ -153,10 +153,10 @@ class Classifiers:
     model = merged.headed(folder, source, self._quant, self._other_base)
     loaded = model.loaded
     tokenizer = load_tokenizer(loaded.folder, source)
-    params = map_with_path(self._one, loaded.params)
     # Without the weights that were read for this adapter and are the base's own.
+    params = map_with_path(self._one, loaded.params)
     shared = dataclasses.replace(loaded, params=params)
-    classifier = Classifier(shared, params, model.rest or {}, tokenizer)
+    classifier = Classifier(shared, model.rest or {}, tokenizer)
     assert model.labels is not None
     return _Served(classifier, model.labels, model.problem_type)
 

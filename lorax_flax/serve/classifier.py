@@ -18,7 +18,7 @@ from lorax_flax.data.tokenize import tokenize
 from lorax_flax.data.tokenizers.tokenizer import Tokenizer
 from lorax_flax.data.tokens import TEXT_INPUTS
 from lorax_flax.methods import Adapter
-from lorax_flax.models.registry import Outline
+from lorax_flax.models.registry import Loaded
 
 _MOST_ROWS = 32
 
@@ -28,14 +28,12 @@ class Classifier:
   """A classifier of texts.
 
   Attributes:
-    model: its outline.
-    params: its weights.
+    model: it and its weights.
     deltas: that are applied beside them.
     tokenizer: of its texts.
   """
 
-  model: Outline
-  params: Any
+  model: Loaded
   deltas: Adapter
   tokenizer: Tokenizer
 
@@ -60,7 +58,7 @@ class Classifier:
     found: list[np.ndarray] = [np.empty(0)] * len(texts)
     for batch in pipeline.evaluation(rows, pipeline.Shape(size, (*powers, most))):
       inputs = {name: batch[name] for name in TEXT_INPUTS if name in batch}
-      logits_BxC = _logits(self.model.module, self.params, self.deltas, inputs)
+      logits_BxC = _logits(self.model.module, self.model.params, self.deltas, inputs)
       computed = np.asarray(logits_BxC, np.float32)
       for row in np.flatnonzero(batch["index"] >= 0):
         found[batch["index"][row]] = computed[row]

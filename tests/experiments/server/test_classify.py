@@ -87,7 +87,7 @@ def test_adapters_come_and_go(client):
 def test_adapters_share_the_bases_arrays(root):
   served = _served(root)
   one, other = (
-    paths.flatten(served._served[name].classifier.params) for name in ("three", "two")
+    paths.flatten(served._served[name].classifier.model.params) for name in ("three", "two")
   )
   apart = {path for path in one if one[path] is not other[path]}
   assert apart == {"classifier/kernel", "classifier/bias"}
@@ -100,7 +100,7 @@ def test_an_adapter_adds_no_base_to_the_memory(root):
     gc.collect()
     return sum(x.nbytes for x in jax.live_arrays())
 
-  before, base = held(), served._served["two"].classifier.params
+  before, base = held(), served._served["two"].classifier.model.params
   served.load("again", "two")
   assert held() - before < sum(x.nbytes for x in jax.tree.leaves(base)) / 4
 

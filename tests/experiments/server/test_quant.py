@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_dense_kernels(tmp_path):
     best = found.labels.index(expected["label"])
     assert found.scores_NxC[0, best] == pytest.approx(expected["score"], abs=1e-5)
   # One base for both: the kernels that neither trains are the same arrays.
-  one, two = (flatten(made._served[n].classifier.params) for n in ("base", "one"))
+  one, two = (flatten(made._served[n].classifier.model.params) for n in ("base", "one"))
   shared = [path for path, leaf in one.items() if is_quantized(leaf)]
   assert len(shared) == 12
   assert all(one[path] is two[path] for path in shared)
