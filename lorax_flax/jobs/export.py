@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from lorax_flax.adapt.config import LoraConfig
 from lorax_flax.adapt.merge import deferred
 from lorax_flax.distributed import processes
@@ -35,7 +37,8 @@ def form(adapter: Adapter, keymap: KeyMap) -> Form:
     return "model"
   if soft:
     return "peft" if peft_soft.has_form(adapter, keymap) else "orbax"
-  return "orbax" if any(d.peft is None for d in adapter.values()) else "peft"
+  in_peft = jax.eval_shape(lambda: [delta.in_peft() for delta in adapter.values()])
+  return "orbax" if any(delta.peft is None for delta in in_peft) else "peft"
 
 
 def export(

@@ -1,8 +1,15 @@
 """Runs whose adapter starts with what the first batches of the data say."""
 
+import json
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+import lorax_flax as lx
 from experiments import run
 from lorax_flax.models import with_adapter
 from tests.experiments import peers
@@ -46,3 +53,26 @@ def test_a_run_starts_with_a_method_that_looks_at_data(method, files, tmp_path):
     assert np.abs(delta.a).max() > 0
     assert np.abs(delta.b).max() > 0
     np.testing.assert_array_equal(delta.start_b, delta.b)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora", "corda", "lora_ga"])
+def test_a_run_with_a_start_inside_the_kernels_writes_lora_of_twice_the_rank(
+  method, files, tmp_path
+):
+  changes = {"lora.method": method, "lora.alpha": 3}
+  result = run.run(settings(files, **changes), tmp_path / "run")
+  folder = tmp_path / "run" / "adapter"
+  config = json.loads((folder / "adapter_config.json").read_text())
+  assert (config["peft_type"], config["r"]) == ("LORA", 6)
+  base = AutoModelForCausalLM.from_pretrained(files / "base")
+  ids = torch.arange(3, 20)[None]
+  before = base(ids).logits
+  logits = PeftModel.from_pretrained(base, folder)(ids).logits
+  assert (logits - before).abs().max() > 1e-3
+  loaded, saved = with_adapter.load(str(files / "base"), folder)
+  model = lambda params, ids: loaded.module.apply(
+    {"params": params}, ids, jnp.ones_like(ids)
+  )
+  ours = lx.adapt(model, saved.config).apply(loaded.params, saved.adapter, ids.numpy())
+  np.testing.assert_allclose(ours, logits.detach(), rtol=1e-4, atol=1e-5)
+  assert np.isfinite(result["eval_loss"])

@@ -86,9 +86,8 @@ def test_adapters_come_and_go(client):
 
 def test_adapters_share_the_bases_arrays(root):
   served = _served(root)
-  one, other = (
-    paths.flatten(served._served[name].classifier.model.params) for name in ("three", "two")
-  )
+  models = (served._served[name].classifier.model for name in ("three", "two"))
+  one, other = (paths.flatten(model.params) for model in models)
   apart = {path for path in one if one[path] is not other[path]}
   assert apart == {"classifier/kernel", "classifier/bias"}
 
