@@ -65,6 +65,8 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
   "boft": {"lora.method": "boft", **_UNSCALED},
   "c3a": {"lora.method": "c3a", "lora.options": {"block_size": 128}, **_UNSCALED},
   "fourierft": {"lora.method": "fourierft", **_FEW},
+  "delora": {"lora.method": "delora", **_UNSCALED},
+  "deft": {"lora.method": "deft", **_UNSCALED},
   "ia3": {"lora.method": "ia3", **_FEW},
 }
 

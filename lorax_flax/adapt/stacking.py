@@ -142,7 +142,9 @@ def _stacked(leaves: Sequence[np.ndarray], axes: LeafAxes) -> np.ndarray:
     ]
     for x in leaves
   ]
-  return np.stack([np.pad(x, w) for x, w in zip(leaves, widths, strict=True)])
+  # A leaf of one number has no axis to pad.
+  padded = [np.pad(x, w) if w else x for x, w in zip(leaves, widths, strict=True)]
+  return np.stack(padded)
 
 
 def _own_rank(leaves: Mapping[str, np.ndarray], axes: Mapping[str, LeafAxes]) -> int:

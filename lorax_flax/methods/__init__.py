@@ -9,6 +9,8 @@ from lorax_flax.methods.adalora import AdaLoRA
 from lorax_flax.methods.boft import BOFT
 from lorax_flax.methods.c3a import C3A
 from lorax_flax.methods.corda import CorDA
+from lorax_flax.methods.deft import DEFT
+from lorax_flax.methods.delora import DeLoRA
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.dora import DoRA
 from lorax_flax.methods.fourier_ft import FourierFT
@@ -64,6 +66,8 @@ METHODS = Methods(
   shira=SHiRA,
   randlora=RandLoRA,
   vblora=VBLoRA,
+  delora=DeLoRA,
+  deft=DEFT,
   token_rows=Rows,
   full=Tuned,
 )

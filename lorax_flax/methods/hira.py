@@ -40,11 +40,12 @@ class HiRA(MethodDelta):
     },
     fields={
       "r": ("r", 32),
-      "rank_pattern": ("rank_pattern", {}),
       "hira_dropout": ("lora_dropout", 0.0),
       "init_weights": ("init_lora_weights", True),
       "fan_in_fan_out": ("fan_in_fan_out", False),
     },
+    # PEFT reads it, and makes every module of the rank r.
+    off={"rank_pattern": ({},)},
   )
 
   @classmethod

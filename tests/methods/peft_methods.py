@@ -87,6 +87,12 @@ PEERS = {
     {"init_r": 2, "lora_alpha": 6, "target_r": 1, "total_step": 9},
     {"rank": 2, "alpha": 6, "options": {"target_r": 1, "total_step": 9}},
   ),
+  "delora": Peer(
+    peft.DeloraConfig,
+    {"r": 2, "delora_lambda": 3},
+    {"rank": 2, "options": {"delora_lambda": 3.0}},
+  ),
+  "deft": Peer(peft.DeftConfig, {"r": 2}, {"rank": 2}),
   "ia3": Peer(peft.IA3Config, {"feedforward_modules": []}),
   "ia3 of inputs": Peer(
     peft.IA3Config,

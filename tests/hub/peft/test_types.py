@@ -59,6 +59,18 @@ def test_a_folder_is_read_merged_and_written_as_peft_does(name, scan, bert, tmp_
   assert written.keys() | {"peft_version"} == read.keys()
 
 
+@pytest.mark.parametrize("name", ["delora", "loha"])
+def test_layers_that_are_stacked_may_have_ranks_of_their_own(name, bert, tmp_path):
+  keymap = peers.bert_keymap(bert, scan=True)
+  pattern = {"layer.1.attention.self.query": 3, "layer.0.intermediate.dense": 1}
+  model = adapted(bert, name, rank_pattern=pattern)
+  theirs = peers.save(model, tmp_path / "theirs")
+  tree = peers.params(bert, keymap)
+  adapter = peers.round_trip(theirs, tmp_path / "ours", tree, keymap)
+  merged = peers.params(model.merge_and_unload(), keymap)
+  peers.assert_same_leaves(lx.merge(tree, adapter), merged, atol=1e-5)
+
+
 @pytest.mark.parametrize("scan", [False, True], ids=["looped", "scanned"])
 def test_pruned_ranks_are_read_and_written(scan, bert, tmp_path):
   keymap = peers.bert_keymap(bert, scan)
@@ -108,6 +120,9 @@ def test_pruned_ranks_are_read_and_written(scan, bert, tmp_path):
     ({"peft_type": "VERA", "bias": "lora_only"}, "bias='lora_only' is not what PEFT"),
     ({"peft_type": "RANDLORA", "save_projection": False}, "save_projection=False chan"),
     ({"peft_type": "VERA", "rank_pattern": {"q": 4}}, "rank_pattern=.*cannot honour"),
+    ({"peft_type": "HIRA", "rank_pattern": {"q": 4}}, "rank_pattern=.*change"),
+    ({"peft_type": "DELORA", "lambda_pattern": {"q": 4}}, "lambda_pattern=.*change"),
+    ({"peft_type": "DEFT", "decomposition_method": "qr"}, "decomposition_method='qr'"),
   ],
 )
 def test_what_is_not_computed_is_refused_by_name(raw, message):
