@@ -31,8 +31,12 @@ class Slots:
 
 
 def sizes(rows: int) -> list[int]:
-  """Numbers of rows that a step may have: powers of two to a half of them, and all."""
-  return [*(1 << n for n in range((rows // 2).bit_length())), rows]
+  """Numbers of rows that a step may have: powers of two to a quarter of all, and all.
+
+  Of more rows a copy and its attention take longer than what is saved. A single row is
+  none of them: XLA multiplies a vector with a matrix on one core of a CPU.
+  """
+  return [*(1 << n for n in range(1, (rows // 4).bit_length())), rows]
 
 
 def blank(model: Outline, rows: int, length: int) -> Slots:
