@@ -31,12 +31,13 @@ class Slots:
 
 
 def sizes(rows: int) -> list[int]:
-  """Numbers of rows that a step may have: powers of two to a quarter of all, and all.
+  """Numbers of rows that a step may have: an eighth of all, at least two, or all.
 
-  Of more rows a copy and its attention take longer than what is saved. A single row is
-  none of them: XLA multiplies a vector with a matrix on one core of a CPU.
+  The copy of a quarter of a cache takes as long as is saved. A single row is no size:
+  XLA multiplies a vector with a matrix on one core of a CPU.
   """
-  return [*(1 << n for n in range(1, (rows // 4).bit_length())), rows]
+  few = max(rows // 8, 2)
+  return [few, rows] if few < rows else [rows]
 
 
 def blank(model: Outline, rows: int, length: int) -> Slots:
