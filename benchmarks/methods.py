@@ -13,6 +13,7 @@ weights file. The picture has accuracy by trained parameters. What is in the fil
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from lorax_flax.train.logs import picture
 _SPEC = "quickstart.py"
 # Methods whose delta has no alpha.
 _UNSCALED = {"lora.alpha": 8.0}
+# Decimal orders of parameters within which names may overlap.
+_BESIDE = 0.15
 _FEW = {**_UNSCALED, "train.learning_rate": 2e-2}
 # What is changed in the quick start, whose rank is 8 and alpha 16; {steps} in an option
 # is the number of steps.
@@ -112,10 +115,18 @@ def draw(file: Path, found: Mapping[str, Mapping[str, Any]], title: str) -> None
   axes.set_xscale("log")
   axes.set_xlabel("trained parameters, the head's included")
   axes.set_ylabel("accuracy")
-  for name, figures in found.items():
+  accuracies = [figures["accuracy"] for figures in found.values()]
+  gap = 0.03 * (max(accuracies) - min(accuracies) or 1.0)
+  labels: list[tuple[float, float]] = []
+  for name, figures in sorted(found.items(), key=lambda row: -row[1]["accuracy"]):
     x, y = figures["trained"], figures["accuracy"]
-    axes.errorbar([x], [y], [figures["range"] / 2], fmt="o", markersize=4)
-    axes.annotate(name, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7)
+    points = axes.errorbar([x], [y], [figures["range"] / 2], fmt="o", markersize=4)
+    # Under those before it, in the colour of its point.
+    beside = [py for px, py in labels if abs(math.log10(x / px)) < _BESIDE]
+    below = min([y, *(py - gap for py in beside if py - gap < y)])
+    labels.append((x, below))
+    color = points.lines[0].get_color()
+    axes.text(1.03 * x, below, name, fontsize=7, color=color, va="center")
   picture.write(file, made)
 
 

@@ -34,7 +34,7 @@ def sizes(rows: int) -> list[int]:
   """Numbers of rows that a step may have: an eighth of all, at least two, or all.
 
   The copy of a quarter of a cache takes as long as is saved. A single row is no size:
-  XLA multiplies a vector with a matrix on one core of a CPU.
+  XLA makes a slice of its gather, and then copies all rows to write beside it.
   """
   few = max(rows // 8, 2)
   return [few, rows] if few < rows else [rows]
