@@ -37,7 +37,7 @@ def form(adapter: Adapter, keymap: KeyMap) -> Form:
     return "model"
   if soft:
     return "peft" if peft_soft.has_form(adapter, keymap) else "orbax"
-  in_peft = jax.eval_shape(lambda: [delta.in_peft() for delta in adapter.values()])
+  in_peft = jax.eval_shape(lambda a: [d.in_peft() for d in a.values()], adapter)
   return "orbax" if any(delta.peft is None for delta in in_peft) else "peft"
 
 

@@ -19,14 +19,7 @@ import numpy as np
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.models.cache import Cache
-from lorax_flax.serve import (
-  decoder,
-  generate,
-  history,
-  prefixes,
-  rules,
-  slots,
-)
+from lorax_flax.serve import decoder, generate, history, prefixes, rules, slots
 from lorax_flax.serve import ends as ends_of
 from lorax_flax.serve.generate import Writer
 from lorax_flax.serve.prefixes import Kept
