@@ -40,6 +40,7 @@ from lorax_flax.methods import (
   Rows,
   Tuned,
 )
+from lorax_flax.nodes import node
 from lorax_flax.version import __version__
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ __all__ = [
   "init_from_gradients",
   "many",
   "merge",
+  "node",
   "params_mask",
   "partition",
   "penalty",

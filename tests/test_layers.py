@@ -13,6 +13,7 @@ ROOMS = (
   "lorax_flax.version",
   "lorax_flax.errors",
   "lorax_flax.devices",
+  "lorax_flax.nodes",
   "lorax_flax.ragged",
   "lorax_flax.text_table",
   "lorax_flax.html_page",

@@ -18,12 +18,13 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.methods.axes import Shape
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.peft_form import TRANSPOSED, Form, PeftForm
+from lorax_flax.nodes import node
 
 _ATTENTION = ("query", "key", "value", "dense")
 _T5 = ("q", "k", "v", "o", "wi")
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class AdaLoRA(LowRank):
   """W' = W + scale * r / (r + 1e-5) * a diag(e) b, as PEFT; other fields as `LowRank`.

@@ -10,9 +10,10 @@ from lorax_flax.methods import rotation
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import Form, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class BOFT(MethodDelta):
   """W' = blk(Q) W diag(s), Q = (I + S)(I - S)⁻¹ and S = (R - Rᵀ) / 2.

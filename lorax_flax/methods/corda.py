@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from lorax_flax.errors import check_known
 from lorax_flax.methods.from_start import FromStart
+from lorax_flax.nodes import node
 
 _MODES = ("ipm", "kpm")
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class CorDA(FromStart):
   """Fields of `FromStart`; the options are of the start.

@@ -10,12 +10,13 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.methods.kernel_delta import MethodDelta, matrices
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, TRANSPOSED, PeftForm
+from lorax_flax.nodes import node
 from lorax_flax.quant import dense
 
 _STD = 0.02  # of p at the start
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class DEFT(MethodDelta):
   """W' = W + (injected - W relu(p)) pᵀ, PEFT's decomposition "relu".

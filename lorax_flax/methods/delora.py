@@ -12,13 +12,14 @@ from lorax_flax.methods.draws import uniform
 from lorax_flax.methods.kernel_delta import MethodDelta, matrices
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, TRANSPOSED, Form, PeftForm
+from lorax_flax.nodes import node
 from lorax_flax.quant import dense
 
 # The least norm of a column of a, or of a row of b, that is divided by.
 _LEAST = 1e-4
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class DeLoRA(MethodDelta):
   """W' = W + diag(norms) a diag(bound / (r |a_j| |b_j|)) b.

@@ -17,10 +17,11 @@ from lorax_flax.methods.lora import KEYS, LoRA
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, Form, PeftForm
+from lorax_flax.nodes import node
 from lorax_flax.quant import dense
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class DoRA(LowRank):
   """LoRA with a magnitude. The other fields are those of `LowRank`.

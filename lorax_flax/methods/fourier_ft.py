@@ -13,9 +13,10 @@ from lorax_flax.methods.draws import places
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class FourierFT(MethodDelta):
   """W' = W + scaling * Re ifft2(S)ᵀ, S (out, in) zero but at the spectrum's places.

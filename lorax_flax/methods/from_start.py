@@ -12,10 +12,11 @@ from lorax_flax.methods.axes import Shape, by_role
 from lorax_flax.methods.kernel_delta import matrices
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.low_rank import LowRank
+from lorax_flax.nodes import node
 from lorax_flax.quant import dense
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class FromStart(LowRank):
   """W' = W + scale * (a @ b - start_a @ start_b); the other fields are `LowRank`'s.

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
+from lorax_flax.nodes import node
 
 _AROUND = ("input_layernorm", "post_attention_layernorm")
 _FEEDFORWARD = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Tuned(Delta):
   """Replaces the base leaf.

@@ -18,9 +18,10 @@ from lorax_flax.methods.draws import uniform
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.parts import Parts
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True, kw_only=True)
 class FusedLoRA(MethodDelta):
   """W' = W + scale * a[n] @ b[n] in the columns of the n-th part that is adapted.

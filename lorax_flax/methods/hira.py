@@ -10,9 +10,10 @@ from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.lora import LoRA
 from lorax_flax.methods.parts import Parts, dense, full
 from lorax_flax.methods.peft_form import TRANSPOSED, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class HiRA(MethodDelta):
   """W' = W + W ∘ (a @ b), the change formed.

@@ -11,9 +11,10 @@ from lorax_flax.methods.draws import uniform
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class HRA(MethodDelta):
   """W' = H_r … H_1 W with H_i = I - 2 û_i û_iᵀ on the inputs.

@@ -10,6 +10,7 @@ from lorax_flax.methods.axes import by_role
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import Form, PeftForm
+from lorax_flax.nodes import node
 
 # PEFT's own defaults, by model type.
 _OUTPUT = ("output.dense",)
@@ -30,7 +31,7 @@ _FEEDFORWARD = {
 }
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class IA3(MethodDelta):
   """W' = W diag(l), and the base's own bias likewise; or diag(l) W.

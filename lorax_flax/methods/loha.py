@@ -11,9 +11,10 @@ from lorax_flax.methods.draws import uniform
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import TRANSPOSED, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class LoHa(MethodDelta):
   """W' = W + scale * (w1_in @ w1_out) ∘ (w2_in @ w2_out).

@@ -13,9 +13,10 @@ from lorax_flax.methods.draws import uniform
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class LoKr(MethodDelta):
   """W' = W + scale * (w1 ⊗ (w2_out @ w2_in))ᵀ.

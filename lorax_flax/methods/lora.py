@@ -11,6 +11,7 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.methods.kernel_delta import Plan, Target
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.peft_form import AS_IS, TRANSPOSED, Form, PeftForm
+from lorax_flax.nodes import node
 
 # A and B of a PEFT folder. An embedding's A is our b where a linear layer shares its
 # weight, for our leaves are named by the look-up.
@@ -35,7 +36,7 @@ KEYS = {
 }
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class LoRA(LowRank):
   """The low-rank delta of one kernel: W' = W + scale * a @ b. Fields of `LowRank`."""

@@ -12,9 +12,10 @@ from lorax_flax.methods.lora import KEYS, LoRA
 from lorax_flax.methods.low_rank import LowRank
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class BiasLoRA(LowRank):
   """LoRA with a bias. The other fields are those of `LowRank`.

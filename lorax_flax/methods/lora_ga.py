@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from lorax_flax.errors import LoraxError, check_known
 from lorax_flax.methods.axes import fans
 from lorax_flax.methods.from_start import FromStart
 from lorax_flax.methods.kernel_delta import matrices
+from lorax_flax.nodes import node
 
 _SCALINGS = ("stable", "gd_scale", "unit")
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class LoRAGA(FromStart):
   """Fields of `FromStart`; the options are of the start.

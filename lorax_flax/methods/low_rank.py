@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from lorax_flax.methods.axes import Shape
 from lorax_flax.methods.kernel_delta import KernelDelta
 from lorax_flax.methods.parts import Parts, dense
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class LowRank(KernelDelta):
   """A delta of one kernel that holds two factors; the base of LoRA and its kin.

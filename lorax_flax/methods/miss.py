@@ -12,9 +12,10 @@ from lorax_flax.methods.axes import by_role
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class MiSS(MethodDelta):
   """W'[i] = W[i] + block[i mod r], for each input i.

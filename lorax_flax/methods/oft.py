@@ -11,9 +11,10 @@ from lorax_flax.methods import rotation
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class OFT(MethodDelta):
   """W' = blk(R) W, R a Cayley transform, or the first terms of its Neumann series.

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
 from lorax_flax.methods.from_start import FromStart
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class OLoRA(FromStart):
   """Fields of `FromStart`; b starts with orthonormal rows."""

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from lorax_flax.methods.from_start import FromStart
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class PiSSA(FromStart):
   """Fields of `FromStart`; the options are of the start.

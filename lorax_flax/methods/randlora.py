@@ -14,9 +14,10 @@ from lorax_flax.methods.draws import Torch
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, Form, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class RandLoRA(MethodDelta):
   """W' = W + scale * Σ_k b_k diag(lam_k) a diag(gamma_k), of n = low / r bases k.

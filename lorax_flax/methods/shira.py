@@ -13,9 +13,10 @@ from lorax_flax.methods.draws import places
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import Form, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class SHiRA(MethodDelta):
   """W' = W + D, D zero but at r (in + out) places: as many numbers as LoRA trains.

@@ -18,9 +18,10 @@ from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.full import Tuned
 from lorax_flax.methods.kernel_delta import Followed, KernelDelta, MethodDelta
 from lorax_flax.methods.parts import Parts
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Choice:
   """The slot of one example, or of each of its tokens.
@@ -107,7 +108,7 @@ class Choice:
     return jnp.expand_dims(x, [i for i in range(ndim) if i != axis % ndim])
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Slots(MethodDelta):
   """The slots of a kernel.
@@ -228,7 +229,7 @@ class Slots(MethodDelta):
 _EMPTY = {"a": 0.0, "b": 0.0, "out_scale": 1.0, "bias": 0.0}
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class TunedSlots(Delta):
   """The slots of a leaf that adapters replace: a head, a bias.

@@ -61,7 +61,7 @@ def _check(name: str, method: type[Delta]) -> None:
   if "__dataclass_fields__" not in vars(method) or not is_dataclass(method):
     raise LoraxError(
       f"method {name!r}: {method.__name__} must be a frozen dataclass, registered with"
-      " jax.tree_util.register_dataclass"
+      " lorax_flax.node"
     )
   static = {f.name for f in fields(method) if f.metadata.get("static")}
   leaves = {f.name for f in fields(method)} - static

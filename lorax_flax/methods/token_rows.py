@@ -16,12 +16,13 @@ from lorax_flax.methods.axes import Shape
 from lorax_flax.methods.kernel_delta import Followed
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
+from lorax_flax.nodes import node
 
 _ROWS = {"trainable_tokens_delta": ("rows", AS_IS)}
 _KEYS = {f"token_adapter.{end}": leaf for end, leaf in _ROWS.items()}
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Rows(Followed):
   """Replaces entries of a matrix along one axis: tokens along the vocabulary.

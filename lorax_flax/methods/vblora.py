@@ -11,9 +11,10 @@ from lorax_flax.methods.axes import fans, quotient
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class VBLoRA(MethodDelta):
   """W' = W + a b, each piece of a factor a mean of vectors of the bank.

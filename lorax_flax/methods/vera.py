@@ -12,9 +12,10 @@ from lorax_flax.methods.draws import Torch
 from lorax_flax.methods.kernel_delta import MethodDelta
 from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.peft_form import AS_IS, TRANSPOSED, PeftForm
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class VeRA(MethodDelta):
   """W' = W + a diag(lambda_d) b diag(lambda_b).

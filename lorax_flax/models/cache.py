@@ -20,6 +20,7 @@ import numpy as np
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.models import ops
+from lorax_flax.nodes import node
 
 # Keys and values of one layer, BxGxSxK each: heads first, as attention's products read
 # them, so that no step transposes a cache.
@@ -194,10 +195,8 @@ class Cache:
     return replace(self, layers=layers, lengths_B=of_lengths, source_BxN=of_source)
 
 
-jax.tree_util.register_dataclass(Chunk, ["places_BxT", "starts_B"], ["length"])
-jax.tree_util.register_dataclass(
-  Cache, ["layers", "lengths_B", "source_BxN"], ["length", "virtual", "begun"]
-)
+node(Chunk, ["places_BxT", "starts_B"], ["length"])
+node(Cache, ["layers", "lengths_B", "source_BxN"], ["length", "virtual", "begun"])
 
 
 def blank(

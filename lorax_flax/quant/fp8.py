@@ -6,13 +6,14 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.nodes import node
 from lorax_flax.quant import blocks
 from lorax_flax.quant.quantized import Quantized
 
 _LARGEST = 448.0  # of e4m3
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Fp8(Quantized):
   """W = codes * absmax / 448.

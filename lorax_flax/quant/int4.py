@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.nodes import node
 from lorax_flax.quant import blocks
 from lorax_flax.quant.four_bit import FourBit
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Int4(FourBit):
   """W = (codes - 8) * absmax / 7, two codes in a byte.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.nodes import node
 from lorax_flax.quant import blocks
 from lorax_flax.quant.four_bit import FourBit
 
@@ -47,7 +48,7 @@ def _dynamic() -> np.ndarray:
 DYNAMIC = _dynamic()
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class NF4(FourBit):
   """W = CODE[codes] * absmax, two codes in a byte.
@@ -74,7 +75,7 @@ class NF4(FourBit):
     return self.absmax
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class DoubleNF4(FourBit):
   """NF4 whose scales are quantised: absmax = DYNAMIC[scales] * scales_absmax + mean.

@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.nodes import node
 from lorax_flax.quant import blocks
 from lorax_flax.quant.ggml import Ggml, halves, inverse, packed
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Q4_1(Ggml):
   """W = codes * scales + minima.

@@ -6,11 +6,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from lorax_flax.nodes import node
 from lorax_flax.quant import blocks
 from lorax_flax.quant.ggml import Ggml, halves
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Q6_K(Ggml):
   """W = (code - 32) * (scale * step), 16 weights a scale.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax.errors import LoraxError
+from lorax_flax.nodes import node
 from lorax_flax.serve import steps, warping
 from lorax_flax.serve.history import History
 from lorax_flax.serve.rules import Rules
@@ -19,7 +20,7 @@ from lorax_flax.serve.steps import State, Step, Take
 _OUT = -1.0e9
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class _Beams:
   """Beams of B rows, K of each; running and finished ones.
@@ -47,7 +48,7 @@ class _Beams:
   new: jax.Array
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class _Search:
   """Settings of a search as arrays.

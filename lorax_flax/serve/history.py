@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.nodes import node
 
-@jax.tree_util.register_dataclass
+
+@node
 @dataclass(frozen=True)
 class History:
   """Tokens of each row, prompt and new ones, without a gap.

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.nodes import node
 from lorax_flax.serve.settings import Decoding
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Rules:
   """Settings of each row, by the names of `Decoding` but for:

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_flax.nodes import node
 from lorax_flax.serve import steps, warping
 from lorax_flax.serve.history import History
 from lorax_flax.serve.rules import Rules
 from lorax_flax.serve.steps import State, Step
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Carry:
   """State between two steps.

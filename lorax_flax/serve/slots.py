@@ -13,6 +13,7 @@ import numpy as np
 
 from lorax_flax.models.cache import Cache
 from lorax_flax.models.registry import Outline
+from lorax_flax.nodes import node
 from lorax_flax.serve import rules, sampling
 from lorax_flax.serve.history import History
 from lorax_flax.serve.rules import Rules
@@ -21,7 +22,7 @@ from lorax_flax.serve.settings import Decoding
 from lorax_flax.serve.steps import State, Step
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Slots:
   """Rows between two steps, with the settings of each."""

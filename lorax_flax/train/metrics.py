@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from lorax_flax.errors import LoraxError, check_known
+from lorax_flax.nodes import node
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Mean:
   """A mean that merges exactly: the weighted sum, and the sum of the weights."""

@@ -10,13 +10,14 @@ import optax
 from lorax_flax.adapt.partition import combine, leaf_mask, partition, trainable_mask
 from lorax_flax.adapt.paths import arrays, map_with_path
 from lorax_flax.methods import Adapter
+from lorax_flax.nodes import node
 from lorax_flax.quant import dense
 from lorax_flax.sharding import mesh as meshes
 
 PyTree = Any
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class TrainState:
   """Everything that a step changes; a checkpoint holds it and the position in the data.
@@ -34,7 +35,7 @@ class TrainState:
   key: jax.Array
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Base:
   """Everything that a step only reads: neither differentiated nor donated.

@@ -22,6 +22,7 @@ from lorax_flax.adapt.partition import leaf_mask, partition, trainable_mask, wit
 from lorax_flax.data.pipeline import LENGTH, Cut
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods import Adapter
+from lorax_flax.nodes import node
 from lorax_flax.sharding import activations
 from lorax_flax.sharding import mesh as meshes
 from lorax_flax.train import state as states
@@ -77,7 +78,7 @@ class Run:
     self.adapter.update(without(self.adapter, lambda delta: delta.trained))
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class States:
   """The state of N trials: every leaf has a leading axis N.
@@ -97,7 +98,7 @@ class States:
     return self.each.trained
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Bases:
   """Everything that the steps of N trials only read.

@@ -5,19 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 import lorax_flax as lx
 from lorax_flax.adapt.paths import flatten, map_with_path
+from lorax_flax.nodes import node
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["query", "value"],
-  meta_fields=[],
+  node,
+  data=["query", "value"],
+  meta=[],
 )
 @dataclass
 class Attention:

@@ -29,13 +29,14 @@ from lorax_flax.errors import LoraxError
 from lorax_flax.hub.adapters import native
 from lorax_flax.hub.peft import folder as peft
 from lorax_flax.models import registry
+from lorax_flax.nodes import node
 from tests.adapt.checks import check_equals_merged, check_no_dense_gradient, perturbed
 from tests.train import tiny
 
 STATIC: Any = {"static": True}
 
 
-@jax.tree_util.register_dataclass
+@node
 @dataclass(frozen=True)
 class Hadamard(lx.KernelDelta):
   w1a: jax.Array
@@ -168,7 +169,7 @@ def test_its_options_and_its_declaration_are_checked():
   with pytest.raises(LoraxError, match=r"unknown LoraConfig\.method 'hadamrd'.*'hadam"):
     lx.LoraConfig(method="hadamrd")
 
-  @jax.tree_util.register_dataclass
+  @node
   @dataclass(frozen=True)
   class Undeclared(Hadamard):
     more: jax.Array = field(kw_only=True)

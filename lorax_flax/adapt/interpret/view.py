@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lorax_flax.adapt.interpret.weights import formed
 from lorax_flax.methods.parts import dense
 from lorax_flax.methods.slots import Choice
+from lorax_flax.nodes import node
 
 
 class Dim(NamedTuple):
@@ -27,9 +28,9 @@ class Dim(NamedTuple):
 
 
 @partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["value", "a", "b", "out_scale", "bias", "index", "choice"],
-  meta_fields=["path", "dims", "dropout", "looked_up"],
+  node,
+  data=["value", "a", "b", "out_scale", "bias", "index", "choice"],
+  meta=["path", "dims", "dropout", "looked_up"],
 )
 @dataclass(frozen=True)
 class View:

@@ -15,6 +15,7 @@ from jax import lax
 
 from lorax_flax import devices, quant
 from lorax_flax.adapt.interpret import encoding as jx
+from lorax_flax.nodes import node
 from lorax_flax.quant import Quantized, dense
 
 
@@ -45,9 +46,9 @@ _ELEMENTWISE = {"convert_element_type", "copy", "copy_p", "name", "neg"}
 
 
 @partial(
-  jax.tree_util.register_dataclass,
-  data_fields=["leaf", "others"],
-  meta_fields=["steps"],
+  node,
+  data=["leaf", "others"],
+  meta=["steps"],
 )
 @dataclass(frozen=True)
 class Stored:
