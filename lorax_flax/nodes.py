@@ -10,6 +10,8 @@ from jax.tree_util import GetAttrKey
 
 Class = TypeVar("Class", bound=type)
 
+_NODES: set[type] = set()
+
 
 def node(
   cls: Class, data: Sequence[str] | None = None, meta: Sequence[str] | None = None
@@ -45,7 +47,13 @@ def node(
     return cls(**dict(zip(every, (*values, *structure), strict=True)))
 
   jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
+  _NODES.add(cls)
   return cls
+
+
+def is_node(cls: type) -> bool:
+  """True for a class that `node` has registered, and for none that inherits from it."""
+  return cls in _NODES
 
 
 def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:

@@ -1,12 +1,13 @@
 """The table of methods, which takes none whose declaration is not complete."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
 from lorax_flax.errors import LoraxError, check_known, listing, unknown
 from lorax_flax.methods.delta import Delta
 from lorax_flax.methods.kernel_delta import KernelDelta
+from lorax_flax.nodes import is_node
 
 
 class Methods(dict[str, type[Delta]]):
@@ -58,10 +59,10 @@ class Methods(dict[str, type[Delta]]):
 def _check(name: str, method: type[Delta]) -> None:
   if not (isinstance(method, type) and issubclass(method, Delta)):
     raise LoraxError(f"method {name!r} must be a subclass of KernelDelta, not {method}")
-  if "__dataclass_fields__" not in vars(method) or not is_dataclass(method):
+  if not is_node(method):
     raise LoraxError(
-      f"method {name!r}: {method.__name__} must be a frozen dataclass, registered with"
-      " lorax_flax.node"
+      f"method {name!r}: {method.__name__} must be a frozen dataclass below @lx.node"
+      " (lorax_flax.node); JAX's own registration may take it for another one"
     )
   static = {f.name for f in fields(method) if f.metadata.get("static")}
   leaves = {f.name for f in fields(method)} - static

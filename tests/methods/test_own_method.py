@@ -176,6 +176,14 @@ def test_its_options_and_its_declaration_are_checked():
 
   with pytest.raises(LoraxError, match="differs in more"):
     lx.METHODS["undeclared"] = Undeclared
+
+  @jax.tree_util.register_dataclass
+  @dataclass(frozen=True)
+  class OfJax(Hadamard):
+    pass
+
+  with pytest.raises(LoraxError, match=r"OfJax must be .* below @lx\.node"):
+    lx.METHODS["of_jax"] = OfJax
   with pytest.raises(LoraxError, match="subclass of KernelDelta"):
     lx.METHODS["lambda"] = lambda: None
 
