@@ -32,9 +32,9 @@ from lorax_flax.train.logs import picture
 _SPEC = "quickstart.py"
 # Methods whose delta has no alpha.
 _UNSCALED = {"lora.alpha": 8.0}
-# Decimal orders of parameters within which names may overlap.
-_BESIDE = 0.15
 _FEW = {**_UNSCALED, "train.learning_rate": 2e-2}
+# Decimal orders of parameters within which names in the picture may overlap.
+_BESIDE = 0.15
 # What is changed in the quick start, whose rank is 8 and alpha 16; {steps} in an option
 # is the number of steps.
 ROWS: Mapping[str, Mapping[str, Any]] = {

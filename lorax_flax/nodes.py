@@ -13,26 +13,17 @@ Class = TypeVar("Class", bound=type)
 _NODES: set[type] = set()
 
 
-def node(
-  cls: Class, data: Sequence[str] | None = None, meta: Sequence[str] | None = None
-) -> Class:
+def node(cls: Class) -> Class:
   """Registers a dataclass as a pytree; a decorator above `@dataclass`.
 
-  As `jax.tree_util.register_dataclass`, by which two classes whose static fields are
-  equal have equal structures, of unlike hashes: now and then jit takes the program, or
-  a tree the class, of the other one.
-
-  Args:
-    data: fields that are children; None: those that are not static.
-    meta: fields that are part of the structure; None: those whose metadata has
-      `static`.
+  Fields whose metadata has `static` are part of the structure, the others children. As
+  `jax.tree_util.register_dataclass`, by which two classes whose static fields are equal
+  have equal structures, of unlike hashes: now and then jit takes the program, or a tree
+  the class, of the other one.
   """
   fields = dataclasses.fields(cls)
-  static = [f.name for f in fields if f.metadata.get("static")]
-  names = tuple(static if meta is None else meta)
-  children = tuple(
-    [f.name for f in fields if f.name not in names] if data is None else data
-  )
+  names = tuple(f.name for f in fields if f.metadata.get("static"))
+  children = tuple(f.name for f in fields if f.name not in names)
   keys = [GetAttrKey(name) for name in children]
   every = (*children, *names)
   of_children, of_names = _getter(children), _getter(names)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods.kernel_delta import MethodDelta, matrices
-from lorax_flax.methods.parts import Parts
+from lorax_flax.methods.parts import Parts, product
 from lorax_flax.methods.peft_form import AS_IS, TRANSPOSED, PeftForm
 from lorax_flax.nodes import node
 from lorax_flax.quant import dense
@@ -66,14 +66,14 @@ class DEFT(MethodDelta):
     p = cls.drawn(target.key(key), target, draw)["p"]
     w = matrices(dense(kernel), target.roles, target.layers)
     stack = w.shape[:-2]
-    taken = _product(w, jax.nn.relu(p.reshape((*stack, -1, p.shape[-1]))))
+    taken = product(w, jax.nn.relu(p.reshape((*stack, -1, p.shape[-1]))))
     injected = taken.reshape((*stack, *shapes["injected"]))
     return cls.of_target({"p": p, "injected": injected}, target, plan)
 
   def parts(self, w: jax.Array) -> Parts:
     """The changed kernel, of rank r."""
-    p, injected = self._columns()
-    a = injected - _product(self.matrices(w), jax.nn.relu(p))
+    p, injected = self.columns("p"), self.columns("injected")
+    a = injected - product(self.matrices(w), jax.nn.relu(p))
     b = jnp.swapaxes(p, -1, -2)
     return Parts(
       self.placed(a, ("stack", "in", "rank"), w.shape),
@@ -82,25 +82,15 @@ class DEFT(MethodDelta):
 
   def unmerged(self, w: jax.Array) -> jax.Array:
     """W back from W', dense, float32, where 1 - pᵀ relu(p) has an inverse."""
-    p, injected = self._columns()
+    p, injected = self.columns("p"), self.columns("injected")
     kept, across = jax.nn.relu(p), jnp.swapaxes(p, -1, -2)
     # W = V + V relu(p) (1 - pᵀ relu(p))⁻¹ pᵀ of V = W' - injected pᵀ, by Woodbury.
-    without = self.matrices(w) - _product(injected, across)
-    overlap = _product(across, kept)
+    without = self.matrices(w) - product(injected, across)
+    overlap = product(across, kept)
     inner = jnp.broadcast_to(jnp.eye(p.shape[-1]), overlap.shape) - overlap
-    back = _product(without, kept) @ jnp.linalg.solve(inner, across)
-    delta = back - _product(injected, across)
+    back = product(without, kept) @ jnp.linalg.solve(inner, across)
+    delta = back - product(injected, across)
     return (
       w.astype(jnp.float32)
       + self.placed(delta, ("stack", "in", "out"), w.shape)[..., 0]
     )
-
-  def _columns(self) -> tuple[jax.Array, jax.Array]:
-    """p and what is injected, (*stack, out, r) and (*stack, in, r)."""
-    depth = self.roles.count("stack")
-    as_matrix = lambda x: x.reshape((*x.shape[:depth], -1, x.shape[-1]))
-    return as_matrix(self.p), as_matrix(self.injected)
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-  return jnp.matmul(x, y, precision="highest")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lorax_flax.errors import LoraxError
 from lorax_flax.methods.draws import uniform
 from lorax_flax.methods.kernel_delta import MethodDelta
-from lorax_flax.methods.parts import Parts
+from lorax_flax.methods.parts import Parts, product
 from lorax_flax.methods.peft_form import AS_IS, PeftForm
 from lorax_flax.nodes import node
 
@@ -78,19 +78,14 @@ class HRA(MethodDelta):
 
   def _reflections(self) -> tuple[jax.Array, jax.Array]:
     """û, (*stack, in, r), and T⁻¹, (*stack, r, r): ½ and, above it, ûᵀû."""
-    depth = self.roles.count("stack")
-    u = self.u.reshape((*self.u.shape[:depth], -1, self.u.shape[-1]))
+    u = self.columns("u")
     square = jnp.sum(u * u, axis=-2, keepdims=True)
     u = jnp.where(square > 0, u * jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
-    inner = jnp.triu(_product(jnp.swapaxes(u, -1, -2), u), 1)
+    inner = jnp.triu(product(jnp.swapaxes(u, -1, -2), u), 1)
     return u, inner + jnp.broadcast_to(jnp.eye(u.shape[-1]) / 2, inner.shape)
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-  return jnp.matmul(x, y, precision="highest")
 
 
 def _solve(triangle: jax.Array, u: jax.Array, w: jax.Array, lower: bool) -> jax.Array:
   """triangle⁻¹ uᵀ w, (*stack, r, out)."""
-  projected = _product(jnp.swapaxes(u, -1, -2), w)
+  projected = product(jnp.swapaxes(u, -1, -2), w)
   return jax.scipy.linalg.solve_triangular(triangle, projected, lower=lower)

@@ -323,6 +323,11 @@ class KernelDelta(Followed):
     """A kernel as (*stack, in, out), float32, the layers that have a delta."""
     return matrices(w, self.roles, self.layers)
 
+  def columns(self, name: str) -> jax.Array:
+    """A leaf of a stack, kernel axes and a rank as matrices, (*stack, n, r)."""
+    t, depth = self.leaves()[name], self.roles.count("stack")
+    return t.reshape((*t.shape[:depth], -1, t.shape[-1]))
+
   def _placed(
     self, t: jax.Array, axes: LeafAxes, shape: Shape, fill: float = 0.0
   ) -> jax.Array:

@@ -33,6 +33,11 @@ def full(delta: jax.Array) -> Parts:
   return Parts(delta, jnp.ones((1,) * delta.ndim, delta.dtype))
 
 
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+  """x @ y at the highest precision."""
+  return jnp.matmul(x, y, precision="highest")
+
+
 def dense(a: jax.Array, b: jax.Array, dtype) -> jax.Array:
   """sum_r a * b for factors in the layout of `Parts`, as a contraction."""
   n = a.ndim - 1

@@ -11,7 +11,7 @@ values, K head size.
 A prefix or a prompt has the first places; lengths count the tokens alone.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -46,6 +46,7 @@ class Layout:
   attends_to_source: bool = False
 
 
+@node
 @dataclass(frozen=True)
 class Chunk:
   """The places of the tokens of one call.
@@ -58,7 +59,7 @@ class Chunk:
 
   places_BxT: jax.Array
   starts_B: jax.Array
-  length: int
+  length: int = field(metadata={"static": True})
 
   @property
   def ends_B(self) -> jax.Array:
@@ -71,6 +72,7 @@ class Chunk:
     return jnp.maximum(self.places_BxT, 0)
 
 
+@node
 @dataclass(frozen=True)
 class Cache:
   """Keys and values of the tokens so far; a call with it returns it with its own added.
@@ -88,9 +90,9 @@ class Cache:
   layers: Any
   lengths_B: jax.Array
   source_BxN: jax.Array | None
-  length: int
-  virtual: int = 0
-  begun: bool = True
+  length: int = field(metadata={"static": True})
+  virtual: int = field(default=0, metadata={"static": True})
+  begun: bool = field(default=True, metadata={"static": True})
 
   def chunk(
     self, mask_BxT: jax.Array, deterministic: bool, position_ids: Any = None
@@ -193,10 +195,6 @@ class Cache:
     of_source: Any = None if self.source_BxN is None else 0
     of_lengths: Any = 0
     return replace(self, layers=layers, lengths_B=of_lengths, source_BxN=of_source)
-
-
-node(Chunk, ["places_BxT", "starts_B"], ["length"])
-node(Cache, ["layers", "lengths_B", "source_BxN"], ["length", "virtual", "begun"])
 
 
 def blank(

@@ -128,7 +128,7 @@ def advance(
 
 
 def _rest(carry: Carry) -> tuple[Any, ...]:
-  """What a carry has beside the model's state."""
+  """The parts of a carry beside the model's state."""
   return carry.history, carry.ids_B, carry.new_B, carry.done_B
 
 

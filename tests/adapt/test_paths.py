@@ -1,6 +1,5 @@
 """Names of leaves: what Flax's boxes add is left out, and nothing else."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +13,7 @@ from lorax_flax.adapt.paths import flatten, map_with_path
 from lorax_flax.nodes import node
 
 
-@functools.partial(
-  node,
-  data=["query", "value"],
-  meta=[],
-)
+@node
 @dataclass
 class Attention:
   query: Any

@@ -1,8 +1,7 @@
 """A targeted weight on its way through the program: its value and its delta."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +26,7 @@ class Dim(NamedTuple):
   role: str | None
 
 
-@partial(
-  node,
-  data=["value", "a", "b", "out_scale", "bias", "index", "choice"],
-  meta=["path", "dims", "dropout", "looked_up"],
-)
+@node
 @dataclass(frozen=True)
 class View:
   """out_scale * (W + sum_r a * b), unevaluated, and a bias for each product with it.
@@ -63,10 +58,10 @@ class View:
   out_scale: Any
   bias: Any
   index: Any
-  path: str
-  dims: tuple[Dim, ...]
-  dropout: float
-  looked_up: Dim | None = None
+  path: str = field(metadata={"static": True})
+  dims: tuple[Dim, ...] = field(metadata={"static": True})
+  dropout: float = field(metadata={"static": True})
+  looked_up: Dim | None = field(default=None, metadata={"static": True})
   choice: Choice | None = None
 
   @classmethod

@@ -45,11 +45,7 @@ class Step:
 _ELEMENTWISE = {"convert_element_type", "copy", "copy_p", "name", "neg"}
 
 
-@partial(
-  node,
-  data=["leaf", "others"],
-  meta=["steps"],
-)
+@node
 @dataclass(frozen=True)
 class Stored:
   """A quantised leaf after some steps, unevaluated.
@@ -60,7 +56,7 @@ class Stored:
 
   leaf: Quantized
   others: tuple[tuple[Any, ...], ...] = ()
-  steps: tuple[Step, ...] = field(default=())
+  steps: tuple[Step, ...] = field(default=(), metadata={"static": True})
 
   @property
   def shape(self) -> tuple[int, ...]:
