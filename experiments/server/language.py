@@ -1,10 +1,11 @@
 """A language model and its adapters, which all answer from the rows of one engine."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +79,27 @@ class Language:
     """
     self.base = name
     self.task: str = loaded.family.task
-    self._loaded, self._root, self._chat_template = loaded, root, chat_template
+    self._loaded, self._root = loaded, root
     self._check_base = None if other_base else with_adapter.base_check(loaded.folder)
-    self._voices = {name: self._voice(None)}
+    self._voice = voice.load(loaded.folder, loaded.config.vocab_size, chat_template)
+    self._voices = {name: self._voice}
     writer = generation.writer(loaded, {})
     self._adapters: Adapters | None = None
     self._params: Bank | Alone = Alone(writer.params)
+    found: dict[str, Adapter] = {}
     if root is not None:
       if capacity < rows:
         raise LoraxError(f"capacity={capacity}: the {rows} rows may need as many slots")
-      self._adapters = self._slots(capacity, max_rank)
+      found = self._all()
+      self._adapters = self._slots(found, capacity, max_rank)
       self._params = Bank(loaded.params, self._adapters)
       mixed = decoder.decoder_of(loaded, decoder.many(loaded))
       writer = dataclasses.replace(writer, decoder=mixed)
     self._embedder = embeddings.embedder(loaded, mixed=root is not None)
     self.engine = Engine(writer, self._params, rows=rows, **options)
-    for each in folder.names(root):
-      _attempt(each, functools.partial(self.load, each, each))
+    for each in [*found]:
+      with _leaving_out(each):
+        self._put(each, folder.find(root, each), found.pop(each))
 
   @property
   def models(self) -> list[str]:
@@ -146,20 +151,8 @@ class Language:
       LoraxError: no such folder, or an adapter that doesn't fit: the error names the
         weight, and what was there stays.
     """
-    if name == self.base:
-      raise LoraxError(f"{name} is the name of the base")
-    if self._adapters is None:
-      raise LoraxError("this server has no folder of adapters: --adapters=DIR")
-    adapters, found = self._adapters, folder.find(self._root, path)
-    own = self._voice(found)
-
-    def add() -> None:
-      adapters.add(name, lambda: self._read(found))
-      # Into a slot now, and not when the first request waits for it.
-      adapters.release(adapters.acquire(name))
-
-    self.engine.call(add).result()
-    self._voices[name] = own
+    found = folder.find(self._root, path)
+    self._put(name, found, self._read(found))
 
   def unload(self, name: str) -> None:
     """Forgets an adapter; the texts that it is writing are finished."""
@@ -196,33 +189,54 @@ class Language:
     finally:
       self._params.release(slot)
 
-  def _slots(self, capacity: int, max_rank: int | None) -> Adapters:
-    """Slots for what the folder's adapters change; without any, all linear weights."""
-    params, found = self._loaded.params, {}
-
-    def read(name: str) -> None:
-      found[name] = self._read(folder.find(self._root, name))
-
+  def _all(self) -> dict[str, Adapter]:
+    """The adapters of the folder by name."""
+    found: dict[str, Adapter] = {}
     for name in folder.names(self._root):
-      _attempt(name, functools.partial(read, name))
+      with _leaving_out(name):
+        found[name] = self._read(folder.find(self._root, name))
+    return found
+
+  def _slots(
+    self, found: dict[str, Adapter], capacity: int, max_rank: int | None
+  ) -> Adapters:
+    """Slots for what the adapters change; without any, for all linear weights.
+
+    Adapters that can't share slots with those before them are taken out of `found`.
+    """
+    params = self._loaded.params
     ranks = [delta.rank for adapter in found.values() for delta in adapter.values()]
     rank = max_rank or max([_LEAST_RANK, *ranks])
     many = bank.slots(self._loaded, capacity, rank)
-    fitting: list[Adapter] = []
-
-    def fit(adapter: Adapter) -> None:
-      jax.eval_shape(lambda: many.empty(params, *fitting, adapter))
-      fitting.append(adapter)
-
-    for name, adapter in found.items():
-      _attempt(name, functools.partial(fit, adapter))
-    examples = fitting or [bank.all_linear(self._loaded, rank)]
+    # One of each kind: adapters of the same shapes and settings need the same slots.
+    kinds: dict[Any, Adapter] = {}
+    for name in [*found]:
+      with _leaving_out(name):
+        adapter = found.pop(name)
+        leaves, structure = jax.tree.flatten(adapter)
+        kind = structure, tuple(x.shape for x in leaves)
+        if kind not in kinds:
+          jax.eval_shape(many.empty, params, *kinds.values(), adapter)
+          kinds[kind] = adapter
+        found[name] = adapter
+    examples = [*kinds.values()] or [bank.all_linear(self._loaded, rank)]
     slots = many.empty(params, *examples)
     return Adapters(many, params, slots, host_bytes=_HOST_BYTES)
 
-  def _voice(self, adapter: Path | None) -> Voice:
-    size = self._loaded.config.vocab_size
-    return voice.load(self._loaded.folder, adapter, size, self._chat_template)
+  def _put(self, name: str, path: Path, adapter: Adapter) -> None:
+    """Serves an adapter that was read from this folder."""
+    if name == self.base:
+      raise LoraxError(f"{name} is the name of the base")
+    assert self._adapters is not None  # Otherwise there is no folder.
+    adapters, own = self._adapters, self._voice.of(path)
+
+    def add() -> None:
+      adapters.add(name, adapter, lambda: self._read(path))
+      # Into a slot now, and not when the first request waits for it.
+      adapters.release(adapters.acquire(name))
+
+    self.engine.call(add).result()
+    self._voices[name] = own
 
   def _read(self, found: Path) -> Adapter:
     """An adapter; LoraxError where the base would have to be another for it."""
@@ -249,9 +263,10 @@ def _undropped(delta: Any) -> Any:
   return dataclasses.replace(delta, dropout=0.0) if dropped else delta
 
 
-def _attempt(name: str, load: Callable[[], None]) -> None:
-  """Loads an adapter; of one that does not fit, the error is logged."""
+@contextlib.contextmanager
+def _leaving_out(name: str) -> Iterator[None]:
+  """Logs the error of an adapter that does not fit."""
   try:
-    load()
+    yield
   except LoraxError as error:
     log.error(f"the adapter {name} is left out: {error}")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,13 @@ class Voice:
   folder: Path
   vocab_size: int
   chat_template: str | None = None
+
+  def of(self, adapter: Path) -> "Voice":
+    """The voice of an adapter of this base: its own, where it brings a tokenizer."""
+    if not beside.has_tokenizer(adapter):
+      return self
+    own = load_tokenizer(self.folder, adapter)
+    return replace(self, tokenizer=own, folder=adapter)
 
   def of_text(self, text: str) -> list[int]:
     """Token ids of a text to go on from."""
@@ -48,16 +55,13 @@ class Voice:
     return template.text(_chat(messages, tools))
 
 
-def load(
-  base: Path, adapter: Path | None, vocab_size: int, chat_template: str | None
-) -> Voice:
-  """The voice of an adapter, where it has a tokenizer of its own, or of the base.
+def load(base: Path, vocab_size: int, chat_template: str | None) -> Voice:
+  """The voice of a base.
 
   Raises:
     LoraxError: no tokenizer.
   """
-  folder = beside.tokenizer_folder(base, adapter)
-  return Voice(load_tokenizer(base, adapter), folder, vocab_size, chat_template)
+  return Voice(load_tokenizer(base), base, vocab_size, chat_template)
 
 
 def _chat(messages: Sequence[Any], tools: Any, variables: Any = None) -> chat.Chat:

@@ -102,35 +102,19 @@ class Adapted:
       lora_dropout_key = kwargs.pop("dropout_key")
     elif kwargs.get("dropout_key") is not None and lora_dropout_key is None:
       _check_no_dropout(adapter)
-    leaves = arrays(params)
-    for path in adapter:
-      if path not in leaves:
-        raise LoraxError(unknown("adapter path", path, leaves))
-      adapter[path].check(path, leaves[path].shape)
-    params = _with_replaced(params, adapter)
-    traced = _trace(self.apply_fn, params, args, kwargs)
+    traced = self._traced(params, adapter, args, kwargs)
     results = self._evaluated(traced, traced.values, adapter, lora_dropout_key)
     return jax.tree.unflatten(traced.out_tree, results)
 
-  def used(self, params: PyTree, adapter: Adapter, /, *args, **kwargs) -> Adapter:
-    """The deltas without those of weights that a call with these arguments leaves out.
+  def apply_part(self, params: PyTree, adapter: Adapter, /, *args, **kwargs) -> Any:
+    """`apply` of a function that may leave deltas unused, without dropout.
 
-    `apply` takes no delta that is never used. A function that computes a part of a
-    model at a time, as a decoder's step does whose encoder ran before, is given these
-    alone. Only shapes are traced.
+    It is for functions that compute a part of a model at a time, as a decoder's step
+    does whose encoder ran before.
     """
-    traced = _trace(self.apply_fn, _with_replaced(params, adapter), args, kwargs)
-    found: set[str] = set()
-
-    def run() -> list[Any]:
-      results, used = self._run(traced, traced.values, adapter, None)
-      found.update(used)
-      return results
-
-    jax.eval_shape(run)
-    return {
-      p: d for p, d in adapter.items() if p in found or not isinstance(d, Followed)
-    }
+    traced = self._traced(params, adapter, args, kwargs)
+    results, _ = self._run(traced, traced.values, adapter, None)
+    return jax.tree.unflatten(traced.out_tree, results)
 
   def observed(
     self, params: PyTree, adapter: Adapter, observe: Observe, /, *args, **kwargs
@@ -142,6 +126,17 @@ class Adapted:
     """
     traced = _trace(self.apply_fn, params, args, kwargs)
     return self._run(traced, traced.values, adapter, None, observe)[0]
+
+  def _traced(
+    self, params: PyTree, adapter: Adapter, args: Any, kwargs: Any
+  ) -> "_Traced":
+    """The function with the leaves that a checked adapter replaces."""
+    leaves = arrays(params)
+    for path in adapter:
+      if path not in leaves:
+        raise LoraxError(unknown("adapter path", path, leaves))
+      adapter[path].check(path, leaves[path].shape)
+    return _trace(self.apply_fn, _with_replaced(params, adapter), args, kwargs)
 
   def _evaluated(
     self,

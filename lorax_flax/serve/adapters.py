@@ -76,25 +76,23 @@ class Adapters:
     """The adapters that `acquire` may be asked for, sorted."""
     return sorted(name for name, key in self._current.items() if self._has(key))
 
-  def add(self, name: str, adapter: Adapter | Read) -> None:
-    """Loads an adapter, in place of one of that name.
+  def add(self, name: str, adapter: Adapter, read: Read | None = None) -> None:
+    """Takes up an adapter, in place of one of that name.
 
     Args:
-      adapter: or a function that reads it, and is called again when it has left the
-        host. Without one it is written to `folder`.
+      read: reads it again once it has left the host. Without this function it is then
+        written to `folder`.
 
     Raises:
       LoraxError: it does not fit the base or the slots.
     """
-    read = adapter if callable(adapter) else None
-    loaded = adapter() if callable(adapter) else adapter
-    self._many.fitted(self._params, self.slots, loaded)
+    self._many.fitted(self._params, self.slots, adapter)
     if name in self._current:
       self.remove(name)
     key = self._current[name] = next(self._numbers)
     if read is not None:
       self._sources[key] = read
-    self._keep(key, jax.tree.map(np.asarray, loaded))
+    self._keep(key, jax.tree.map(np.asarray, adapter))
 
   def remove(self, name: str) -> None:
     """Forgets an adapter; requests that use it go on.

@@ -64,7 +64,7 @@ def adapted(model: Outline) -> Forward:
   def forward(params: Any, **inputs: Any) -> Any:
     base, adapter = params
     # An encoder's deltas have no part in the calls after the first.
-    return lora.apply(base, lora.used(base, adapter, **inputs), **inputs)
+    return lora.apply_part(base, adapter, **inputs)
 
   return forward
 

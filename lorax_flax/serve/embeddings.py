@@ -33,7 +33,7 @@ def embedder(model: Outline, mixed: bool) -> Callable[..., jax.Array]:
 
   def adapted(params: Any, inputs: Any) -> jax.Array:
     base, adapter = params
-    found: jax.Array = lora.apply(base, lora.used(base, adapter, inputs), inputs)
+    found: jax.Array = lora.apply_part(base, adapter, inputs)
     return found
 
   def many(params: Any, inputs: Any) -> jax.Array:

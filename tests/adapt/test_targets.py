@@ -215,6 +215,14 @@ def test_a_delta_that_this_call_never_uses_is_an_error():
   adapter = lora.init(jax.random.key(0), params, x)
   with pytest.raises(lx.LoraxError, match="'a' is never used"):
     lora.apply(params, adapter, x, second=True)
+  # Unless the function is known to compute a part of a model.
+  adapter["a"] = lx.LoRA(adapter["a"].a, adapter["a"].b + 0.1, *_rest(adapter["a"]))
+  part = lora.apply_part(params, adapter, x, second=True)
+  np.testing.assert_array_equal(part, x @ params["b"])
+  whole = lora.apply_part(params, adapter, x)
+  np.testing.assert_array_equal(whole, lora.apply(params, adapter, x))
+  with pytest.raises(lx.LoraxError, match="unknown adapter path 'c'"):
+    lora.apply_part(params, {"c": adapter["a"]}, x)
 
 
 @pytest.mark.parametrize(

@@ -138,12 +138,12 @@ def test_one_with_a_source_is_read_again_and_never_written(tmp_path):
     return lambda: read.append(i) or adapter(i)
 
   for i, name in enumerate("abc"):
-    server.adapters.add(name, source(i))
+    server.adapters.add(name, adapter(i), source(i))
   for _ in range(2):
     for i, name in enumerate("abc"):
       server.check(name, adapter(i))
   assert server.adapters.names == [*"abc"]
-  assert read == [0, 1, 2, 0, 1, 2, 0, 1, 2]
+  assert read == [0, 1, 2, 0, 1, 2]
   assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """Adapters that come and go over HTTP, and those that can't."""
 
+import collections
 import concurrent.futures
 import json
 import shutil
@@ -10,7 +11,9 @@ import transformers
 from jax import monitoring
 from starlette.testclient import TestClient
 
-from experiments.server import app, start
+from experiments.server import app, start, voice
+from lorax_flax.data import tokenize
+from lorax_flax.hub.adapters import any as readers
 from lorax_flax.models import registry
 from tests.experiments import peers
 from tests.experiments.server.conftest import SETTINGS, language
@@ -185,3 +188,44 @@ def test_what_can_not_be_named_is_refused(client):
   assert "did you mean 'first'" in json.dumps(unload("frist").json())
   for name in ("tiny", "", "a\n", "a b", "é", "x" * 300):
     assert _load(client, name, "first").status_code == 400
+
+
+def test_a_start_reads_each_folder_once_and_a_tokenizer_where_there_is_one(
+  root, tmp_path, monkeypatch, caplog
+):
+  for name in ("first", "second"):
+    shutil.copytree(root / "adapters" / name, tmp_path / name)
+  for name in ("spoken", "tiny", "truncated"):
+    shutil.copytree(tmp_path / "first", tmp_path / name)
+  shutil.copy(root / "tiny/tokenizer.json", tmp_path / "spoken")
+  file = tmp_path / "truncated/adapter_model.safetensors"
+  file.write_bytes(file.read_bytes()[:-100])
+  base = transformers.LlamaForCausalLM.from_pretrained(root / "tiny")
+  high = {"modules_to_save": None, "target_modules": ["q_proj"], "r": 12}
+  peers.adapt(base, tmp_path / "high", **high)
+  count, tokenizers = collections.Counter(), []
+
+  def read(folder, *args, read=readers.read, **kwargs):
+    count[folder.name] += 1
+    return read(folder, *args, **kwargs)
+
+  def load_tokenizer(base, adapter=None):
+    tokenizers.append(adapter)
+    return tokenize.load_tokenizer(base, adapter)
+
+  monkeypatch.setattr(readers, "read", read)
+  monkeypatch.setattr(voice, "load_tokenizer", load_tokenizer)
+  loaded = registry.load(root / "tiny")
+  made = start.served(loaded, "tiny", tmp_path, language=SETTINGS)
+  made.close()
+  assert made.models == ["tiny", "first", "second", "spoken"]
+  assert count == dict.fromkeys(("first", "high", "second", "spoken", "tiny"), 1)
+  assert tokenizers == [None, tmp_path / "spoken"]
+  assert made.voice("spoken").folder == tmp_path / "spoken"
+  assert made.voice("first") is made.voice("tiny")
+  left = [each for each in caplog.messages if "is left out" in each]
+  assert [each.split()[2] for each in left] == ["truncated", "high", "tiny"]
+  for line, reason in zip(
+    left, ("cut off", "rank 12", "name of the base"), strict=True
+  ):
+    assert reason in line
