@@ -60,6 +60,7 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
   "gralora": {"lora.method": "gralora"},
   "miss": {"lora.method": "miss", **_UNSCALED},
   "shira": {"lora.method": "shira", **_UNSCALED},
+  "supertuning": {"lora.method": "supertuning", **_UNSCALED},
   "randlora": {"lora.method": "randlora"},
   "vblora": {"lora.method": "vblora", "lora.options": {"vector_length": 128}, **_FEW},
   "vera": {"lora.method": "vera", **_FEW},

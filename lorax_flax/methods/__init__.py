@@ -34,6 +34,7 @@ from lorax_flax.methods.parts import Parts
 from lorax_flax.methods.pissa import PiSSA
 from lorax_flax.methods.randlora import RandLoRA
 from lorax_flax.methods.shira import SHiRA
+from lorax_flax.methods.supertuning import SuperTuning
 from lorax_flax.methods.table import Methods
 from lorax_flax.methods.token_rows import Rows
 from lorax_flax.methods.vblora import VBLoRA
@@ -68,6 +69,7 @@ METHODS = Methods(
   vblora=VBLoRA,
   delora=DeLoRA,
   deft=DEFT,
+  supertuning=SuperTuning,
   token_rows=Rows,
   full=Tuned,
 )

@@ -18,8 +18,8 @@ class Form:
       0 (A of PEFT's ParamWrapper) and inside on axis 1 (its B); ours has two axes
       there, and `axes` counts both. None: there is none.
     rank: with `split`, the size of the rank in it; see `of_rank`.
-    holds_places: whether it is of int32: coordinates, along its first axis, of places
-      in the module's weight as torch has it.
+    holds_places: whether it is of int32: places in the module's weight as torch has
+      it, by coordinates along its first axis, or flat where it has no other.
   """
 
   axes: tuple[int, ...] | None = None

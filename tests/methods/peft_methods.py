@@ -93,6 +93,19 @@ PEERS = {
     {"rank": 2, "options": {"delora_lambda": 3.0}},
   ),
   "deft": Peer(peft.DeftConfig, {"r": 2}, {"rank": 2}),
+  "supertuning": Peer(
+    peft.SupertuningConfig,
+    {"sparsity": 0.9},
+    {"options": {"sparsity": 0.9}},
+    formed=True,
+  ),
+  "super of the smallest": Peer(
+    peft.SupertuningConfig,
+    {"sparsity": 0.7, "select_top": False},
+    {"options": {"sparsity": 0.7, "select_top": False}},
+    formed=True,
+    method="supertuning",
+  ),
   "ia3": Peer(peft.IA3Config, {"feedforward_modules": []}),
   "ia3 of inputs": Peer(
     peft.IA3Config,

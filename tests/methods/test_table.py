@@ -226,6 +226,12 @@ def test_a_mesh_of_eight_devices_makes_no_difference():
       {"options": {"d_initail": 1.0}},
       "option of vera.*did you mean 'd_initial'",
     ),
+    (
+      "supertuning",
+      {"options": {"sparsity": 0.999}},
+      "leaves 0 of the 144 .* from 0 to 0.993",
+    ),
+    ("supertuning", {"options": {"sparsity": -0.5}}, "sparsity -0.5 leaves 216 of"),
     ("fourierft", {"options": {"n_frequency": 145}}, "from 1 to the 144"),
     ("gralora", {"rank": 3, "options": {"k": 2}}, "k=2 does not divide rank=3"),
     ("pissa", {"rank": 13}, "rank 13 is above the smaller side.*choose 12 or less"),

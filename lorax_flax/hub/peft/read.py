@@ -1,5 +1,6 @@
 """An adapter read from a PEFT folder's tensors."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def _numbers(
   if not slot.form.holds_places:
     return stored.astype(np.float32)
   bounds, places = _kernel(slot, leaves)[::-1], stored.astype(np.int32)
-  for row, bound in zip(places, bounds, strict=True):
+  rows, most = (places, bounds) if places.ndim > 1 else ([places], [math.prod(bounds)])
+  for row, bound in zip(rows, most, strict=True):
     if not (row >= 0).all() or not (row < bound).all():
       raise LoraxError(f"{key} holds places outside of a weight of shape {bounds}")
   return places

@@ -122,6 +122,8 @@ def test_pruned_ranks_are_read_and_written(scan, bert, tmp_path):
     ({"peft_type": "VERA", "rank_pattern": {"q": 4}}, "rank_pattern=.*cannot honour"),
     ({"peft_type": "HIRA", "rank_pattern": {"q": 4}}, "rank_pattern=.*change"),
     ({"peft_type": "DELORA", "lambda_pattern": {"q": 4}}, "lambda_pattern=.*change"),
+    ({"peft_type": "SUPERTUNING", "r": 4}, "r=4 changes"),
+    ({"peft_type": "SUPERTUNING", "save_precomputed_indices": False}, "save_.*changes"),
     ({"peft_type": "DEFT", "decomposition_method": "qr"}, "decomposition_method='qr'"),
   ],
 )
@@ -172,11 +174,12 @@ def test_layers_that_are_stacked_scale_the_same_side(bert, tmp_path):
     hub_peft.read_adapter(theirs, peers.params(bert, keymap), keymap)
 
 
-def test_places_outside_of_the_weight_are_refused(bert, tmp_path):
-  theirs = peers.save(adapted(bert, "shira"), tmp_path / "theirs")
+@pytest.mark.parametrize("name", ["shira", "supertuning"])
+def test_places_outside_of_the_weight_are_refused(name, bert, tmp_path):
+  theirs = peers.save(adapted(bert, name), tmp_path / "theirs")
   tensors = load_file(theirs / peers.WEIGHTS)
-  key = next(key for key in tensors if key.endswith("shira_indices"))
-  tensors[key][0, 0] = 999
+  key = next(key for key in tensors if key.endswith(f"{name}_indices"))
+  tensors[key].flat[0] = 99_999
   save_file(tensors, theirs / peers.WEIGHTS)
   keymap = peers.bert_keymap(bert)
   with pytest.raises(lx.LoraxError, match="holds places outside of a weight of shape"):
