@@ -16,7 +16,8 @@ wall times, and whether the best trial is the same. More than the quick start's 
 trials are drawn at random: learning rate, rank, alpha and seed. With --alone=N only N
 are run one after another, and their time is taken for all; the best of all is then that
 of a sweep to the end in --workdir, which goes on where it stopped, and without a
---workdir it is left open.
+--workdir it is left open. Accuracy is of 3,000 headlines: its standard error is half a
+point.
 """
 
 import argparse
@@ -168,18 +169,18 @@ def measure(
     ended = _sweep(chosen, folder / "to_the_end", given)[2]
     others.append({trial.name: e for trial, e in zip(chosen, ended, strict=True)})
   differences = [
-    abs(own[figure] - other[name][figure])
+    f"{name} {max(abs(own[x] - other[name][x]) for x in ('accuracy', 'eval_loss')):.1e}"
     for other in others
     for name, own in own_results.items()
     if name in other
-    for figure in ("accuracy", "eval_loss")
   ]
   if differences:
-    print(f"largest difference of accuracy and eval_loss: {max(differences):.1e}")
+    print(f"largest difference from alone: {', '.join(differences)}")
   best = _best(ours)
   print(f"best trial, and its accuracy: together {_told(chosen, ours, best)}", end="")
   if all(ended):
-    print(f", of all {_told(chosen, ended, _best(ended))}", end="")
+    better = sum(each["accuracy"] > ours[best]["accuracy"] for each in ended)
+    print(f", of all {_told(chosen, ended, _best(ended))}; {better} are better", end="")
   print()
 
 
