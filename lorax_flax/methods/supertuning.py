@@ -26,18 +26,18 @@ class SuperTuning(MethodDelta):
 
   Attributes:
     nonzeros: (*stack, n), float32, trained; starts at zero.
-    positions: (*stack, n), int32, in the kernel as (out, in), flat.
+    flat_places: (*stack, n), int32, in the kernel as (out, in), flat.
   """
 
   nonzeros: jax.Array
-  positions: jax.Array
+  flat_places: jax.Array
 
   axes: ClassVar = {
     "nonzeros": ("stack", "places"),
-    "positions": ("stack", "places"),
+    "flat_places": ("stack", "places"),
   }
   trained = ("nonzeros",)
-  per_trial = ("positions",)
+  per_trial = ("flat_places",)
   has_rank = False
   takes_tables = False
   options: ClassVar = {"sparsity": 0.99, "select_top": True}
@@ -46,7 +46,7 @@ class SuperTuning(MethodDelta):
     keys={
       "linear": {
         "supertuning_values": ("nonzeros", AS_IS),
-        "supertuning_indices": ("positions", Form(holds_places=True)),
+        "supertuning_indices": ("flat_places", Form(holds_places=True)),
       }
     },
     lacks=("exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -77,8 +77,8 @@ class SuperTuning(MethodDelta):
     w = matrices(dense(kernel), target.roles, target.layers)
     sizes = jnp.abs(jnp.swapaxes(w, -1, -2)).reshape((*w.shape[:-2], -1))
     sign = 1 if target.options["select_top"] else -1
-    _, positions = jax.lax.top_k(sign * sizes, *shape)
-    return cls.of_target({**leaves, "positions": positions}, target, plan)
+    _, flat_places = jax.lax.top_k(sign * sizes, *shape)
+    return cls.of_target({**leaves, "flat_places": flat_places}, target, plan)
 
   def parts(self, w: jax.Array) -> Parts:
     """The changed kernel, its change formed."""
@@ -89,4 +89,4 @@ class SuperTuning(MethodDelta):
 
     for _ in range(self.roles.count("stack")):
       put = jax.vmap(put)
-    return self.full_parts(put(self.nonzeros, self.positions), w.shape)
+    return self.full_parts(put(self.nonzeros, self.flat_places), w.shape)
