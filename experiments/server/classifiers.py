@@ -1,7 +1,6 @@
 """Classifiers of texts over the weights of one base, by name."""
 
 import dataclasses
-import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,6 @@ from lorax_flax.models.registry import Loaded
 from lorax_flax.quant import is_quantized
 from lorax_flax.serve.classifier import Classifier
 from lorax_flax.serve.request import Busy, Closed
-
-log = logging.getLogger(__name__)
 
 
 class Scored(NamedTuple):
@@ -83,10 +80,8 @@ class Classifiers:
     if not loaded.new_paths:
       self._served[name] = self._made(None)
     for each in folder.names(root):
-      try:
+      with folder.leaving_out(each):
         self.load(each, each)
-      except LoraxError as error:
-        log.error(f"the adapter {each} is left out: {error}")
     if not self._served:
       raise LoraxError(f"{name} has no head of its own, and no adapter brings one")
 

@@ -1,9 +1,14 @@
 """The folder of adapters: each folder in it is an adapter of that name."""
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from lorax_flax.errors import LoraxError, check_known
+
+log = logging.getLogger(__name__)
 
 
 def names(root: Path | None) -> list[str]:
@@ -36,3 +41,12 @@ def find(root: Path | None, path: str) -> Path:
     raise LoraxError(f"{path!r:.200} is no folder in the folder of adapters")
   check_known("adapter", name, names(root))
   return root / name
+
+
+@contextlib.contextmanager
+def leaving_out(name: str) -> Iterator[None]:
+  """Logs the error of an adapter that can't be served, and goes on."""
+  try:
+    yield
+  except LoraxError as error:
+    log.error(f"the adapter {name} is left out: {error}")

@@ -1,11 +1,9 @@
 """A language model and its adapters, which all answer from the rows of one engine."""
 
-import contextlib
 import dataclasses
 import functools
-import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,6 @@ from lorax_flax.serve.bank import Alone, Bank
 from lorax_flax.serve.engine import Engine
 from lorax_flax.serve.request import Piece, Request, Running
 from lorax_flax.serve.settings import Decoding
-
-log = logging.getLogger(__name__)
 
 # Of adapters that are in no slot; beyond this they are read again from their folders.
 _HOST_BYTES = 1 << 30
@@ -86,20 +82,19 @@ class Language:
     writer = generation.writer(loaded, {})
     self._adapters: Adapters | None = None
     self._params: Bank | Alone = Alone(writer.params)
-    found: dict[str, Adapter] = {}
+    fitting: dict[str, Adapter] = {}
     if root is not None:
       if capacity < rows:
         raise LoraxError(f"capacity={capacity}: the {rows} rows may need as many slots")
-      found = self._all()
-      self._adapters = self._slots(found, capacity, max_rank)
+      self._adapters, fitting = self._slots(self._all(), capacity, max_rank)
       self._params = Bank(loaded.params, self._adapters)
       mixed = decoder.decoder_of(loaded, decoder.many(loaded))
       writer = dataclasses.replace(writer, decoder=mixed)
     self._embedder = embeddings.embedder(loaded, mixed=root is not None)
     self.engine = Engine(writer, self._params, rows=rows, **options)
-    for each in [*found]:
-      with _leaving_out(each):
-        self._put(each, folder.find(root, each), found.pop(each))
+    for each in [*fitting]:
+      with folder.leaving_out(each):
+        self._put(each, folder.find(root, each), fitting.pop(each))
 
   @property
   def models(self) -> list[str]:
@@ -193,16 +188,16 @@ class Language:
     """The adapters of the folder by name."""
     found: dict[str, Adapter] = {}
     for name in folder.names(self._root):
-      with _leaving_out(name):
+      with folder.leaving_out(name):
         found[name] = self._read(folder.find(self._root, name))
     return found
 
   def _slots(
-    self, found: dict[str, Adapter], capacity: int, max_rank: int | None
-  ) -> Adapters:
+    self, found: Mapping[str, Adapter], capacity: int, max_rank: int | None
+  ) -> tuple[Adapters, dict[str, Adapter]]:
     """Slots for what the adapters change; without any, for all linear weights.
 
-    Adapters that can't share slots with those before them are taken out of `found`.
+    With them the adapters that can share them, each with those before it.
     """
     params = self._loaded.params
     ranks = [delta.rank for adapter in found.values() for delta in adapter.values()]
@@ -210,18 +205,18 @@ class Language:
     many = bank.slots(self._loaded, capacity, rank)
     # One of each kind: adapters of the same shapes and settings need the same slots.
     kinds: dict[Any, Adapter] = {}
-    for name in [*found]:
-      with _leaving_out(name):
-        adapter = found.pop(name)
+    fitting: dict[str, Adapter] = {}
+    for name, adapter in found.items():
+      with folder.leaving_out(name):
         leaves, structure = jax.tree.flatten(adapter)
         kind = structure, tuple(x.shape for x in leaves)
         if kind not in kinds:
           jax.eval_shape(many.empty, params, *kinds.values(), adapter)
           kinds[kind] = adapter
-        found[name] = adapter
+        fitting[name] = adapter
     examples = [*kinds.values()] or [bank.all_linear(self._loaded, rank)]
     slots = many.empty(params, *examples)
-    return Adapters(many, params, slots, host_bytes=_HOST_BYTES)
+    return Adapters(many, params, slots, host_bytes=_HOST_BYTES), fitting
 
   def _put(self, name: str, path: Path, adapter: Adapter) -> None:
     """Serves an adapter that was read from this folder."""
@@ -261,12 +256,3 @@ class Language:
 def _undropped(delta: Any) -> Any:
   dropped = getattr(delta, "dropout", 0.0) > 0
   return dataclasses.replace(delta, dropout=0.0) if dropped else delta
-
-
-@contextlib.contextmanager
-def _leaving_out(name: str) -> Iterator[None]:
-  """Logs the error of an adapter that does not fit."""
-  try:
-    yield
-  except LoraxError as error:
-    log.error(f"the adapter {name} is left out: {error}")

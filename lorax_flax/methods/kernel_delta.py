@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_flax import quant
-from lorax_flax.methods.axes import LeafAxes, Shape, by_role, resolved, shape_of
+from lorax_flax.methods.axes import LeafAxes, Shape, by_role, fans, resolved, shape_of
 from lorax_flax.methods.delta import Delta, OnBias
 from lorax_flax.methods.parts import Parts, dense, full
 
@@ -318,6 +318,23 @@ class KernelDelta(Followed):
   def full_parts(self, delta: jax.Array, shape: Shape) -> Parts:
     """The parts of a dense delta, (*stack, in, out), of a kernel of this shape."""
     return full(self.placed(delta, ("stack", "in", "out"), shape))
+
+  def sparse_parts(self, values: jax.Array, places: jax.Array, shape: Shape) -> Parts:
+    """The parts of a delta that is zero but at some places, formed.
+
+    Args:
+      values: (*stack, n).
+      places: int32, (*stack, n), in a layer's kernel as (out, in), flat.
+      shape: the kernel's.
+    """
+    fan_in, fan_out = fans(shape, self.roles)
+
+    def put(values, at):
+      return jnp.zeros(fan_out * fan_in).at[at].add(values).reshape(fan_out, fan_in).T
+
+    for _ in range(self.roles.count("stack")):
+      put = jax.vmap(put)
+    return self.full_parts(put(values, places), shape)
 
   def matrices(self, w: jax.Array) -> jax.Array:
     """A kernel as (*stack, in, out), float32, the layers that have a delta."""

@@ -86,12 +86,6 @@ class SHiRA(MethodDelta):
 
   def parts(self, w: jax.Array) -> Parts:
     """The changed kernel, its change formed."""
-    fan_in, fan_out = fans(w.shape, self.roles)
-
-    def put(values, at):
-      change = jnp.zeros((fan_in, fan_out))
-      return change.at[at[1], at[0]].add(values.reshape(-1))
-
-    for _ in range(self.roles.count("stack")):
-      put = jax.vmap(put)
-    return self.full_parts(put(self.nonzeros, self.coordinates), w.shape)
+    outs, ins = jnp.moveaxis(self.coordinates, -2, 0)
+    places = outs * fans(w.shape, self.roles)[0] + ins
+    return self.sparse_parts(self.nonzeros.reshape(places.shape), places, w.shape)

@@ -82,11 +82,4 @@ class SuperTuning(MethodDelta):
 
   def parts(self, w: jax.Array) -> Parts:
     """The changed kernel, its change formed."""
-    fan_in, fan_out = fans(w.shape, self.roles)
-
-    def put(values, at):
-      return jnp.zeros(fan_out * fan_in).at[at].add(values).reshape(fan_out, fan_in).T
-
-    for _ in range(self.roles.count("stack")):
-      put = jax.vmap(put)
-    return self.full_parts(put(self.nonzeros, self.flat_places), w.shape)
+    return self.sparse_parts(self.nonzeros, self.flat_places, w.shape)
